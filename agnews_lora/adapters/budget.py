@@ -1,0 +1,70 @@
+"""The hard budget: the exact number of trainable parameters of a trial, in pure integers.
+
+Equal to PEFT's own count (`model.get_nb_trainable_parameters()`) for every preset, rank and head: a LoRA pair on a
+matrix [out, in] adds rank · (in + out) parameters (Hu et al. 2021, section 4.1), and the classifier trains beside it.
+"""
+
+from agnews_lora.adapters.spec import HEADS, PRESETS, ModelShape, TrialSpec, module_shape
+from agnews_lora.errors import BudgetError
+
+
+def head_parameters(head: str, shape: ModelShape) -> int:
+    """Trainable parameters of the classifier: all of it (`full`), or its last layer alone (`out_proj`)."""
+    out_proj = shape.hidden_size * shape.num_labels + shape.num_labels
+    if head == "out_proj" or shape.family == "bert":  # BERT's classifier is one linear layer: its last is its only one
+        return out_proj
+    return shape.hidden_size * shape.hidden_size + shape.hidden_size + out_proj
+
+
+def parameters_per_rank(preset: str, shape: ModelShape) -> int:
+    """What one more rank costs: in + out, summed over the adapted matrices of all layers."""
+    return shape.num_layers * sum(sum(module_shape(module, shape)) for module in PRESETS[preset])
+
+
+def trainable_parameters(spec: TrialSpec, shape: ModelShape) -> int:
+    """Exact number of trainable parameters of a trial, classifier head included."""
+    return head_parameters(spec.head, shape) + spec.rank * parameters_per_rank(spec.targets, shape)
+
+
+def max_rank(preset: str, head: str, shape: ModelShape, budget: int) -> int:
+    """The largest rank of a preset that fits the budget; 0 where even rank 1 does not fit."""
+    room = budget - head_parameters(head, shape)
+    return max(0, room // parameters_per_rank(preset, shape))
+
+
+def require_within_budget(spec: TrialSpec, shape: ModelShape, budget: int) -> int:
+    """The count of a trial's trainable parameters, once it is known to fit.
+
+    Raises:
+        BudgetError: more than `budget`; the message names the count, the budget and the largest rank that fits.
+    """
+    count = trainable_parameters(spec, shape)
+    if count > budget:
+        raise BudgetError(breach(spec, shape, budget, count))
+    return count
+
+
+def breach(spec: TrialSpec, shape: ModelShape, budget: int, count: int) -> str:
+    """The sentence that a breach of the budget is reported with: rule, value, remedy."""
+    fits = max_rank(spec.targets, spec.head, shape, budget)
+    remedy = f"the largest rank that fits is {fits}" if fits else "no rank of it fits: take another preset"
+    configuration = f"rank {spec.rank} on {spec.targets}, head {spec.head}"
+    return f"{count:,} trainable parameters > budget {budget:,} ({configuration}); {remedy}"
+
+
+def feasible_ranks(presets: list[str], heads: list[str], shape: ModelShape, budget: int) -> dict[tuple[str, str], int]:
+    """{(preset, head): largest rank} of every combination that fits, in the order given.
+
+    Raises:
+        BudgetError: none of them fits.
+    """
+    ranks = {(preset, head): max_rank(preset, head, shape, budget) for preset in presets for head in heads}
+    feasible = {key: rank for key, rank in ranks.items() if rank}
+    if not feasible:
+        cheapest = min(head_parameters(head, shape) + parameters_per_rank(preset, shape) for preset, head in ranks)
+        raise BudgetError(
+            f"budget {budget:,} fits no adapter: the cheapest of {', '.join(presets)} with head {' or '.join(heads)} "
+            f"needs {cheapest:,} trainable parameters at rank 1; raise `budget`, or offer a smaller preset in "
+            f"`space.targets` (presets: {', '.join(PRESETS)}; heads: {', '.join(HEADS)})"
+        )
+    return feasible

@@ -1,0 +1,203 @@
+"""An adapter's files: PEFT's own format, with a record beside it of what it was trained as.
+
+`adapter_config.json` and `adapter_model.safetensors` are what plain PEFT reads. `adapter_record.json` adds what those
+files cannot tell: the trial's specification (a frozen part of the head is in the file too), the base model's hash and
+the labels. The base is named by hub id and revision, never by a path.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agnews_lora.adapters.bases import BaseModel
+from agnews_lora.adapters.budget import trainable_parameters
+from agnews_lora.adapters.spec import ModelShape, TrialSpec, target_pattern
+from agnews_lora.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig, PeftModel
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+RECORD = "adapter_record.json"
+
+# The classifier's first layer, saved by PEFT with the rest of the head even where only `out_proj` trains.
+FROZEN_HEAD_MARK = ".classifier.dense."
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What an adapter was trained as. base: name as the experiment gives it, without a directory's path."""
+
+    trial: str
+    spec: TrialSpec
+    shape: ModelShape
+    base: str
+    hub_id: str
+    revision: str
+    weights_sha256: str
+    labels: tuple[str, ...]
+    max_length: int
+    trainable_parameters: int
+
+
+def lora_config(spec: TrialSpec, base: BaseModel) -> "LoraConfig":
+    """PEFT's configuration of a trial; the classifier trains beside the adapters (`modules_to_save`)."""
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        target_modules=target_pattern(spec.targets),
+        r=spec.rank,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # declared int, used as a number
+        lora_dropout=spec.dropout,
+        bias="none",
+        base_model_name_or_path=base.hub_id,
+        revision=base.revision,
+    )
+
+
+def save_adapter(model: "PeftModel", record: AdapterRecord, folder: Path) -> None:
+    """Write the adapter's files to `folder`, whole or not at all, then read them back.
+
+    Raises:
+        AdapterError: what was read back is not bit for bit what the model holds, or does not recount.
+    """
+    from peft import get_peft_model_state_dict
+
+    beside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(str(beside), save_embedding_layers=False)
+    (beside / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the export writes a real one
+    (beside / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+    verify(beside, get_peft_model_state_dict(model, save_embedding_layers=False))
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.replace(folder)
+
+
+def verify(folder: Path, tensors: Mapping[str, "torch.Tensor"]) -> None:
+    """Compare an adapter's file with the tensors it was written from, and count it again.
+
+    Raises:
+        AdapterError: a tensor is missing, too many, or differs in any bit; or the count is not the record's.
+    """
+    import torch
+
+    written = read_tensors(folder)
+    if written.keys() != tensors.keys():
+        raise AdapterError(
+            f"{folder.name}: the file holds other tensors than the model: {written.keys() ^ tensors.keys()}"
+        )
+    for name, tensor in tensors.items():
+        if not torch.equal(written[name], tensor.detach().cpu()):
+            raise AdapterError(f"{folder.name}: {name} was not read back as it was written; is the disk sound?")
+    recount(folder)
+
+
+def read_tensors(folder: Path) -> dict[str, "torch.Tensor"]:
+    """All tensors of an adapter's file.
+
+    Raises:
+        AdapterError: there is no such file, or it is not whole.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        raise AdapterError(f"no {WEIGHTS} in {folder}; name a folder that a trial or an export wrote") from error
+    except SafetensorError as error:
+        raise AdapterError(f"{folder / WEIGHTS} is not a whole safetensors file ({error}); write it again") from error
+
+
+def read_record(folder: Path) -> AdapterRecord:
+    """The record beside an adapter.
+
+    Raises:
+        AdapterError: there is none, or it is not one.
+    """
+    try:
+        fields: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return AdapterRecord(
+            **{
+                **fields,
+                "spec": TrialSpec(**fields["spec"]),
+                "shape": ModelShape(**fields["shape"]),
+                "labels": tuple(fields["labels"]),
+            }
+        )
+    except FileNotFoundError as error:
+        raise AdapterError(f"no {RECORD} in {folder}; name a folder that a trial or an export wrote") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterError(
+            f"{folder / RECORD} is not an adapter's record ({error}); export the adapter again"
+        ) from error
+
+
+def recount(folder: Path) -> int:
+    """Trainable parameters, counted from the tensors in the exported file.
+
+    Raises:
+        AdapterError: the count is not that of the recorded specification.
+    """
+    record = read_record(folder)
+    frozen = record.spec.head == "out_proj"
+    counted = sum(t.numel() for name, t in read_tensors(folder).items() if not (frozen and FROZEN_HEAD_MARK in name))
+    expected = trainable_parameters(record.spec, record.shape)
+    if not counted == expected == record.trainable_parameters:
+        raise AdapterError(
+            f"{folder.name} holds {counted:,} trainable parameters, its specification ({record.spec}) stands for "
+            f"{expected:,} and its record says {record.trainable_parameters:,}; do not use these files"
+        )
+    return counted
+
+
+def load_with_peft(folder: Path, base: BaseModel) -> "PeftModel":
+    """The adapter on a freshly loaded base, by PEFT's own reader: fp32, on the CPU, in evaluation mode.
+
+    Raises:
+        AdapterError: the base is not the one that the adapter was trained on.
+    """
+    from peft import PeftModel
+
+    record = read_record(folder)
+    if base.weights_sha256 != record.weights_sha256:
+        raise AdapterError(
+            f"the adapter was trained on {record.hub_id} with weights {record.weights_sha256[:12]}…, but {base.name} "
+            f"has {base.weights_sha256[:12]}…; give the base it was trained on"
+        )
+    return PeftModel.from_pretrained(load_base(base, num_labels=len(record.labels)), str(folder)).eval()
+
+
+def load_base(base: BaseModel, num_labels: int, dropout: float = 0.0) -> "torch.nn.Module":
+    """The base with a fresh, random classification head (from torch's global generator), fp32, on the CPU.
+
+    dropout: inside the base while training (hidden states, attention, classifier).
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar of its own for reading some MB would tear the live table
+    model: torch.nn.Module = AutoModelForSequenceClassification.from_pretrained(
+        str(base.folder),
+        num_labels=num_labels,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        classifier_dropout=dropout,
+    )
+    return model
+
+
+def without_path(record: AdapterRecord) -> AdapterRecord:
+    """The record with a directory's name in place of its path."""
+    return replace(record, base=Path(record.base).name if os.sep in record.base else record.base)

@@ -1,0 +1,167 @@
+"""The command line. Parsing imports nothing heavy, so that `--help` answers at once; each command imports its own."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import agnews_lora
+from agnews_lora.errors import AgnewsLoraError
+
+# Set before any library is imported, unless the user did. None of it changes a result.
+ENVIRONMENT = {
+    # Threads that wait for work sleep. OpenMP's default lets them spin, and two processes that train on the same cores
+    # then take ten times as long as one after the other.
+    "OMP_WAIT_POLICY": "passive",
+    # What libraries would print, send or ask beside what the program says.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and give its exit code: 2 for what the user can mend, 130 after Ctrl-C."""
+    options = parser().parse_args(arguments)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore")
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except AgnewsLoraError as error:
+        print(f"agnews-lora: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("agnews-lora: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has gone
+        sys.stdout = None
+        return 141
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="agnews-lora", description=agnews_lora.__doc__)
+    top.add_argument("--version", action="version", version=agnews_lora.__version__)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], summary: str, example: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary, epilog=f"example: agnews-lora {example}")
+        command.set_defaults(command=run)
+        return command
+
+    train = add("train", _train, "train one experiment", "train embedded")
+    train.add_argument("experiment", nargs="?", default="seed", metavar="EXPERIMENT", help="name or path (seed)")
+
+    sweep = add("sweep", _sweep, "search for the best adapter; goes on where it stopped", "sweep embedded --trials 20")
+    _name_sweep(sweep)
+    sweep.add_argument("--trials", type=_count, metavar="N", help="trials that are to have ended, in all")
+    sweep.add_argument("--timeout", type=_seconds, metavar="S", help="stop after S seconds, to go on at the next start")
+    sweep.add_argument("--new", action="store_true", help="start another study")
+
+    budget = add("budget", _budget, "show the largest rank of each preset that fits", "budget agnews --json")
+    _name_sweep(budget)
+    budget.add_argument("--json", action="store_true", help="as JSON")
+
+    promote = add("promote", _promote, "put the candidate through the gate and make it champion", "promote embedded")
+    _name_sweep(promote)
+    which = promote.add_mutually_exclusive_group()
+    which.add_argument("--version", type=_count, metavar="N", help="this version instead of the candidate")
+    which.add_argument("--rollback", action="store_true", help="make the previous champion champion again")
+
+    predict = add("predict", _predict, "ask the champion", 'predict "Shares of the chip maker rose."')
+    predict.add_argument("texts", nargs="*", metavar="TEXT", help="texts; none: a line each from standard input")
+    predict.add_argument("--file", type=Path, metavar="FILE", help="read the texts from a file, a line each")
+    predict.add_argument("--sweep", default="embedded", metavar="SWEEP", help="whose champion (embedded)")
+    predict.add_argument("--json", action="store_true", help="as JSON, an object a line")
+
+    export = add("export", _export, "write the champion as a PEFT folder", "export --to exported")
+    _name_sweep(export)
+    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
+
+    ui = add("ui", _ui, "browse the runs in the MLflow UI", "ui --port 5001")
+    ui.add_argument("--port", type=_port, default=5000, metavar="PORT", help="on loopback (5000)")
+
+    add("doctor", _doctor, "show device, versions, stores, and what can be reached", "doctor")
+    return top
+
+
+def _name_sweep(command: argparse.ArgumentParser) -> None:
+    command.add_argument("sweep", nargs="?", default="embedded", metavar="SWEEP", help="name or path (embedded)")
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, but got {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    number = _count(text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"must be a port, 1 to 65535, but got {text!r}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, but got {text!r}")
+    return seconds
+
+
+def _train(options: argparse.Namespace) -> int:
+    from agnews_lora.commands import train
+
+    return train.run(options.experiment)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from agnews_lora.commands import sweep
+
+    return sweep.run(options.sweep, options.trials, options.timeout, options.new)
+
+
+def _budget(options: argparse.Namespace) -> int:
+    from agnews_lora.commands import budget
+
+    return budget.run(options.sweep, options.json)
+
+
+def _promote(options: argparse.Namespace) -> int:
+    from agnews_lora.commands import promote
+
+    return promote.rollback(options.sweep) if options.rollback else promote.run(options.sweep, options.version)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from agnews_lora.commands import predict
+
+    return predict.run(options.sweep, options.texts, options.file, options.json)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from agnews_lora.commands import export
+
+    return export.run(options.sweep, options.to)
+
+
+def _ui(options: argparse.Namespace) -> int:
+    from agnews_lora.commands import ui
+
+    return ui.run(options.port)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from agnews_lora.commands import doctor
+
+    return doctor.run()

@@ -1,0 +1,28 @@
+"""`agnews-lora export`: the champion as a folder that stands alone."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from agnews_lora.commands.places import STORES
+from agnews_lora.config.sweep import load_sweep
+from agnews_lora.serving.export import export
+from agnews_lora.serving.predict import champion
+from agnews_lora.tracking.registry import Registry
+from agnews_lora.tracking.store import open_client
+
+
+def run(sweep: str, to: Path) -> int:
+    """Write the sweep's champion to a folder.
+
+    Raises:
+        RegistryError: there is no champion yet, or its files changed.
+        StorageError: the folder holds something, or cannot be written.
+    """
+    registry = Registry(open_client(STORES), load_sweep(sweep).experiment.name)
+    version = champion(registry)
+    export(registry, version, to)
+    Console(highlight=False).print(
+        f"{version} is in {to}: PEFT's files, the tokenizer and a model card (README.md)", soft_wrap=True
+    )
+    return 0

@@ -1,0 +1,56 @@
+"""`agnews-lora predict`: ask the champion."""
+
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from agnews_lora.commands.places import STORES
+from agnews_lora.config.sweep import load_sweep
+from agnews_lora.errors import DataError
+from agnews_lora.serving.predict import load_champion
+from agnews_lora.tracking.registry import Registry
+from agnews_lora.tracking.store import open_client
+
+MAX_TEXT_WIDTH = 36  # with the labels of AG News, a line fits into 80 columns
+
+
+def run(sweep: str, texts: list[str], file: Path | None, as_json: bool) -> int:
+    """Print label and probabilities of every text: given, a line each from a file, or from standard input.
+
+    Raises:
+        DataError: no text, an empty one, or a file that cannot be read.
+        RegistryError: the sweep has no champion yet.
+    """
+    asked = [*texts, *(_lines(file) if file else [])]
+    if not texts and file is None:
+        asked = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not asked:
+        raise DataError("at least one text is needed, but none was given; name it, or a file with --file")
+    classifier = load_champion(Registry(open_client(STORES), load_sweep(sweep).experiment.name))
+    predictions = classifier.predict(asked)
+    if as_json:
+        for text, prediction in zip(asked, predictions, strict=True):
+            answer = {"text": text, "label": prediction.label, "probabilities": prediction.probabilities}
+            print(json.dumps(answer, ensure_ascii=False))
+        return 0
+    view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    view.add_column("label", no_wrap=True)
+    for label in classifier.labels:
+        view.add_column(label, justify="right", no_wrap=True)
+    view.add_column("text", overflow="ellipsis", no_wrap=True, max_width=MAX_TEXT_WIDTH)
+    for text, prediction in zip(asked, predictions, strict=True):
+        shares = [f"{prediction.probabilities[label]:.1%}" for label in classifier.labels]
+        view.add_row(prediction.label, *shares, text.replace("[", r"\["))
+    Console(highlight=False).print(view)
+    return 0
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DataError(f"texts are read from {file}, but it cannot be read ({reason}); name a text file") from error

@@ -1,0 +1,29 @@
+"""`agnews-lora ui`: the MLflow UI over the project's runs, on loopback."""
+
+import os
+import socket
+import sys
+
+from agnews_lora.commands.places import STORES
+from agnews_lora.errors import StorageError
+from agnews_lora.tracking.store import open_client, tracking_uri
+
+HOST = "127.0.0.1"
+
+
+def run(port: int) -> int:
+    """Become MLflow's server; Ctrl-C ends it.
+
+    Raises:
+        StorageError: the run store cannot be opened, or the port is taken.
+    """
+    open_client(STORES)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise StorageError(f"port {port} cannot be used ({error.strerror}); take another with --port") from error
+    print(f"Runs: http://{HOST}:{port}  (Ctrl-C ends it)", flush=True)
+    command = ["mlflow", "server", "--backend-store-uri", tracking_uri(STORES), "--host", HOST, "--port", str(port)]
+    os.execv(sys.executable, [sys.executable, "-m", *command, "--workers", "1"])

@@ -1,0 +1,173 @@
+"""An experiment: base model, data, training settings, and one adapter configuration. A file in `experiments/`."""
+
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import Field, GetPydanticSchema, model_validator
+from pydantic_core import core_schema
+
+from agnews_lora.adapters.spec import HEADS, PRESETS, TrialSpec
+from agnews_lora.config.reading import Document, Settings, load, locate
+from agnews_lora.data.sources import DataSettings
+from agnews_lora.training.contracts import Precision, TrainSettings
+
+FOLDER: Final = Path("experiments")  # below the working directory
+
+
+def _one_of(names: Iterable[str]) -> GetPydanticSchema:
+    return GetPydanticSchema(lambda source, handler: core_schema.literal_schema(list(names)))
+
+
+Preset = Annotated[str, _one_of(PRESETS)]
+Head = Annotated[str, _one_of(HEADS)]
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+LearningRate = Annotated[float, Field(gt=0, le=1)]
+ValidationShare = Annotated[float, Field(gt=0, lt=1)]
+
+
+class PublishedData(Settings):
+    """AG News as it was published: as many of its rows as are wanted, each class in its share."""
+
+    rows: Count | None = None
+    """Rows of the train split to use at all, validation rows included; all where it is not given."""
+    train_rows: Count | None = None
+    """Training rows to keep of those; all where it is not given."""
+    test_rows: Count | None = None
+    """Rows of the test split to use; all where it is not given."""
+    validation: ValidationShare = 0.1
+    """Share of the train split that is held out for validation."""
+
+
+class HubData(PublishedData):
+    """AG News from the Hugging Face hub, at a pinned revision."""
+
+    source: Literal["hub"]
+    """Where the rows come from."""
+
+
+class CsvData(PublishedData):
+    """AG News from two CSV files, with a header or without."""
+
+    source: Literal["csv"]
+    """Where the rows come from."""
+    train: Text
+    """Path of the train split, from the working directory."""
+    test: Text
+    """Path of the test split, from the working directory."""
+
+
+class NewswireData(Settings):
+    """The corpus that the project writes itself."""
+
+    source: Literal["newswire"]
+    """Where the rows come from."""
+    rows: Count
+    """Rows of the train split to write, validation rows included."""
+    train_rows: Count | None = None
+    """Training rows to keep of those, each class in its share; all where it is not given."""
+    test_rows: Count
+    """Rows of the test split to write."""
+    validation: ValidationShare = 0.1
+    """Share of the train split that is held out for validation."""
+
+    @model_validator(mode="after")
+    def _rows_suffice(self) -> Self:
+        left = self.rows - int(self.rows * self.validation)
+        if self.train_rows is not None and self.train_rows > left:
+            raise ValueError(
+                f"train_rows <= rows less the validation share must hold, but got train_rows {self.train_rows:_} and "
+                f"{left:_} rows left of {self.rows:_}; write more rows, or keep fewer"
+            )
+        return self
+
+
+class Adapter(Settings):
+    """What is trained: the adapter, and the classifier beside it."""
+
+    targets: Preset
+    """Preset of target modules."""
+    rank: Count
+    """LoRA r."""
+    alpha: Annotated[float, Field(gt=0)]
+    """LoRA alpha: the update is scaled by alpha / rank."""
+    dropout: Probability = 0.0
+    """Dropout on the adapter's input."""
+    head: Head = "full"
+    """Which part of the classifier trains: all of it, or its last layer alone."""
+    learning_rate: LearningRate
+    """Peak of the schedule."""
+
+
+class Training(Settings):
+    """What all trials of a sweep share."""
+
+    epochs: Count = 3
+    """Passes over the training rows."""
+    batch_size: Count = 32
+    """Rows of a training batch."""
+    eval_batch_size: Count = 64
+    """Rows of an evaluation batch."""
+    max_length: Annotated[int, Field(ge=3, le=512)] = 128
+    """Tokens of a row, the two special ones included; what is longer is cut. The bases have 512 positions."""
+    eval_every: Count = 500
+    """Steps between two evaluations on the way."""
+    eval_rows: Count = 2_000
+    """Validation rows of the evaluations on the way; the last one uses them all."""
+    log_every: Count = 10
+    """Steps between two points of the training loss."""
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of all steps over which the learning rate rises to its peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Norm that the gradient of all trainable parameters is clipped to."""
+    base_dropout: Probability = 0.0
+    """Dropout inside the frozen base while training."""
+    precision: Precision = "auto"
+    """Number format of training; auto is bf16 where the device computes in it, else fp32."""
+
+
+class Experiment(Document):
+    """What `train` trains, and what a sweep starts from."""
+
+    base: Text
+    """Base model: roberta-base, embedded:minilm, or a directory (from the working directory)."""
+    data: Annotated[HubData | CsvData | NewswireData, Field(discriminator="source")]
+    """Rows to train, validate and test on."""
+    adapter: Adapter
+    """The one configuration that `train` trains: a sweep's baseline."""
+    training: Training = Training()
+    """How it is trained."""
+    seed: Seed = 42
+    """Seed of the split, the data order and the initial weights."""
+
+    @property
+    def spec(self) -> TrialSpec:
+        """The adapter configuration."""
+        return TrialSpec(**self.adapter.model_dump())
+
+    @property
+    def settings(self) -> TrainSettings:
+        """What the engines receive beside it."""
+        return TrainSettings(**self.training.model_dump())
+
+    @property
+    def data_settings(self) -> DataSettings:
+        """What the data room receives; None stands for what the source does not read."""
+        given = self.data.model_dump()
+        values: dict[str, Any] = {field.name: given.get(field.name) for field in fields(DataSettings)}
+        return DataSettings(**values)
+
+
+def load_experiment(name: str) -> Experiment:
+    """The experiment of a name (`experiments/NAME.yaml` below the working directory), or of a path.
+
+    Raises:
+        ConfigError: no such file, or one with faults: all of them.
+    """
+    return load(Experiment, locate("experiment", name, [FOLDER]))

@@ -1,0 +1,155 @@
+"""A sweep: what to search, from which experiment, under which budget. A file in `sweeps/`."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Final, Generic, Literal, Self, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from agnews_lora.adapters.spec import PRESETS
+from agnews_lora.config import experiment as experiments
+from agnews_lora.config.experiment import Count, Experiment, Head, LearningRate, Preset, Probability, Seed
+from agnews_lora.config.reading import Document, Settings, load, locate, shown
+from agnews_lora.errors import ConfigError
+
+FOLDER: Final = Path("sweeps")  # below the working directory
+
+Number = TypeVar("Number")
+Entry = TypeVar("Entry")
+
+
+def _from_list(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _each_once(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    twice = [str(entry) for entry, count in Counter(entries).items() if count > 1]
+    if twice:
+        raise ValueError(f"must hold every entry once, but has {', '.join(twice)} more than once")
+    return entries
+
+
+Choices = Annotated[tuple[Entry, ...], Field(min_length=1), BeforeValidator(_from_list), AfterValidator(_each_once)]
+
+
+class Range(Settings, Generic[Number]):
+    """All numbers from low to high, both included."""
+
+    low: Number
+    """Smallest value."""
+    high: Number
+    """Largest value."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low > self.high:  # type: ignore[operator]
+            raise ValueError(f"low <= high must hold, but got low {self.low} and high {self.high}")
+        return self
+
+
+class Space(Settings):
+    """What may differ between trials. The rank has no entry: it goes as far as the budget allows."""
+
+    targets: Choices[Preset] = tuple(PRESETS)
+    """Presets of target modules; those that the budget does not fit at any rank are left out."""
+    heads: Choices[Head] = ("full",)
+    """Which part of the classifier trains."""
+    alpha_ratio: Choices[Count] = (1, 2, 4, 8)
+    """alpha / rank: the factor that the adapter's update is scaled by."""
+    dropout: Range[Probability] = Range(low=0.0, high=0.2)
+    """Dropout on the adapter's input."""
+    learning_rate: Range[LearningRate]
+    """Peak of the schedule, searched in its logarithm."""
+
+
+class Sampler(Settings):
+    """TPE."""
+
+    startup_trials: Count | None = None
+    """Trials drawn at random before the sampler learns from them; at most a third of all, which is the default."""
+
+
+class Pruner(Settings):
+    """The median rule: a trial that is worse than the median of finished trials at the same step is given up."""
+
+    startup_trials: Count = 4
+    """Finished trials to compare with, before any is pruned."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of a trial before which it is not judged."""
+
+
+def _load_named(value: object, info: ValidationInfo) -> object:
+    """The experiment that a sweep file names, looked for in `experiments/` and beside the folder of the sweep file."""
+    if isinstance(value, Experiment):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"must be the name of an experiment or the path of its file, but got {shown(value)}")
+    assert info.context is not None  # `load` gives the path
+    folder = info.context["path"].parent
+    try:
+        neighbour = folder.parent / experiments.FOLDER
+        folders = [experiments.FOLDER]
+        if neighbour.resolve() != experiments.FOLDER.resolve():
+            folders.append(neighbour)
+        return load(Experiment, locate("experiment", value, folders, beside=folder))
+    except ConfigError as error:  # reported together with the sweep's own faults
+        raise ValueError(str(error)) from error
+
+
+class Sweep(Document):
+    """What `sweep` searches."""
+
+    experiment: Annotated[Experiment, BeforeValidator(_load_named), WithJsonSchema({"type": "string", "minLength": 1})]
+    """The experiment that every trial is a variation of: a name, or a path from the sweep file's folder."""
+    budget: Count = 1_000_000
+    """The most trainable parameters that a trial may have, head included."""
+    space: Space
+    """What may differ between trials."""
+    sampler: Sampler = Sampler()
+    """What proposes the next configuration."""
+    pruner: Pruner = Pruner()
+    """What gives up a trial on the way."""
+    trials: Count
+    """Trials of the study, the baseline included."""
+    seed: Seed = 42
+    """Seed of the sampler."""
+    engine: Literal["trainer"] = "trainer"
+    """What trains the trials."""
+
+    @field_validator("trials")
+    @classmethod
+    def _startup_is_at_most_a_third(cls, trials: int, info: ValidationInfo) -> int:
+        sampler: Sampler | None = info.data.get("sampler")  # None: it has faults of its own
+        startup = sampler.startup_trials if sampler else None
+        if startup is not None and startup > _third(trials):
+            raise ValueError(
+                f"sampler.startup_trials must be at most a third of trials, but got {startup} of {trials}; "
+                f"take {_third(trials)} at most, or at least {3 * startup} trials"
+            )
+        return trials
+
+    @property
+    def startup_trials(self) -> int:
+        """Trials drawn at random before the sampler learns from them."""
+        return self.sampler.startup_trials or _third(self.trials)
+
+
+def _third(trials: int) -> int:
+    return max(1, trials // 3)
+
+
+def load_sweep(name: str) -> Sweep:
+    """The sweep of a name (`sweeps/NAME.yaml` below the working directory), or of a path, and its experiment.
+
+    Raises:
+        ConfigError: no such file, or one with faults: all of them, and those of its experiment.
+    """
+    return load(Sweep, locate("sweep", name, [FOLDER]))

@@ -1,0 +1,228 @@
+"""A generated corpus of wire copy on AG News's four topics, so that a sweep needs no download.
+
+What a story is about is told by its main clause. Around it stand asides (subordinate clauses, teasers, similes, guests and
+sponsors) in the words of another topic, and the vocabularies are wide and drawn flat, so that counting words goes only so
+far. Some stories are truly mixed: two main clauses of equal standing, from two topics. They are told in order, which makes
+the first topic the lead, and a title with a semicolon marks them, and no other story has one.
+
+Every row is drawn from its own random stream, keyed by (seed, split, row): a longer corpus begins with the shorter one, and
+the splits have no stream in common.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Final
+
+from agnews_lora.data.newswire_grammar import (
+    ACTORS,
+    AFTERTHOUGHTS,
+    CLOSINGS,
+    DETAILS,
+    FRAMES,
+    LINKS,
+    MIXED_BODIES,
+    NEUTRAL_DETAILS,
+    NEUTRAL_HEADLINES,
+    OPENINGS,
+    REMARKS,
+    SCENES,
+    SOURCES,
+    TEASERS,
+    THINGS,
+    Scene,
+)
+from agnews_lora.data.newswire_words import WORDS
+from agnews_lora.data.splits import LABELS, Rows
+
+SPLITS: Final = ("train", "test")
+
+MIXED_SHARE: Final = 0.15
+"""Probability that a story is mixed, whatever its label."""
+
+LEAD_PROBABILITY: Final = 0.6
+"""Probability that a mixed story carries the label of the topic it tells first."""
+
+BEST_ACCURACY: Final[float] = 1 - MIXED_SHARE * (1 - LEAD_PROBABILITY)
+"""The accuracy in expectation of the best possible classifier of single texts: 0.94.
+
+The label l is drawn first, all four with probability 1/4. An unmixed story (probability 1 - s) has a main clause of topic l,
+and no two topics share a main clause: its text tells l. A mixed story (probability s) is told by an ordered pair of topics:
+(l, b) with probability p/3 for each b other than l, and (a, l) with probability (1 - p)/3 for each a other than l; its words
+depend on the pair alone. By Bayes, given a text that tells the pair (a, b), the label is a with probability
+(p/12) / (p/12 + (1 - p)/12) = p, and b otherwise. No rule is right more often than p > 1/2 there, so the best is
+(1 - s) + s p = 1 - s (1 - p). Here s is `MIXED_SHARE` and p `LEAD_PROBABILITY`.
+"""
+
+# What the title shows, how often the event happens to something of another topic, and where asides stand.
+NEUTRAL_TITLE_SHARE: Final = 0.20
+TEASER_TITLE_SHARE: Final = 0.10
+LINK_SHARE: Final = 0.06
+FRAME_SHARE: Final = 0.60
+OPENING_ASIDE_SHARE: Final = 0.25
+CLOSING_ASIDE_SHARE: Final = 0.35
+AFTERTHOUGHT_SHARE: Final = 0.35
+OWN_DETAIL_SHARE: Final = 0.25
+NUM_FURTHER_SENTENCES: Final = (0, 0, 0, 1, 1, 1, 1, 1, 2, 2)
+
+_SLOT: Final = re.compile(r"\{([a-z_]+)(\d?)\}")
+_ARTICLE_BEFORE_VOWEL: Final = re.compile(r"\b([Aa]) (?=[aeioAEIO]|18\b|un[^i]|um|up|us[^e]|MP3|NBA|FA |HIV|8|11 )")
+_HEADLINE_ARTICLE: Final = re.compile(r"\b(?:an?|the) ")
+_SMALL_WORDS: Final = frozenset(["a", "an", "and", "as", "at", "by", "for", "from", "in", "of", "on", "or", "over", "the", "to", "with"])
+
+
+@dataclass(frozen=True)
+class Story:
+    """A generated row with its structure.
+
+    label: the drawn label. lead: topic of the main clause, in a mixed story of the one told first. other: topic of the
+    asides, in a mixed story of the main clause told second. mixed: whether both stand equal.
+    """
+
+    text: str
+    label: int
+    lead: int
+    other: int
+    mixed: bool
+
+
+def generate(num_rows: int, split: str, seed: int) -> Rows:
+    """`num_rows` labelled rows of a split; the first rows of a longer corpus are those of a shorter one.
+
+    Labels are balanced: each four rows in a row hold every label once.
+
+    Raises:
+        ValueError: `num_rows` below 0, or a split that is not one of `SPLITS`.
+    """
+    written = stories(num_rows, split, seed)
+    return Rows(tuple(story.text for story in written), tuple(story.label for story in written))
+
+
+def stories(num_rows: int, split: str, seed: int) -> list[Story]:
+    """What `generate` gives, each row with its structure."""
+    if num_rows < 0:
+        raise ValueError(f"num_rows must be at least 0, but got {num_rows}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, but got {split!r}")
+    written = []
+    order: list[int] = []
+    for row in range(num_rows):
+        if not order:
+            order = list(range(len(LABELS)))
+            Random(f"newswire/{seed}/{split}/labels/{row}").shuffle(order)
+        written.append(_story(Random(f"newswire/{seed}/{split}/{row}"), order.pop()))
+    return written
+
+
+def _story(random: Random, label: int) -> Story:
+    """One story that carries `label`; the law that `BEST_ACCURACY` derives from is here."""
+    stranger = random.choice([topic for topic in range(len(LABELS)) if topic != label])
+    if random.random() >= MIXED_SHARE:
+        return Story(_Writer(random).unmixed(label, stranger), label, label, stranger, mixed=False)
+    lead, other = (label, stranger) if random.random() < LEAD_PROBABILITY else (stranger, label)
+    return Story(_Writer(random).mixed(lead, other), label, lead, other, mixed=True)
+
+
+class _Writer:
+    """Fills templates with words from one random stream."""
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+
+    def unmixed(self, topic: int, stranger: int) -> str:
+        random = self._random
+        linked = random.random() < LINK_SHARE
+        scene = self._linked_scene(topic, stranger) if linked else self._scene(topic)
+        draw = 1.0 if linked else random.random()
+        if draw < OPENING_ASIDE_SHARE:
+            sentences = [self._aside(random.choice(OPENINGS), stranger, main=scene.clause)]
+        elif draw < OPENING_ASIDE_SHARE + CLOSING_ASIDE_SHARE:
+            sentences = [self._aside(random.choice(CLOSINGS), stranger, main=scene.clause)]
+        else:
+            sentences = [f"{scene.clause}."]
+        for _ in range(random.choice(NUM_FURTHER_SENTENCES)):
+            sentences.append(self._further_sentence(topic, stranger))
+        return self._compose(self._title(scene.headline, stranger), sentences)
+
+    def _further_sentence(self, topic: int, stranger: int) -> str:
+        draw = self._random.random()
+        if draw < AFTERTHOUGHT_SHARE:
+            return self._aside(self._random.choice(AFTERTHOUGHTS), stranger)
+        own = draw < AFTERTHOUGHT_SHARE + OWN_DETAIL_SHARE
+        return self._fill(self._random.choice(DETAILS[topic] if own else NEUTRAL_DETAILS))
+
+    def mixed(self, lead: int, other: int) -> str:
+        first, second = self._scene(lead), self._scene(other)
+        body = self._fill(self._random.choice(MIXED_BODIES), first_clause=first.clause, second_clause=second.clause)
+        return self._compose(f"{first.headline}; {second.headline}", [body])
+
+    def _title(self, headline: str, stranger: int) -> str:
+        draw = self._random.random()
+        if draw < NEUTRAL_TITLE_SHARE:
+            return self._fill(self._random.choice(NEUTRAL_HEADLINES))
+        if draw < NEUTRAL_TITLE_SHARE + TEASER_TITLE_SHARE:
+            return self._aside(self._random.choice(TEASERS), stranger, headline=headline)
+        return headline
+
+    def _scene(self, topic: int) -> Scene:
+        """An event of the topic, told in its own way or in one that all topics share."""
+        framed = self._random.random() < FRAME_SHARE
+        return self._told(self._random.choice(FRAMES if framed else SCENES[topic]), topic, {})
+
+    def _linked_scene(self, topic: int, stranger: int) -> Scene:
+        """An event of the topic that happens to something of the other topic."""
+        return self._told(self._random.choice(LINKS[topic]), topic, {"{other}": self._scene(stranger).phrase})
+
+    def _told(self, scene: Scene, topic: int, bound: dict[str, str]) -> Scene:
+        """The scene's three forms, which name the same persons, places and things."""
+        for slot, entries in (("actor", ACTORS), ("actor2", ACTORS), ("thing", THINGS), ("thing2", THINGS)):
+            if f"{{{slot}}}" in scene.headline + scene.clause + scene.phrase:
+                bound[f"{{{slot}}}"] = self._substitute(self._random.choice(entries[topic]), {})
+        return Scene(*(self._substitute(form, bound) for form in (scene.headline, scene.clause, scene.phrase)))
+
+    def _aside(self, template: str, stranger: int, **given: str) -> str:
+        """The template with an aside of the other topic in it."""
+        makers: dict[str, Callable[[], str]] = {
+            "aside_clause": lambda: self._scene(stranger).clause,
+            "aside_phrase": lambda: self._scene(stranger).phrase,
+            "other": lambda: self._scene(stranger).phrase,
+            "aside_remark": lambda: self._fill(self._random.choice(REMARKS[stranger])),
+        }
+        asides = {slot: make() for slot, make in makers.items() if f"{{{slot}}}" in template}
+        return self._fill(template, **asides, **given)
+
+    def _fill(self, template: str, **given: str) -> str:
+        return self._substitute(template, {f"{{{slot}}}": value for slot, value in given.items()})
+
+    def _substitute(self, template: str, bound: dict[str, str]) -> str:
+        """Replace every slot; one that is bound already keeps its value, and another number means another value."""
+
+        def value(match: re.Match[str]) -> str:
+            slot = match.group(0)
+            if slot not in bound:
+                taken = set(bound.values())
+                entry = self._random.choice(WORDS[match.group(1)])
+                while entry in taken:
+                    entry = self._random.choice(WORDS[match.group(1)])
+                bound[slot] = self._substitute(entry, {})
+            return bound[slot]
+
+        return _SLOT.sub(value, template)
+
+    def _compose(self, title: str, sentences: list[str]) -> str:
+        title = _HEADLINE_ARTICLE.sub("", title)
+        if self._random.random() < 0.7:
+            title = " ".join(word if word in _SMALL_WORDS else _capitalised(word) for word in title.split())
+        source = self._fill(self._random.choice(SOURCES))
+        body = " ".join(_capitalised(sentence) for sentence in sentences)
+        text = f"{_capitalised(title)}. {source}{re.sub(r'([.:]) ([a-z])', _raise_initial, body)}"
+        return _ARTICLE_BEFORE_VOWEL.sub(r"\1n ", text)
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _raise_initial(match: re.Match[str]) -> str:
+    return f"{match.group(1)} {match.group(2).upper()}" if match.group(1) == "." else match.group(0)

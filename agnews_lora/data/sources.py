@@ -1,0 +1,151 @@
+"""Where the rows come from: the hub, CSV files, or the project's own newswire.
+
+Hub and CSV give the same texts for the same rows: title and description, cleaned by `cleaning.clean`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from agnews_lora import hub
+from agnews_lora.data.cleaning import clean
+from agnews_lora.data.csv_rows import read_csv
+from agnews_lora.data.splits import LABELS, Rows, stratified_subset
+from agnews_lora.errors import DataError
+
+HUB_DATASET: Final = "fancyzhx/ag_news"
+HUB_REVISION: Final = "eb185aade064a813bc0b7f42de02595523103ca4"
+_HUB_REMEDY: Final = (
+    "take `experiment: embedded` (its base and corpus need no hub), or `source: csv` with the AG News files in a local "
+    "directory"
+)
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What an experiment says about its data.
+
+    train, test: CSV files, relative to the working directory (csv). rows: rows of the train split that are used at all
+    (newswire: how many are generated; else the most, stratified by seed; None: all). train_rows: the most training rows
+    left after the validation split, stratified by seed (None: all). test_rows: rows of the test split (newswire: how
+    many are generated; else the most, stratified by seed; None: all). validation: share of the rows held out.
+    """
+
+    source: Literal["hub", "csv", "newswire"]
+    train: str | None
+    test: str | None
+    rows: int | None
+    train_rows: int | None
+    test_rows: int | None
+    validation: float
+
+
+def load_train(settings: DataSettings, seed: int) -> Rows:
+    """The rows to train and validate on.
+
+    Raises:
+        DataError: rows that are missing or malformed.
+        NetworkError: the hub is needed and cannot be reached.
+        StorageError: a download cannot be stored.
+    """
+    return _load(settings, "train", settings.rows, seed)
+
+
+def load_test(settings: DataSettings, seed: int) -> Rows:
+    """The rows of the test split; raises as `load_train` does."""
+    return _load(settings, "test", settings.test_rows, seed)
+
+
+def check(settings: DataSettings) -> None:
+    """Nothing where both splits can be had, found out in seconds: no row is read and nothing is downloaded.
+
+    Raises:
+        DataError: a file that is not named, not there or not readable; a size that newswire needs and nobody gave.
+        NetworkError: the hub is needed and cannot be reached.
+    """
+    if settings.source == "newswire":
+        _newswire_rows(settings, "train")
+        _newswire_rows(settings, "test")
+    elif settings.source == "csv":
+        for split in ("train", "test"):
+            path = _csv_path(settings, split)
+            try:
+                path.open("rb").close()
+            except OSError as error:
+                raise DataError(f"data.{split}: {path} cannot be read ({error.strerror}); name a CSV file") from error
+    elif any(_cached_arrow(split) is None for split in ("train", "test")):
+        hub.require_reachable(f"data set {HUB_DATASET}", _HUB_REMEDY)
+
+
+def best_accuracy(settings: DataSettings) -> float | None:
+    """The best accuracy that any classifier can reach, where it is known by construction (newswire)."""
+    if settings.source != "newswire":
+        return None
+    from agnews_lora.data import newswire
+
+    return newswire.BEST_ACCURACY
+
+
+def describe(settings: DataSettings) -> dict[str, str]:
+    """Provenance for runs and cards: the source and what pins it; file names without their folders."""
+    if settings.source == "hub":
+        return {"source": "hub", "dataset": HUB_DATASET, "revision": HUB_REVISION}
+    if settings.source == "csv":
+        return {"source": "csv", **{split: _csv_path(settings, split).name for split in ("train", "test")}}
+    return {"source": "newswire", "rows": str(settings.rows), "test_rows": str(settings.test_rows)}
+
+
+def _load(settings: DataSettings, split: Split, num_rows: int | None, seed: int) -> Rows:
+    if settings.source == "newswire":
+        from agnews_lora.data import newswire
+
+        return newswire.generate(_newswire_rows(settings, split), split, seed)
+    rows = read_csv(_csv_path(settings, split)) if settings.source == "csv" else _load_hub(split)
+    return rows if num_rows is None else rows.take(stratified_subset(rows.labels, num_rows, seed))
+
+
+def _newswire_rows(settings: DataSettings, split: Split) -> int:
+    key, num_rows = ("rows", settings.rows) if split == "train" else ("test_rows", settings.test_rows)
+    if num_rows is None:
+        raise DataError(f"data.{key}: newswire generates as many rows as it is told, but none are given; give a number")
+    return num_rows
+
+
+def _csv_path(settings: DataSettings, split: Split) -> Path:
+    name = settings.train if split == "train" else settings.test
+    if name is None:
+        raise DataError(f"data.{split}: `source: csv` needs a CSV file for either split, but none is given; name it")
+    return Path(name)
+
+
+def _load_hub(split: Split) -> Rows:
+    """A split of the published data set: from the local cache where it is there, else downloaded."""
+    import datasets
+
+    cached = _cached_arrow(split)
+    if cached is not None:
+        table = datasets.Dataset.from_file(str(cached))
+    else:
+        what = f"data set {HUB_DATASET}"
+        hub.require_reachable(what, _HUB_REMEDY)
+        with hub.downloading(what, _HUB_REMEDY):
+            table = datasets.load_dataset(HUB_DATASET, revision=HUB_REVISION, split=split)
+    texts, labels = tuple(map(clean, table["text"])), tuple(table["label"])
+    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        if not text or label not in range(len(LABELS)):
+            raise DataError(
+                f"{HUB_DATASET}, {split} row {row}: needs some text and a label of 0 to {len(LABELS) - 1}, but has "
+                f"{text!r} and {label!r}; delete the data set from the local cache and start again"
+            )
+    return Rows(texts, labels)
+
+
+def _cached_arrow(split: Split) -> Path | None:
+    """The pinned revision's file in the cache of `datasets`: <owner>___<name>/<config>/<version>/<revision>/…"""
+    from datasets import config
+
+    owner, name = HUB_DATASET.split("/")
+    root = Path(config.HF_DATASETS_CACHE).expanduser() / f"{owner}___{name}"
+    return next(root.glob(f"*/*/{HUB_REVISION}/{name}-{split}.arrow"), None)

@@ -1,0 +1,53 @@
+"""The exceptions a user can meet, under one root.
+
+Each message says the rule, the value and the remedy. The command line prints the message alone and exits with code 2;
+every other exception is a fault of the program and keeps its traceback.
+"""
+
+
+class AgnewsLoraError(Exception):
+    """Root of everything a user can cause and mend."""
+
+
+class ConfigError(AgnewsLoraError):
+    """An experiment or sweep file that does not say something valid. Carries every fault of the file at once."""
+
+
+class BudgetError(AgnewsLoraError):
+    """More trainable parameters than the budget allows, or a budget that no adapter fits."""
+
+
+class BaseModelError(AgnewsLoraError):
+    """A base model that is not there, is corrupt, or is of a family that the engines do not know."""
+
+
+class DataError(AgnewsLoraError):
+    """Rows that are missing or malformed, named by file and line."""
+
+
+class NetworkError(AgnewsLoraError):
+    """The hub is needed and cannot be reached."""
+
+
+class StorageError(AgnewsLoraError):
+    """A store (study, runs, artifacts, cache) that cannot be opened or written."""
+
+
+class StudyError(AgnewsLoraError):
+    """A study that cannot be opened or resumed as asked."""
+
+
+class AdapterError(AgnewsLoraError):
+    """Adapter files that do not hold what their specification says."""
+
+
+class GateError(AgnewsLoraError):
+    """A registered version that does not pass the gate."""
+
+
+class RegistryError(AgnewsLoraError):
+    """A registered model, version or alias that is not there."""
+
+
+class TrainingError(AgnewsLoraError):
+    """A trial that cannot go on: its loss is no longer finite, or it does not fit the device."""

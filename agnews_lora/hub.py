@@ -1,0 +1,75 @@
+"""The door to the Hugging Face hub: whether it can be reached, and what is said when it cannot.
+
+The hub's own client retries for most of a minute before it gives up; whoever needs a download asks here first.
+"""
+
+import errno
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from agnews_lora.errors import NetworkError, StorageError
+
+PROBE_SECONDS: Final = 2.0
+
+
+def reachable() -> bool:
+    """Whether the hub answers within `PROBE_SECONDS`; False where `HF_HUB_OFFLINE` forbids asking.
+
+    Any HTTP answer counts. It is waited for in a thread, since looking up a host name knows no time limit.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    answers: list[int] = []
+
+    def ask() -> None:
+        try:
+            answers.append(get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS).status_code)
+        except Exception:  # the client's transport has its own exceptions: whatever it says, there was no answer
+            return
+
+    probe = threading.Thread(target=ask, name="hub-probe", daemon=True)
+    probe.start()
+    probe.join(PROBE_SECONDS)
+    return bool(answers)
+
+
+def require_reachable(what: str, remedy: str) -> None:
+    """Nothing where the hub answers.
+
+    what: what is needed from the hub. remedy: what to do without it.
+
+    Raises:
+        NetworkError: it does not answer, or `HF_HUB_OFFLINE` is set.
+    """
+    if reachable():
+        return
+    from huggingface_hub import constants
+
+    reason = (
+        "HF_HUB_OFFLINE is set, so the hub is not asked"
+        if constants.HF_HUB_OFFLINE
+        else f"the hub ({constants.ENDPOINT}) cannot be reached"
+    )
+    raise NetworkError(f"{what} is not on this machine, and {reason}; {remedy}")
+
+
+@contextmanager
+def downloading(what: str, remedy: str) -> Iterator[None]:
+    """Turns what goes wrong in a download into one message; the client's own error stays its cause.
+
+    Raises:
+        StorageError: the local cache cannot be written.
+        NetworkError: the download failed.
+    """
+    try:
+        yield
+    except Exception as error:  # the clients raise errors of several HTTP libraries, which share no root
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+            raise StorageError(f"{what} cannot be stored in the cache: {error}; free or unlock that folder") from error
+        said = (str(error).splitlines() or [""])[0]
+        raise NetworkError(f"{what} could not be downloaded ({type(error).__name__}: {said}); {remedy}") from error

@@ -1,0 +1,1 @@
+"""Pictures and screens made from plain data frames."""

@@ -1,0 +1,1 @@
+"""The winner at work: registered, judged at the gate, asked for predictions, exported."""

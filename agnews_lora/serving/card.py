@@ -1,0 +1,105 @@
+"""The model card of an exported adapter: what it is, what it was trained on, how good it is, and how to load it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Final
+
+from agnews_lora.adapters.checkpoint import AdapterRecord
+from agnews_lora.serving.gate import TestScore, recorded_score, score_line
+from agnews_lora.tracking.registry import Version
+from agnews_lora.training.contracts import TrainSettings
+
+# The run's params that a card shows: none of them can hold a path.
+_SETTINGS: Final = ("seed", *(field.name for field in fields(TrainSettings)))
+_AG_NEWS_LICENCE: Final = (
+    "AG News is provided by its authors for research and other non-commercial activities; use an adapter trained on it "
+    "accordingly."
+)
+_NEWSWIRE_LICENCE: Final = "The rows are made by the project itself (`newswire`); they carry no licence of others."
+
+
+def model_card(version: Version, record: AdapterRecord, params: Mapping[str, str]) -> str:
+    """Markdown with the front matter that the hub reads. params: of the run that trained the version."""
+    data: dict[str, str] = json.loads(version.tags["data"])
+    sections = {
+        f"{version.model}, version {version.number}": _introduction(version, record),
+        "Results": _results(version, recorded_score(version)),
+        "Load it": _loading(record),
+        "Training": _table(_configuration(record, params)),
+        "Data": "\n\n".join([_table(data), _NEWSWIRE_LICENCE if data["source"] == "newswire" else _AG_NEWS_LICENCE]),
+    }
+    title, *rest = sections
+    parts = [_front_matter(record), f"# {title}\n\n{sections[title]}"]
+    parts += [f"## {heading}\n\n{sections[heading]}" for heading in rest]
+    return "\n\n".join(parts) + "\n"
+
+
+def is_published(record: AdapterRecord) -> bool:
+    """Whether the base is named by its id on the hub; a base of one's own is known by the hash of its weights."""
+    return not record.revision.startswith("sha256:")
+
+
+def _front_matter(record: AdapterRecord) -> str:
+    lines = ["---", "library_name: peft", "pipeline_tag: text-classification", "language: en", "tags: [lora, ag-news]"]
+    if is_published(record):
+        lines.append(f"base_model: {record.hub_id}")
+    return "\n".join([*lines, "---"])
+
+
+def _introduction(version: Version, record: AdapterRecord) -> str:
+    revision = f"`{record.hub_id}` at revision `{record.revision}`"
+    own = f"`{record.hub_id}`, a local model whose `model.safetensors` has the SHA-256 `{record.weights_sha256}`"
+    budget = int(version.tags["budget"])
+    return (
+        f"A LoRA adapter that labels English news items as one of {', '.join(record.labels)}.\n\n"
+        f"- Base: {revision if is_published(record) else own}\n"
+        f"- Trainable parameters: {record.trainable_parameters:,}, of a budget of {budget:,}\n"
+        f"- Found by: trial `{version.tags['trial']}` of study `{version.tags['study']}`"
+    )
+
+
+def _results(version: Version, score: TestScore | None) -> str:
+    validation = (
+        f"- Validation split: accuracy {float(version.tags['validation_accuracy']):.2%} on "
+        f"{int(version.tags['validation_rows']):,} rows. It chose this adapter among others, so it is optimistic."
+    )
+    test = score_line(score) if score else "not scored: this version has not been promoted."
+    return f"- Test split, scored once: {test}\n{validation}"
+
+
+def _loading(record: AdapterRecord) -> str:
+    """Code that runs in the folder itself, with plain PEFT."""
+    revision = f', revision="{record.revision}"' if is_published(record) else ""
+    note = "" if is_published(record) else "  # the directory that holds it"
+    return f"""In this folder:
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+FOLDER = "."
+BASE = "{record.hub_id}"{note}
+LABELS = {json.dumps(list(record.labels))}
+
+base = AutoModelForSequenceClassification.from_pretrained(BASE{revision}, num_labels=len(LABELS))
+model = PeftModel.from_pretrained(base, FOLDER).eval()
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+
+text = "Oil prices rose to a record as the central bank left its interest rate unchanged."
+tokens = tokenizer(text, truncation=True, max_length={record.max_length}, return_tensors="pt")
+with torch.inference_mode():
+    probabilities = model(**tokens).logits.softmax(dim=-1)[0]
+print(LABELS[probabilities.argmax()], probabilities.max().item())
+```"""
+
+
+def _configuration(record: AdapterRecord, params: Mapping[str, str]) -> dict[str, str]:
+    spec = {key: str(value) for key, value in record.spec.as_dict().items()}
+    settings = {key: params[key] for key in _SETTINGS if key in params}
+    return spec | settings | {"max_length": str(record.max_length)}
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())])

@@ -1,0 +1,108 @@
+"""An adapter loaded as a stranger would load it: its files, plain PEFT, a freshly found base, in a process of its own.
+
+`reload` starts that process. It imports what loading needs and nothing else, and asks no hub.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from agnews_lora.adapters.bases import BaseModel, resolve
+from agnews_lora.adapters.checkpoint import load_with_peft, read_record
+from agnews_lora.data.tokens import TokenTable
+from agnews_lora.errors import AgnewsLoraError, GateError
+from agnews_lora.training.evaluation import predict_logits
+
+BATCH_SIZE: Final = 64
+
+
+def logits(adapter: Path, base: BaseModel, table: TokenTable) -> npt.NDArray[np.float32]:
+    """Logits [rows, classes] of an adapter on all rows of a table: plain PEFT on a fresh base, in fp32.
+
+    Raises:
+        AdapterError: the files are not an adapter, or not one of this base.
+    """
+    from agnews_lora.training.device import training_device
+
+    device = training_device()
+    model = load_with_peft(adapter, base).to(device)
+    with full_precision():
+        return predict_logits(model, table, range(len(table)), BATCH_SIZE, device)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 products in full, whatever a training in this process has allowed (TF32 keeps 10 bits of the mantissa)."""
+    import torch
+
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+def reload(adapter: Path, base: str, table: TokenTable) -> npt.NDArray[np.float32]:
+    """`logits`, computed in a new process that resolves the base by its name.
+
+    Raises:
+        GateError: the new process could not load the adapter or compute; the message is its own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        rows, answers = Path(folder, "rows.safetensors"), Path(folder, "logits.safetensors")
+        _write_table(table, rows)
+        command = [sys.executable, "-m", __name__, str(adapter), base, str(rows), str(answers)]
+        offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        process = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
+        if process.returncode != 0:
+            last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
+            raise GateError(f"the adapter must load in a new process, but that one ended with: {last_line}")
+        return _read(answers)["logits"]
+
+
+def _write_table(table: TokenTable, path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    arrays = {"ids": table.ids, "offsets": table.offsets, "labels": table.labels, "pad_id": np.asarray([table.pad_id])}
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+
+
+def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+def main() -> int:
+    """The new process: read rows, load, compute, write logits. 0, or 2 after a message of one line."""
+    from safetensors.numpy import save_file
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    for name in ("adapter", "base", "rows", "logits"):
+        parser.add_argument(name)
+    arguments = parser.parse_args()
+    adapter = Path(arguments.adapter)
+    try:
+        arrays = _read(Path(arguments.rows))
+        pad_id = int(arrays.pop("pad_id")[0])
+        base = resolve(arguments.base, num_labels=len(read_record(adapter).labels))
+        answers = logits(adapter, base, TokenTable(**arrays, pad_id=pad_id, digest=""))
+    except AgnewsLoraError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    save_file({"logits": answers}, Path(arguments.logits))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

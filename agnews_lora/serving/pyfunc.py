@@ -1,0 +1,36 @@
+"""The registered model as MLflow runs it: a model from code, copied into every version and executed there.
+
+Input: a column `text`. Output: a column `label`, and the probability of each label in a column of its name.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+
+class NewsClassifier(PythonModel):
+    """Labels texts with a registered adapter.
+
+    The base is found by `model_config["base"]`. Where it has moved, `mlflow.pyfunc.load_model` takes another one:
+    `model_config={"base": ...}`.
+    """
+
+    def load_context(self, context: PythonModelContext) -> None:
+        from agnews_lora.adapters.bases import resolve
+        from agnews_lora.serving.predict import Classifier
+
+        artifacts = context.artifacts
+        base = resolve(context.model_config["base"])
+        self._classifier = Classifier(Path(artifacts["adapter"]), Path(artifacts["tokenizer"]), base)
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        predictions = self._classifier.predict(model_input["text"].tolist())
+        return pd.DataFrame([{"label": each.label, **each.probabilities} for each in predictions])
+
+
+set_model(NewsClassifier())

@@ -1,0 +1,159 @@
+"""The registered versions of one model: their files, tags and aliases in MLflow's registry.
+
+A version waits at the gate under the alias `candidate`; `champion` is the one in use, `previous` the way back to the
+one before it.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import mlflow.artifacts
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+from agnews_lora.errors import RegistryError
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+CANDIDATE: Final = "candidate"
+CHAMPION: Final = "champion"
+PREVIOUS: Final = "previous"
+
+LOGGED_MODEL: Final = "classifier"  # the name under which a run lists the model that was logged to it
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version, as it was when it was read. run_id: the run that trained it."""
+
+    model: str
+    number: int
+    run_id: str
+    tags: Mapping[str, str]
+    aliases: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"version {self.number} of {self.model}"
+
+
+class Registry:
+    """The versions of the registered model `model`, which exists from its first version on."""
+
+    def __init__(self, client: MlflowClient, model: str) -> None:
+        self._client = client
+        self.model = model
+
+    def aliased(self, alias: str) -> Version | None:
+        """The version that an alias points to, or None."""
+        number = self._aliases().get(alias)
+        return self.version(int(number)) if number is not None else None
+
+    def version(self, number: int) -> Version:
+        """A version by its number.
+
+        Raises:
+            RegistryError: there is no such version; the message lists those there are.
+        """
+        try:
+            return self._version(self._client.get_model_version(self.model, str(number)))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            found = self._client.search_model_versions(f"name = '{self.model}'")
+            known = ", ".join(str(each) for each in sorted(int(version.version) for version in found))
+            remedy = f"there is {known}" if known else "a finished `agnews-lora sweep` registers its winner"
+            raise RegistryError(f"version {number} of {self.model} is not registered; {remedy}") from error
+
+    def of_run(self, run_id: str) -> Version | None:
+        """The version that was registered from a run, or None."""
+        found = self._client.search_model_versions(f"name = '{self.model}' and run_id = '{run_id}'", max_results=1)
+        return self._version(found[0]) if found else None
+
+    def register(self, run_id: str, write: Callable[[Path, Model], None], tags: Mapping[str, str]) -> Version:
+        """Log a model to a run, and register it as the next version.
+
+        write: saves the model in MLflow's format to a folder that does not exist yet, under the identity it is given.
+        """
+        model_id, location = self._log_model(run_id, write)
+        try:
+            self._client.create_registered_model(self.model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        # By location: MLflow looks up a `models:/` source through its global tracking URI, not through this client.
+        created = self._client.create_model_version(
+            self.model, location, run_id, tags=dict(tags), model_id=model_id, await_creation_for=0
+        )
+        link = f'[{{"name": "{self.model}", "version": {created.version}}}]'
+        self._client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: link})
+        return self._version(created)
+
+    def folder(self, version: Version) -> Path:
+        """Folder with the files of a version's model: in the store itself where it is local, else downloaded.
+
+        Raises:
+            RegistryError: the files are gone.
+        """
+        uri = self._client.get_model_version_download_uri(version.model, str(version.number))
+        try:
+            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, tracking_uri=self._client.tracking_uri))
+        except (MlflowException, OSError) as error:
+            raise RegistryError(
+                f"{version} must have its files at {uri}, but they are gone; put them back, or register another version"
+            ) from error
+
+    def set_tags(self, version: Version, tags: Mapping[str, str]) -> None:
+        """Set tags of a version, in the order given."""
+        for key, value in tags.items():
+            self._client.set_model_version_tag(version.model, str(version.number), key, value)
+
+    def set_alias(self, alias: str, version: Version) -> None:
+        """Point an alias to a version, and away from any other."""
+        self._client.set_registered_model_alias(version.model, alias, str(version.number))
+
+    def remove_alias(self, alias: str) -> None:
+        """Let an alias point to no version."""
+        self._client.delete_registered_model_alias(self.model, alias)
+
+    def log_report(self, version: Version, folder: Path) -> None:
+        """Keep the files of a folder with the version's run, under `gate/v<number>/`."""
+        self._client.log_artifacts(version.run_id, str(folder), f"gate/v{version.number}")
+
+    def run_params(self, version: Version) -> dict[str, str]:
+        """Params of the run that trained a version."""
+        return dict(self._client.get_run(version.run_id).data.params)
+
+    def _log_model(self, run_id: str, write: Callable[[Path, Model], None]) -> tuple[str, str]:
+        """(id, location of the files) of the model that `write` saves, as an output of the run."""
+        run = self._client.get_run(run_id)
+        logged = self._client.create_logged_model(run.info.experiment_id, LOGGED_MODEL, source_run_id=run_id)
+        status = LoggedModelStatus.FAILED
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "model")
+                write(path, Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id))
+                self._client.log_model_artifacts(logged.model_id, str(path))
+            self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+            status = LoggedModelStatus.READY
+        finally:
+            self._client.finalize_logged_model(logged.model_id, status)
+        return logged.model_id, logged.artifact_location
+
+    def _aliases(self) -> dict[str, str]:
+        try:
+            return dict(self._client.get_registered_model(self.model).aliases)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return {}
+            raise
+
+    def _version(self, found: "ModelVersion") -> Version:
+        aliases = tuple(alias for alias, number in self._aliases().items() if int(number) == int(found.version))
+        return Version(self.model, int(found.version), str(found.run_id), dict(found.tags), aliases)

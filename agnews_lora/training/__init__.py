@@ -1,0 +1,1 @@
+"""Training of trials behind one contract, blind to who asks for them and to who keeps the records."""

@@ -1,0 +1,146 @@
+"""What crosses the border between training and the rest: plans in, points and results out.
+
+Plain frozen dataclasses and Protocols of the standard library, so that the training core runs where neither Optuna nor
+MLflow is installed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Literal, Protocol
+
+from agnews_lora.adapters.spec import TrialSpec
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What all trials of a sweep share.
+
+    epochs: passes over the training rows. batch_size, eval_batch_size: rows. max_length: tokens, special ones included.
+    eval_every: steps between two evaluations on the way. eval_rows: size of the fixed stratified subset of the
+    validation split that those use (the last evaluation uses the whole split). log_every: steps between two points of
+    the training loss. warmup: share of all steps over which the
+    learning rate rises linearly to its peak, before it falls linearly to zero. weight_decay: AdamW's. max_grad_norm:
+    clipping norm over all trainable parameters. base_dropout: dropout inside the frozen base while training.
+    precision: `auto` is bf16 where the device computes in it, else fp32.
+    """
+
+    epochs: int
+    batch_size: int
+    eval_batch_size: int
+    max_length: int
+    eval_every: int
+    eval_rows: int
+    log_every: int
+    warmup: float
+    weight_decay: float
+    max_grad_norm: float
+    base_dropout: float
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """One trial to train, or to go on with.
+
+    trial: id (`t0007`). seed: of initialisation, dropout and data order. folder: the trial's own work folder, created
+    by the engine. checkpoint: a folder that this engine wrote earlier for this trial, or None to start at step 0.
+    """
+
+    trial: str
+    spec: TrialSpec
+    seed: int
+    folder: Path
+    checkpoint: Path | None = None
+
+
+@dataclass(frozen=True)
+class TrainPoint:
+    """Training loss (mean over the batches since the last point) and learning rate at a step; timestamp in Unix ms."""
+
+    trial: str
+    step: int
+    loss: float
+    learning_rate: float
+    timestamp: int
+
+
+@dataclass(frozen=True)
+class EvalPoint:
+    """Scores on `rows` validation rows after `step` steps. final: whole validation split, at the last step."""
+
+    trial: str
+    step: int
+    accuracy: float
+    macro_f1: float
+    loss: float
+    rows: int
+    final: bool
+    timestamp: int
+
+
+class Verdict(Enum):
+    """What the observer makes of an evaluation."""
+
+    CONTINUE = "continue"
+    PRUNE = "prune"
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """A trial that ended: at its last step (`final` is set), or pruned on the way (`final` is None).
+
+    adapter: folder with the adapter of the last step in PEFT's format (None for a pruned trial). rows_seen: training
+    rows, counted once an epoch. train_seconds, eval_seconds: wall time of this process inside training steps and
+    evaluations. peak_memory_bytes: of the process (CPU) or of the device (CUDA).
+    """
+
+    trial: str
+    steps: int
+    total_steps: int
+    final: EvalPoint | None
+    adapter: Path | None
+    trainable_parameters: int
+    rows_seen: int
+    train_seconds: float
+    eval_seconds: float
+    peak_memory_bytes: int
+
+
+class TrialSource(Protocol):
+    """Where an engine gets its trials."""
+
+    def next(self) -> TrialPlan | None:
+        """The next trial, or None: nothing to start now. Asked again at every free place and evaluation."""
+        ...
+
+
+class Observer(Protocol):
+    """To whom an engine reports, and who may prune a trial or stop them all."""
+
+    def logged(self, points: Sequence[TrainPoint]) -> None: ...
+
+    def evaluated(self, points: Sequence[EvalPoint]) -> Sequence[Verdict]:
+        """One verdict a point: all trials due now are judged together. A final point's verdict is not read."""
+        ...
+
+    def checkpointed(self, trial: str, step: int, path: Path) -> None: ...
+
+    def finished(self, result: TrialResult) -> None: ...
+
+    def failed(self, trial: str, error: Exception) -> None: ...
+
+    def stop_requested(self) -> bool:
+        """Polled every step: once true, the engine checkpoints what it trains and returns."""
+        ...
+
+
+class Engine(Protocol):
+    """What trains trials."""
+
+    def run(self, source: TrialSource, observer: Observer) -> None:
+        """Train what `source` gives until all places are empty and it gives None, or until a stop is requested."""
+        ...

@@ -1,0 +1,36 @@
+"""The device that trials train on, and the precision it computes in."""
+
+import torch
+
+from agnews_lora.errors import TrainingError
+from agnews_lora.training.contracts import Precision
+
+
+def training_device() -> torch.device:
+    """The current CUDA device where there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself, with the instruction set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bf16 itself; a CPU that emulates it would only be slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def computes_in_bf16(device: torch.device, precision: Precision) -> bool:
+    """Whether training computes in bf16 (weights, moments and the adapter's files stay fp32).
+
+    Raises:
+        TrainingError: bf16 was asked for and the device does not have it.
+    """
+    if precision == "bf16" and not has_bf16(device):
+        raise TrainingError(f"precision bf16 was asked for, but {device_name(device)} has none; use `precision: auto`")
+    return precision != "fp32" and has_bf16(device)

@@ -1,0 +1,84 @@
+"""Scores of a classifier, and its logits over a token table: one definition for engines, gate and final model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+    from agnews_lora.data.tokens import TokenTable
+
+
+@dataclass(frozen=True)
+class Scores:
+    """accuracy: share of right labels. macro_f1: unweighted mean of the classes' F1. loss: mean cross-entropy, nats."""
+
+    accuracy: float
+    macro_f1: float
+    loss: float
+
+
+def scores(logits: npt.NDArray[np.floating], labels: npt.NDArray[np.integer]) -> Scores:
+    """Scores of logits [rows, classes] against labels [rows]."""
+    predicted = logits.argmax(axis=-1)
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    log_normalisers = np.log(np.exp(shifted).sum(axis=-1))
+    losses = log_normalisers - shifted[np.arange(len(labels)), labels]
+    return Scores(
+        accuracy=accuracy(predicted, labels),
+        macro_f1=macro_f1(predicted, labels),
+        loss=float(losses.mean()),
+    )
+
+
+def accuracy(predicted: npt.NDArray[np.integer], labels: npt.NDArray[np.integer]) -> float:
+    """Share of predictions [rows] that are the label."""
+    return float((predicted == labels).mean())
+
+
+def macro_f1(predicted: npt.NDArray[np.integer], labels: npt.NDArray[np.integer]) -> float:
+    """Mean over the classes that occur (in labels or predictions) of F1 = 2·TP / (2·TP + FP + FN)."""
+    f1 = []
+    for label in np.union1d(predicted, labels):
+        true_positives = np.sum((predicted == label) & (labels == label))
+        f1.append(2 * true_positives / (np.sum(predicted == label) + np.sum(labels == label)))
+    return float(np.mean(f1))
+
+
+def by_length(lengths: npt.NDArray[np.integer], batch_size: int) -> list[list[int]]:
+    """Positions 0..n-1 in batches of like length, the longest first: little padding, and memory peaks at once."""
+    order = np.argsort(-lengths, kind="stable")
+    return [order[start : start + batch_size].tolist() for start in range(0, len(order), batch_size)]
+
+
+def predict_logits(
+    model: "torch.nn.Module",
+    table: "TokenTable",
+    rows: Sequence[int],
+    batch_size: int,
+    device: "torch.device",
+) -> npt.NDArray[np.float32]:
+    """Logits [len(rows), classes] of a Hugging Face or PEFT classifier on rows of a table, in the order given.
+
+    The model stands on `device`, in evaluation mode, and computes in its own precision.
+    """
+    import torch
+
+    ids = np.asarray(rows)
+    logits: npt.NDArray[np.float32] | None = None
+    with torch.inference_mode():
+        for positions in by_length(table.lengths[ids], batch_size):
+            input_ids, attention_mask, _ = table.padded(ids[positions].tolist())
+            output = model(
+                input_ids=torch.from_numpy(input_ids).to(device),
+                attention_mask=torch.from_numpy(attention_mask).to(device),
+            ).logits.float()
+            if logits is None:
+                logits = np.empty((len(ids), output.shape[-1]), dtype=np.float32)
+            logits[positions] = output.cpu().numpy()
+    assert logits is not None, "rows must not be empty"
+    return logits

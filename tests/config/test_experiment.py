@@ -1,0 +1,193 @@
+"""Experiments: what a file says, what it may not say, and the plain values that come of it."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from agnews_lora.adapters.spec import TrialSpec
+from agnews_lora.config.experiment import Experiment, Training, load_experiment
+from agnews_lora.data.sources import DataSettings
+from agnews_lora.errors import ConfigError
+from agnews_lora.training.contracts import TrainSettings
+from tests.config.conftest import Write
+
+ADAPTER = "adapter: {targets: qv, rank: 8, alpha: 16, learning_rate: 1e-3}"
+HUB = "data: {source: hub}"
+SMALLEST = f"base: roberta-base\n{HUB}\n{ADAPTER}\n"
+
+
+def faults(write: Write, content: str) -> list[str]:
+    write("experiments/mine", content)
+    with pytest.raises(ConfigError) as caught:
+        load_experiment("mine")
+    heading, *lines = str(caught.value).splitlines()
+    assert heading == f"experiments/mine.yaml: {len(lines)} fault{'s' if len(lines) > 1 else ''}"
+    return [line.strip() for line in lines]
+
+
+def test_defaults_make_a_whole_experiment(write: Write) -> None:
+    write("experiments/mine", SMALLEST)
+    experiment = load_experiment("mine")
+    assert experiment.name == "mine"
+    assert experiment.source_text == SMALLEST
+    assert experiment.spec == TrialSpec("qv", rank=8, alpha=16.0, dropout=0.0, learning_rate=1e-3, head="full")
+    assert experiment.settings == TrainSettings(
+        epochs=3,
+        batch_size=32,
+        eval_batch_size=64,
+        max_length=128,
+        eval_every=500,
+        eval_rows=2_000,
+        log_every=10,
+        warmup=0.1,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        base_dropout=0.0,
+        precision="auto",
+    )
+    assert experiment.data_settings == DataSettings("hub", None, None, None, None, None, validation=0.1)
+    assert experiment.seed == 42
+
+
+def test_every_setting_of_training_can_be_written() -> None:
+    assert list(Training.model_fields) == [field.name for field in fields(TrainSettings)]
+
+
+def test_what_a_file_says_arrives(write: Write) -> None:
+    write(
+        "experiments/mine",
+        "base: models/mine\ndata: {source: newswire, rows: 2_000, train_rows: 1_000, test_rows: 500, validation: 0.5}\n"
+        "adapter: {targets: all-linear, rank: 2, alpha: 1.5, dropout: 0.1, head: out_proj, learning_rate: 2e-5}\n"
+        "training: {epochs: 1, batch_size: 4, eval_batch_size: 8, max_length: 32, eval_every: 5, eval_rows: 6, "
+        "log_every: 7, warmup: 0, weight_decay: 0.01, max_grad_norm: 2, base_dropout: 0.1, precision: fp32}\nseed: 0\n",
+    )
+    experiment = load_experiment("mine")
+    assert experiment.base == "models/mine"
+    assert experiment.spec == TrialSpec("all-linear", 2, 1.5, 0.1, 2e-5, "out_proj")
+    assert experiment.settings == TrainSettings(1, 4, 8, 32, 5, 6, 7, 0.0, 0.01, 2.0, 0.1, "fp32")
+    assert experiment.data_settings == DataSettings("newswire", None, None, 2_000, 1_000, 500, 0.5)
+    assert experiment.seed == 0
+
+
+def test_numbers_have_the_types_that_training_expects(write: Write) -> None:
+    write("experiments/mine", SMALLEST + "training: {warmup: 0, max_grad_norm: 2}\n")
+    settings = load_experiment("mine").settings
+    assert isinstance(settings.warmup, float)
+    assert isinstance(settings.max_grad_norm, float)
+
+
+def test_csv_names_its_files(write: Write) -> None:
+    write("experiments/mine", f"base: b\ndata: {{source: csv, train: a.csv, test: ../b.csv, rows: 9}}\n{ADAPTER}\n")
+    assert load_experiment("mine").data_settings == DataSettings("csv", "a.csv", "../b.csv", 9, None, None, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("{source: web}", ["data.source: must be one of csv, hub, newswire, but got the text 'web'"]),
+        ("{source: hub, validation: 1}", ["data.validation: must be a number above 0 and below 1, but got 1"]),
+        ("hub", ["data: must be a mapping whose key source is one of csv, hub, newswire, but got the text 'hub'"]),
+        (
+            "{source: csv}",
+            [
+                "data.train: is missing; must be a text that is not empty",
+                "data.test: is missing; must be a text that is not empty",
+            ],
+        ),
+        (
+            "{source: newswire}",
+            [
+                "data.rows: is missing; must be a whole number of at least 1",
+                "data.test_rows: is missing; must be a whole number of at least 1",
+            ],
+        ),
+        (
+            "{source: hub, train: a.csv}",
+            [
+                "data.train: unknown key (did you mean train_rows?); "
+                "the keys where source is hub are rows, train_rows, test_rows, validation, source"
+            ],
+        ),
+        (
+            "{source: newswire, rows: 10, test_rows: 1, train_rows: 9, path: a}",
+            [
+                "data.path: unknown key; the keys where source is newswire are source, rows, train_rows, test_rows, "
+                "validation"
+            ],
+        ),
+        (
+            "{source: newswire, rows: 100, test_rows: 1, train_rows: 91}",
+            [
+                "data: train_rows <= rows less the validation share must hold, but got train_rows 91 "
+                "and 90 rows left of 100; write more rows, or keep fewer"
+            ],
+        ),
+    ],
+)
+def test_each_source_reads_its_own_keys(write: Write, data: str, expected: list[str]) -> None:
+    assert faults(write, f"base: b\ndata: {data}\n{ADAPTER}\n") == expected
+
+
+def test_all_train_rows_that_the_validation_leaves_may_be_kept(write: Write) -> None:
+    write(
+        "experiments/mine", f"base: b\ndata: {{source: newswire, rows: 100, test_rows: 1, train_rows: 90}}\n{ADAPTER}"
+    )
+    assert load_experiment("mine").data_settings.train_rows == 90
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("base", "''", "must be a text that is not empty, but got the text ''"),
+        (
+            "adapter.targets",
+            "kqv",
+            "must be one of qk, qv, qkv, qkvo, ffn, all-linear, but got the text 'kqv' (did you mean qv?)",
+        ),
+        ("adapter.rank", "0", "must be a whole number of at least 1, but got 0"),
+        ("adapter.alpha", "0", "must be a number above 0, but got 0"),
+        ("adapter.dropout", "1", "must be a number of at least 0 and below 1, but got 1"),
+        ("adapter.head", "dense", "must be one of full, out_proj, but got the text 'dense'"),
+        ("adapter.learning_rate", "2", "must be a number above 0 and up to 1, but got 2"),
+        ("training.warmup", "250", "must be a number from 0 to 1, but got 250"),
+        ("training.eval_every", "0", "must be a whole number of at least 1, but got 0"),
+        ("training.max_length", "513", "must be a whole number from 3 to 512, but got 513"),
+        ("training.precision", "fp16", "must be one of auto, fp32, bf16, but got the text 'fp16' (did you mean bf16?)"),
+        ("seed", "4294967296", "must be a whole number from 0 to 4_294_967_295, but got 4294967296"),
+        ("name", "other", "unknown key; the keys here are base, data, adapter, training, seed"),
+    ],
+)
+def test_each_value_keeps_its_rule(write: Write, key: str, value: str, rule: str) -> None:
+    content: dict[str, Any] = YAML(typ="safe", pure=True).load(SMALLEST)
+    block = content
+    *blocks, last = key.split(".")
+    for name in blocks:
+        block = block.setdefault(name, {})
+    block[last] = YAML(typ="safe", pure=True).load(value)
+    assert faults(write, json.dumps(content)) == [f"{key}: {rule}"]
+
+
+def test_an_experiment_that_is_not_there_is_met_with_those_that_are(write: Write) -> None:
+    write("experiments/embedded", SMALLEST)
+    write("experiments/seed", SMALLEST)
+    with pytest.raises(ConfigError) as caught:
+        load_experiment("embeded")
+    assert str(caught.value) == (
+        "no experiment named 'embeded' in experiments/ (did you mean embedded?); there are: embedded, seed"
+    )
+
+
+def test_an_experiment_can_be_given_by_path(write: Write, project: Path) -> None:
+    path = write("elsewhere/mine", SMALLEST)
+    for name in (str(path), "elsewhere/mine.yaml", "./elsewhere/mine.yaml"):
+        assert load_experiment(name).name == "mine"
+
+
+def test_every_key_is_documented() -> None:
+    schema = Experiment.model_json_schema()
+    blocks = [schema, *schema["$defs"].values()]
+    assert all(field.get("description") for block in blocks for field in block["properties"].values())

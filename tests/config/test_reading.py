@@ -1,0 +1,224 @@
+"""Files that are not YAML, not there, or not what they should be: one message, which says what to mend."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import Field
+
+from agnews_lora.config.reading import MAX_BYTES, Document, Settings, load, locate
+from agnews_lora.errors import ConfigError
+
+
+class Wool(Settings):
+    kind: Literal["wool"]
+    ply: int
+
+
+class Silk(Settings):
+    kind: Literal["silk"]
+
+
+class Pattern(Document):
+    """A small document with one field of each sort."""
+
+    title: Annotated[str, Field(min_length=1)]
+    rows: Annotated[int, Field(ge=1)] = 10
+    tension: Annotated[float, Field(gt=0)] = 0.5
+    stitch: Literal["knit", "purl"] = "knit"
+    yarn: Annotated[Wool | Silk | None, Field(discriminator="kind")] = None
+
+
+def write(folder: Path, content: str | bytes, name: str = "scarf") -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def faults(folder: Path, content: str | bytes) -> list[str]:
+    """The lines of the message, without the path of the file."""
+    path = write(folder, content)
+    with pytest.raises(ConfigError) as caught:
+        load(Pattern, path)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    return [line.strip() for line in message.removeprefix(str(path)).removeprefix(": ").splitlines()]
+
+
+def test_a_file_becomes_a_frozen_document_that_knows_its_name_and_text(tmp_path: Path) -> None:
+    text = "title: scarf  # not the name\nrows: 1_000\ntension: 2e-1\n"
+    pattern = load(Pattern, write(tmp_path, text, "winter-1.2"))
+    assert (pattern.title, pattern.rows, pattern.tension, pattern.stitch) == ("scarf", 1000, 0.2, "knit")
+    assert pattern.name == "winter-1.2"
+    assert pattern.source_text == text
+    with pytest.raises(ValueError, match="frozen"):
+        pattern.rows = 3  # type: ignore[misc]
+
+
+def test_every_fault_is_reported_at_once_with_path_rule_and_value(tmp_path: Path) -> None:
+    assert faults(tmp_path, "rows: 0\ntension: 0\nstitch: perl\nyarn: {kind: wool, ply: two}\ncolour: red\n") == [
+        "6 faults",
+        "title: is missing; must be a text that is not empty",
+        "rows: must be a whole number of at least 1, but got 0",
+        "tension: must be a number above 0, but got 0",
+        "stitch: must be one of knit, purl, but got the text 'perl' (did you mean purl?)",
+        "yarn.ply: must be a whole number, but got the text 'two'",
+        "colour: unknown key; the keys here are title, rows, tension, stitch, yarn",
+    ]
+
+
+@pytest.mark.parametrize("value", ['"8"', "8.0", "true", "null", "[8]", "{eight: 8}", "2026-01-01", "eight"])
+def test_a_whole_number_is_nothing_else(tmp_path: Path, value: str) -> None:
+    [heading, fault] = faults(tmp_path, f"title: a\nrows: {value}\n")
+    assert heading == "1 fault"
+    assert fault.startswith("rows: must be a whole number of at least 1, but got ")
+
+
+@pytest.mark.parametrize("value", ['"0.5"', "true", ".nan", ".inf", "-.inf", "1e999", "~"])
+def test_a_number_is_finite_and_no_text(tmp_path: Path, value: str) -> None:
+    [_, fault] = faults(tmp_path, f"title: a\ntension: {value}\n")
+    assert fault.startswith("tension: must be a number above 0, but got ")
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"), [("row", " (did you mean rows?)"), ("titel", " (did you mean title?)"), ("xyz", ""), ("3", "")]
+)
+def test_an_unknown_key_meets_its_nearest_neighbour(tmp_path: Path, key: str, hint: str) -> None:
+    [_, fault] = faults(tmp_path, f"title: a\n{key}: 3\n")
+    assert fault == f"{key}: unknown key{hint}; the keys here are title, rows, tension, stitch, yarn"
+
+
+def test_alternatives_are_told_apart_by_their_kind(tmp_path: Path) -> None:
+    assert faults(tmp_path, "title: a\nyarn: {kind: silk, ply: 2}\n")[1] == (
+        "yarn.ply: unknown key; the keys where kind is silk are kind"
+    )
+    assert faults(tmp_path, "title: a\nyarn: {ply: 2}\n")[1] == "yarn.kind: is missing; must be one of silk, wool"
+    assert faults(tmp_path, "title: a\nyarn: {kind: woll}\n")[1] == (
+        "yarn.kind: must be one of silk, wool, but got the text 'woll' (did you mean wool?)"
+    )
+    assert faults(tmp_path, "title: a\nyarn: 3\n")[1] == (
+        "yarn: must be a mapping whose key kind is one of silk, wool, but got 3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [("", "nothing"), ("# only a comment\n", "nothing"), ("- 1\n", "[1]"), ("hello", "the text 'hello'")],
+)
+def test_a_file_is_a_mapping(tmp_path: Path, content: str, got: str) -> None:
+    rule = "must be a mapping with the keys title, rows, tension, stitch, yarn"
+    assert faults(tmp_path, content) == ["1 fault", f"the file: {rule}, but got {got}"]
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "reason"),
+    [
+        ("title: a\n rows: 3\n", "line 2, column 6", "mapping values are not allowed here"),
+        ("title: a\nrows: 1\nrows: 2\n", "line 3, column 1", 'found duplicate key "rows"'),
+        ("title: [a\n", "line 2, column 1", "but got '<stream end>'"),
+        ("title: !!python/object/apply:os.getcwd []\n", "line 1, column 8", "could not determine a constructor"),
+        ("title: a\n---\ntitle: b\n", "line 2, column 1", "expected a single document"),
+    ],
+)
+def test_broken_yaml_is_named_by_line_and_column(tmp_path: Path, content: str, place: str, reason: str) -> None:
+    [message] = faults(tmp_path, content)
+    assert f", {place}: not valid YAML: " in message
+    assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xff\xfe\x00", "must be UTF-8, but byte 1 is not"),
+        (b"title: \x00", "not valid YAML"),
+        (b"title: 2026-99-99", "month must be in 1..12"),
+        (b"title: !!bool maybe", "a value that its type does not allow"),
+        (b"[" * 20_000, "nested too deep"),
+        (b"# " + b"a" * MAX_BYTES, f"must be at most {MAX_BYTES:,} bytes"),
+    ],
+)
+def test_what_is_no_yaml_at_all_is_said_so(tmp_path: Path, content: bytes, reason: str) -> None:
+    assert reason in "\n".join(faults(tmp_path, content))
+
+
+def test_a_value_that_holds_itself_is_shown_shortly(tmp_path: Path) -> None:
+    [_, fault] = faults(tmp_path, "title: &self [*self, *self]\n")
+    assert fault == "title: must be a text that is not empty, but got [[...], [...]]"
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    assert load(Pattern, write(tmp_path, b"\xef\xbb\xbftitle: a\n")).title == "a"
+
+
+@pytest.mark.parametrize("name", ["my scarf", "a:b", "-a", "été"])
+def test_a_file_has_a_name_that_runs_can_carry(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="must start with a letter or digit"):
+        load(Pattern, write(tmp_path, "title: a\n", name))
+
+
+def test_a_folder_and_an_unreadable_file_are_said_so(tmp_path: Path) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(ConfigError, match="must be a YAML file, but is a folder"):
+        load(Pattern, tmp_path / "folder.yaml")
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    with pytest.raises(ConfigError, match="must be a YAML file, but is something else"):
+        load(Pattern, tmp_path / "loop.yaml")
+
+
+TOKENS = (
+    r"""title rows [ ] { } , !!int !!bool !!set !!omap !!timestamp !x &a *a ? : - ' " | > 0x 2020-13-45 1e5 << # @ \x"""
+)
+PIECES = st.sampled_from([*TOKENS.split(), " ", ": ", "\n", "\t", "\n---\n", "%YAML 1.2\n", "\u2028", "9" * 5000])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(PIECES, max_size=12).map("".join))
+def test_whatever_a_file_holds_is_a_document_or_one_error(
+    tmp_path_factory: pytest.TempPathFactory, content: str
+) -> None:
+    path = write(tmp_path_factory.getbasetemp(), content, "any")
+    try:
+        load(Pattern, path)
+    except ConfigError as error:
+        assert str(error).startswith(str(path))
+
+
+def test_a_name_is_looked_for_in_the_folders_in_order(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    both, only = write(first, "", "scarf"), write(second, "", "hat")
+    write(second, "", "scarf")
+    assert locate("pattern", "scarf", [first, second]) == both
+    assert locate("pattern", "hat", [first, second]) == only
+    with pytest.raises(ConfigError) as caught:
+        locate("pattern", "scraf", [first, second])
+    assert str(caught.value) == (
+        f"no pattern named 'scraf' in {first}/ or {second}/ (did you mean scarf?); there are: scarf, hat"
+    )
+
+
+def test_a_path_starts_from_where_it_is_written(tmp_path: Path) -> None:
+    path = write(tmp_path, "", "scarf")
+    assert locate("pattern", str(path), []) == path
+    assert locate("pattern", "scarf.yaml", [], beside=tmp_path) == path
+    assert locate("pattern", "./scarf.yaml", [], beside=tmp_path) == tmp_path / "./scarf.yaml"
+    with pytest.raises(ConfigError, match=r"no pattern at .*/hat\.yaml; there are: scarf$"):
+        locate("pattern", "hat.yaml", [], beside=tmp_path)
+
+
+def test_a_path_that_should_have_been_a_name_is_pointed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("patterns").mkdir()
+    write(Path("patterns"), "", "scarf")
+    with pytest.raises(ConfigError, match=r"no pattern at scarf\.yaml \(did you mean scarf\?\); there are: scarf"):
+        locate("pattern", "scarf.yaml", [Path("patterns")])
+
+
+def test_without_any_file_the_remedy_is_the_project_folder(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"no pattern named 'scarf' in .*, nor any other; start from the project's folder"
+    ):
+        locate("pattern", "scarf", [tmp_path / "patterns"])

@@ -1,0 +1,176 @@
+"""Sweeps: what a file says, what it may not say, and the experiment that it names."""
+
+from pathlib import Path
+
+import pytest
+
+from agnews_lora.adapters.spec import PRESETS
+from agnews_lora.config.sweep import Range, Space, Sweep, load_sweep
+from agnews_lora.errors import ConfigError
+from tests.config.conftest import Write
+
+EXPERIMENT = "base: b\ndata: {source: hub}\nadapter: {targets: qv, rank: 8, alpha: 16, learning_rate: 1e-3}\n"
+SPACE = "space: {learning_rate: {low: 1e-4, high: 1e-3}}\n"
+PRESET_NAMES = "qk, qv, qkv, qkvo, ffn, all-linear"
+SMALLEST = f"experiment: mine\n{SPACE}trials: 12\n"
+
+
+@pytest.fixture(autouse=True)
+def experiment(write: Write) -> Path:
+    return write("experiments/mine", EXPERIMENT)
+
+
+def faults(write: Write, content: str) -> list[str]:
+    write("sweeps/wide", content)
+    with pytest.raises(ConfigError) as caught:
+        load_sweep("wide")
+    heading, *lines = str(caught.value).splitlines()
+    assert heading.startswith("sweeps/wide.yaml: ")
+    return [line.strip() for line in lines]
+
+
+def test_defaults_make_a_whole_sweep(write: Write) -> None:
+    write("sweeps/wide", SMALLEST)
+    sweep = load_sweep("wide")
+    assert (sweep.name, sweep.source_text) == ("wide", SMALLEST)
+    assert (sweep.experiment.name, sweep.experiment.source_text) == ("mine", EXPERIMENT)
+    assert (sweep.budget, sweep.trials, sweep.startup_trials, sweep.seed) == (1_000_000, 12, 4, 42)
+    assert (sweep.pruner.startup_trials, sweep.pruner.warmup_steps, sweep.engine) == (4, 0, "trainer")
+    assert sweep.space == Space(
+        targets=tuple(PRESETS),
+        heads=("full",),
+        alpha_ratio=(1, 2, 4, 8),
+        dropout=Range(low=0.0, high=0.2),
+        learning_rate=Range(low=1e-4, high=1e-3),
+    )
+
+
+def test_the_keys_are_those_of_the_design() -> None:
+    keys = ["experiment", "budget", "space", "sampler", "pruner", "trials", "seed", "engine"]
+    assert list(Sweep.model_fields) == keys
+
+
+def test_what_a_file_says_arrives(write: Write) -> None:
+    write(
+        "sweeps/wide",
+        "experiment: mine\nbudget: 100_000\nspace: {targets: [qv, ffn], heads: [out_proj, full], alpha_ratio: [2], "
+        "dropout: {low: 0, high: 0}, learning_rate: {low: 1e-4, high: 1}}\nsampler: {startup_trials: 2}\n"
+        "pruner: {startup_trials: 3, warmup_steps: 40}\ntrials: 9\nseed: 7\nengine: trainer\n",
+    )
+    sweep = load_sweep("wide")
+    assert (sweep.budget, sweep.trials, sweep.startup_trials, sweep.seed) == (100_000, 9, 2, 7)
+    assert (sweep.pruner.startup_trials, sweep.pruner.warmup_steps) == (3, 40)
+    assert (sweep.space.targets, sweep.space.heads) == (("qv", "ffn"), ("out_proj", "full"))
+    assert (sweep.space.dropout.high, sweep.space.learning_rate.high) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("trials", "startup"), [(1, 1), (2, 1), (5, 1), (6, 2), (48, 16)])
+def test_start_up_trials_are_a_third_unless_given(write: Write, trials: int, startup: int) -> None:
+    write("sweeps/wide", f"experiment: mine\n{SPACE}trials: {trials}\n")
+    assert load_sweep("wide").startup_trials == startup
+
+
+def test_start_up_trials_are_at_most_a_third(write: Write) -> None:
+    write("sweeps/wide", SMALLEST + "sampler: {startup_trials: 4}\n")
+    assert load_sweep("wide").startup_trials == 4
+    assert faults(write, SMALLEST + "sampler: {startup_trials: 5}\n") == [
+        "trials: sampler.startup_trials must be at most a third of trials, but got 5 of 12; "
+        "take 4 at most, or at least 15 trials"
+    ]
+
+
+def test_every_fault_is_reported_at_once(write: Write) -> None:
+    assert faults(
+        write,
+        "experiment: mien\nbudget: 0\nspace:\n  targets: [qk, qkvv, 3]\n  heads: []\n  alpha_ratio: [1, '2']\n"
+        "  dropout: {low: 0.3, high: 0.1}\n  learning_rate: {low: 0, hihg: 1}\n"
+        "sampler: {startup_trials: 9}\npruner: median\ntrials: 12\nseed: -1\nengine: multi\ntrails: 3\n",
+    ) == [
+        "experiment: no experiment named 'mien' in experiments/ (did you mean mine?); there are: mine",
+        "budget: must be a whole number of at least 1, but got 0",
+        f"space.targets[1]: must be one of {PRESET_NAMES}, but got the text 'qkvv' (did you mean qkv?)",
+        f"space.targets[2]: must be one of {PRESET_NAMES}, but got 3",
+        "space.heads: must be a list of at least one entry, each one of full, out_proj, but got []",
+        "space.alpha_ratio[1]: must be a whole number of at least 1, but got the text '2'",
+        "space.dropout: low <= high must hold, but got low 0.3 and high 0.1",
+        "space.learning_rate.low: must be a number above 0 and up to 1, but got 0",
+        "space.learning_rate.high: is missing; must be a number above 0 and up to 1",
+        "space.learning_rate.hihg: unknown key (did you mean high?); the keys here are low, high",
+        "pruner: must be a mapping with the keys startup_trials, warmup_steps, but got the text 'median'",
+        "trials: sampler.startup_trials must be at most a third of trials, but got 9 of 12; "
+        "take 4 at most, or at least 27 trials",
+        "seed: must be a whole number from 0 to 4_294_967_295, but got -1",
+        "engine: must be trainer, but got the text 'multi'",
+        "trails: unknown key (did you mean trials?); "
+        "the keys here are experiment, budget, space, sampler, pruner, trials, seed, engine",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("targets", "fault"),
+    [
+        ("[qk, qv, qk]", "must hold every entry once, but has qk more than once"),
+        ("qk", f"must be a list of at least one entry, each one of {PRESET_NAMES}, but got the text 'qk'"),
+        ("!!set {qk}", f"must be a list of at least one entry, each one of {PRESET_NAMES}, but got {{'qk'}}"),
+    ],
+)
+def test_a_list_of_choices_has_each_once(write: Write, targets: str, fault: str) -> None:
+    space = f"space: {{targets: {targets}, learning_rate: {{low: 1e-4, high: 1e-3}}}}\n"
+    assert faults(write, f"experiment: mine\n{space}trials: 12\n") == [f"space.targets: {fault}"]
+
+
+def test_a_range_may_be_one_number_and_no_list(write: Write) -> None:
+    write("sweeps/wide", "experiment: mine\nspace: {learning_rate: {low: 1e-3, high: 1e-3}}\ntrials: 3\n")
+    assert load_sweep("wide").space.learning_rate.low == 1e-3
+    assert faults(write, "experiment: mine\nspace: {learning_rate: [1e-4, 1e-3]}\ntrials: 3\n") == [
+        "space.learning_rate: must be a mapping with the keys low, high, but got [0.0001, 0.001]"
+    ]
+
+
+def test_the_faults_of_its_experiment_are_reported_with_its_own(write: Write) -> None:
+    write("experiments/mine", EXPERIMENT.replace("rank: 8", "rank: x") + "seeed: 3\n")
+    assert faults(write, SMALLEST + "budget: none\n") == [
+        "experiment: experiments/mine.yaml: 2 faults",
+        "adapter.rank: must be a whole number of at least 1, but got the text 'x'",
+        "seeed: unknown key (did you mean seed?); the keys here are base, data, adapter, training, seed",
+        "budget: must be a whole number of at least 1, but got the text 'none'",
+    ]
+
+
+def test_an_experiment_is_named_not_nested(write: Write) -> None:
+    assert faults(write, SMALLEST.replace("mine", "{base: b}")) == [
+        "experiment: must be the name of an experiment or the path of its file, but got {'base': 'b'}"
+    ]
+
+
+def test_an_experiment_path_starts_from_the_sweep_file(write: Write, project: Path) -> None:
+    write("elsewhere/other", EXPERIMENT)
+    sweep = write("elsewhere/sweep", SMALLEST.replace("mine", "./other.yaml"))
+    assert load_sweep(str(sweep)).experiment.name == "other"
+    write("sweeps/wide", SMALLEST.replace("mine", "../elsewhere/other.yaml"))
+    assert load_sweep("wide").experiment.name == "other"
+
+
+def test_a_sweep_elsewhere_finds_its_neighbours_after_those_at_hand(write: Write) -> None:
+    write("elsewhere/experiments/theirs", EXPERIMENT + "seed: 1\n")
+    write("elsewhere/experiments/mine", EXPERIMENT + "seed: 2\n")
+    theirs = write("elsewhere/sweeps/theirs", SMALLEST.replace("mine", "theirs"))
+    mine = write("elsewhere/sweeps/mine", SMALLEST)
+    assert load_sweep(str(theirs)).experiment.seed == 1
+    assert load_sweep(str(mine)).experiment.seed == 42
+    write("elsewhere/sweeps/none", SMALLEST.replace("mine", "none"))
+    with pytest.raises(ConfigError, match=r"in experiments/ or elsewhere/experiments/; there are: mine, theirs"):
+        load_sweep("elsewhere/sweeps/none.yaml")
+
+
+def test_a_sweep_that_is_not_there_is_met_with_those_that_are(write: Write) -> None:
+    write("sweeps/embedded", SMALLEST)
+    with pytest.raises(ConfigError) as caught:
+        load_sweep("embeded")
+    assert str(caught.value) == "no sweep named 'embeded' in sweeps/ (did you mean embedded?); there are: embedded"
+
+
+def test_every_key_is_documented() -> None:
+    schema = Sweep.model_json_schema()
+    blocks = [schema, *schema["$defs"].values()]
+    assert all(field.get("description") for block in blocks for field in block["properties"].values())

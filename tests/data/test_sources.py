@@ -1,0 +1,185 @@
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from agnews_lora.data import newswire
+from agnews_lora.data.sources import (
+    HUB_DATASET,
+    HUB_REVISION,
+    DataSettings,
+    best_accuracy,
+    check,
+    describe,
+    load_test,
+    load_train,
+)
+from agnews_lora.data.splits import Rows
+from agnews_lora.errors import DataError, NetworkError
+from tests import loopback_hub
+
+HUB = DataSettings("hub", None, None, None, None, None, 0.1)
+NEWSWIRE = DataSettings("newswire", None, None, 40, None, 20, 0.1)
+CLOSED = "http://127.0.0.1:9"  # the discard port: nobody listens
+
+
+@pytest.fixture
+def csv_files(tmp_path, monkeypatch):
+    """Settings of 40 training and 8 test rows in files named relative to the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.csv").write_text("".join(f"{row % 4 + 1},title {row},text\n" for row in range(40)))
+    Path("test.csv").write_text("".join(f"{row % 4 + 1},test {row},text\n" for row in range(8)))
+    return DataSettings("csv", "train.csv", "test.csv", None, None, None, 0.1)
+
+
+def test_csv_splits_come_from_their_own_files(csv_files):
+    check(csv_files)
+    train, test = load_train(csv_files, seed=0), load_test(csv_files, seed=0)
+    assert (len(train), train.texts[5], train.labels[5]) == (40, "title 5 text", 1)
+    assert (len(test), test.texts[0]) == (8, "test 0 text")
+
+
+def test_caps_are_stratified_and_follow_the_seed(csv_files):
+    capped = replace(csv_files, rows=12, test_rows=4)
+    rows = load_train(capped, seed=3)
+    assert [rows.labels.count(label) for label in range(4)] == [3] * 4
+    assert rows == load_train(capped, seed=3)
+    assert rows != load_train(capped, seed=4)
+    assert sorted(load_test(capped, seed=3).labels) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_check_names_the_csv_file_that_cannot_be_read(csv_files, split):
+    Path(f"{split}.csv").unlink()
+    with pytest.raises(DataError, match=rf"data\.{split}: {split}\.csv cannot be read \(No such file"):
+        check(csv_files)
+
+
+def test_check_names_the_csv_file_that_is_not_given(csv_files):
+    with pytest.raises(DataError, match=r"data\.test: `source: csv` needs a CSV file for either split"):
+        check(replace(csv_files, test=None))
+
+
+def test_check_reads_no_rows(csv_files):
+    Path("train.csv").write_text("malformed")
+    check(csv_files)
+    with pytest.raises(DataError, match=r"train\.csv, line 1"):
+        load_train(csv_files, seed=0)
+
+
+def test_newswire_makes_the_rows_asked_for():
+    check(NEWSWIRE)
+    assert load_train(NEWSWIRE, seed=5) == newswire.generate(40, "train", 5)
+    assert load_test(NEWSWIRE, seed=5) == newswire.generate(20, "test", 5)
+
+
+@pytest.mark.parametrize("key", ["rows", "test_rows"])
+def test_newswire_needs_its_sizes(key):
+    with pytest.raises(DataError, match=rf"data\.{key}: .*give a number"):
+        check(replace(NEWSWIRE, **{key: None}))
+
+
+def test_best_accuracy_is_known_for_newswire_only(csv_files):
+    assert best_accuracy(NEWSWIRE) == newswire.BEST_ACCURACY
+    assert best_accuracy(csv_files) is None
+    assert best_accuracy(HUB) is None
+
+
+def test_provenance_carries_no_path(csv_files, tmp_path):
+    assert describe(HUB) == {"source": "hub", "dataset": HUB_DATASET, "revision": HUB_REVISION}
+    there = replace(csv_files, train=str(tmp_path / "train.csv"))
+    assert describe(there) == {"source": "csv", "train": "train.csv", "test": "test.csv"}
+    assert describe(NEWSWIRE) == {"source": "newswire", "rows": "40", "test_rows": "20"}
+
+
+@pytest.fixture
+def unreachable(tmp_path, monkeypatch):
+    """A machine with an empty cache, whose hub is a closed port."""
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", CLOSED)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+@pytest.mark.parametrize(
+    "call", [check, lambda settings: load_train(settings, 0), lambda settings: load_test(settings, 0)]
+)
+def test_without_the_hub_the_way_out_is_named(unreachable, call):
+    with pytest.raises(NetworkError) as caught:
+        call(HUB)
+    message = str(caught.value)
+    assert message.startswith(
+        f"data set {HUB_DATASET} is not on this machine, and the hub ({CLOSED}) cannot be reached"
+    )
+    assert "experiment: embedded" in message
+    assert "source: csv" in message
+
+
+def test_offline_mode_is_honoured_and_said(unreachable, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(NetworkError, match="HF_HUB_OFFLINE is set"):
+        check(HUB)
+
+
+@pytest.mark.parametrize(("text", "label"), [("text", 4), ("&lt;b&gt;", 1)])
+def test_a_damaged_row_of_the_hub_is_named(unreachable, tmp_path, text, label):
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    folder = tmp_path / "datasets" / "fancyzhx___ag_news" / "default" / "0.0.0" / HUB_REVISION
+    folder.mkdir(parents=True)
+    with ArrowWriter(path=str(folder / "ag_news-train.arrow")) as writer:
+        writer.write_table(datasets.Dataset.from_dict({"text": ["a", text], "label": [0, label]}).data.table)
+        writer.finalize()
+    with pytest.raises(DataError, match=rf"{HUB_DATASET}, train row 1: needs some text and a label of 0 to 3"):
+        load_train(HUB, seed=0)
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*
+  - split: test
+    path: data/test-*
+---
+"""
+CLEANED = "Messier's lawyer"
+LOAD = f"""
+from agnews_lora.data.sources import DataSettings, check, load_test, load_train
+settings = {HUB!r}
+check(settings)
+print(load_train(settings, 0), load_test(settings, 0))
+"""
+
+
+def load_in_new_process(endpoint: str, home: Path) -> str:
+    """What `LOAD` prints where the hub's clients find this hub and this cache (they read both at import)."""
+    surroundings = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        surroundings.pop(name, None)
+    done = subprocess.run([sys.executable, "-c", LOAD], env=surroundings, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_hub_rows_are_downloaded_at_the_pinned_revision_then_read_from_the_cache(tmp_path):
+    folder = tmp_path / "ag_news"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text(CARD)
+    for split, texts, labels in (("train", ["Messier #39;s lawyer", "b"], [0, 3]), ("test", ["c"], [2])):
+        table = pa.table({"text": texts, "label": pa.array(labels, pa.int64())})
+        pq.write_table(table, folder / "data" / f"{split}-00000-of-00001.parquet")
+    expected = f"{Rows((CLEANED, 'b'), (0, 3))} {Rows(('c',), (2,))}"
+    with loopback_hub.serve({f"datasets/{HUB_DATASET}": (HUB_REVISION, folder)}) as endpoint:
+        assert load_in_new_process(endpoint, tmp_path / "home") == expected
+    assert load_in_new_process(CLOSED, tmp_path / "home") == expected

@@ -1,0 +1,201 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agnews_lora.data import tokens
+from agnews_lora.data.splits import Rows
+from agnews_lora.data.tokens import TokenTable, load_tokenizer, tokenise, tokenizer_digest
+from agnews_lora.errors import BaseModelError, StorageError
+from tests.tiny import SENTENCES, tiny_base
+
+ROWS = Rows(SENTENCES, (0, 0, 1, 1, 2, 2, 3, 3))
+
+
+@pytest.fixture(scope="session", params=["bert", "roberta"])
+def tokenizer(request, tmp_path_factory):
+    return tiny_base(tmp_path_factory.mktemp("tokenizers") / request.param, request.param)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    return tiny_base(tmp_path_factory.mktemp("tokenizers") / "one", "bert")
+
+
+def same(first: TokenTable, second: TokenTable) -> bool:
+    return (
+        np.array_equal(first.ids, second.ids)
+        and np.array_equal(first.offsets, second.offsets)
+        and np.array_equal(first.labels, second.labels)
+        and (first.pad_id, first.digest) == (second.pad_id, second.digest)
+    )
+
+
+def test_rows_are_what_the_tokenizer_gives(tokenizer, tmp_path):
+    table = tokenise(ROWS, tokenizer, 128, tmp_path)
+    reference = load_tokenizer(tokenizer)
+    assert len(table) == len(ROWS)
+    for index, text in enumerate(ROWS.texts):
+        assert table.row(index).tolist() == reference(text)["input_ids"]
+        assert table.lengths[index] == len(table.row(index))
+    assert table.labels.tolist() == list(ROWS.labels)
+    assert table.pad_id == reference.pad_token_id
+    assert (table.ids.dtype, table.offsets.dtype, table.labels.dtype) == (np.int32, np.int64, np.int64)
+
+
+def test_long_rows_are_cut_with_their_special_tokens_kept(tokenizer, tmp_path):
+    table = tokenise(ROWS, tokenizer, 7, tmp_path)
+    reference = load_tokenizer(tokenizer)
+    assert table.lengths.tolist() == [7] * len(ROWS)
+    for index in range(len(table)):
+        assert table.row(index)[0] == reference.cls_token_id
+        assert table.row(index)[-1] == reference.sep_token_id
+
+
+def test_padded_is_what_the_tokenizer_pads(tokenizer, tmp_path):
+    rows = Rows(("Oil prices rose.", "A truce.", *SENTENCES[:2]), (2, 0, 0, 0))
+    table = tokenise(rows, tokenizer, 128, tmp_path)
+    chosen = [2, 0, 1]
+    reference = load_tokenizer(tokenizer)([rows.texts[row] for row in chosen], padding="longest", return_tensors="np")
+    input_ids, attention_mask, labels = table.padded(chosen)
+    assert input_ids.tolist() == reference["input_ids"].tolist()
+    assert attention_mask.tolist() == reference["attention_mask"].tolist()
+    assert labels.tolist() == [0, 2, 0]
+    assert {array.dtype for array in (input_ids, attention_mask, labels)} == {np.dtype(np.int64)}
+    assert table.padded([1])[1].all()
+
+
+def test_take_keeps_the_order_asked(bert, tmp_path):
+    table = tokenise(ROWS, bert, 128, tmp_path)
+    taken = table.take([6, 1])
+    assert [taken.row(0).tolist(), taken.row(1).tolist()] == [table.row(6).tolist(), table.row(1).tolist()]
+    assert taken.labels.tolist() == [3, 0]
+    assert len(table.take([])) == 0
+    assert len({table.digest, taken.digest, table.take([1, 6]).digest}) == 3
+
+
+def test_no_rows_are_refused(bert, tmp_path):
+    with pytest.raises(ValueError, match="at least one row"):
+        tokenise(Rows((), ()), bert, 128, tmp_path)
+
+
+def test_a_second_call_maps_what_the_first_stored(bert, tmp_path, monkeypatch):
+    first = tokenise(ROWS, bert, 128, tmp_path)
+    monkeypatch.setattr(tokens, "load_tokenizer", lambda folder: pytest.fail("tokenised twice"))
+    second = tokenise(ROWS, bert, 128, tmp_path)
+    assert same(first, second)
+    assert isinstance(second.ids, np.memmap)
+    assert not second.ids.flags.writeable
+    assert [entry.name for entry in tmp_path.iterdir()] == [first.digest]
+
+
+def test_rows_tokenizer_and_length_each_have_their_own_entry(tmp_path, bert):
+    other = shutil.copytree(bert, tmp_path / "other")
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": 64}))
+    cache = tmp_path / "cache"
+    tables = [
+        tokenise(ROWS, bert, 128, cache),
+        tokenise(ROWS, bert, 127, cache),
+        tokenise(ROWS.take(range(7)), bert, 128, cache),
+        tokenise(Rows(ROWS.texts, ROWS.labels[::-1]), bert, 128, cache),
+        tokenise(ROWS, other, 128, cache),
+    ]
+    assert {entry.name for entry in cache.iterdir()} == {table.digest for table in tables}
+    assert len({table.digest for table in tables}) == 5
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink, lambda file: file.write_text("null")])
+@pytest.mark.parametrize("name", ["ids.npy", "offsets.npy", "table.json"])
+def test_a_damaged_entry_is_made_anew(bert, tmp_path, monkeypatch, name, damage):
+    first = tokenise(ROWS, bert, 128, tmp_path)
+    expected = TokenTable(first.ids.copy(), first.offsets.copy(), first.labels, first.pad_id, first.digest)
+    damage(tmp_path / first.digest / name)
+    assert same(tokenise(ROWS, bert, 128, tmp_path), expected)
+    monkeypatch.setattr(tokens, "load_tokenizer", lambda folder: pytest.fail("the damaged entry is still there"))
+    assert same(tokenise(ROWS, bert, 128, tmp_path), expected)
+    assert [entry.name for entry in tmp_path.iterdir()] == [first.digest]
+
+
+def test_a_table_outlives_its_entry(bert, tmp_path):
+    table = tokenise(ROWS, bert, 128, tmp_path / "cache")
+    expected = table.ids.tolist()
+    shutil.rmtree(tmp_path / "cache")
+    assert table.ids.tolist() == expected
+
+
+def test_processes_that_race_get_the_same_table(bert, tmp_path):
+    script = f"""
+from pathlib import Path
+from agnews_lora.data.splits import Rows
+from agnews_lora.data.tokens import tokenise
+table = tokenise(Rows(*{(ROWS.texts, ROWS.labels)!r}), Path({str(bert)!r}), 128, Path({str(tmp_path)!r}))
+print(table.digest, table.ids.tolist())
+"""
+    racers = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [racer.communicate()[0] for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0]
+    assert outputs[0] == outputs[1] != ""
+    assert [entry.name for entry in tmp_path.iterdir()] == [outputs[0].split()[0]]
+
+
+def test_a_cache_that_cannot_be_written_is_named(bert, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(StorageError, match=r"the token cache .*cache must be writable, but is not"):
+        tokenise(ROWS, bert, 128, tmp_path / "cache")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into any folder")
+def test_a_locked_cache_is_named_and_left_empty(bert, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(StorageError, match="Permission denied"):
+        tokenise(ROWS, bert, 128, tmp_path)
+    tmp_path.chmod(0o700)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_digest_follows_the_files_that_a_tokenizer_is_read_from(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(
+        BaseModelError, match=r"needs a tokenizer \(tokenizer.json or vocab.json \+ merges.txt or vocab.txt\)"
+    ):
+        tokenizer_digest(tmp_path)
+    digests = []
+    for name in ("merges.txt", "tokenizer_config.json", "tokenizer.json", "README.md"):
+        (tmp_path / name).write_text("{}")
+        digests.append(tokenizer_digest(tmp_path))
+    assert len(set(digests)) == 3
+    assert digests[2] == digests[3]
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(bert, tmp_path):
+    broken = shutil.copytree(bert, tmp_path / "broken")
+    (broken / "tokenizer.json").write_text("{}")
+    with pytest.raises(BaseModelError, match=r"the tokenizer in .*broken cannot be read"):
+        load_tokenizer(broken)
+
+
+def test_a_tokenizer_without_padding_is_refused(bert, tmp_path):
+    folder = shutil.copytree(bert, tmp_path / "unpadded")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            config = json.loads((folder / name).read_text())
+            config.pop("pad_token")
+            (folder / name).write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(BaseModelError, match="needs a padding token"):
+        load_tokenizer(folder)

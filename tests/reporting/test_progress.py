@@ -1,0 +1,205 @@
+import re
+from collections.abc import Callable
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from agnews_lora.reporting.progress import Progress, duration
+from agnews_lora.training.contracts import EvalPoint, TrainPoint
+
+HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
+
+
+class Clock:
+    """Seconds, as the test says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def terminal(width: int = 100) -> Console:
+    return Console(file=StringIO(), width=width, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
+
+
+def pipe() -> Console:
+    return Console(file=StringIO(), width=30, force_terminal=False, _environ={})
+
+
+def output(console: Console) -> str:
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def screen(progress: Progress, width: int = 100) -> list[str]:
+    """The lines of the live table as they stand."""
+    console = Console(file=StringIO(), width=width, color_system=None)
+    console.print(progress)
+    return [line.rstrip() for line in output(console).splitlines()]
+
+
+def trained(trial: str, step: int, loss: float) -> list[TrainPoint]:
+    return [TrainPoint(trial, step, loss, 1e-4, 0)]
+
+
+def scored(trial: str, step: int, accuracy: float, *, final: bool = False) -> list[EvalPoint]:
+    return [EvalPoint(trial, step, accuracy, accuracy, 0.5, 2_000, final, 0)]
+
+
+def one_study(progress: Progress) -> None:
+    progress.message("study embedded: 12 trials")
+    progress.trial_started("t0000", "qk r=4 (baseline)", 100)
+    progress.logged(trained("t0000", 50, 0.9))
+    progress.evaluated(scored("t0000", 50, 0.7))
+    progress.trial_ended("t0000", "COMPLETE", 0.75, None)
+    progress.trial_started("t0001", "qv r=8", 100)
+    progress.evaluated(scored("t0001", 50, 0.6))
+    progress.trial_ended("t0001", "PRUNED", 0.6, "below the median")
+    progress.trial_started("t0002", "ffn r=2", 100)
+    progress.trial_ended("t0002", "FAIL", None, "the loss is [not] finite")
+    progress.trial_started("t0003", "qkv r=2", 100)
+    progress.trial_ended("t0003", "INTERRUPTED", None, "goes on from step 50")
+
+
+def test_a_pipe_gets_one_plain_line_an_event_however_narrow() -> None:
+    console = pipe()
+    with Progress(total_trials=12, console=console) as progress:
+        one_study(progress)
+    assert output(console).splitlines() == [
+        "study embedded: 12 trials",
+        "t0000 started: qk r=4 (baseline), 100 steps",
+        "t0000 step 50/100  loss 0.900  accuracy 70.00%",
+        "t0000 complete  accuracy 75.00%  best so far  [1/12]",
+        "t0001 started: qv r=8, 100 steps",
+        "t0001 step 50/100  accuracy 60.00%",
+        "t0001 pruned  accuracy 60.00%  below the median  [2/12]",
+        "t0002 started: ffn r=2, 100 steps",
+        "t0002 failed  the loss is [not] finite  [3/12]",
+        "t0003 started: qkv r=2, 100 steps",
+        "t0003 interrupted  goes on from step 50  [3/12]",
+    ]
+
+
+def test_a_dumb_terminal_gets_plain_lines() -> None:
+    console = Console(file=StringIO(), force_terminal=True, _environ={"TERM": "dumb", "NO_COLOR": "1"})
+    with Progress(total_trials=12, console=console) as progress:
+        one_study(progress)
+    assert "\x1b" not in output(console)
+    assert len(output(console).splitlines()) == 11
+
+
+def test_a_terminal_keeps_the_ended_trials_above_the_table_and_clears_the_table() -> None:
+    console = terminal()
+    with Progress(total_trials=12, console=console) as progress:
+        one_study(progress)
+        progress.trial_started("t0004", "qkvo r=1", 100)
+        console.print("from elsewhere")
+    written = output(console)
+    assert "t0000 complete  accuracy 75.00%  best so far  qk r=4 (baseline)  [1/12]" in written
+    assert "t0001 pruned  accuracy 60.00%  qv r=8  below the median  [2/12]" in written
+    assert "step 50/100" not in written
+    assert re.search(r"t0004 +qkvo r=1 +0/100", written)  # the table, redrawn under what others print
+
+
+def test_no_color_is_obeyed_on_a_terminal() -> None:
+    def written(environment: dict[str, str]) -> str:
+        console = Console(
+            file=StringIO(),
+            width=80,
+            force_terminal=True,
+            color_system="256",
+            _environ={"TERM": "xterm", **environment},
+        )
+        with Progress(total_trials=12, console=console) as progress:
+            one_study(progress)
+        return output(console)
+
+    green = "\x1b[32m"
+    assert green in written({})
+    assert green not in written({"NO_COLOR": "1"})
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_the_cursor_comes_back_whatever_happens(error: type[BaseException]) -> None:
+    console = terminal()
+    with pytest.raises(error), Progress(total_trials=12, console=console) as progress:
+        progress.trial_started("t0000", "qk r=4", 100)
+        raise error
+    assert output(console).rindex(SHOW_CURSOR) > output(console).rindex(HIDE_CURSOR)
+
+
+@pytest.mark.parametrize("console", [terminal, pipe])
+def test_quiet_says_nothing(console: Callable[[], Console]) -> None:
+    made = console()
+    with Progress(total_trials=12, console=made, quiet=True) as progress:
+        one_study(progress)
+    assert output(made) == ""
+
+
+def test_table_shows_what_runs_and_the_best_so_far() -> None:
+    clock = Clock()
+    progress = Progress(total_trials=4, ended=1, best=0.81, best_trial="t0000", console=pipe(), clock=clock)
+    assert screen(progress) == ["trials 1/4  best 81.00% (t0000)  elapsed 0 s"]
+    progress.trial_started("t0001", "qv r=8 alpha=16", 100)
+    progress.trial_started("t0002", "ffn r=2 alpha=2", 100)
+    clock.now = 10
+    progress.logged(trained("t0001", 10, 1.25))
+    clock.now = 40
+    progress.evaluated(scored("t0001", 40, 0.84))
+    progress.evaluated(scored("t0001", 40, 0.83))
+    header, columns, first, second = screen(progress)
+    assert columns.split() == ["trial", "configuration", "step", "loss", "accuracy", "best", "left"]
+    # 30 steps took 30 seconds: 60 are left.
+    assert re.split(r"  +", first) == ["t0001", "qv r=8 alpha=16", "40/100", "1.250", "83.00%", "84.00%", "1 min 00 s"]
+    assert re.split(r"  +", second) == ["t0002", "ffn r=2 alpha=2", "0/100", "-", "-", "-", "-"]
+    # 0.3 of a trial took 40 seconds: 2.6 trials are left.
+    assert header == "trials 1/4  best 81.00% (t0000)  elapsed 40 s  about 5 min 47 s left"
+    progress.trial_ended("t0001", "COMPLETE", 0.86, None)
+    progress.trial_ended("t0002", "PRUNED", 0.99, "a pruned trial is never the best")
+    assert screen(progress) == ["trials 3/4  best 86.00% (t0001)  elapsed 40 s  about 20 s left"]
+    progress.trial_started("t0003", "qk r=1", 100)
+    progress.trial_ended("t0003", "COMPLETE", 0.85, None)
+    assert screen(progress) == ["trials 4/4  best 86.00% (t0001)  elapsed 40 s  about 0 s left"]
+
+
+def test_a_trial_taken_up_again_is_timed_by_what_it_does_now() -> None:
+    clock = Clock()
+    progress = Progress(total_trials=1, console=pipe(), clock=clock)
+    progress.trial_started("t0000", "qv r=8", 100)
+    clock.now = 20
+    progress.logged(trained("t0000", 60, 1.0))  # the first point after its checkpoint
+    clock.now = 30
+    progress.logged(trained("t0000", 80, 1.0))
+    assert screen(progress)[-1].endswith(" 10 s")
+
+
+@pytest.mark.parametrize("width", [10, 20, 42, 50, 65, 78, 80, 120, 200])
+def test_table_fits_any_terminal(width: int) -> None:
+    progress = Progress(total_trials=12, ended=3, best=0.881, best_trial="t0002", console=pipe())
+    for number in range(3):
+        progress.trial_started(f"t000{number}", "all-linear r=2 alpha=16 dropout=0.0874 lr=0.00102 (baseline)", 10_125)
+        progress.logged(trained(f"t000{number}", 9_000, 1.0))
+        progress.evaluated(scored(f"t000{number}", 10_000, 0.9))
+    lines = screen(progress, width)
+    assert len(lines) == 5  # nothing wraps
+    assert max(map(len, lines)) <= width
+    assert ("10000/10125" in lines[-1]) == (width >= 42)
+    assert ("all-linear" in lines[-1]) == (width >= 78)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (3_599.7, "1 h 00 min"),
+        (7_620, "2 h 07 min"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

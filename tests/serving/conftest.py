@@ -1,0 +1,165 @@
+"""A tiny base, adapters on it that answer alike or otherwise, and a corpus that one of them labels without a fault."""
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from peft import get_peft_model
+
+from agnews_lora.adapters.bases import BaseModel, resolve
+from agnews_lora.adapters.budget import trainable_parameters
+from agnews_lora.adapters.checkpoint import AdapterRecord, load_base, lora_config, save_adapter
+from agnews_lora.adapters.spec import TrialSpec
+from agnews_lora.data import newswire
+from agnews_lora.data.corpus import Corpus
+from agnews_lora.data.splits import LABELS, Rows
+from agnews_lora.data.tokens import TokenTable, tokenise
+from agnews_lora.serving import fresh
+from agnews_lora.serving.registration import Winner, register
+from agnews_lora.tracking.registry import Registry, Version
+from agnews_lora.tracking.store import experiment_id, open_client
+from agnews_lora.training.evaluation import predict_logits
+from tests.tiny import tiny_base
+
+SPEC = TrialSpec(targets="qv", rank=2, alpha=4, dropout=0.0, learning_rate=1e-3)
+MAX_LENGTH = 48
+BUDGET = 1_000
+BIAS = "base_model.model.classifier.modules_to_save.default.bias"
+
+
+def write_adapter(
+    folder: Path,
+    base: BaseModel,
+    spec: TrialSpec = SPEC,
+    seed: int = 0,
+    noise: float = 0.0,
+    centred_on: TokenTable | None = None,
+) -> Path:
+    """A saved adapter with weights drawn by `seed`, and moved by `noise` after that.
+
+    centred_on: rows over which the head's bias makes the mean logits 0, so that every label is given to some.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = get_peft_model(load_base(base, len(LABELS)), lora_config(spec, base))
+        trained = [tensor for name, tensor in model.named_parameters() if "lora_" in name or "modules_to_save" in name]
+        with torch.no_grad():
+            for tensor in trained:
+                tensor.normal_(std=0.5)
+            for tensor in trained:
+                tensor.add_(noise * torch.randn_like(tensor))
+            if centred_on is not None:
+                cpu = torch.device("cpu")
+                logits = predict_logits(model.eval(), centred_on, range(len(centred_on)), len(centred_on), cpu)
+                model.get_parameter(BIAS).sub_(torch.from_numpy(logits.mean(axis=0)))
+    record = AdapterRecord(
+        trial="t0007",
+        spec=spec,
+        shape=base.shape,
+        base=base.folder.name,
+        hub_id=base.hub_id,
+        revision=base.revision,
+        weights_sha256=base.weights_sha256,
+        labels=LABELS,
+        max_length=MAX_LENGTH,
+        trainable_parameters=trainable_parameters(spec, base.shape),
+    )
+    save_adapter(model, record, folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class World:
+    """good: the adapter whose answers are the labels. alike: another that differs a little. worse: one that guesses."""
+
+    base: BaseModel
+    good: Path
+    alike: Path
+    worse: Path
+    corpus: Corpus
+    test: tuple[Rows, TokenTable]
+
+
+def label_by(adapter: Path, base: BaseModel, texts: tuple[str, ...], cache: Path) -> tuple[Rows, TokenTable]:
+    """The texts with the labels that an adapter gives them."""
+    table = tokenise(Rows(texts, (0,) * len(texts)), base.folder, MAX_LENGTH, cache)
+    labels = fresh.logits(adapter, base, table).argmax(axis=-1)
+    return Rows(texts, tuple(labels.tolist())), replace(table, labels=labels)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    base = resolve(str(tiny_base(folder / "tiny-bert", "bert")))
+    texts = newswire.generate(440, "train", seed=0).texts
+    table = tokenise(Rows(texts, (0,) * 440), base.folder, MAX_LENGTH, folder / "cache")
+    good = write_adapter(folder / "good", base, seed=1, centred_on=table)
+    validation_rows, validation = label_by(good, base, texts[:200], folder / "cache")
+    train_rows, train = label_by(good, base, texts[200:240], folder / "cache")
+    corpus = Corpus(
+        train=train,
+        validation=validation,
+        monitor=tuple(range(20)),
+        digest=hashlib.sha256(validation_rows.digest().encode()).hexdigest(),
+        train_rows=train_rows,
+        validation_rows=validation_rows,
+        best_accuracy=None,
+    )
+    return World(
+        base=base,
+        good=good,
+        alike=write_adapter(folder / "alike", base, seed=1, noise=0.0005, centred_on=table),
+        worse=write_adapter(folder / "worse", base, seed=2, centred_on=table),
+        corpus=corpus,
+        test=label_by(good, base, texts[240:], folder / "cache"),
+    )
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
+    return open_client(tmp_path_factory.mktemp("mlruns"))
+
+
+@pytest.fixture
+def registry(client: MlflowClient, request: pytest.FixtureRequest) -> Registry:
+    """A registered model of the test's own, in the module's store."""
+    return Registry(client, re.sub(r"\W", "-", request.node.name))
+
+
+@pytest.fixture
+def new_run(client: MlflowClient, registry: Registry) -> Callable[[], str]:
+    """Starts finished runs, as a sweep leaves them, in an experiment of the test's own."""
+    experiment = experiment_id(client, registry.model)
+
+    def start() -> str:
+        run_id: str = client.create_run(experiment, run_name="t0007-qv-r2").info.run_id
+        for key, value in {"seed": 13, "epochs": 2, "batch_size": 16, "lora_r": 2}.items():
+            client.log_param(run_id, key, value)
+        client.set_terminated(run_id)
+        return run_id
+
+    return start
+
+
+@pytest.fixture
+def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reload the adapter in this process: the new one, which takes seconds to import its libraries, is tested apart."""
+    monkeypatch.setattr(fresh, "reload", lambda adapter, base, table: fresh.logits(adapter, resolve(base), table))
+
+
+@pytest.fixture
+def enter(
+    registry: Registry, world: World, new_run: Callable[[], str], same_process: None
+) -> Callable[[Path], Version]:
+    """Registers an adapter as a sweep does."""
+
+    def enter(adapter: Path) -> Version:
+        winner = Winner(new_run(), adapter, sweep="embedded", study="embedded-1", budget=BUDGET)
+        return register(registry, winner, world.base, world.corpus, {"source": "newswire", "rows": "440"})
+
+    return enter

@@ -1,0 +1,77 @@
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agnews_lora.data.splits import LABELS
+from agnews_lora.errors import AdapterError, DataError, RegistryError
+from agnews_lora.serving.gate import promote
+from agnews_lora.serving.package import Package
+from agnews_lora.serving.predict import Classifier, load_champion
+from agnews_lora.tracking.registry import Registry, Version
+from tests.serving.conftest import World
+from tests.tiny import tiny_base
+
+
+@pytest.fixture(scope="module")
+def classifier(world: World) -> Classifier:
+    return Classifier(world.good, world.base.folder, world.base)
+
+
+def test_it_answers_as_it_did_on_the_token_table(classifier: Classifier, world: World) -> None:
+    rows = world.corpus.validation_rows
+    predictions = classifier.predict(rows.texts)
+    assert [each.label for each in predictions] == [LABELS[label] for label in rows.labels]
+    assert len({each.label for each in predictions}) == 4
+
+
+def test_probabilities_are_of_every_label_and_sum_to_one(classifier: Classifier, world: World) -> None:
+    for prediction in classifier.predict(world.test[0].texts[:20]):
+        assert tuple(prediction.probabilities) == LABELS
+        assert sum(prediction.probabilities.values()) == pytest.approx(1)
+        assert prediction.probabilities[prediction.label] == max(prediction.probabilities.values())
+
+
+def test_batches_change_nothing(classifier: Classifier, world: World) -> None:
+    texts = world.test[0].texts[:17]
+    one, many = classifier.predict(texts, batch_size=1), classifier.predict(texts, batch_size=16)
+    probabilities = [[list(each.probabilities.values()) for each in predictions] for predictions in (one, many)]
+    assert np.allclose(*probabilities, atol=1e-5)
+
+
+def test_texts_are_cleaned_as_those_it_was_trained_on(classifier: Classifier) -> None:
+    raw, clean = classifier.predict(["Bush #39;s  &lt;b&gt;tax&lt;/b&gt; plan\\falls", "Bush's tax plan falls"])
+    assert raw == clean
+
+
+def test_no_texts_no_predictions(classifier: Classifier) -> None:
+    assert classifier.predict([]) == []
+
+
+def test_empty_texts_are_named(classifier: Classifier) -> None:
+    with pytest.raises(DataError, match=r"nothing is left of text 1, 3 .counted from 0. after cleaning; leave it out"):
+        classifier.predict(["Oil rose.", "  ", "Shares fell.", "&lt;br&gt;"])
+
+
+def test_another_base_is_refused(world: World, tmp_path: Path) -> None:
+    from agnews_lora.adapters.bases import resolve
+
+    other = resolve(str(tiny_base(tmp_path / "other", "bert", seed=1)))
+    with pytest.raises(AdapterError, match=r"give the base it was trained on"):
+        Classifier(world.good, world.base.folder, other)
+
+
+def test_the_champion_answers(registry: Registry, world: World, enter: Callable[[Path], Version]) -> None:
+    with pytest.raises(RegistryError, match=r"a champion of .* is needed, but there is none; .*`agnews-lora promote`"):
+        load_champion(registry)
+    champion = enter(world.good)
+    promote(registry, world.corpus, lambda: world.test)
+    enter(world.worse)
+    answers = load_champion(registry).predict(world.test[0].texts)
+    assert [each.label for each in answers] == [LABELS[label] for label in world.test[0].labels]
+    weights = Package(registry.folder(champion)).adapter / "adapter_model.safetensors"
+    shutil.copyfile(world.worse / weights.name, weights)
+    with pytest.raises(RegistryError, match=r"but adapter/adapter_model.safetensors changed since; .*--rollback"):
+        load_champion(registry)

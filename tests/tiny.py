@@ -1,0 +1,94 @@
+"""Tiny base models with real tokenizers, built on the fly: what tests train and serve in place of a downloaded base."""
+
+from pathlib import Path
+
+from agnews_lora.adapters.spec import Family, ModelShape
+
+HIDDEN_SIZE = 32
+NUM_LAYERS = 2
+INTERMEDIATE_SIZE = 64
+MAX_TOKENS = 128
+
+SENTENCES = (
+    "Ministers met in the capital to sign a treaty after weeks of talks, the embassy said on Monday.",
+    "Rebels and government troops agreed a truce as voters went to the polls in the province.",
+    "The striker scored twice in the second half and the champions won the final by three goals to one.",
+    "Their coach praised the pitcher after the home team took the series in extra innings.",
+    "Shares of the retailer fell on Tuesday as quarterly profit missed the forecasts of analysts.",
+    "Oil prices rose to a record and the central bank left its interest rate at 4.5 percent.",
+    "The software maker released a patch for its browser after a flaw let worms spread over the Internet.",
+    "Scientists said the probe sent images of the planet's rings back to the laboratory.",
+)
+
+
+def tiny_shape(family: Family, num_labels: int = 4) -> ModelShape:
+    """The shape of what `tiny_base` writes."""
+    return ModelShape(family, HIDDEN_SIZE, NUM_LAYERS, INTERMEDIATE_SIZE, num_labels)
+
+
+def tiny_base(folder: Path, family: Family, seed: int = 0) -> Path:
+    """Write a base model without a classifier, and its tokenizer, as the hub has them; the weights follow from `seed`.
+
+    The weights' scale is larger than a fresh model's, so that predictions depend visibly on the text.
+    """
+    import torch
+    from transformers import BertConfig, BertModel, RobertaConfig, RobertaForMaskedLM
+
+    vocabulary_size = _write_tokenizer(folder, family)
+    common = {
+        "vocab_size": vocabulary_size,
+        "hidden_size": HIDDEN_SIZE,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 2,
+        "intermediate_size": INTERMEDIATE_SIZE,
+        "initializer_range": 0.2,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: torch.nn.Module
+        if family == "bert":
+            model = BertModel(BertConfig(**common, max_position_embeddings=MAX_TOKENS))
+        else:
+            model = RobertaForMaskedLM(
+                RobertaConfig(**common, max_position_embeddings=MAX_TOKENS + 2, type_vocab_size=1, layer_norm_eps=1e-5)
+            )
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def _write_tokenizer(folder: Path, family: Family) -> int:
+    """Train the family's kind of tokenizer on `SENTENCES` and write its files; the size of its vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if family == "bert":
+        special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer: trainers.Trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=list(special.values()))
+        processor = processors.BertProcessing
+    else:
+        special = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=500,
+            special_tokens=list(special.values()),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )
+        processor = processors.RobertaProcessing
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    ends = [(special[name], tokenizer.token_to_id(special[name])) for name in ("sep", "cls")]
+    tokenizer.post_processor = processor(*ends)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=MAX_TOKENS,
+        bos_token=special["cls"],
+        eos_token=special["sep"],
+        **{f"{name}_token": token for name, token in special.items()},
+    )
+    wrapped.save_pretrained(str(folder))
+    return int(tokenizer.get_vocab_size())

@@ -1,0 +1,121 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from mlflow.models import Model
+
+from agnews_lora.errors import RegistryError
+from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry
+from agnews_lora.tracking.store import experiment_id, open_client
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
+    return open_client(tmp_path_factory.mktemp("mlruns"))
+
+
+@pytest.fixture
+def registry(client: MlflowClient, request: pytest.FixtureRequest) -> Registry:
+    return Registry(client, request.node.name)
+
+
+@pytest.fixture
+def new_run(client: MlflowClient, registry: Registry) -> Callable[[], str]:
+    experiment = experiment_id(client, registry.model)
+    return lambda: str(client.create_run(experiment).info.run_id)
+
+
+def write(folder: Path, identity: Model) -> None:
+    folder.mkdir()
+    identity.add_flavor("text", data="data.txt")
+    identity.save(str(folder / "MLmodel"))
+    (folder / "data.txt").write_text("something")
+
+
+def test_there_is_nothing_before_the_first_version(registry: Registry) -> None:
+    assert registry.aliased(CHAMPION) is None
+    assert registry.of_run("0" * 32) is None
+    with pytest.raises(RegistryError, match=r"version 1 of .* is not registered; a finished `agnews-lora sweep`"):
+        registry.version(1)
+
+
+def test_versions_are_counted_and_keep_run_tags_and_files(registry: Registry, new_run: Callable[[], str]) -> None:
+    run_id = new_run()
+    first = registry.register(run_id, write, {"trial": "t0001"})
+    second = registry.register(new_run(), write, {"trial": "t0002"})
+    assert (first.number, second.number) == (1, 2)
+    assert registry.of_run(run_id) == first == registry.version(1)
+    assert first.run_id == run_id and first.tags == {"trial": "t0001"} and first.aliases == ()
+    folder = registry.folder(first)
+    assert (folder / "data.txt").read_text() == "something" and folder != registry.folder(second)
+    with pytest.raises(RegistryError, match=r"version 7 of .* is not registered; there is 1, 2"):
+        registry.version(7)
+
+
+def test_the_logged_model_belongs_to_its_run_and_version(
+    registry: Registry, client: MlflowClient, new_run: Callable[[], str]
+) -> None:
+    run_id = new_run()
+    version = registry.register(run_id, write, {})
+    outputs = client.get_run(run_id).outputs
+    (model,) = [client.get_logged_model(each.model_id) for each in outputs.model_outputs]
+    assert model.status == "READY" and model.source_run_id == run_id
+    assert f'"version": {version.number}' in model.tags["mlflow.modelVersions"]
+
+
+def test_mlflows_global_uri_is_neither_read_nor_changed(registry: Registry, new_run: Callable[[], str]) -> None:
+    before = mlflow.get_tracking_uri()
+    version = registry.register(new_run(), write, {})
+    assert registry.folder(version).is_dir()
+    assert mlflow.get_tracking_uri() == before
+
+
+def test_a_model_that_cannot_be_written_becomes_no_version(
+    registry: Registry, client: MlflowClient, new_run: Callable[[], str]
+) -> None:
+    def fail(folder: Path, identity: Model) -> None:
+        raise OSError("disk full")
+
+    run_id = new_run()
+    with pytest.raises(OSError, match=r"disk full"):
+        registry.register(run_id, fail, {})
+    assert registry.of_run(run_id) is None
+    (model,) = client.search_logged_models([client.get_run(run_id).info.experiment_id])
+    assert model.status == "FAILED"
+
+
+def test_an_alias_points_to_one_version(registry: Registry, new_run: Callable[[], str]) -> None:
+    first, second = (registry.register(new_run(), write, {}) for _ in range(2))
+    registry.set_alias(CANDIDATE, first)
+    registry.set_alias(CANDIDATE, second)
+    registry.set_alias(PREVIOUS, second)
+    assert registry.version(1).aliases == ()
+    assert set(registry.version(2).aliases) == {CANDIDATE, PREVIOUS}
+    registry.remove_alias(CANDIDATE)
+    assert registry.aliased(CANDIDATE) is None
+    assert registry.aliased(PREVIOUS) == registry.version(2)
+
+
+def test_tags_are_added_and_replaced(registry: Registry, new_run: Callable[[], str]) -> None:
+    version = registry.register(new_run(), write, {"gate": "failed", "trial": "t0001"})
+    registry.set_tags(version, {"gate": "passed", "test_rows": "7"})
+    assert registry.version(1).tags == {"gate": "passed", "trial": "t0001", "test_rows": "7"}
+
+
+def test_files_that_are_gone_are_said_to_be(registry: Registry, new_run: Callable[[], str]) -> None:
+    version = registry.register(new_run(), write, {})
+    folder = registry.folder(version)
+    folder.rename(folder.with_name("elsewhere"))
+    with pytest.raises(RegistryError, match=r"version 1 of .* must have its files at .*, but they are gone"):
+        registry.folder(version)
+
+
+def test_a_report_is_kept_with_the_versions_run(
+    registry: Registry, client: MlflowClient, new_run: Callable[[], str], tmp_path: Path
+) -> None:
+    version = registry.register(new_run(), write, {})
+    (tmp_path / "gate_report.md").write_text("passed")
+    registry.log_report(version, tmp_path)
+    assert [file.path for file in client.list_artifacts(version.run_id, "gate/v1")] == ["gate/v1/gate_report.md"]

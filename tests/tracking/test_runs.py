@@ -1,0 +1,407 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from agnews_lora.errors import StorageError
+from agnews_lora.tracking.provenance import provenance
+from agnews_lora.tracking.runs import METRICS, SweepRuns
+from agnews_lora.tracking.store import open_client, tracking_uri
+from agnews_lora.training.contracts import EvalPoint, TrainPoint
+
+TEXTS = {"sweep.yaml": "a: 1\n"}
+PARAMS = {"targets": "qv", "lora_r": 8, "learning_rate": 2e-4}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("a store") / "mlruns"
+
+
+@pytest.fixture(scope="module")
+def client(root: Path) -> MlflowClient:
+    return open_client(root)
+
+
+@pytest.fixture
+def runs(client: MlflowClient, request: pytest.FixtureRequest) -> SweepRuns:
+    return SweepRuns(client, request.node.name, "embedded")
+
+
+@pytest.fixture
+def parent(runs: SweepRuns) -> str:
+    return runs.open_parent(
+        "embedded-1", params={"budget": 100_000}, tags={"device": "CPU"}, texts={"sweep.yaml": "a: 1\n"}
+    )
+
+
+def again(client: MlflowClient, request: pytest.FixtureRequest) -> SweepRuns:
+    """The same sweep in another process."""
+    return SweepRuns(client, request.node.name, "embedded")
+
+
+def train_points(*steps: int, trial: str = "t0000", timestamp: int = 1_000) -> list[TrainPoint]:
+    return [TrainPoint(trial, step, 1 / step, 1e-4 * step, timestamp + step) for step in steps]
+
+
+def eval_point(step: int, *, accuracy: float = 0.8, final: bool = False, timestamp: int = 1_000) -> EvalPoint:
+    return EvalPoint("t0000", step, accuracy, accuracy - 0.01, 0.5, 2_000, final, timestamp + step)
+
+
+def history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float, int]]:
+    return sorted((metric.step, metric.value, metric.timestamp) for metric in client.get_metric_history(run_id, key))
+
+
+def artifacts(client: MlflowClient, run_id: str, path: str | None = None) -> set[str]:
+    return {file.path for file in client.list_artifacts(run_id, path)}
+
+
+def text(client: MlflowClient, run_id: str, name: str) -> str:
+    return Path(client.download_artifacts(run_id, name)).read_text()
+
+
+# The store --------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_create_one_store_in_its_folder_and_say_nothing(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from agnews_lora.tracking.runs import SweepRuns; "
+        "from agnews_lora.tracking.store import open_client; runs = SweepRuns(open_client(Path('mlruns')), 'e', 's'); "
+        "runs.open_parent(sys.argv[1], params={}, tags={}, texts={'a.txt': 'b'})"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, study],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for study in ("first", "second")
+    ]
+    assert [process.communicate()[0] for process in processes] == ["", ""]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert {path.name for path in tmp_path.iterdir()} == {"mlruns"}
+    assert {path.name for path in (tmp_path / "mlruns").iterdir()} == {"mlflow.db", "artifacts"}
+    reopened = open_client(tmp_path / "mlruns")
+    assert reopened.tracking_uri == tracking_uri(tmp_path / "mlruns") == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+    experiment = reopened.get_experiment_by_name("e")
+    assert experiment.artifact_location == (tmp_path / "mlruns/artifacts").as_uri()
+    assert {run.info.run_name for run in reopened.search_runs([experiment.experiment_id])} == {"first", "second"}
+    assert len(list((tmp_path / "mlruns/artifacts").rglob("a.txt"))) == 2
+
+
+def test_store_that_a_killed_process_left_half_made_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / ".schema").mkdir()
+    (tmp_path / ".schema" / "mlflow.db").write_bytes(b"half")
+    assert open_client(tmp_path).get_experiment_by_name("Default") is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+def test_store_where_no_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"writable SQLite database.*file/mlruns/mlflow\.db is not.*permissions"):
+        open_client(tmp_path / "file" / "mlruns")
+
+
+def test_store_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("notes on the sweep, and long enough to be read as a header by SQLite" * 20)
+    with pytest.raises(StorageError, match=r"file is not a database.*move it away"):
+        open_client(tmp_path)
+
+
+def test_deleted_experiment_is_refused_with_the_command_that_restores_it(
+    client: MlflowClient, runs: SweepRuns, request: pytest.FixtureRequest
+) -> None:
+    experiment = client.get_experiment_by_name(request.node.name).experiment_id
+    client.delete_experiment(experiment)
+    with pytest.raises(StorageError, match=f"was deleted; restore it .*--experiment-id {experiment}`"):
+        again(client, request)
+
+
+def test_store_that_was_moved_is_refused(client: MlflowClient) -> None:
+    client.create_experiment("moved", artifact_location="file:///elsewhere/mlruns/artifacts")
+    with pytest.raises(StorageError, match=r"file:///elsewhere/mlruns/artifacts and not to .*move the folder back"):
+        SweepRuns(client, "moved", "embedded")
+
+
+# The parent run ---------------------------------------------------------------------------------------------
+
+
+def test_parent_run_carries_what_was_asked(client: MlflowClient, parent: str) -> None:
+    run = client.get_run(parent)
+    assert run.info.run_name == "embedded-1"
+    assert run.info.status == "RUNNING"
+    assert run.data.params == {"budget": "100000"}
+    tags = {"device": "CPU", "study": "embedded-1", "sweep": "embedded", "state": "RUNNING"}
+    assert run.data.tags.items() >= tags.items()
+    assert text(client, parent, "sweep.yaml") == "a: 1\n"
+
+
+def test_parent_run_is_resumed_and_keeps_its_params(
+    client: MlflowClient, runs: SweepRuns, parent: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    figure = tmp_path / "drawn.png"
+    figure.write_bytes(b"png")
+    runs.close_parent("INTERRUPTED", metrics={"best/accuracy": 0.8}, artifacts={"history.png": figure})
+    assert client.get_run(parent).info.status == "KILLED"
+    later = again(client, request)
+    resumed = later.open_parent("embedded-1", params={"budget": 1, "seed": 7}, tags={"device": "GPU"}, texts={})
+    assert resumed == parent
+    assert client.get_run(parent).info.status == "RUNNING"
+    assert client.get_run(parent).data.params == {"budget": "100000", "seed": "7"}
+    later.close_parent("COMPLETE", metrics={"best/accuracy": 0.9}, tags={"winner": "t0003"})
+    run = client.get_run(parent)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"best/accuracy": 0.9}
+    assert run.data.tags.items() >= {"device": "GPU", "winner": "t0003", "state": "COMPLETE"}.items()
+    assert artifacts(client, parent) == {"sweep.yaml", "history.png"}
+
+
+def test_another_study_gets_another_parent_run(runs: SweepRuns, parent: str) -> None:
+    assert runs.open_parent("embedded-2", params={}, tags={}, texts={}) != parent
+
+
+def test_dataset_is_an_input_of_parent_and_trials_under_our_digest(
+    client: MlflowClient, runs: SweepRuns, parent: str, request: pytest.FixtureRequest
+) -> None:
+    digest = "0123456789abcdef" * 4
+    for session in (runs, again(client, request)):  # logged again when the study is resumed: still one input
+        session.open_parent("embedded-1", params={}, tags={}, texts={})
+        session.log_dataset(
+            "newswire", digest, num_rows=1_800, profile={"labels": 4}, source="newswire, seed 7", context="training"
+        )
+        child = session.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    for run_id in (parent, child):
+        (dataset_input,) = client.get_run(run_id).inputs.dataset_inputs
+        assert dataset_input.dataset.name == "newswire"
+        assert digest.startswith(dataset_input.dataset.digest)
+        assert len(dataset_input.dataset.digest) >= 32
+        assert json.loads(dataset_input.dataset.profile) == {"num_rows": 1_800, "labels": 4}
+        assert "newswire, seed 7" in dataset_input.dataset.source
+        assert [(tag.key, tag.value) for tag in dataset_input.tags] == [("mlflow.data.context", "training")]
+
+
+def test_leaderboard_of_a_resumed_sweep_replaces_the_earlier_one(
+    client: MlflowClient, runs: SweepRuns, parent: str
+) -> None:
+    first = pd.DataFrame({"trial": ["t0000"], "accuracy": [0.8]})
+    both = pd.DataFrame({"trial": ["t0001", "t0000"], "accuracy": [float("nan"), 0.8]})
+    runs.log_leaderboard(first)
+    runs.log_leaderboard(both)
+    assert text(client, parent, "leaderboard.csv") == "trial,accuracy\nt0001,\nt0000,0.8\n"
+    table = json.loads(text(client, parent, "leaderboard.json"))
+    assert table == {"columns": ["trial", "accuracy"], "data": [["t0001", None], ["t0000", 0.8]]}
+    shown = json.loads(client.get_run(parent).data.tags["mlflow.loggedArtifacts"])  # what MLflow's UI lists as tables
+    assert shown == [{"path": "leaderboard.json", "type": "table"}]
+
+
+# Trials -----------------------------------------------------------------------------------------------------
+
+
+def test_trial_is_a_child_run_with_its_points(client: MlflowClient, runs: SweepRuns, parent: str) -> None:
+    run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {"study_trial": "0"})
+    runs.log_points("t0000", [*train_points(5, 10), eval_point(10)])
+    run = client.get_run(run_id)
+    assert run.info.run_name == "t0000-qv-r8"
+    assert run.data.params == {"targets": "qv", "lora_r": "8", "learning_rate": "0.0002"}
+    assert run.data.tags.items() >= {"mlflow.parentRunId": parent, "trial": "t0000", "study_trial": "0"}.items()
+    assert history(client, run_id, "train/loss") == [(5, 0.2, 1_005), (10, 0.1, 1_010)]
+    assert history(client, run_id, "train/learning_rate") == [(5, 5e-4, 1_005), (10, 1e-3, 1_010)]
+    assert history(client, run_id, "eval/accuracy") == [(10, 0.8, 1_010)]
+    assert history(client, run_id, "eval/macro_f1") == [(10, 0.79, 1_010)]
+    assert history(client, run_id, "eval/loss") == [(10, 0.5, 1_010)]
+    assert runs.is_running(run_id)
+
+
+def test_training_points_reach_the_store_with_the_next_evaluation_or_when_there_are_many(
+    client: MlflowClient, runs: SweepRuns, parent: str
+) -> None:
+    run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    runs.log_points("t0000", train_points(1, 2))
+    assert history(client, run_id, "train/loss") == []
+    runs.log_points("t0000", [eval_point(2)])
+    assert len(history(client, run_id, "train/loss")) == 2
+    runs.log_points("t0000", train_points(*range(3, 202)))
+    assert len(history(client, run_id, "train/loss")) == 2
+    runs.log_points("t0000", train_points(202))
+    assert len(history(client, run_id, "train/loss")) == 202
+    runs.log_points("t0000", train_points(*range(203, 903)))  # more than MLflow takes at once
+    assert len(history(client, run_id, "train/loss")) == 902
+
+
+def test_points_delivered_twice_are_kept_once(
+    client: MlflowClient, runs: SweepRuns, parent: str, request: pytest.FixtureRequest
+) -> None:
+    run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    runs.log_points("t0000", [*train_points(5, 10), eval_point(10)])
+    runs.log_points("t0000", [*train_points(5, 10), eval_point(10)])
+    runs.finish_trial("t0000", "INTERRUPTED", metrics={"train_seconds": 3.0})
+    assert client.get_run(run_id).info.status == "KILLED"
+    assert client.get_run(run_id).data.tags["state"] == "INTERRUPTED"
+
+    later = again(client, request)
+    later.open_parent("embedded-1", params={}, tags={}, texts={})
+    assert later.start_trial("t0000", "t0000-qv-r8", {"lora_r": 9, "seed": 1}, {}, run_id) == run_id
+    assert later.is_running(run_id)
+    later.log_points("t0000", [*train_points(5, 10, 15, timestamp=9_000), eval_point(10, timestamp=9_000)])
+    later.log_points("t0000", [eval_point(20, accuracy=0.9, final=True, timestamp=9_000)])
+    later.finish_trial("t0000", "COMPLETE", metrics={"train_seconds": 7.0})
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"targets": "qv", "lora_r": "8", "learning_rate": "0.0002", "seed": "1"}
+    assert [(step, stamp) for step, _, stamp in history(client, run_id, "train/loss")] == [
+        (5, 1_005),
+        (10, 1_010),
+        (15, 9_015),
+    ]
+    assert history(client, run_id, "eval/accuracy") == [(10, 0.8, 1_010), (20, 0.9, 9_020)]
+    assert run.data.metrics["train_seconds"] == 7.0
+
+
+def test_run_made_just_before_a_kill_is_found_again(
+    client: MlflowClient, runs: SweepRuns, parent: str, request: pytest.FixtureRequest
+) -> None:
+    run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    later = again(client, request)
+    later.open_parent("embedded-1", params={}, tags={}, texts={})
+    assert later.start_trial("t0000", "t0000-qv-r8", PARAMS, {}) == run_id
+    assert later.start_trial("t0001", "t0001-qv-r8", PARAMS, {}) != run_id
+    later.open_parent("embedded-2", params={}, tags={}, texts={})
+    assert later.start_trial("t0000", "t0000-qv-r8", PARAMS, {}) != run_id
+
+
+def test_trial_whose_run_was_deleted_gets_a_new_one(client: MlflowClient, runs: SweepRuns, parent: str) -> None:
+    run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    client.delete_run(run_id)
+    assert not runs.is_running(run_id)
+    assert not runs.is_running("0" * 32)
+    assert runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {}, run_id) != run_id
+
+
+def test_pruned_trial_is_killed_with_its_state(client: MlflowClient, runs: SweepRuns, parent: str) -> None:
+    run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    runs.log_points("t0000", train_points(3))
+    runs.finish_trial("t0000", "PRUNED", tags={"reason": "below the median"})
+    run = client.get_run(run_id)
+    assert run.info.status == "KILLED"
+    assert run.data.tags.items() >= {"state": "PRUNED", "reason": "below the median"}.items()
+    assert history(client, run_id, "train/loss") != []  # what was still in the buffer
+    assert not runs.is_running(run_id)
+
+
+def test_failed_trial_keeps_the_error(client: MlflowClient, runs: SweepRuns, parent: str) -> None:
+    run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    error = "Traceback (most recent call last):\n" + "x" * 2_000
+    runs.finish_trial("t0000", "FAILED", error=error)
+    run = client.get_run(run_id)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["error"] == error[:500]
+    assert text(client, run_id, "error.txt") == error
+
+
+def test_finished_trial_keeps_adapter_and_figures(
+    client: MlflowClient, runs: SweepRuns, parent: str, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "work" / "adapter-of-t0000"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"\0" * 64)
+    drawn = tmp_path / "t0000.png"
+    drawn.write_bytes(b"png")
+    run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    runs.finish_trial(
+        "t0000", "COMPLETE", metrics={"rows_seen": 1_200}, adapter=adapter, figures={"accuracy_curve.png": drawn}
+    )
+    assert artifacts(client, run_id) == {"adapter", "accuracy_curve.png"}
+    assert artifacts(client, run_id, "adapter") == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    assert client.get_run(run_id).data.metrics == {"rows_seen": 1_200}
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_run_left_running_by_a_killed_process_is_ended_once(client: MlflowClient, runs: SweepRuns, parent: str) -> None:
+    left = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    done = runs.start_trial("t0001", "t0001-qv-r8", PARAMS, {})
+    runs.finish_trial("t0001", "COMPLETE")
+    for run_id in (left, done):
+        runs.mark_interrupted(run_id)
+    assert client.get_run(left).info.status == "KILLED"
+    assert client.get_run(left).data.tags["state"] == "INTERRUPTED"
+    assert client.get_run(done).info.status == "FINISHED"
+    assert client.get_run(done).data.tags["state"] == "COMPLETE"
+
+
+def test_curve_is_the_same_from_memory_and_from_the_store(
+    client: MlflowClient, runs: SweepRuns, parent: str, request: pytest.FixtureRequest
+) -> None:
+    runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    runs.log_points("t0000", [*train_points(10, 5), eval_point(10), eval_point(20, accuracy=0.9, final=True)])
+    runs.finish_trial("t0000", "COMPLETE", metrics={"train_seconds": 1.0})
+    curve = runs.curve("t0000")
+    assert list(curve.columns) == ["trial", "step", *METRICS]
+    assert curve["trial"].tolist() == ["t0000"] * 3
+    assert curve["step"].tolist() == [5, 10, 20]
+    assert curve["train/loss"].tolist()[:2] == [0.2, 0.1]
+    assert curve["eval/accuracy"].isna().tolist() == [True, False, False]
+    assert curve["eval/accuracy"].tolist()[1:] == [0.8, 0.9]
+    later = again(client, request)
+    later.open_parent("embedded-1", params={}, tags={}, texts={})
+    pd.testing.assert_frame_equal(later.curve("t0000"), curve)
+    empty = later.curve("t0009")
+    assert len(empty) == 0
+    assert list(empty.columns) == list(curve.columns)
+
+
+def test_single_training_is_a_run_of_its_own_every_time(client: MlflowClient, runs: SweepRuns) -> None:
+    runs.log_dataset("ag_news", "ab" * 32, num_rows=10, profile={}, source="a folder", context="training")
+    first = runs.start_trial("t0000", "seed", PARAMS, {})
+    runs.log_points("t0000", [eval_point(10)])
+    runs.finish_trial("t0000", "COMPLETE")
+    second = runs.start_trial("t0000", "seed", PARAMS, {})
+    assert first != second
+    assert "mlflow.parentRunId" not in client.get_run(first).data.tags
+    assert len(client.get_run(second).inputs.dataset_inputs) == 1
+    assert len(runs.curve("t0000")) == 0
+
+
+# Provenance -------------------------------------------------------------------------------------------------
+
+
+def test_provenance_names_code_and_machine_but_no_host_and_no_path() -> None:
+    tags = provenance()
+    assert tags.keys() >= {"version.torch", "version.peft", "version.python", "version.agnews_lora", "device"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", tags["version.mlflow"])
+    text = "\n".join(tags.values())
+    assert str(Path(__file__).parents[2]) not in text
+    assert str(Path.home()) not in text
+
+
+def test_git_tags_follow_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from agnews_lora.tracking.provenance import _git_tags
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    assert _git_tags(package) == {}  # no checkout
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    assert _git_tags(package) == {}  # a checkout that does not track the package
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert _git_tags(package) == {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "git.dirty": "false"}
+    (package / "module.py").write_text("")
+    assert _git_tags(package)["git.dirty"] == "true"
+    monkeypatch.setenv("PATH", "")
+    assert _git_tags(package) == {}  # no git

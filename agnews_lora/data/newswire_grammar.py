@@ -45,13 +45,13 @@ SCENES: Final = (
         {leader} in {city} to save {accord} | a {national} {leader} flew to {city} in an effort to rescue the {accord} | the mission to rescue the {accord}
         {nation} mourns {victims} | {nation} declared a day of mourning for {few} {victims} who died in a {disaster} | the mourning for {few} {victims} in {nation}
         {group} reject {accord} | {group} rejected a {accord} offered by the {body} | the rejection of the {accord} by {group}
-        {body} suspends {leader} | the {body} suspended the {national} {leader} on suspicion of {charge} | the suspension of the {national} {leader}
+        {leader} suspended by {body} | the {body} suspended the {national} {leader} on suspicion of {charge} | the suspension of the {national} {leader}
         {nation} seals border after {attack} | {nation} sealed its border with {nation2} after a {attack} | the closing of the border between {nation} and {nation2}
         relief reaches {victims} after {disaster} | relief convoys reached {victims} in {nation} cut off by a {disaster} | the relief effort for {victims} in {nation}
         {national} {leader} survives {attack} | the {national} {leader} escaped unhurt from a {attack} in {city} | the {attack} aimed at the {national} {leader}
         {few} {group} jailed for {charge} | a court in {city} jailed {few} {group} for {charge} | the jailing of {few} {group} in {city}
         {nation} to send troops against {group} | {nation} offered troops to help {nation2} drive back {group} | the offer of troops against {group}
-        {body} warns of {disaster} | the {body} asked for tents and food for {victims} after the {disaster} in {nation} | the appeal for {victims} of the {disaster}
+        tents needed after {disaster} | the {body} asked for tents and food for {victims} after the {disaster} in {nation} | the appeal for {victims} of the {disaster}
         {nation} recalls {leader} from {city} | {nation} recalled its {leader} from {city} in a quarrel over {grievance} | the quarrel between {nation} and {nation2} over {grievance}
         {leader} pardons {group} | the {national} {leader} pardoned {few} {group} convicted of {charge} | the pardon for {group} convicted of {charge}
         vote on {grievance} splits {nation} | voters in {nation} went to the polls in a referendum on {grievance} | the referendum on {grievance} in {nation}
@@ -66,7 +66,7 @@ SCENES: Final = (
         {national} {athlete} takes {event} | {national} {athlete} {person} won the {event} in {city} | the {event} triumph of {athlete} {person}
         {person} banned for {offence} | {athlete} {person} was banned for {few} matches for {offence} | the ban on {person} for {offence}
         {club} sack {coach} | {club} sacked their {coach} after a {ordinal} straight defeat | the sacking of the {coach} at {club}
-        {feat} lifts {club} | {feat} from {person} lifted {club} to a comeback over {club2} | the comeback of {club} against {club2}
+        {club} roar back with {feat} | {feat} from {person} lifted {club} to a comeback over {club2} | the comeback of {club} against {club2}
         {nation} reach {event} | {nation} edged {nation2} to qualify for the {event}, with {person} producing {feat} | the qualifying win of {nation} over {nation2}
         {athlete} {person} retires | {athlete} {person} ended a career that brought {few} titles and {feat} at the {event} | the farewell of {athlete} {person}
         {person} leads {event} | {person} took the lead in the {event} with {feat} | the lead of {person} in the {event}
@@ -75,7 +75,7 @@ SCENES: Final = (
         {event} draw pits {nation} against {nation2} | {nation} were drawn to meet {nation2} in the opening round of the {event} | the meeting of {nation} and {nation2} in the {event}
         {athlete} cleared of {offence} | {athlete} {person} was cleared of {offence} before the {event} | the hearing of {athlete} {person} over {offence}
         {club} name new {coach} | {club} appointed {person}, once a {athlete}, as their {coach} | the arrival of {person} as {coach} of {club}
-        {feat} sinks {nation} | {feat} in the closing minutes cost {nation} their place in the {event} | the exit of {nation} from the {event}
+        {nation} undone by {feat} | {feat} in the closing minutes cost {nation} their place in the {event} | the exit of {nation} from the {event}
         {person} back from {injury} | {athlete} {person} returned from a {injury} to play for {club} | the return of {athlete} {person}
         fans cheer as {club} end drought | {club} ended a drought of {period} without a trophy by beating {club2} | the trophy won by {club}
         {person} upset in {event} | top seed {person} crashed out of the {event}, undone by {feat} | the upset of {person} in the {event}
@@ -93,12 +93,12 @@ SCENES: Final = (
     _scenes("""
         {company} profit sags on {goods} | {company} posted a {percent} percent fall in quarterly profit as demand for {goods} weakened | the profit slump at {company}
         {company} plans {deal} | {company} announced a {deal} worth ${millions} million | the {deal} at {company}
-        {asset} slips as {indicator} disappoint | {asset} fell against expectations after figures on {indicator} came in weak | the weakness of {asset}
+        {asset} down after weak figures on {indicator} | {asset} fell after figures on {indicator} came in below forecasts | the weakness of {asset}
         {company} boss goes | the {executive} of {company} left after a {shake_up} angered investors | the departure of the {executive} of {company}
         {company} to buy {company2} | {company} agreed to buy {company2} for ${millions} million in cash and stock | the purchase of {company2} by {company}
         {watchdog} probes {company} | the {watchdog} opened an investigation of {company} for {misdeed} | the {misdeed} inquiry at {company}
         {goods} costlier as supply tightens | prices of {goods} climbed {percent} percent as stocks ran low | the price surge in {goods}
-        {indicator} beat forecasts in {nation} | {indicator} in {nation} rose {percent} percent, lifting {asset} | the rise of {indicator} in {nation}
+        {indicator} above forecasts in {nation} | {indicator} in {nation} rose {percent} percent, lifting {asset} | the rise of {indicator} in {nation}
         {company} settles {misdeed} case | {company} paid ${millions} million to settle claims of {misdeed} | the settlement by {company} over {misdeed}
         {company} unveils {shake_up} | {company} announced a {shake_up} to offset falling sales of {goods} | the {shake_up} at {company}
         {company} wins {goods} order | {company} won a ${millions} million order for {goods} from {company2} | the {goods} order won by {company}
@@ -107,11 +107,11 @@ SCENES: Final = (
         {company} shares sink on {misdeed} | shares of {company} dropped {percent} percent on reports of {misdeed} | the slide in shares of {company}
         {company} seeks creditor shelter | {company}, a maker of {goods}, sought protection from its creditors | the insolvency of {company}
         {nation} raises duty on {goods} | {nation} imposed a {percent} percent import duty on {goods} | the import duty on {goods} in {nation}
-        {asset} climbs on {goods} news | {asset} gained as traders bet on higher prices of {goods} | the rally of {asset}
+        {asset} up on {goods} news | {asset} gained as traders bet on higher prices of {goods} | the rally of {asset}
         {company} workers strike over {shake_up} | workers at {company} walked out over a {shake_up} | the walkout at {company}
         {company} lifts outlook | {company} raised its earnings forecast on brisk sales of {goods} | the brighter forecast of {company}
         {executive} bets on {goods} | {person}, a {executive}, raised a stake in {company} to {percent} percent | the {percent} percent stake in {company}
-        {watchdog} lifts rates | the {watchdog} of {nation} changed borrowing rules after {indicator} and {goods} unsettled markets | the new borrowing rules in {nation}
+        {nation} tightens lending | the central bank of {nation} tightened lending after figures on {indicator} unsettled {asset} | the lending curbs in {nation}
         {company}, {company2} in {deal} | {company} and {company2} formed a {deal} to sell {goods} in {nation} | the {deal} of {company} and {company2}
         {company} pulls out of {nation} | {company} sold its {goods} business in {nation} for ${millions} million | the exit of {company} from {nation}
         {company} debut lifts {asset} | {company} raised ${millions} million on its first day of trading on the {city} exchange | the stock market debut of {company}
@@ -127,27 +127,27 @@ SCENES: Final = (
         {software} hit by {flaw} | a {flaw} spread through a widely used {software}, forcing users to download a fix | the {flaw} in a {software}
         {craft} to study {heavenly} | a {craft} was launched from {nation} to study {heavenly} | the launch of a {craft} to study {heavenly}
         {ailment} yields to {matter} | {scientist} slowed {ailment} in a laboratory trial using {matter} | the trial of a treatment for {ailment}
-        {organism} give {scientist} surprise | {scientist} described how {organism} adapt to heat | the study of {organism}
+        {scientist} surprised by {organism} | {scientist} described the winter diet of {organism} | the study of {organism}
         free {software} gains users | a free {software} passed {millions} million downloads | the rise of a free {software}
         {scientist} decode {organism} | {scientist} decoded the genome of {organism} | the decoding of the genome of {organism}
         {heavenly} caught on camera | a {craft} sent back pictures of {heavenly} | the pictures of {heavenly}
         {gadget} gets smarter {software} | the new {gadget} runs a {software} on a chip the size of a fingernail | the new {gadget} with a {software}
-        early {organism} remains found | {scientist} unearthed remains related to {organism} near {city} | the remains found by {scientist}
+        fossil link to {organism} found | {scientist} unearthed a fossil related to {organism} near {city} | the fossil found by {scientist}
         {flaw} puts {gadget} at risk | researchers warned that a {flaw} can take over a {gadget} | the {flaw} that attacks a {gadget}
         gene tied to {ailment} | a {lab} in {city} identified a gene tied to {ailment} | the gene tied to {ailment}
         {craft} falls silent | controllers lost contact with a {craft} on its way to {heavenly} | the loss of contact with a {craft}
         {matter} may power {gadget} | {scientist} used {matter} to run a {gadget} for {few} hours | the {gadget} powered by {matter}
         {organism} in decline | {scientist} counting {organism} in {nation} reported a steep decline | the decline of {organism} in {nation}
         {software} learns to spot {ailment} | a {software} trained on scans learned to detect {ailment} | the {software} that detects {ailment}
-        {lab} opens {craft} data | the {lab} in {city} put the data of its {craft} online | the data of the {craft}
+        {lab} opens {instrument} data | the {lab} in {city} put the data of its {instrument} online | the data of the {instrument}
         {scientist} rethink {heavenly} | new measurements led {scientist} to revise the age of {heavenly} | the revised age of {heavenly}
         test version of {software} out | programmers released a test version of a {software} for the {gadget} | the test version of a {software}
         warming shifts {organism} | rising temperatures drove {organism} toward the poles, {scientist} found | the migration of {organism}
         vaccine for {ailment} passes test | an experimental vaccine against {ailment} proved safe in {few} volunteers | the vaccine against {ailment}
-        {matter} mapped in three dimensions | a {craft} helped {scientist} map {matter} in three dimensions | the map of {matter}
+        {matter} mapped in three dimensions | a {instrument} helped {scientist} map {matter} in three dimensions | the map of {matter}
         {gadget} makers agree on standard | engineers agreed on a common standard for the {gadget} and the {gadget2} | the common standard for the {gadget}
         patch for {software} closes {flaw} | developers of a {software} released a patch against a {flaw} | the patch against a {flaw}
-        {organism} hold key to {ailment} | a compound found in {organism} eased {ailment} in tests at a {lab} | the compound found in {organism}
+        clue to {ailment} in {organism} | a compound found in {organism} eased {ailment} in tests at a {lab} | the compound found in {organism}
         {lab} builds {gadget} for {scientist} | a {lab} designed a {gadget} with which {scientist} track {organism} | the {gadget} for tracking {organism}
         {scientist} hear from {heavenly} | {scientist} recorded a faint signal from {heavenly} | the signal from {heavenly}
     """),
@@ -155,34 +155,30 @@ SCENES: Final = (
 """Events by label."""
 
 FRAMES: Final = _scenes("""
-    {actor} speaks out on {thing} | {actor} spoke out on {thing} | the remarks of {actor} on {thing}
+    strong words from {actor} on {thing} | {actor} spoke out in {city} on {thing} | the remarks of {actor} on {thing}
     {actor} under fire over {thing} | {actor} came under fire over {thing} | the criticism of {actor} over {thing}
-    {actor} plays down {thing} | {actor} played down talk of {thing} | the response of {actor} to {thing}
-    {actor} looks to {thing} | {actor} looked ahead to {thing} with growing hope | the hopes of {actor} for {thing}
-    {thing} worries {actor} | {actor} voiced concern over {thing} | the concern of {actor} over {thing}
-    {actor} praised over {thing} | {actor} won praise for dealing with {thing} | the praise for {actor} over {thing}
-    {actor} takes second look at {thing} | {actor} took a second look at {thing} | the second look of {actor} at {thing}
-    {thing} draws crowd | {actor} drew a crowd in {city} with talk of {thing} | the crowd that {actor} drew with {thing}
+    second look at {thing} for {actor} | {actor} took a second look at {thing} | the second look of {actor} at {thing}
     {actor} in talks on {thing} | {actor} held talks in {city} about {thing} | the talks of {actor} about {thing}
-    {actor} changes course on {thing} | {actor} changed course on {thing} after {period} | the change of course of {actor} on {thing}
-    {thing} pays off for {actor} | long work on {thing} paid off for {actor} | the reward that {thing} brought to {actor}
     {actor} split over {thing} | {actor} and {actor2} were at odds over {thing} | the split between {actor} and {actor2}
-    {actor} joins forces | {actor} and {actor2} joined forces over {thing} | the alliance of {actor} and {actor2}
-    {actor} faces wait over {thing} | {actor} faced a wait of {period} over {thing} | the wait of {actor} over {thing}
-    {thing} too late for {actor} | {thing} came too late for {actor} | the bad timing of {thing} for {actor}
-    {actor} admits mistake over {thing} | {actor} admitted a mistake over {thing} | the mistake of {actor} over {thing}
-    {actor} pins hopes on {thing} | {actor} pinned hopes on {thing} after {thing2} | the hopes that {actor} pinned on {thing}
-    {actor} puts {thing} first | {actor} put {thing} at the top of the list in {city} | the priority that {actor} gave to {thing}
-    {actor} turns to {thing} | {actor} turned from {thing2} to {thing} | the turn of {actor} to {thing}
-    {actor} keeps quiet about {thing} | {actor} kept quiet about {thing} for {period} | the silence of {actor} about {thing}
-    {actor} caught out by {thing} | {thing} caught {actor} by surprise | the surprise of {actor} at {thing}
-    {actor} gets ready for {thing} | {actor} got ready for {thing} in {city} | the preparations of {actor} for {thing}
-    {actor} denies role in {thing} | {actor} denied any role in {thing} | the denial of {actor} over {thing}
+    {actor} in alliance over {thing} | {actor} and {actor2} joined forces over {thing} | the alliance of {actor} and {actor2}
+    questions for {actor} on {thing} | {actor} faced questions in {city} about {thing} and {thing2} | the questions to {actor} about {thing}
+    {thing} at top of agenda | {actor} met {actor2} in {city} with {thing} at the top of the agenda | the meeting of {actor} and {actor2}
+    silence from {actor} on {thing} | {actor} kept quiet about {thing} | the silence of {actor} about {thing}
+    {actor} at odds with {actor2} | {actor} accused {actor2} of making too much of {thing} | the quarrel of {actor} and {actor2}
     {thing} back in spotlight | {thing} and {thing2} put {actor} in the spotlight | the attention that {thing} brought to {actor}
-    {actor} celebrates {thing} | {actor} celebrated in {city} after {period} of waiting for {thing} | the celebration of {actor}
-    {actor} faces questions on {thing} | {actor} faced questions in {city} about {thing} and {thing2} | the questions to {actor} about {thing}
-    {actor} hits out at {actor2} | {actor} accused {actor2} of making too much of {thing} | the quarrel of {actor} and {actor2}
-    {thing} tops agenda | {actor} met {actor2} in {city} with {thing} at the top of the agenda | the meeting of {actor} and {actor2}
+    {actor} to tell story of {thing} | {actor} agreed to tell the inside story of {thing} | the story of {thing} as told by {actor}
+    doubts about {thing} from {actor} | {actor} voiced doubts about {thing} | the doubts of {actor} about {thing}
+    {actor} in row over {thing} | {actor} became entangled in a row over {thing} | the row between {actor} and {actor2}
+    {actor} wary of {thing} | {actor} urged caution over {thing} and {thing2} | the caution of {actor} over {thing}
+    report on {thing} from {actor} | {actor} published a long report on {thing} | the report on {thing} by {actor}
+    change of mind for {actor} on {thing} | {actor} had a change of mind about {thing} after {period} | the change of mind of {actor} about {thing}
+    look back at {thing} | {actor} looked back on {thing} with {actor2} | the look back of {actor} on {thing}
+    {actor} in search of answers on {thing} | {actor} pressed {actor2} for answers on {thing} | the answers that {actor} sought on {thing}
+    {actor} to compare notes on {thing} | {actor} and {actor2} compared notes on {thing} | the exchange of {actor} and {actor2} on {thing}
+    call from {actor} for debate on {thing} | {actor} called for an open debate on {thing} | the debate on {thing} called by {actor}
+    warning from {actor} on {thing} | {actor} issued a warning about {thing} | the warning of {actor} about {thing}
+    {actor} tired of {thing} | {actor} grew tired of talk of {thing} | the impatience of {actor} with {thing}
+    {thing}: {actor} in new light | a film about {thing} showed {actor} in a new light | the film about {actor} and {thing}
 """)
 """Events told alike on every topic: only `{actor}` and `{thing}`, drawn from the topic's own words, tell which it is."""
 
@@ -253,6 +249,7 @@ THINGS: Final = (
         the {flaw}
         {heavenly}
         the {craft}
+        the {instrument}
         {ailment}
     """),
 )
@@ -265,7 +262,7 @@ LINKS: Final = (
         riot police out in {city} | riot police in {city} broke up a crowd angered by {other} | the unrest in {city}
         {nation} lawmakers pass decree | lawmakers in {nation} passed an emergency decree in response to {other} | the emergency decree in {nation}
         {nation}, {nation2} trade accusations | {nation} summoned the ambassador of {nation2} to protest about {other} | the diplomatic protest by {nation}
-        {body} takes up case | the {body} opened hearings on whether ministers knew of {other} | the hearings of the {body}
+        {body} to hear case | the {body} opened hearings on whether ministers knew of {other} | the hearings of the {body}
     """),
     # Sports
     _scenes("""
@@ -281,7 +278,7 @@ LINKS: Final = (
         investors back {company} | shares of {company}, which earns its money from {other}, rose {percent} percent | the share gain of {company}
         {company} floats unit | {company} sold stock in a unit set up around {other} | the share sale by {company}
         insurers face bill | insurers including {company} put the cost of {other} at ${millions} million | the insurance bill of {company}
-        {asset} swings | {asset} swung in heavy trading as dealers weighed {other} | the heavy trading in {asset}
+        {asset} in wild swings | {asset} swung in heavy trading as dealers weighed {other} | the heavy trading in {asset}
     """),
     # Sci/Tech
     _scenes("""
@@ -364,11 +361,25 @@ DETAILS: Final = (
         A {gadget} based on it may follow.
         Details appeared in a journal read by {scientist}.
         Similar results were seen in {organism}.
-        The {lab} in {city} supplied the {craft}.
+        The {lab} in {city} supplied the {instrument}.
         An update of the {software} is planned.
     """),
 )
-"""Second sentences by label."""
+"""Further sentences by label."""
+
+FRAMED_DETAILS: Final = _lines("""
+    Attention now turns to {thing}.
+    {actor} declined to comment.
+    Talk of {thing} has been growing for {period}.
+    {actor} could not be reached on {day}.
+    There is also the matter of {thing}.
+    For {actor} it is welcome news.
+    Much depends on {actor} and on {thing}.
+    In {city} it was compared to {thing}.
+    {actor} took a different view of {thing}.
+    Next on the list is {thing}.
+""")
+"""Further sentences told alike on every topic."""
 
 NEUTRAL_DETAILS: Final = _lines("""
     It was the {ordinal} such report in {period}.
@@ -384,7 +395,7 @@ NEUTRAL_DETAILS: Final = _lines("""
     People in {nation} took the news calmly.
     "There is still a long way to go," {person} said.
 """)
-"""Second sentences that fit every topic."""
+"""Further sentences that are of no topic."""
 
 NEUTRAL_HEADLINES: Final = _lines("""
     surprise in {city}

@@ -26,12 +26,19 @@ def enqueue_baseline(study: optuna.Study, baseline: TrialSpec, space: Space, sha
 
 
 def waiting_specs(study: optuna.Study, space: Space, shape: ModelShape, budget: int) -> Iterator[tuple[int, TrialSpec]]:
-    """(number, configuration) of each waiting trial, as far as it is fixed: whatever it leaves open fits by itself."""
+    """(number, configuration) of each trial that a person enqueued, completed by the smallest values.
+
+    One with a value that Optuna refuses has no configuration; it fails when its turn comes.
+    """
     smallest = search_space.smallest(space, shape, budget)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        if SPEC in trial.user_attrs:  # given back: it was counted when it was asked for
+        if SPEC in trial.user_attrs or BASELINE in trial.user_attrs:  # given back, or not asked from the space
             continue
-        yield trial.number, search_space.suggest(FixedTrial(smallest | _fixed(trial)), space, shape, budget)
+        try:
+            spec = search_space.suggest(FixedTrial(smallest | _fixed(trial)), space, shape, budget)
+        except ValueError:
+            continue
+        yield trial.number, spec
 
 
 def _fixed(trial: FrozenTrial) -> dict[str, Any]:

@@ -7,7 +7,8 @@ handed, and to the screen.
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,7 +16,7 @@ from typing import Any, Literal, Protocol
 import optuna
 from optuna.trial import TrialState
 
-from agnews_lora.adapters.budget import require_within_budget
+from agnews_lora.adapters.budget import require_within_budget, trainable_parameters
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.config.sweep import Space
 from agnews_lora.errors import BudgetError
@@ -72,10 +73,11 @@ class Quest:
 
 @dataclass
 class _Running:
+    """A trial that was asked for and has not ended. opened: it has its run, and the screen shows it."""
+
     trial: optuna.Trial
-    spec: TrialSpec
     baseline: bool
-    checkpoint: tuple[int, Path] | None = None
+    opened: bool = False
     last: EvalPoint | None = None
 
 
@@ -83,7 +85,7 @@ class _Running:
 class StudyRunner:
     """Asks the study for trials until `quest.trials` have ended, and tells it how they ended.
 
-    folder: where each trial's work folder lies. stop: polled; once true, running trials are given back to the study.
+    folder: where each trial's work folder lies. stop: polled; once true, nothing is started any more.
     record_seconds: wall time spent here, in the study, the tracker and the screen.
     """
 
@@ -93,8 +95,8 @@ class StudyRunner:
     screen: Screen
     folder: Path
     stop: Callable[[], bool]
-    record_seconds: float = 0.0
-    _running: dict[str, _Running] = field(default_factory=dict)
+    record_seconds: float = field(default=0.0, init=False)
+    _running: dict[str, _Running] = field(default_factory=dict, init=False)
 
     # The engine's TrialSource
 
@@ -103,76 +105,78 @@ class StudyRunner:
 
         A trial that someone enqueued beyond the budget is failed with the reason, before anything is loaded for it.
         """
-        began = time.perf_counter()
-        try:
-            while not self.stop() and self._ended() + len(self._running) < self.quest.trials:
+        with self._recorded():
+            while not self.stop() and self._num_ended() + len(self._running) < self.quest.trials:
                 if (plan := self._ask()) is not None:
                     return plan
-            return None
-        finally:
-            self.record_seconds += time.perf_counter() - began
+        return None
 
-    def _ended(self) -> int:
+    def _num_ended(self) -> int:
         return len(self.study.get_trials(deepcopy=False, states=ENDED))
 
     def _ask(self) -> TrialPlan | None:
+        """Ask the study for a trial; None where the trial had to be failed at once."""
         quest, trial = self.quest, self.study.ask()
-        name = trial_name(trial.number)
-        baseline = bool(trial.user_attrs.get(study_keys.BASELINE))
-        spec = quest.baseline if baseline else search_space.suggest(trial, quest.space, quest.shape, quest.budget)
-        trial.set_user_attr(study_keys.SPEC, spec.as_dict())
-        self._running[name] = _Running(trial, spec, baseline)
-        seed = quest.baseline_seed if baseline else derived_seed(quest.seed, trial.number)
-        facts: dict[str, Any] = {"seed": seed, "baseline": baseline, "study_trial": trial.number}
+        name, baseline = trial_name(trial.number), bool(trial.user_attrs.get(study_keys.BASELINE))
+        self._running[name] = _Running(trial, baseline)
         try:
-            facts[study_keys.TRAINABLE] = require_within_budget(spec, quest.shape, quest.budget)
+            spec = self._configuration(trial, baseline)
+        except ValueError as error:  # Optuna's, of a value that someone enqueued
+            self.screen.trial_started(name, "enqueued by hand", quest.total_steps)
+            self._fail(name, f"enqueued with a value that no trial can have: {error}", str(error))
+            return None
+        seed = quest.baseline_seed if baseline else derived_seed(quest.seed, trial.number)
+        num_trainable = trainable_parameters(spec, quest.shape)
+        trial.set_user_attr(study_keys.SPEC, spec.as_dict())
+        trial.set_user_attr(study_keys.TRAINABLE, num_trainable)
+        facts = {"seed": seed, "baseline": baseline, "study_trial": trial.number, "trainable_parameters": num_trainable}
+        self._open(name, spec, facts)
+        try:
+            require_within_budget(spec, quest.shape, quest.budget)
         except BudgetError as error:
-            self._open(name, facts)
             self._fail(name, str(error), str(error))
             return None
-        trial.set_user_attr(study_keys.TRAINABLE, facts[study_keys.TRAINABLE])
-        self._open(name, facts)
-        checkpoint = trial.user_attrs.get(study_keys.CHECKPOINT)
-        folder = self.folder / name
-        return TrialPlan(
-            trial=name,
-            spec=spec,
-            seed=seed,
-            folder=folder,
-            checkpoint=path if checkpoint and (path := folder / checkpoint).is_dir() else None,
-        )
+        return TrialPlan(name, spec, seed, self.folder / name, self._checkpoint(name))
 
-    def _open(self, name: str, facts: dict[str, Any]) -> None:
+    def _configuration(self, trial: optuna.Trial, baseline: bool) -> TrialSpec:
+        """What the trial is to train; a baseline from outside the space is not asked from it."""
+        quest = self.quest
+        if baseline and search_space.outside(quest.baseline, quest.space, quest.shape, quest.budget):
+            return quest.baseline
+        return search_space.suggest(trial, quest.space, quest.shape, quest.budget)
+
+    def _open(self, name: str, spec: TrialSpec, facts: dict[str, Any]) -> None:
         running = self._running[name]
-        attributes = running.trial.user_attrs
-        run_id = self.tracker.start_trial(name, running.spec, facts, attributes.get(study_keys.RUN_ID))
-        if attributes.get(study_keys.RUN_ID) != run_id:
+        known = running.trial.user_attrs.get(study_keys.RUN_ID)
+        run_id = self.tracker.start_trial(name, spec, facts, known)
+        self.screen.trial_started(name, f"{spec}{' (baseline)' if running.baseline else ''}", self.quest.total_steps)
+        running.opened = True
+        if run_id != known:
             running.trial.set_user_attr(study_keys.RUN_ID, run_id)
-        self.screen.trial_started(
-            name, f"{running.spec}{' (baseline)' if running.baseline else ''}", self.quest.total_steps
-        )
+
+    def _checkpoint(self, name: str) -> Path | None:
+        """The last checkpoint of the trial, where its folder is still there."""
+        stored = self._running[name].trial.user_attrs.get(study_keys.CHECKPOINT)
+        return path if stored and (path := self.folder / name / stored).is_dir() else None
 
     # The engine's Observer
 
     def logged(self, points: Sequence[TrainPoint]) -> None:
-        began = time.perf_counter()
-        for point in points:
-            self.tracker.log_points(point.trial, [point])
-        self.screen.logged(points)
-        self.record_seconds += time.perf_counter() - began
+        with self._recorded():
+            for point in points:
+                self.tracker.log_points(point.trial, [point])
+            self.screen.logged(points)
 
     def evaluated(self, points: Sequence[EvalPoint]) -> Sequence[Verdict]:
         """All points are reported before the first is judged: some pruners depend on the order."""
-        began = time.perf_counter()
-        for point in points:
-            running = self._running[point.trial]
-            running.last = point
-            running.trial.report(point.accuracy, point.step)
-            self.tracker.log_points(point.trial, [point])
-        self.screen.evaluated(points)
-        verdicts = [self._judge(point) for point in points]
-        self.record_seconds += time.perf_counter() - began
-        return verdicts
+        with self._recorded():
+            for point in points:
+                running = self._running[point.trial]
+                running.last = point
+                running.trial.report(point.accuracy, point.step)
+                self.tracker.log_points(point.trial, [point])
+            self.screen.evaluated(points)
+            return [self._judge(point) for point in points]
 
     def _judge(self, point: EvalPoint) -> Verdict:
         running = self._running[point.trial]
@@ -181,27 +185,26 @@ class StudyRunner:
         return Verdict.PRUNE if running.trial.should_prune() else Verdict.CONTINUE
 
     def checkpointed(self, trial: str, step: int, path: Path) -> None:
-        self._running[trial].checkpoint = (step, path)
+        with self._recorded():
+            self._running[trial].trial.set_user_attr(study_keys.CHECKPOINT, path.name)
 
     def finished(self, result: TrialResult) -> None:
-        began = time.perf_counter()
-        name, running = result.trial, self._running[result.trial]
-        if result.final is None:
-            accuracy = running.last.accuracy if running.last else None
-            reason = f"below the median of finished trials at step {result.steps} of {result.total_steps}"
-            running.trial.set_user_attr(study_keys.REASON, reason)
-            self.tracker.finish_trial(name, "PRUNED", result, reason)
-            self._end(name, TrialState.PRUNED, accuracy, reason)
-        else:
-            final = result.final
-            running.trial.set_user_attr(study_keys.LOSS, final.loss)
-            running.trial.set_user_attr(study_keys.MACRO_F1, final.macro_f1)
-            self.tracker.finish_trial(name, "COMPLETE", result, None)
-            self._end(name, TrialState.COMPLETE, final.accuracy, None)
-        self.record_seconds += time.perf_counter() - began
+        with self._recorded():
+            name, running = result.trial, self._running[result.trial]
+            if result.final is None:
+                accuracy = running.last.accuracy if running.last else None
+                reason = f"below the median of finished trials at step {result.steps} of {result.total_steps}"
+                self.tracker.finish_trial(name, "PRUNED", result, reason)
+                self._end(name, TrialState.PRUNED, accuracy, reason)
+            else:
+                running.trial.set_user_attr(study_keys.LOSS, result.final.loss)
+                running.trial.set_user_attr(study_keys.MACRO_F1, result.final.macro_f1)
+                self.tracker.finish_trial(name, "COMPLETE", result, None)
+                self._end(name, TrialState.COMPLETE, result.final.accuracy, None)
 
     def failed(self, trial: str, error: Exception) -> None:
-        self._fail(trial, str(error), "".join(traceback.format_exception(error)))
+        with self._recorded():
+            self._fail(trial, str(error) or type(error).__name__, "".join(traceback.format_exception(error)))
 
     def stop_requested(self) -> bool:
         return self.stop()
@@ -209,25 +212,37 @@ class StudyRunner:
     # How trials end
 
     def _fail(self, name: str, reason: str, report: str) -> None:
-        self._running[name].trial.set_user_attr(study_keys.REASON, reason)
-        self.tracker.finish_trial(name, "FAILED", None, report)
+        if self._running[name].opened:
+            self.tracker.finish_trial(name, "FAILED", None, report)
         self._end(name, TrialState.FAIL, None, reason)
 
     def _end(self, name: str, state: TrialState, accuracy: float | None, reason: str | None) -> None:
-        trial = self._running.pop(name).trial
+        trial = self._running[name].trial
+        if reason is not None:
+            trial.set_user_attr(study_keys.REASON, reason)
         self.study.tell(trial, accuracy if state is TrialState.COMPLETE else None, state=state)
+        del self._running[name]
         shutil.rmtree(self.folder / name, ignore_errors=True)  # what is kept of an ended trial is in its run
         self.screen.trial_ended(name, state.name, accuracy, reason)
 
     def close(self) -> None:
-        """Give back to the study what did not end, with its checkpoint, and close its runs."""
-        for name, running in list(self._running.items()):
-            at = "no step"
-            if running.checkpoint is not None:
-                step, path = running.checkpoint
-                running.trial.set_user_attr(study_keys.CHECKPOINT, path.name)
-                at = f"step {step}"
-            self.tracker.finish_trial(name, "INTERRUPTED", None, f"stopped; goes on from {at} at the next start")
+        """Give back to the study what did not end, to go on from its checkpoint, and close its runs."""
+        stopped = list(self._running.items())
+        for _, running in stopped:
             give_back(self.study, running.trial._trial_id)
-            self.screen.trial_ended(name, "INTERRUPTED", None, f"goes on from {at} at the next start")
+        for name, running in stopped:
+            if running.opened:
+                checkpoint = self._checkpoint(name)
+                reason = f"goes on from {checkpoint.name if checkpoint else 'its first step'} at the next start"
+                self.tracker.finish_trial(name, "INTERRUPTED", None, f"stopped; {reason}")
+                self.screen.trial_ended(name, "INTERRUPTED", None, reason)
             del self._running[name]
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Count the wall time inside as time of recording."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.record_seconds += time.perf_counter() - began

@@ -2,14 +2,17 @@
 
 import fcntl
 import json
-import re
+import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
@@ -20,6 +23,7 @@ from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.errors import StorageError, StudyError
 
 # User attributes of a study and of its trials.
+SWEEP = "sweep"
 FINGERPRINT = "fingerprint"
 BASELINE = "baseline"
 SPEC = "spec"
@@ -32,31 +36,47 @@ REASON = "reason"
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
+# What Optuna raises where the database cannot be read or written.
+_STORAGE_FAULTS = (SQLAlchemyError, StorageInternalError)
+
 
 def open_storage(root: Path) -> RDBStorage:
     """The SQLite storage of all studies below `root`, made where there is none.
 
     Raises:
-        StorageError: it cannot be made, read or written.
+        StorageError: it cannot be made, read or written, or is another Optuna's.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    _quieten()
     path = root / "optuna.db"
     try:
         root.mkdir(parents=True, exist_ok=True)
         with path.open("ab"):
             pass
         return RDBStorage(f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": 60}})
-    except (OSError, SQLAlchemyError) as error:
+    except (OSError, RuntimeError, *_STORAGE_FAULTS) as error:  # RuntimeError: the schema of another Optuna
         raise StorageError(
-            f"the study's storage {path} cannot be opened for writing ({_short(error)}); make the folder writable, "
-            "or move a file that is no longer a database out of the way"
+            f"the studies' storage must be a writable SQLite database of the installed Optuna, but {path} is not: "
+            f"{_short(error)}; mend its permissions, or move it away to start an empty one"
         ) from error
+
+
+def _quieten() -> None:
+    """Keep Optuna off the screen. What it warns of is meant: a resumed trial reports its steps again, a value that
+    someone enqueued beyond its range is counted against the budget, and a short study has few trials a parameter.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    for message in (
+        "The reported value is ignored",
+        "Fixed parameter .* out of range",
+        "The value .* is out of",
+        "Some regimes for parameter",
+    ):
+        warnings.filterwarnings("ignore", message, UserWarning)
 
 
 def study_names(storage: RDBStorage, sweep: str) -> list[str]:
     """Names of a sweep's studies, oldest first: `embedded`, `embedded-2`, …"""
-    matches = [re.fullmatch(rf"{re.escape(sweep)}(?:-(\d+))?", name) for name in optuna.get_all_study_names(storage)]
-    return [match[0] for match in sorted(filter(None, matches), key=lambda match: int(match[1] or 1))]
+    return [study.study_name for study in storage.get_all_studies() if study.user_attrs.get(SWEEP) == sweep]
 
 
 def open_study(
@@ -66,30 +86,43 @@ def open_study(
 
     Raises:
         StudyError: the study in storage was made with another fingerprint; the message says what changed.
-        StorageError: the storage cannot be written.
+        StorageError: the storage cannot be read or written.
     """
-    names = study_names(storage, sweep)
-    name = names[-1] if names else sweep
-    if new and names:
-        name = f"{sweep}-{len(names) + 1}"
     try:
+        names = study_names(storage, sweep)
         study = optuna.create_study(
-            storage=storage, study_name=name, sampler=sampler, pruner=pruner, direction="maximize", load_if_exists=True
+            storage=storage,
+            study_name=_free_name(storage, sweep) if new or not names else names[-1],
+            sampler=sampler,
+            pruner=pruner,
+            direction="maximize",
+            load_if_exists=True,
         )
         stored = study.user_attrs.get(FINGERPRINT)
         if stored is None:
+            study.set_user_attr(SWEEP, sweep)
             study.set_user_attr(FINGERPRINT, fingerprint)
             return study
-    except SQLAlchemyError as error:
-        raise StorageError(f"the study {name} cannot be written ({_short(error)}); make its folder writable") from error
+    except _STORAGE_FAULTS as error:
+        raise StorageError(
+            f"the studies' storage {storage.url} cannot be read and written: {_short(error)}; mend its permissions or "
+            "the disk, and start again"
+        ) from error
     changes = differences(stored, json.loads(json.dumps(fingerprint)))
     if changes:
         raise StudyError(
-            f"study {name} was made with other settings, and its trials would not compare:\n  "
+            f"study {study.study_name} was made with other settings, and its trials would not compare:\n  "
             + "\n  ".join(changes)
             + f"\nput them back to go on with it, or start another study with `agnews-lora sweep {sweep} --new`"
         )
     return study
+
+
+def _free_name(storage: RDBStorage, sweep: str) -> str:
+    """The first of `embedded`, `embedded-2`, … that no sweep has: there may be one called `embedded-2` as well."""
+    taken = {study.study_name for study in storage.get_all_studies() if SWEEP in study.user_attrs}
+    names = chain([sweep], (f"{sweep}-{number}" for number in count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def differences(stored: Any, present: Any, path: str = "") -> list[str]:
@@ -100,7 +133,9 @@ def differences(stored: Any, present: Any, path: str = "") -> list[str]:
             for key in sorted(stored.keys() | present.keys())
             for line in differences(stored.get(key), present.get(key), f"{path}.{key}" if path else key)
         ]
-    return [] if stored == present else [f"{path}: {json.dumps(stored)} -> {json.dumps(present)}"]
+    if stored == present:
+        return []
+    return [f"{path}: {json.dumps(stored, ensure_ascii=False)} -> {json.dumps(present, ensure_ascii=False)}"]
 
 
 @contextmanager
@@ -156,7 +191,6 @@ class Standing:
     trainable_parameters: int | None
     run_id: str | None
     reason: str | None
-    seconds: float | None
 
 
 def trial_name(number: int) -> str:
@@ -186,7 +220,6 @@ def standings(study: optuna.Study) -> list[Standing]:
                 trainable_parameters=attributes.get(TRAINABLE),
                 run_id=attributes.get(RUN_ID),
                 reason=attributes.get(REASON),
-                seconds=trial.duration.total_seconds() if trial.duration else None,
             )
         )
     return rows
@@ -194,9 +227,18 @@ def standings(study: optuna.Study) -> list[Standing]:
 
 def best_of(rows: list[Standing]) -> Standing | None:
     """The finished trial with the highest final accuracy; ties go to the lower loss, then to the earlier trial."""
-    finished = [row for row in rows if row.state == "COMPLETE"]
-    return min(finished, key=lambda row: (-(row.accuracy or 0.0), row.loss or 0.0, row.number), default=None)
+
+    def rank(row: Standing) -> tuple[float, float, int]:
+        assert row.accuracy is not None, "Optuna completes no trial without a value"
+        return -row.accuracy, math.inf if row.loss is None or math.isnan(row.loss) else row.loss, row.number
+
+    return min((row for row in rows if row.state == "COMPLETE"), key=rank, default=None)
 
 
-def _short(error: Exception) -> str:
-    return str(getattr(error, "orig", None) or error).splitlines()[0]
+def _short(error: BaseException) -> str:
+    """The first line of what went wrong, without SQLAlchemy's and Optuna's wrapping."""
+    if isinstance(error, StorageInternalError) and error.__cause__:
+        return _short(error.__cause__)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(getattr(error, "orig", None) or error).splitlines()[0].rstrip(".")

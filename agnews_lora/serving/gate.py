@@ -81,12 +81,12 @@ def promote(
     rival = champion if champion is not None and champion.number != chosen.number else None
     findings = judge(entry, Entry(rival, Package(registry.folder(rival))) if rival else None, corpus)
     passed = all(finding.passed for finding in findings)
-    registry.set_tags(chosen, {"gate": "passed" if passed else "failed"})
     earlier = recorded_score(chosen)
     score = earlier
     if passed and score is None:
         score = _score(entry, *test())
         registry.set_tags(chosen, _score_tags(score))
+    registry.set_tags(chosen, {"gate": "passed" if passed else "failed"})
     _log_report(registry, chosen, rival, findings, score)
     require_all(findings, f"{chosen} does not pass the gate")
     assert score is not None  # scored above: every check has passed

@@ -4,35 +4,30 @@ What other engines are measured and tested against. Data order, evaluations, pru
 files follow the contracts; the arithmetic is Trainer's own.
 """
 
+import gc
 import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model
-from torch.utils.data import DataLoader, Dataset
 from transformers import (
     EvalPrediction,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    set_seed,
 )
 from transformers.trainer_callback import PrinterCallback
 
 from agnews_lora.adapters.bases import BaseModel
 from agnews_lora.adapters.budget import trainable_parameters
-from agnews_lora.adapters.checkpoint import AdapterRecord, load_base, lora_config, save_adapter, without_path
-from agnews_lora.adapters.spec import TrialSpec
+from agnews_lora.adapters.checkpoint import AdapterRecord, save_adapter, without_path
 from agnews_lora.data.corpus import Corpus
-from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import AdapterError, BudgetError, TrainingError
 from agnews_lora.training.batches import batches
 from agnews_lora.training.contracts import (
@@ -46,10 +41,10 @@ from agnews_lora.training.contracts import (
     Verdict,
 )
 from agnews_lora.training.device import computes_in_bf16, training_device
-from agnews_lora.training.evaluation import by_length
+from agnews_lora.training.evaluation import mean_cross_entropy
+from agnews_lora.training.loading import PrecutTrainer, TableRows
 from agnews_lora.training.metric import AccuracyAndMacroF1
-
-Batch = dict[str, torch.Tensor]
+from agnews_lora.training.model import build_model, recount
 
 # What ends one trial and leaves the sweep sound. Everything else is a fault of the program: reported, then raised.
 TRIAL_FAULTS = (TrainingError, BudgetError, AdapterError, torch.OutOfMemoryError)
@@ -58,7 +53,10 @@ TRIAL_FAULTS = (TrainingError, BudgetError, AdapterError, torch.OutOfMemoryError
 class TrainerEngine:
     """Trains one trial at a time on one device.
 
-    Owns the base model's files, the token tables and the settings that all trials share.
+    Owns the device, the base model's files, the token tables and the settings that all trials share.
+
+    Raises:
+        TrainingError: bf16 was asked for and the device does not have it.
     """
 
     def __init__(self, base: BaseModel, corpus: Corpus, settings: TrainSettings, labels: Sequence[str]) -> None:
@@ -66,6 +64,8 @@ class TrainerEngine:
         self.corpus = corpus
         self.settings = settings
         self.labels = tuple(labels)
+        self.device = training_device()
+        self.bf16 = computes_in_bf16(self.device, settings.precision)
 
     def run(self, source: TrialSource, observer: Observer) -> None:
         """Train what `source` gives, until it gives None or the observer asks to stop."""
@@ -80,86 +80,12 @@ class TrainerEngine:
             else:
                 if result is not None:
                     observer.finished(result)
+            finally:
+                gc.collect()  # Trainer and model hold each other: without this, two models could be on the device
 
 
-def build_model(base: BaseModel, spec: TrialSpec, num_labels: int, seed: int, base_dropout: float = 0.0) -> PeftModel:
-    """The base with the trial's adapters and a fresh head, all initialised from `seed`, in training mode.
-
-    Raises:
-        BudgetError: the built trainable tensors do not count what the budget was checked with.
-    """
-    set_seed(seed)
-    model = get_peft_model(load_base(base, num_labels, base_dropout), lora_config(spec, base))
-    freeze_head(model, spec)
-    recount(model, spec, base)
-    return model
-
-
-def freeze_head(model: PeftModel, spec: TrialSpec) -> None:
-    """Leave only the last layer of the classifier trainable, where the specification says so."""
-    if spec.head != "out_proj":
-        return
-    for name, parameter in model.named_parameters():
-        if ".modules_to_save." in name and ".dense." in name:
-            parameter.requires_grad_(False)
-
-
-def recount(model: PeftModel, spec: TrialSpec, base: BaseModel) -> int:
-    """Trainable parameters, counted on the built tensors.
-
-    Raises:
-        BudgetError: another number than the one that the budget was checked with.
-    """
-    counted = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    expected = trainable_parameters(spec, base.shape)
-    if counted != expected:
-        raise BudgetError(
-            f"the built model has {counted:,} trainable parameters, its specification ({spec}) stands for "
-            f"{expected:,}; the base {base.name} is not of the shape {base.shape}"
-        )
-    return counted
-
-
-class _Interrupted(Exception):
-    """Leaves an evaluation when a stop is requested in the middle of it."""
-
-
-class _Rows(Dataset[Any]):
-    """Rows of a token table, handed out as whole padded batches."""
-
-    def __init__(self, table: TokenTable, rows: Sequence[int]) -> None:
-        self.table = table
-        self.rows = np.asarray(rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, positions: list[int]) -> Batch:
-        input_ids, attention_mask, labels = self.table.padded(self.rows[positions].tolist())
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(attention_mask),
-            "labels": torch.from_numpy(labels),
-        }
-
-
-class _Trainer(Trainer):
-    """Trainer over batches that are cut already: the shared data order in training, like lengths in evaluation."""
-
-    def __init__(self, *args: Any, train_batches: list[list[int]], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.train_batches = train_batches
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        return self._loader(self.train_dataset, self.train_batches)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        lengths = eval_dataset.table.lengths[eval_dataset.rows]
-        return self._loader(eval_dataset, by_length(lengths, self.args.per_device_eval_batch_size))
-
-    def _loader(self, dataset: Any, cut: list[list[int]]) -> DataLoader[Any]:
-        # A generator of its own: a loader draws a number at each start, and dropout must not depend on how often.
-        return DataLoader(dataset, batch_sampler=cut, collate_fn=lambda batch: batch, generator=torch.Generator())
+class _Left(Exception):
+    """Leaves an evaluation that a stop breaks off, or Trainer where a trial ends at the step it was to go on from."""
 
 
 class _TrialTraining(TrainerCallback):
@@ -175,38 +101,38 @@ class _TrialTraining(TrainerCallback):
         ]
         self.metric = AccuracyAndMacroF1(keep_in_memory=True)
         self.final: EvalPoint | None = None
+        self.checkpoint = plan.checkpoint
         self.pruned = self.stopped = False
         self.train_seconds = self.eval_seconds = 0.0
 
     def run(self) -> TrialResult | None:
         """Train to the last step; None when stopped on the way (a checkpoint was reported)."""
-        plan, base = self.plan, self.engine.base
+        plan, engine = self.plan, self.engine
         plan.folder.mkdir(parents=True, exist_ok=True)
-        device = training_device()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        self.model = model = build_model(base, plan.spec, len(self.engine.labels), plan.seed, self.settings.base_dropout)
-        self.trainer = _Trainer(
-            model,
-            self._arguments(device),
-            train_dataset=_Rows(self.corpus.train, range(len(self.corpus.train))),
+        if engine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(engine.device)
+        self.model = build_model(engine.base, plan.spec, len(engine.labels), plan.seed, self.settings.base_dropout)
+        self.trainer = PrecutTrainer(
+            self.model,
+            self._arguments(),
+            train_dataset=TableRows(self.corpus.train, range(len(self.corpus.train))),
             train_batches=self.train_batches,
             compute_metrics=self._metrics,
             callbacks=[self],
         )
         self.trainer.remove_callback(PrinterCallback)  # the observer shows what there is to see
         began = time.perf_counter()
-        self.trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
+        with suppress(_Left):
+            self.trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
         self.train_seconds = time.perf_counter() - began - self.eval_seconds
         if self.stopped:
-            step = self.trainer.state.global_step
-            self.observer.checkpointed(plan.trial, step, plan.folder / f"checkpoint-{step}")
+            assert self.checkpoint is not None, "a stop leaves Trainer only where a checkpoint stands"
+            self.observer.checkpointed(plan.trial, self.trainer.state.global_step, self.checkpoint)
             return None
-        adapter = None if self.pruned else self._save(model)
-        return self._result(adapter, recount(model, plan.spec, base), device)
+        return self._result(adapter=None if self.pruned else self._save())
 
-    def _arguments(self, device: torch.device) -> TrainingArguments:
-        settings, steps = self.settings, len(self.train_batches)
+    def _arguments(self) -> TrainingArguments:
+        settings, device = self.settings, self.engine.device
         arguments = TrainingArguments(
             output_dir=str(self.plan.folder),
             num_train_epochs=1,  # the batches of all epochs lie one after another
@@ -216,33 +142,34 @@ class _TrialTraining(TrainerCallback):
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             lr_scheduler_type="linear",
-            warmup_steps=round(settings.warmup * steps),
-            bf16=computes_in_bf16(device, settings.precision),
+            warmup_steps=round(settings.warmup * len(self.train_batches)),
+            bf16=self.engine.bf16,
             use_cpu=device.type == "cpu",
             seed=self.plan.seed,
-            logging_steps=settings.log_every,
-            logging_nan_inf_filter=False,  # a loss that is not finite ends the trial, see `on_log`
-            eval_strategy="no",  # evaluated in `on_step_end`, so that a stop can break it off
-            save_strategy="no",  # saved in `on_step_end`, when a stop is requested
+            logging_strategy="no",  # logged, evaluated and saved as `on_step_end` says
+            logging_nan_inf_filter=False,  # a loss that is not finite ends the trial
+            eval_strategy="no",
+            save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            dataloader_pin_memory=device.type == "cuda",
         )
         arguments._n_gpu = min(arguments.n_gpu, 1)  # Trainer would spread one small trial over every GPU it sees
         return arguments
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        predicted = np.asarray(prediction.predictions).argmax(axis=-1)
-        scores: dict[str, float] = self.metric.compute(predictions=predicted, references=prediction.label_ids)
-        return scores
+        logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+        scores: dict[str, float] = self.metric.compute(predictions=logits.argmax(axis=-1), references=labels)
+        # Trainer's own `eval_loss` is the mean over batches, whatever their size.
+        return {**scores, "cross_entropy": mean_cross_entropy(logits, labels)}
 
     # What Trainer calls ----------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Going on from a checkpoint: the evaluation of its step may have been broken off by the stop."""
-        recount(self.model, self.plan.spec, self.engine.base)
+        """Going on from a checkpoint: it was written before the evaluation of its step, where one is due."""
         if state.global_step > 0:
-            self._evaluate_if_due(state, control)
+            self._evaluate_if_due(state.global_step)
+            if self.stopped or self.pruned:
+                raise _Left
 
     def on_log(
         self,
@@ -254,59 +181,69 @@ class _TrialTraining(TrainerCallback):
     ) -> None:
         if not logs or "loss" not in logs:
             return
-        if not np.isfinite(logs["loss"]):
-            raise TrainingError(
-                f"the training loss became {logs['loss']} by step {state.global_step} ({self.plan.spec}); "
-                "a lower learning rate or alpha keeps it finite"
-            )
+        self._require_finite("training loss", logs["loss"], state.global_step)
         point = TrainPoint(self.plan.trial, state.global_step, logs["loss"], logs["learning_rate"], _now())
         self.observer.logged([point])
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Evaluate, then tell Trainer what to do. In this order: an evaluation of Trainer's resets `should_log`."""
+        step = state.global_step
         if self.observer.stop_requested():
-            self._stop(control)
+            self.stopped = True
         else:
-            self._evaluate_if_due(state, control)
+            self._evaluate_if_due(step)
+        ends = self.stopped or self.pruned
+        control.should_training_stop = ends or step == len(self.train_batches)
+        control.should_log = control.should_training_stop or step % self.settings.log_every == 0
+        control.should_save = self.stopped
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.checkpoint = self.plan.folder / f"checkpoint-{state.global_step}"
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.observer.stop_requested():
-            raise _Interrupted
+            raise _Left
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _stop(self, control: TrainerControl) -> None:
-        self.stopped = control.should_save = control.should_training_stop = control.should_epoch_stop = True
-
-    def _evaluate_if_due(self, state: TrainerState, control: TrainerControl) -> None:
-        last = state.global_step == len(self.train_batches)
-        if not last and state.global_step % self.settings.eval_every:
+    def _evaluate_if_due(self, step: int) -> None:
+        last = step == len(self.train_batches)
+        if not last and step % self.settings.eval_every:
             return
         try:
-            point = self._evaluate(state.global_step, last)
-        except _Interrupted:
-            self._stop(control)
+            point = self._evaluate(step, last)
+        except _Left:
+            self.stopped = True
             return
         [verdict] = self.observer.evaluated([point])
         if last:
             self.final = point
-        elif verdict is Verdict.PRUNE:
-            self.pruned = control.should_training_stop = control.should_epoch_stop = True
+        else:
+            self.pruned = verdict is Verdict.PRUNE
 
     def _evaluate(self, step: int, last: bool) -> EvalPoint:
         validation = self.corpus.validation
         rows = range(len(validation)) if last else self.corpus.monitor
         with self._timed_evaluation():
-            metrics = self.trainer.evaluate(_Rows(validation, rows))
+            metrics = self.trainer.evaluate(TableRows(validation, rows))
+        self._require_finite("validation loss", metrics["eval_cross_entropy"], step)
         return EvalPoint(
             trial=self.plan.trial,
             step=step,
             accuracy=metrics["eval_accuracy"],
             macro_f1=metrics["eval_macro_f1"],
-            loss=metrics["eval_loss"],
+            loss=metrics["eval_cross_entropy"],
             rows=len(rows),
             final=last,
             timestamp=_now(),
         )
+
+    def _require_finite(self, name: str, loss: float, step: int) -> None:
+        if not np.isfinite(loss):
+            raise TrainingError(
+                f"the {name} became {loss} by step {step} ({self.plan.spec}); a lower learning rate or alpha keeps it "
+                "finite"
+            )
 
     @contextmanager
     def _timed_evaluation(self) -> Iterator[None]:
@@ -316,7 +253,7 @@ class _TrialTraining(TrainerCallback):
         finally:
             self.eval_seconds += time.perf_counter() - began
 
-    def _save(self, model: PeftModel) -> Path:
+    def _save(self) -> Path:
         plan, base = self.plan, self.engine.base
         record = AdapterRecord(
             trial=plan.trial,
@@ -331,10 +268,10 @@ class _TrialTraining(TrainerCallback):
             trainable_parameters=trainable_parameters(plan.spec, base.shape),
         )
         folder = plan.folder / "adapter"
-        save_adapter(model, without_path(record), folder)
+        save_adapter(self.model, without_path(record), folder)
         return folder
 
-    def _result(self, adapter: Path | None, trainable: int, device: torch.device) -> TrialResult:
+    def _result(self, adapter: Path | None) -> TrialResult:
         steps = self.trainer.state.global_step
         return TrialResult(
             trial=self.plan.trial,
@@ -342,11 +279,11 @@ class _TrialTraining(TrainerCallback):
             total_steps=len(self.train_batches),
             final=self.final,
             adapter=adapter,
-            trainable_parameters=trainable,
+            trainable_parameters=recount(self.model, self.plan.spec, self.engine.base),
             rows_seen=sum(len(batch) for batch in self.train_batches[:steps]),
             train_seconds=self.train_seconds,
             eval_seconds=self.eval_seconds,
-            peak_memory_bytes=_peak_memory_bytes(device),
+            peak_memory_bytes=_peak_memory_bytes(self.engine.device),
         )
 
 

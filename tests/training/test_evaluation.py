@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, f1_score, log_loss
+from sklearn.metrics import accuracy_score, f1_score
 
-from agnews_lora.training.evaluation import by_length, macro_f1, scores
+from agnews_lora.training.evaluation import accuracy, by_length, macro_f1, mean_cross_entropy
 from agnews_lora.training.metric import AccuracyAndMacroF1
 
 
@@ -14,15 +15,26 @@ def test_macro_f1_is_sklearns(pairs: list[tuple[int, int]]) -> None:
     assert macro_f1(predicted, labels) == pytest.approx(f1_score(labels, predicted, average="macro"))
 
 
-def test_scores_are_sklearns() -> None:
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60))
+def test_accuracy_is_sklearns(pairs: list[tuple[int, int]]) -> None:
+    predicted, labels = (np.array(column) for column in zip(*pairs, strict=True))
+    assert accuracy(predicted, labels) == pytest.approx(accuracy_score(labels, predicted))
+
+
+@pytest.mark.parametrize("scale", [1, 10, 1000])
+def test_mean_cross_entropy_is_torchs(scale: float) -> None:
     random = np.random.default_rng(3)
-    logits = random.normal(size=(200, 4)).astype(np.float32) * 5
+    logits = random.normal(size=(200, 4)).astype(np.float32) * scale
     labels = random.integers(0, 4, size=200)
-    got = scores(logits, labels)
-    probabilities = np.exp(logits.astype(np.float64))
-    probabilities /= probabilities.sum(axis=1, keepdims=True)
-    assert got.accuracy == accuracy_score(labels, logits.argmax(axis=1))
-    assert got.loss == pytest.approx(log_loss(labels, probabilities, labels=range(4)), rel=1e-6)
+    expected = torch.nn.functional.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(labels))
+    assert mean_cross_entropy(logits, labels) == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.filterwarnings("error")
+def test_a_logit_that_is_not_finite_is_not_hidden(value: float) -> None:
+    logits = np.array([[0.0, 1.0], [value, value]], dtype=np.float32)
+    assert not np.isfinite(mean_cross_entropy(logits, np.array([0, 1])))
 
 
 def test_the_metric_needs_no_hub_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:

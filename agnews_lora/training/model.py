@@ -1,0 +1,49 @@
+"""A trial's model: the base with its adapters and head, initialised from a seed and counted."""
+
+from peft import PeftModel, get_peft_model
+from transformers import set_seed
+
+from agnews_lora.adapters.bases import BaseModel
+from agnews_lora.adapters.budget import trainable_parameters
+from agnews_lora.adapters.checkpoint import load_base, lora_config
+from agnews_lora.adapters.spec import TrialSpec
+from agnews_lora.errors import BudgetError
+
+
+def build_model(base: BaseModel, spec: TrialSpec, num_labels: int, seed: int, base_dropout: float = 0.0) -> PeftModel:
+    """The base with the trial's adapters and a fresh head, all initialised from `seed`: fp32, on the CPU.
+
+    Raises:
+        BudgetError: the built trainable tensors do not count what the budget was checked with.
+        BaseModelError: weights that are not the base's configuration's.
+    """
+    set_seed(seed)
+    model = get_peft_model(load_base(base, num_labels, base_dropout), lora_config(spec, base))
+    freeze_head(model, spec)
+    recount(model, spec, base)
+    return model
+
+
+def freeze_head(model: PeftModel, spec: TrialSpec) -> None:
+    """Leave only the last layer of the classifier trainable, where the specification says so."""
+    if spec.head != "out_proj":
+        return
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save." in name and ".dense." in name:
+            parameter.requires_grad_(False)
+
+
+def recount(model: PeftModel, spec: TrialSpec, base: BaseModel) -> int:
+    """Trainable parameters, counted on the built tensors.
+
+    Raises:
+        BudgetError: another number than the one that the budget was checked with.
+    """
+    counted = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    expected = trainable_parameters(spec, base.shape)
+    if counted != expected:
+        raise BudgetError(
+            f"the built model has {counted:,} trainable parameters, its specification ({spec}) stands for "
+            f"{expected:,}; the base {base.name} is not of the shape {base.shape}"
+        )
+    return counted

@@ -1,0 +1,1 @@
+"""Measurements, each one command; results/ holds one dated file a machine."""

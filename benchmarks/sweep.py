@@ -1,0 +1,138 @@
+"""What the shipped sweep costs and finds on this machine: `make bench`.
+
+Runs `agnews-lora sweep embedded` in an empty folder, as a user does, and reads the rest from the stores it left: wall
+time, memory, samples/s of the engine, the share of time after start-up that is neither training nor evaluating, and how
+the winner compares on the test split with the baseline and with TF-IDF + logistic regression on the same training rows.
+"""
+
+import datetime
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from mlflow.artifacts import download_artifacts
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+from agnews_lora.commands.places import STORES, TOKENS
+from agnews_lora.commands.stage import Stage, prepare
+from agnews_lora.config.sweep import load_sweep
+from agnews_lora.data.corpus import prepare_test
+from agnews_lora.data.splits import Rows
+from agnews_lora.data.tokens import TokenTable
+from agnews_lora.search.study import Standing, best_of, open_storage, standings
+from agnews_lora.serving import fresh
+from agnews_lora.tracking.provenance import provenance
+from agnews_lora.tracking.store import open_client, tracking_uri
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SWEEP = "embedded"
+
+
+def main() -> None:
+    """Run the sweep, measure, print the table and write it to `results/`."""
+    with tempfile.TemporaryDirectory() as folder:
+        for shipped in ("experiments", "sweeps"):
+            shutil.copytree(ROOT / shipped, Path(folder, shipped))
+        os.chdir(folder)
+        began = time.time()
+        subprocess.run([sys.executable, "-m", "agnews_lora", "sweep", SWEEP], check=True)
+        rows = measure(began, time.time())
+        os.chdir(ROOT)
+    tags = provenance()
+    lines = [
+        f"# `make bench`: sweep {SWEEP}, trainer engine, {tags['device']}, {datetime.date.today()}",
+        "",
+        f"Commit {tags.get('mlflow.source.git.commit', 'unknown')[:12]}"
+        f"{' (dirty)' if tags.get('git.dirty') == 'true' else ''}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}, "
+        f"peft {version('peft')}.",
+        "",
+        "| what | measured |",
+        "| --- | ---: |",
+        *(f"| {what} | {measured} |" for what, measured in rows.items()),
+    ]
+    text = "\n".join(lines) + "\n"
+    name = f"sweep-minilm-{'-'.join(tags['device'].lower().replace(',', '').replace('(r)', '').split())}"
+    (RESULTS / f"{name}-{datetime.date.today()}.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def measure(began: float, ended: float) -> dict[str, str]:
+    """The table's rows, from the stores below the working directory. began, ended: Unix time of the process."""
+    sweep = load_sweep(SWEEP)
+    stage = prepare(sweep.experiment)
+    study = optuna.load_study(study_name=SWEEP, storage=open_storage(STORES))
+    trials = standings(study)
+    client = open_client(STORES)
+    metrics = [client.get_run(str(trial.run_id)).data.metrics for trial in trials]
+    train_seconds = sum(each["train_seconds"] for each in metrics)
+    eval_seconds = sum(each["eval_seconds"] for each in metrics)
+    samples = sum(each["rows_seen"] for each in metrics)
+    started = min(trial.datetime_start for trial in study.trials if trial.datetime_start).timestamp()
+    neither = (ended - started) - train_seconds - eval_seconds
+    unpruned = [each["rows_seen"] for trial, each in zip(trials, metrics, strict=True) if trial.state == "COMPLETE"]
+    table = {
+        "trials ended (complete, pruned)": f"{len(trials)} ({len(unpruned)}, {len(trials) - len(unpruned)})",
+        "training rows of an unpruned trial, at least": f"{min(unpruned):,.0f}",
+        "wall time of the whole command": f"{ended - began:.0f} s",
+        "of it start-up, until the first trial begins": f"{started - began:.0f} s",
+        "training": f"{train_seconds:.0f} s",
+        "evaluating": f"{eval_seconds:.0f} s",
+        "neither, after start-up": f"{neither:.0f} s = {neither / (ended - started):.1%} of {ended - started:.0f} s",
+        "samples/s while training": f"{samples / train_seconds:.0f}",
+        "peak memory": f"{resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20:.2f} GB",
+    }
+    return table | compare(stage, trials)
+
+
+def compare(stage: Stage, trials: list[Standing]) -> dict[str, str]:
+    """Accuracy on the test split: winner, baseline, TF-IDF + logistic regression, and the best possible."""
+    experiment = stage.experiment
+    rows, table = prepare_test(
+        experiment.data_settings, experiment.seed, stage.base.folder, experiment.settings.max_length, TOKENS
+    )
+    winner, baseline = best_of(trials), next(trial for trial in trials if trial.baseline)
+    assert winner is not None, "a sweep that was run to its end has a winner"
+    return {
+        "test rows": f"{len(rows):,}",
+        f"winner ({winner.trial}: {winner.spec})": f"{accuracy(stage, winner, table):.2%}",
+        f"baseline ({baseline.trial}: {baseline.spec})": f"{accuracy(stage, baseline, table):.2%}",
+        "TF-IDF + logistic regression, same training rows": f"{tf_idf(stage.corpus.train_rows, rows):.2%}",
+        "best possible": f"{stage.corpus.best_accuracy:.2%}",
+    }
+
+
+def accuracy(stage: Stage, trial: Standing, test: TokenTable) -> float:
+    """Accuracy of a trial's adapter, loaded by plain PEFT, in fp32."""
+    adapter = download_artifacts(run_id=trial.run_id, artifact_path="adapter", tracking_uri=tracking_uri(STORES))
+    logits = fresh.logits(Path(adapter), stage.base, test)
+    return float(np.mean(logits.argmax(axis=-1) == test.labels))
+
+
+def tf_idf(train: Rows, test: Rows) -> float:
+    """The best test accuracy over variants of TF-IDF and strengths of regularisation: generous to the peer."""
+    variants: tuple[dict[str, Any], ...] = ({}, {"sublinear_tf": True, "ngram_range": (1, 2)})
+    return max(
+        make_pipeline(TfidfVectorizer(**variant), LogisticRegression(max_iter=1000, C=strength))
+        .fit(train.texts, train.labels)
+        .score(test.texts, test.labels)
+        for variant in variants
+        for strength in (1, 3, 10, 30)
+    )
+
+
+if __name__ == "__main__":
+    main()

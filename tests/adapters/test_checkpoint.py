@@ -1,0 +1,367 @@
+"""An adapter's files: whole or not there, what was trained to the last bit, read by plain PEFT, and hard to fool."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, set_seed
+
+from agnews_lora.adapters.bases import BaseModel, resolve
+from agnews_lora.adapters.budget import trainable_parameters
+from agnews_lora.adapters.checkpoint import (
+    CONFIG,
+    RECORD,
+    WEIGHTS,
+    AdapterRecord,
+    load_base,
+    load_with_peft,
+    lora_config,
+    read_record,
+    read_tensors,
+    recount,
+    save_adapter,
+    tensor_shapes,
+    verify,
+    without_path,
+)
+from agnews_lora.adapters.spec import HEADS, PRESETS, Family, TrialSpec
+from agnews_lora.data.splits import LABELS
+from agnews_lora.errors import AdapterError, BaseModelError
+from tests.tiny import HIDDEN_SIZE, tiny_base
+
+SPEC = TrialSpec(targets="qkvo", rank=3, alpha=6, dropout=0.1, learning_rate=1e-3)
+DENSE = "base_model.model.classifier.dense.weight"
+LORA_A = "base_model.model.roberta.encoder.layer.1.attention.self.query.lora_A.weight"
+LORA_B = "base_model.model.roberta.encoder.layer.1.attention.self.query.lora_B.weight"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, BaseModel]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {family: resolve(str(tiny_base(folder / f"tiny-{family}", family))) for family in ("bert", "roberta")}
+
+
+def drawn_model(base: BaseModel, spec: TrialSpec = SPEC, seed: int = 3) -> peft.PeftModel:
+    """A model whose adapters and head are no longer what PEFT initialises them with."""
+    set_seed(seed)
+    model = peft.get_peft_model(load_base(base, len(LABELS)), lora_config(spec, base))
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                tensor.normal_(std=0.3)
+    return model.eval()
+
+
+def record_of(base: BaseModel, spec: TrialSpec = SPEC) -> AdapterRecord:
+    return AdapterRecord(
+        trial="t0007",
+        spec=spec,
+        shape=base.shape,
+        base=base.name,
+        hub_id=base.hub_id,
+        revision=base.revision,
+        weights_sha256=base.weights_sha256,
+        labels=LABELS,
+        max_length=48,
+        trainable_parameters=trainable_parameters(spec, base.shape),
+    )
+
+
+def logits(model: torch.nn.Module) -> np.ndarray:
+    tokens = torch.arange(5, 35).reshape(3, 10)
+    with torch.inference_mode():
+        return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.numpy()
+
+
+@pytest.fixture
+def adapter(bases: dict[Family, BaseModel], tmp_path: Path) -> Path:
+    """A whole adapter on the tiny RoBERTa."""
+    base = bases["roberta"]
+    save_adapter(drawn_model(base), without_path(record_of(base)), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def change_json(path: Path, change: Callable[[dict], object]) -> None:
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+# Written -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("targets", PRESETS)
+def test_what_is_read_back_is_what_was_held(
+    bases: dict[Family, BaseModel], tmp_path: Path, family: Family, head: str, targets: str
+) -> None:
+    base, spec, folder = bases[family], replace(SPEC, targets=targets, head=head), tmp_path / "adapter"
+    model = drawn_model(base, spec)
+    save_adapter(model, record_of(base, spec), folder)
+    assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS, RECORD}
+    held = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = read_tensors(folder)
+    assert tensors.keys() == held.keys() == tensor_shapes(spec, base.shape).keys()
+    assert all(tensors[name].numpy().tobytes() == held[name].numpy().tobytes() for name in held)
+    assert recount(folder) == trainable_parameters(spec, base.shape)
+    assert read_record(folder) == record_of(base, spec)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("head", HEADS)
+def test_plain_peft_on_a_fresh_head_answers_alike(
+    bases: dict[Family, BaseModel], tmp_path: Path, family: Family, head: str
+) -> None:
+    base, spec, folder = bases[family], replace(SPEC, head=head), tmp_path / "adapter"
+    model = drawn_model(base, spec)
+    save_adapter(model, record_of(base, spec), folder)
+    expected = logits(model)
+    for seed in (11, 12):  # whatever the new head is drawn as
+        torch.manual_seed(seed)
+        plain = AutoModelForSequenceClassification.from_pretrained(base.folder, num_labels=len(LABELS))
+        fresh = logits(plain.eval())
+        loaded = peft.PeftModel.from_pretrained(plain, folder).eval()
+        np.testing.assert_allclose(logits(loaded), expected, atol=1e-5)
+        assert np.abs(fresh - expected).max() > 0.1
+    np.testing.assert_allclose(logits(load_with_peft(folder, base)), expected, atol=1e-5)
+
+
+def test_no_file_holds_a_path_of_this_machine(adapter: Path, bases: dict[Family, BaseModel]) -> None:
+    base = bases["roberta"]
+    assert base.folder.is_absolute()
+    config = json.loads((adapter / CONFIG).read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("tiny-roberta", base.revision)
+    assert read_record(adapter).base == "tiny-roberta"
+    for path in adapter.iterdir():
+        for folder in (str(base.folder), str(base.folder.parent), str(adapter.parent), str(Path.home())):
+            assert folder.encode() not in path.read_bytes()
+
+
+def test_a_known_base_is_named_by_hub_id_and_revision(bases: dict[Family, BaseModel], tmp_path: Path) -> None:
+    base = replace(
+        bases["bert"], name="embedded:minilm", hub_id="sentence-transformers/all-MiniLM-L6-v2", revision="c9"
+    )
+    save_adapter(drawn_model(base), without_path(record_of(base)), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert config["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2"
+    assert config["revision"] == "c9"
+    assert read_record(tmp_path / "adapter").base == "embedded:minilm"
+
+
+def test_saving_again_replaces_the_files(adapter: Path, bases: dict[Family, BaseModel]) -> None:
+    base, spec = bases["roberta"], replace(SPEC, rank=1)
+    (adapter / "stranger.txt").write_text("not an adapter's file")
+    save_adapter(drawn_model(base, spec), record_of(base, spec), adapter)
+    assert {path.name for path in adapter.iterdir()} == {CONFIG, WEIGHTS, RECORD}
+    assert read_record(adapter).spec.rank == 1
+
+
+def test_what_does_not_recount_is_not_written(adapter: Path, bases: dict[Family, BaseModel]) -> None:
+    """And what was there before stays."""
+    base = bases["roberta"]
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    with pytest.raises(AdapterError, match="do not use these files"):
+        save_adapter(drawn_model(base, replace(SPEC, rank=2)), record_of(base), adapter)
+    with pytest.raises(AdapterError, match="do not use these files"):
+        save_adapter(drawn_model(base, replace(SPEC, rank=2)), record_of(base), adapter.with_name("new"))
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+    assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
+
+
+def test_what_an_interrupted_process_left_is_written_over(bases: dict[Family, BaseModel], tmp_path: Path) -> None:
+    base, left = bases["roberta"], tmp_path / "adapter.partial"
+    left.mkdir()
+    (left / WEIGHTS).write_bytes(b"half")
+    (left / "stranger.txt").write_text("left behind")
+    save_adapter(drawn_model(base), record_of(base), tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {CONFIG, WEIGHTS, RECORD}
+
+
+@pytest.mark.parametrize("name", [LORA_A, DENSE])
+def test_one_bit_is_enough_to_be_found(adapter: Path, name: str) -> None:
+    held = load_file(adapter / WEIGHTS)
+    verify(adapter, held)
+    changed = held[name].clone()
+    changed.view(torch.int32).flatten()[5] ^= 1
+    with pytest.raises(AdapterError, match=f"{name} was not read back as it was written; is the disk sound"):
+        verify(adapter, {**held, name: changed})
+
+
+def test_a_tensor_that_was_not_written_is_found(adapter: Path) -> None:
+    held = load_file(adapter / WEIGHTS)
+    with pytest.raises(AdapterError, match=r"the file holds other tensors than the model: .'extra'"):
+        verify(adapter, {**held, "extra": torch.zeros(1)})
+
+
+# Read ----------------------------------------------------------------------------------------------------------------
+
+
+def drop(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[LORA_B]
+
+
+def turn(tensors: dict[str, torch.Tensor]) -> None:
+    """The same number of parameters in another shape."""
+    tensors[LORA_A] = tensors[LORA_A].T.contiguous()
+
+
+def grow(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[LORA_A] = torch.zeros(4, HIDDEN_SIZE)
+
+
+def add(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["base_model.model.classifier.extra"] = torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (drop, rf"{LORA_B} as \(32, 3\), but the file has it as no tensor"),
+        (turn, rf"{LORA_A} as \(3, 32\), but the file has it as \(32, 3\)"),
+        (grow, rf"{LORA_A} as \(3, 32\), but the file has it as \(4, 32\)"),
+        (add, r"classifier.extra as no tensor, but the file has it as \(2,\)"),
+    ],
+)
+def test_other_tensors_than_the_specifications_are_refused(
+    adapter: Path, bases: dict[Family, BaseModel], change: Callable[[dict[str, torch.Tensor]], None], said: str
+) -> None:
+    change_tensors(adapter, change)
+    for use in (recount, lambda folder: load_with_peft(folder, bases["roberta"])):
+        with pytest.raises(AdapterError, match=rf"specification \(qkvo r=3 .*\), which has .*{said}; do not use"):
+            use(adapter)
+
+
+def test_a_record_of_another_rank_is_refused(adapter: Path) -> None:
+    change_json(adapter / RECORD, lambda fields: fields["spec"].update(rank=2))
+    with pytest.raises(
+        AdapterError, match=r"specification \(qkvo r=2 .*\), which has .* as \(2, 32\), but .* \(3, 32\)"
+    ):
+        recount(adapter)
+
+
+def test_a_record_of_another_count_is_refused(adapter: Path) -> None:
+    change_json(adapter / RECORD, lambda fields: fields.update(trainable_parameters=17))
+    message = r"adapter holds 2,724 trainable parameters, .* stands for 2,724 and its record says 17; do not use"
+    with pytest.raises(AdapterError, match=message):
+        recount(adapter)
+
+
+def test_a_record_of_another_head_is_refused(adapter: Path) -> None:
+    """The file cannot tell whether `dense` was frozen; the record's own count can."""
+    change_json(adapter / RECORD, lambda fields: fields["spec"].update(head="out_proj"))
+    message = r"adapter holds 1,668 trainable parameters, .* stands for 1,668 and its record says 2,724"
+    with pytest.raises(AdapterError, match=message):
+        recount(adapter)
+
+
+@pytest.mark.parametrize(("key", "value"), [("lora_alpha", 12), ("r", 2), ("target_modules", ["query"])])
+def test_a_configuration_that_means_something_else_is_refused(
+    adapter: Path, bases: dict[Family, BaseModel], key: str, value: object
+) -> None:
+    change_json(adapter / CONFIG, lambda fields: fields.update({key: value}))
+    with pytest.raises(AdapterError, match=r"must say .* as the record does, but says .*; do not use these files"):
+        load_with_peft(adapter, bases["roberta"])
+
+
+def test_another_base_is_refused(adapter: Path, bases: dict[Family, BaseModel], tmp_path: Path) -> None:
+    other = resolve(str(tiny_base(tmp_path / "other", "roberta", seed=1)))
+    message = "the adapter was trained on tiny-roberta with weights .{12}…, but .*other has .{12}…; give the base"
+    with pytest.raises(AdapterError, match=message):
+        load_with_peft(adapter, other)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 200, -1])
+def test_a_truncated_file_is_refused(adapter: Path, bases: dict[Family, BaseModel], kept: int) -> None:
+    whole = (adapter / WEIGHTS).read_bytes()
+    (adapter / WEIGHTS).write_bytes(whole[:kept])
+    for use in (recount, lambda folder: load_with_peft(folder, bases["roberta"])):
+        with pytest.raises(AdapterError, match="is not a whole safetensors file"):
+            use(adapter)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, RECORD])
+def test_a_missing_file_is_named(adapter: Path, bases: dict[Family, BaseModel], name: str) -> None:
+    (adapter / name).unlink()
+    with pytest.raises(AdapterError, match=f"no {name} in .*adapter; name a folder that a trial or an export wrote"):
+        load_with_peft(adapter, bases["roberta"])
+
+
+@pytest.mark.parametrize("name", [CONFIG, RECORD])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "17", '{"spec": {}}', "\ufeff{"])
+def test_a_file_that_is_something_else_is_refused(adapter: Path, name: str, text: str) -> None:
+    (adapter / name).write_text(text)
+    with pytest.raises(AdapterError, match=f"{name} is not .*; export the adapter again"):
+        recount(adapter)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda fields: fields["spec"].update(targets="conv"),
+        lambda fields: fields["spec"].update(rank="3"),
+        lambda fields: fields["spec"].update(colour="red"),
+        lambda fields: fields["shape"].pop("family"),
+        lambda fields: fields.pop("labels"),
+        lambda fields: fields.update(labels=4),
+    ],
+)
+def test_a_record_that_means_nothing_is_refused(adapter: Path, change: Callable[[dict], object]) -> None:
+    change_json(adapter / RECORD, change)
+    with pytest.raises(AdapterError, match=f"{RECORD} is not an adapter's record .*; export the adapter again"):
+        read_record(adapter)
+
+
+def test_the_record_survives_its_file(bases: dict[Family, BaseModel], tmp_path: Path) -> None:
+    record = record_of(bases["bert"], replace(SPEC, alpha=0.5, head="out_proj"))
+    (tmp_path / RECORD).write_text(json.dumps(asdict(record)))
+    assert read_record(tmp_path) == record
+
+
+# The base ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_base_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """Saved as a masked language model, a BERT has no pooler, and a random one would be in no adapter's file."""
+    folder = tiny_base(tmp_path / "tiny", "bert")
+    config = BertConfig.from_pretrained(folder)
+    shutil.copytree(folder, tmp_path / "poolerless")
+    BertForMaskedLM(config).save_pretrained(tmp_path / "poolerless")
+    base = resolve(str(tmp_path / "poolerless"))
+    with pytest.raises(BaseModelError, match=r"do not have bert.pooler.dense.bias \(2 tensors in all\)"):
+        load_base(base, len(LABELS))
+
+
+def test_a_base_whose_configuration_is_anothers_is_refused(tmp_path: Path) -> None:
+    folder = tiny_base(tmp_path / "tiny", "roberta")
+    change_json(folder / "config.json", lambda fields: fields.update(intermediate_size=48))
+    with pytest.raises(
+        BaseModelError, match=r"do not have .*\(6 tensors in all\) in the right shape; take the weights"
+    ):
+        load_base(resolve(str(folder)), len(LABELS))
+
+
+def test_a_head_for_other_labels_gives_way(tmp_path: Path, bases: dict[Family, BaseModel]) -> None:
+    """A base that was fine-tuned for something else is a base like any other."""
+    shutil.copytree(bases["roberta"].folder, tmp_path / "tuned")
+    tuned = AutoModelForSequenceClassification.from_pretrained(bases["roberta"].folder, num_labels=2)
+    tuned.save_pretrained(tmp_path / "tuned")
+    model = load_base(resolve(str(tmp_path / "tuned")), len(LABELS))
+    assert model.classifier.out_proj.out_features == len(LABELS)
+    for name, tensor in load_base(bases["roberta"], len(LABELS)).named_parameters():
+        if "classifier" not in name:
+            assert torch.equal(tensor, model.get_parameter(name))

@@ -1,0 +1,249 @@
+"""An engine that trains nothing: it follows the contracts over curves made up from each trial's configuration.
+
+With it goes what a sweep's command puts together: a study opened from storage, its baseline, the runner, a tracker.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.pruners import BasePruner, MedianPruner
+
+from agnews_lora.adapters.budget import trainable_parameters
+from agnews_lora.adapters.spec import TrialSpec
+from agnews_lora.config.sweep import Range, Space
+from agnews_lora.errors import TrainingError
+from agnews_lora.search import space as search_space
+from agnews_lora.search.queue import enqueue_baseline
+from agnews_lora.search.runner import Quest, RunState, StudyRunner
+from agnews_lora.search.sampler import TrialSeededTPE
+from agnews_lora.search.study import give_back_stale, open_storage, open_study
+from agnews_lora.training.contracts import (
+    EvalPoint,
+    Observer,
+    TrainPoint,
+    TrialPlan,
+    TrialResult,
+    TrialSource,
+    Verdict,
+)
+from tests.tiny import tiny_shape
+
+SHAPE = tiny_shape("roberta")
+BUDGET = 6_000  # rank 18 on qk and qv, 12 on ffn, beside the full head
+SPACE = Space(targets=("qk", "qv", "ffn"), dropout=Range(low=0.0, high=0.2), learning_rate=Range(low=1e-4, high=1e-2))
+BOTH_HEADS = SPACE.model_copy(update={"heads": ("full", "out_proj")})
+OUTSIDE = TrialSpec("qk", rank=4, alpha=8.0, dropout=0.1, learning_rate=2e-5)
+INSIDE = replace(OUTSIDE, learning_rate=2e-4)
+TOTAL_STEPS, EVAL_EVERY, LOG_EVERY = 30, 10, 5
+STARTUP_TRIALS = 4
+
+
+def accuracy(spec: TrialSpec, step: int) -> float:
+    """The made-up curve: it rises with the steps, to a level that the configuration decides."""
+    level = 0.9 - 0.15 * abs(math.log10(spec.learning_rate) + 2.7) - 0.2 * abs(spec.dropout - 0.05)
+    level += {"qk": -0.1, "qv": 0.0, "ffn": -0.03}[spec.targets] + 0.005 * spec.rank - 0.002 * spec.alpha / spec.rank
+    level += 0.01 if spec.head == "full" else 0.0
+    return 0.25 + (level - 0.25) * (1 - math.exp(-step / 12))
+
+
+def eval_point(plan: TrialPlan, step: int) -> EvalPoint:
+    final = step == TOTAL_STEPS
+    scored = accuracy(plan.spec, step)
+    return EvalPoint(plan.trial, step, scored, scored - 0.01, 1 - scored, 200 if final else 50, final, 1_000 + step)
+
+
+def train_point(plan: TrialPlan, step: int) -> TrainPoint:
+    return TrainPoint(plan.trial, step, 2 - accuracy(plan.spec, step), plan.spec.learning_rate, 1_000 + step)
+
+
+class ScriptedEngine:
+    """Implements `Engine` with `num_slots` trials at once, all of which advance by one step at a time.
+
+    script: {(trial, step): what happens there, before the step is evaluated}. A TrainingError raised there is the
+    trial's fault, anything else the engine's. each_step: called after each step of all slots.
+    """
+
+    def __init__(
+        self,
+        num_slots: int = 1,
+        script: Mapping[tuple[str, int], Callable[[], None]] | None = None,
+        each_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.num_slots = num_slots
+        self.script = dict(script or {})
+        self.each_step = each_step
+        self.plans: list[TrialPlan] = []
+        self._slots: dict[str, tuple[TrialPlan, int]] = {}
+
+    def run(self, source: TrialSource, observer: Observer) -> None:
+        while not observer.stop_requested():
+            self._evaluate(observer, self._fill(source))
+            if not self._slots:
+                return
+            self._advance(observer)
+            if not observer.stop_requested():
+                self._evaluate(observer, self._slots)
+            self.each_step()
+        for plan, step in self._slots.values():
+            path = plan.folder / f"checkpoint-{step}"
+            path.mkdir()
+            observer.checkpointed(plan.trial, step, path)
+
+    def _fill(self, source: TrialSource) -> list[str]:
+        """The trials that go on from a checkpoint: its evaluation was broken off by the stop."""
+        resumed = []
+        while len(self._slots) < self.num_slots and (plan := source.next()) is not None:
+            self.plans.append(plan)
+            plan.folder.mkdir(parents=True, exist_ok=True)
+            step = int(plan.checkpoint.name.removeprefix("checkpoint-")) if plan.checkpoint else 0
+            self._slots[plan.trial] = plan, step
+            if step:
+                resumed.append(plan.trial)
+        return resumed
+
+    def _advance(self, observer: Observer) -> None:
+        for trial, (plan, before) in list(self._slots.items()):
+            step = before + 1
+            self._slots[trial] = plan, step
+            try:
+                self.script.get((trial, step), lambda: None)()
+            except Exception as error:
+                del self._slots[trial]
+                observer.failed(trial, error)
+                if not isinstance(error, TrainingError):
+                    raise
+                continue
+            if step % LOG_EVERY == 0:
+                observer.logged([train_point(plan, step)])
+
+    def _evaluate(self, observer: Observer, trials: Iterable[str]) -> None:
+        slots = [self._slots[trial] for trial in trials]
+        due = [(plan, step) for plan, step in slots if step % EVAL_EVERY == 0]
+        points = [eval_point(plan, step) for plan, step in due]
+        verdicts = observer.evaluated(points) if points else []
+        for (plan, step), point, verdict in zip(due, points, verdicts, strict=True):
+            if point.final or verdict is Verdict.PRUNE:
+                del self._slots[plan.trial]
+                observer.finished(result(plan, step, point if point.final else None))
+
+
+def result(plan: TrialPlan, step: int, final: EvalPoint | None) -> TrialResult:
+    adapter = plan.folder / "adapter" if final else None
+    if adapter is not None:
+        adapter.mkdir(exist_ok=True)
+        (adapter / "adapter_model.safetensors").write_bytes(plan.trial.encode())
+    return TrialResult(
+        trial=plan.trial,
+        steps=step,
+        total_steps=TOTAL_STEPS,
+        final=final,
+        adapter=adapter,
+        trainable_parameters=trainable_parameters(plan.spec, SHAPE),
+        rows_seen=16 * step,
+        train_seconds=1.0,
+        eval_seconds=0.5,
+        peak_memory_bytes=1_000,
+    )
+
+
+@dataclass
+class Recorded:
+    """What a tracker was told of one trial."""
+
+    spec: TrialSpec
+    facts: dict[str, Any]
+    run_id: str
+    points: list[TrainPoint | EvalPoint] = field(default_factory=list)
+    ends: list[tuple[RunState, TrialResult | None, str | None]] = field(default_factory=list)
+
+
+class RecordingTracker:
+    """Implements `Tracker`: keeps what it is told, in the order of the trials' starts."""
+
+    def __init__(self) -> None:
+        self.trials: dict[str, Recorded] = {}
+
+    def start_trial(self, trial: str, spec: TrialSpec, facts: dict[str, Any], run_id: str | None) -> str:
+        self.trials[trial] = Recorded(spec, facts, run_id or f"run-of-{trial}")
+        return self.trials[trial].run_id
+
+    def log_points(self, trial: str, points: Sequence[TrainPoint | EvalPoint]) -> None:
+        self.trials[trial].points += points
+
+    def finish_trial(self, trial: str, state: RunState, result: TrialResult | None, reason: str | None) -> None:
+        self.trials[trial].ends.append((state, result, reason))
+
+
+class RecordingScreen:
+    """Implements `Screen`: the lines it would show, and the trials that are on it."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.running: set[str] = set()
+
+    def trial_started(self, trial: str, label: str, total_steps: int) -> None:
+        self.running.add(trial)
+        self.lines.append(f"{trial} started: {label}, {total_steps} steps")
+
+    def logged(self, points: Sequence[TrainPoint]) -> None:
+        assert {point.trial for point in points} <= self.running
+
+    def evaluated(self, points: Sequence[EvalPoint]) -> None:
+        assert {point.trial for point in points} <= self.running
+
+    def trial_ended(self, trial: str, state: str, accuracy: float | None, reason: str | None) -> None:
+        self.running.remove(trial)
+        self.lines.append(f"{trial} {state}: {reason}")
+
+
+@dataclass
+class Session:
+    """One start of a sweep whose stores lie below `root`: everything is opened anew."""
+
+    root: Path
+    trials: int
+    baseline: TrialSpec = OUTSIDE
+    space: Space = SPACE
+    pruner: BasePruner = field(default_factory=lambda: MedianPruner(n_startup_trials=2))
+    engine: ScriptedEngine = field(default_factory=ScriptedEngine)
+    tracker: Any = field(default_factory=RecordingTracker)
+    stopped: bool = False
+
+    def __post_init__(self) -> None:
+        shared = search_space.shared(self.space, SHAPE, BUDGET)
+        sampler = TrialSeededTPE(7, STARTUP_TRIALS, shared)
+        self.study = open_study(open_storage(self.root), "scripted", {}, sampler, self.pruner, new=False)
+        enqueue_baseline(self.study, self.baseline, self.space, SHAPE, BUDGET)
+        give_back_stale(self.study)
+        self.screen = RecordingScreen()
+        self.runner = StudyRunner(
+            study=self.study,
+            quest=Quest(
+                space=self.space,
+                shape=SHAPE,
+                budget=BUDGET,
+                trials=self.trials,
+                seed=7,
+                baseline=self.baseline,
+                baseline_seed=42,
+                total_steps=TOTAL_STEPS,
+            ),
+            tracker=self.tracker,
+            screen=self.screen,
+            folder=self.root / "work",
+            stop=lambda: self.stopped,
+        )
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def run(self) -> optuna.Study:
+        try:
+            self.engine.run(self.runner, self.runner)
+        finally:
+            self.runner.close()
+        return self.study

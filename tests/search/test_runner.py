@@ -1,0 +1,625 @@
+"""The runner between an engine and a study: quota, pruning, failures, and stopping at any point without losing any."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import optuna
+import pytest
+from mlflow import MlflowClient
+from optuna.pruners import BasePruner, MedianPruner, NopPruner
+from optuna.trial import FrozenTrial, TrialState
+
+from agnews_lora.adapters.budget import trainable_parameters
+from agnews_lora.adapters.spec import TrialSpec
+from agnews_lora.commands.records import Records
+from agnews_lora.errors import TrainingError
+from agnews_lora.search import study as keys
+from agnews_lora.search.runner import RunState
+from agnews_lora.search.sampler import derived_seed
+from agnews_lora.search.space import parameters_of
+from agnews_lora.search.study import standings
+from agnews_lora.tracking.runs import SweepRuns
+from agnews_lora.tracking.store import open_client
+from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrialResult
+from tests.search.scripted import (
+    BUDGET,
+    EVAL_EVERY,
+    INSIDE,
+    OUTSIDE,
+    SHAPE,
+    SPACE,
+    TOTAL_STEPS,
+    RecordingTracker,
+    ScriptedEngine,
+    Session,
+    accuracy,
+    eval_point,
+)
+
+ENDED = {"COMPLETE", "PRUNED", "FAIL"}
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def action() -> NoReturn:
+        raise error
+
+    return action
+
+
+def states(study: optuna.Study) -> list[str]:
+    return [trial.state.name for trial in study.get_trials(deepcopy=False)]
+
+
+def what_counts(study: optuna.Study) -> list[tuple[Any, ...]]:
+    """All of a study that must not depend on how often it was stopped."""
+    attributes = (keys.SPEC, keys.TRAINABLE, keys.LOSS, keys.MACRO_F1)
+    return [
+        (
+            trial.number,
+            trial.state,
+            trial.params,
+            trial.value,
+            trial.intermediate_values,
+            {key: trial.user_attrs.get(key) for key in attributes},
+        )
+        for trial in study.trials
+    ]
+
+
+# The quota ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_slots", [1, 4])
+def test_exactly_as_many_trials_end_as_were_asked_for(tmp_path: Path, num_slots: int) -> None:
+    most = 0
+
+    def count() -> None:
+        nonlocal most
+        now = Counter(states(session.study))
+        assert now["RUNNING"] <= num_slots
+        assert sum(now.values()) <= 10
+        most = max(most, now["RUNNING"])
+
+    session = Session(tmp_path, 10, engine=ScriptedEngine(num_slots, each_step=count))
+    study = session.run()
+    assert most == num_slots
+    assert len(study.trials) == 10
+    assert set(states(study)) == {"COMPLETE", "PRUNED"}
+    assert [plan.trial for plan in session.engine.plans] == [f"t{number:04d}" for number in range(10)]
+    assert session.screen.running == set()
+
+
+def test_more_trials_can_be_asked_for_later_and_fewer_change_nothing(tmp_path: Path) -> None:
+    Session(tmp_path, 3).run()
+    for trials, num_started in ((5, 2), (5, 0), (2, 0)):
+        session = Session(tmp_path, trials)
+        assert len(session.run().trials) == 5
+        assert len(session.engine.plans) == num_started
+
+
+def test_nothing_starts_once_a_stop_is_due(tmp_path: Path) -> None:
+    session = Session(tmp_path, 3)
+    session.stop()
+    assert session.runner.next() is None
+    assert states(session.run()) == ["WAITING"]
+
+
+# What a trial is ----------------------------------------------------------------------------------------------
+
+
+def test_plans_and_what_the_study_keeps_of_them(tmp_path: Path) -> None:
+    session = Session(tmp_path, 6)
+    study = session.run()
+    for plan, trial in zip(session.engine.plans, study.trials, strict=True):
+        recorded = session.tracker.trials[plan.trial]
+        assert (plan.folder, plan.checkpoint) == (tmp_path / "work" / plan.trial, None)
+        assert trial.user_attrs[keys.SPEC] == plan.spec.as_dict() == recorded.spec.as_dict()
+        assert trial.user_attrs[keys.RUN_ID] == recorded.run_id == f"run-of-{plan.trial}"
+        count = trainable_parameters(plan.spec, SHAPE)
+        assert trial.user_attrs[keys.TRAINABLE] == count <= BUDGET
+        assert recorded.facts == {
+            "seed": plan.seed,
+            "baseline": trial.number == 0,
+            "study_trial": trial.number,
+            "trainable_parameters": count,
+        }
+    assert session.engine.plans[0].spec == OUTSIDE
+    seeds = [plan.seed for plan in session.engine.plans]
+    assert seeds == [42, *(derived_seed(7, number) for number in range(1, 6))]
+    assert session.screen.lines[0] == f"t0000 started: {OUTSIDE} (baseline), 30 steps"
+
+
+def test_a_complete_trial(tmp_path: Path) -> None:
+    session = Session(tmp_path, 2)
+    [_, row] = standings(session.run())
+    plan, recorded = session.engine.plans[1], session.tracker.trials["t0001"]
+    final = eval_point(plan, TOTAL_STEPS)
+    assert (row.state, row.accuracy, row.loss, row.macro_f1, row.reason) == (
+        "COMPLETE",
+        final.accuracy,
+        final.loss,
+        final.macro_f1,
+        None,
+    )
+    [(state, result, reason)] = recorded.ends
+    assert (state, reason) == ("COMPLETE", None)
+    assert result is not None
+    assert result.final == final
+    evaluations = [point for point in recorded.points if isinstance(point, EvalPoint)]
+    assert evaluations == [eval_point(plan, step) for step in (10, 20, 30)]
+    assert [point.step for point in recorded.points if isinstance(point, TrainPoint)] == [5, 10, 15, 20, 25, 30]
+    assert session.screen.lines[-1] == "t0001 COMPLETE: None"
+
+
+def test_the_adapter_is_there_for_the_tracker_and_gone_with_the_work_folder_afterwards(tmp_path: Path) -> None:
+    class Keeper(RecordingTracker):
+        kept: dict[str, bytes]
+
+        def finish_trial(self, trial: str, state: RunState, result: TrialResult | None, reason: str | None) -> None:
+            super().finish_trial(trial, state, result, reason)
+            if result is not None and result.adapter is not None:
+                self.kept[trial] = (result.adapter / "adapter_model.safetensors").read_bytes()
+
+    tracker = Keeper()
+    tracker.kept = {}
+    study = Session(tmp_path, 8, tracker=tracker).run()
+    complete = [row.trial for row in standings(study) if row.state == "COMPLETE"]
+    assert tracker.kept == {trial: trial.encode() for trial in complete}
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_the_sampler_learns_from_a_baseline_inside_the_space(tmp_path: Path) -> None:
+    [baseline, _] = Session(tmp_path, 2, baseline=INSIDE).run().trials
+    assert baseline.params == parameters_of(INSIDE, SPACE, SHAPE, BUDGET)
+    assert baseline.user_attrs[keys.SPEC] == INSIDE.as_dict()
+    assert baseline.value == accuracy(INSIDE, TOTAL_STEPS)
+
+
+# Pruning ------------------------------------------------------------------------------------------------------
+
+
+def test_the_median_rule_prunes_but_never_the_baseline(tmp_path: Path) -> None:
+    session = Session(tmp_path, 14)
+    # Trials before the baseline, so that it is compared with better ones.
+    session.study._storage.set_trial_state_values(session.study.trials[0]._trial_id, TrialState.FAIL)
+    for _ in range(4):
+        session.study.enqueue_trial({"targets": "qv", "rank_qv": 16, "learning_rate": 2e-3})
+    session.study.enqueue_trial({}, user_attrs={keys.BASELINE: True})
+    rows = standings(session.run())
+    baseline = rows[5]
+    assert (baseline.baseline, baseline.state) == (True, "COMPLETE")
+    assert baseline.accuracy == accuracy(OUTSIDE, TOTAL_STEPS) < min(row.accuracy or 0 for row in rows[1:5])
+    pruned = [row for row in rows if row.state == "PRUNED"]
+    assert len(pruned) >= 2
+    plans = {plan.trial: plan for plan in session.engine.plans}
+    for row in pruned:
+        trial, recorded = session.study.trials[row.number], session.tracker.trials[row.trial]
+        last = trial.last_step
+        assert last in (10, 20)
+        earlier = [
+            other.intermediate_values[last]
+            for other in session.study.trials[: row.number]
+            if other.state is TrialState.COMPLETE
+        ]
+        assert trial.value == row.accuracy == accuracy(plans[row.trial].spec, last) < sorted(earlier)[len(earlier) // 2]
+        reason = f"below the median of finished trials at step {last} of 30"
+        assert row.reason == reason
+        [(state, result, told)] = recorded.ends
+        assert (state, told) == ("PRUNED", reason)
+        assert result is not None
+        assert (result.final, result.adapter, result.steps) == (None, None, last)
+        assert f"{row.trial} PRUNED: {reason}" in session.screen.lines
+
+
+class WorstOfThoseThatRun(BasePruner):
+    """Prunes the trial that is the worst of all that run, and keeps how many it could compare with."""
+
+    def __init__(self) -> None:
+        self.num_compared: list[int] = []
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        running = study.get_trials(states=(TrialState.RUNNING,))
+        values = [other.intermediate_values.get(trial.last_step) for other in running]
+        known = [value for value in values if value is not None]
+        self.num_compared.append(len(known))
+        return trial.intermediate_values[trial.last_step] == min(known)
+
+
+def test_all_points_are_reported_before_the_first_is_judged(tmp_path: Path) -> None:
+    pruner = WorstOfThoseThatRun()
+    session = Session(tmp_path, 4, pruner=pruner, engine=ScriptedEngine(4))
+    study = session.run()
+    # Three beside the baseline are judged at the first evaluation, then those that are left; the last one is not.
+    assert pruner.num_compared[:3] == [4, 4, 4]
+    assert set(pruner.num_compared[3:]) <= {3, 4}
+    assert study.trials[0].state is TrialState.COMPLETE
+
+
+def test_a_final_point_is_reported_but_not_judged(tmp_path: Path) -> None:
+    class Never(BasePruner):
+        def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+            assert trial.last_step != TOTAL_STEPS
+            return False
+
+    study = Session(tmp_path, 3, pruner=Never()).run()
+    assert states(study) == ["COMPLETE"] * 3
+    assert all(set(trial.intermediate_values) == {10, 20, 30} for trial in study.trials)
+
+
+# Failures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_a_failed_trial_keeps_its_reason_and_the_others_go_on(tmp_path: Path, num_slots: int) -> None:
+    error = TrainingError("the loss became nan by step 12")
+    session = Session(
+        tmp_path, 5, pruner=NopPruner(), engine=ScriptedEngine(num_slots, {("t0002", 12): raising(error)})
+    )
+    study = session.run()
+    assert states(study) == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    row = standings(study)[2]
+    assert (row.reason, row.accuracy) == (str(error), accuracy(session.engine.plans[2].spec, 10))
+    [(state, result, report)] = session.tracker.trials["t0002"].ends
+    assert (state, result) == ("FAILED", None)
+    assert report is not None
+    assert report.startswith("Traceback (most recent call last):")
+    assert report.endswith(f"TrainingError: {error}\n")
+    assert f"t0002 FAIL: {error}" in session.screen.lines
+    assert not (tmp_path / "work" / "t0002").exists()
+
+
+def test_an_error_without_a_text_is_named_by_its_kind(tmp_path: Path) -> None:
+    session = Session(tmp_path, 2, engine=ScriptedEngine(1, {("t0001", 1): raising(TrainingError())}))
+    assert standings(session.run())[1].reason == "TrainingError"
+
+
+def test_a_trial_enqueued_beyond_the_budget_fails_before_the_engine_sees_it(tmp_path: Path) -> None:
+    session = Session(tmp_path, 4)
+    session.study.enqueue_trial({"targets": "qv", "rank_qv": 19})
+    rows = standings(session.run())
+    assert [row.state for row in rows] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert [plan.trial for plan in session.engine.plans] == ["t0000", "t0002", "t0003"]
+    assert rows[1].spec is not None
+    assert (rows[1].spec.rank, rows[1].trainable_parameters) == (19, 1_188 + 19 * 256)
+    reason = "6,052 trainable parameters > budget 6,000 (rank 19 on qv, head full); the largest rank that fits is 18"
+    assert rows[1].reason == reason
+    recorded = session.tracker.trials["t0001"]
+    assert recorded.ends == [("FAILED", None, reason)]
+    assert rows[1].run_id == recorded.run_id
+    assert f"t0001 FAIL: {reason}" in session.screen.lines
+
+
+@pytest.mark.parametrize("parameters", [{"targets": "all"}, {"targets": "qv", "alpha_ratio": 3}, {"dropout": "none"}])
+def test_a_trial_enqueued_with_a_value_that_is_none_fails_and_the_sweep_goes_on(
+    tmp_path: Path, parameters: dict[str, Any]
+) -> None:
+    session = Session(tmp_path, 3)
+    session.study.enqueue_trial(parameters)
+    rows = standings(session.run())
+    assert [row.state for row in rows] == ["COMPLETE", "FAIL", "COMPLETE"]
+    [value] = [value for value in parameters.values() if value != "qv"]
+    assert rows[1].reason is not None
+    assert rows[1].reason.startswith("enqueued with a value that no trial can have: ")
+    assert str(value) in rows[1].reason
+    assert (rows[1].spec, rows[1].run_id) == (None, None)
+    assert f"t0001 FAIL: {rows[1].reason}" in session.screen.lines
+
+
+# Stopping, and going on ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "stopped_at", "running"), [(1, 14, ["t0002"]), (4, 9, ["t0000", "t0001", "t0002", "t0003"])]
+)
+def test_a_stop_gives_the_running_trials_back_with_their_checkpoints(
+    tmp_path: Path, num_slots: int, stopped_at: int, running: list[str]
+) -> None:
+    first = Session(tmp_path, 6, pruner=NopPruner(), engine=ScriptedEngine(num_slots))
+    first.engine.script[running[-1], stopped_at] = first.stop
+    study = first.run()
+    given_back = [trial for trial in study.trials if trial.state is TrialState.WAITING]
+    assert [f"t{trial.number:04d}" for trial in given_back] == running
+    assert "RUNNING" not in states(study)
+    for trial in given_back:
+        name = f"t{trial.number:04d}"
+        assert trial.user_attrs[keys.CHECKPOINT] == f"checkpoint-{stopped_at}"
+        reason = f"goes on from checkpoint-{stopped_at} at the next start"
+        assert first.tracker.trials[name].ends == [("INTERRUPTED", None, f"stopped; {reason}")]
+        assert f"{name} INTERRUPTED: {reason}" in first.screen.lines
+    assert first.screen.running == set()
+
+    second = Session(tmp_path, 6, pruner=NopPruner(), engine=ScriptedEngine(num_slots))
+    study = second.run()
+    assert states(study) == ["COMPLETE"] * 6
+    again = second.engine.plans[: len(running)]
+    before = {plan.trial: plan for plan in first.engine.plans}
+    assert [plan.trial for plan in again] == running
+    for plan in again:
+        assert plan.checkpoint == tmp_path / "work" / plan.trial / f"checkpoint-{stopped_at}"
+        assert (plan.spec, plan.seed) == (before[plan.trial].spec, before[plan.trial].seed)
+        assert second.tracker.trials[plan.trial].run_id == f"run-of-{plan.trial}"
+        assert [end[0] for end in second.tracker.trials[plan.trial].ends] == ["COMPLETE"]
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_checkpoint_that_is_gone_is_not_gone_on_from(tmp_path: Path) -> None:
+    first = Session(tmp_path, 2, engine=ScriptedEngine())
+    first.engine.script["t0001", 14] = first.stop
+    first.run()
+    (tmp_path / "work" / "t0001" / "checkpoint-14").rmdir()
+    second = Session(tmp_path, 2, engine=ScriptedEngine())
+    second.engine.script["t0001", 3] = second.stop
+    second.engine.script["t0001", 4] = raising(AssertionError("steps after a stop"))
+    second.run()
+    assert [(plan.trial, plan.checkpoint) for plan in second.engine.plans] == [("t0001", None)]
+    third = Session(tmp_path, 2)
+    third.run()
+    assert third.engine.plans[0].checkpoint == tmp_path / "work" / "t0001" / "checkpoint-3"
+
+
+def test_a_trial_stopped_before_its_first_checkpoint_says_so(tmp_path: Path) -> None:
+    session = Session(tmp_path, 2, engine=ScriptedEngine(1, {("t0000", 4): raising(KeyboardInterrupt())}))
+    with pytest.raises(KeyboardInterrupt):
+        session.run()
+    assert states(session.study) == ["WAITING"]
+    reason = "stopped; goes on from its first step at the next start"
+    assert session.tracker.trials["t0000"].ends == [("INTERRUPTED", None, reason)]
+
+
+def test_a_study_that_is_stopped_again_and_again_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    whole = Session(tmp_path / "whole", 10)
+    expected = what_counts(whole.run())
+    assert {"COMPLETE", "PRUNED"} == set(states(whole.study))
+    stops = {"t0000": 9, "t0002": 10, "t0004": 1, "t0006": 7}
+    seeds: dict[str, int] = {}
+    for trial, step in stops.items():
+        session = Session(tmp_path / "parts", 10)
+        session.engine.script[trial, step] = session.stop
+        session.run()
+        assert session.stopped
+        seeds |= {plan.trial: plan.seed for plan in session.engine.plans}
+    last = Session(tmp_path / "parts", 10)
+    assert what_counts(last.run()) == expected
+    seeds |= {plan.trial: plan.seed for plan in last.engine.plans}
+    assert seeds == {plan.trial: plan.seed for plan in whole.engine.plans}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.search.scripted import RecordingTracker, Session
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+session = Session(Path(sys.argv[1]), 6)
+if sys.argv[2] == "training":
+    session.engine.script["t0003", 8] = kill
+elif sys.argv[2] == "starting a run":
+    session.tracker.start_trial = lambda trial, *rest: kill() if trial == "t0003" else f"run-of-{trial}"
+    session.tracker.log_points = session.tracker.finish_trial = lambda *_: None
+elif sys.argv[2] == "ending a run":
+    session.tracker.finish_trial = lambda trial, *_: kill() if trial == "t0003" else None
+elif sys.argv[2] == "between checkpoint and close":
+    session.engine.script["t0003", 8] = session.stop
+    session.runner.close = kill
+session.run()
+"""
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    return what_counts(Session(tmp_path_factory.mktemp("stores"), 6).run())
+
+
+@pytest.mark.parametrize(
+    ("doing", "checkpoint"),
+    [
+        ("training", None),
+        ("starting a run", None),
+        ("ending a run", None),
+        ("between checkpoint and close", "checkpoint-8"),
+    ],
+)
+def test_a_killed_process_loses_nothing(
+    tmp_path: Path, doing: str, checkpoint: str | None, never_killed: list[tuple[Any, ...]]
+) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), doing], cwd=Path(__file__).parents[2], check=False
+    )
+    assert process.returncode == -9
+    session = Session(tmp_path, 6)
+    assert states(session.study) == [*(["COMPLETE"] * 3), "WAITING"]
+    assert what_counts(session.run()) == never_killed
+    plan = session.engine.plans[0]
+    assert (plan.trial, plan.checkpoint.name if plan.checkpoint else None) == ("t0003", checkpoint)
+
+
+# Errors of the engine and of the stores -----------------------------------------------------------------------
+
+
+def test_an_engine_that_breaks_leaves_the_failed_trial_failed_and_gives_the_others_back(tmp_path: Path) -> None:
+    session = Session(
+        tmp_path, 6, engine=ScriptedEngine(3, {("t0001", 7): raising(RuntimeError("the device fell off"))})
+    )
+    with pytest.raises(RuntimeError, match="the device fell off"):
+        session.run()
+    assert states(session.study) == ["WAITING", "FAIL", "WAITING"]
+    assert standings(session.study)[1].reason == "the device fell off"
+    assert [end[0] for end in session.tracker.trials["t0001"].ends] == ["FAILED"]
+    for trial in ("t0000", "t0002"):
+        assert [end[0] for end in session.tracker.trials[trial].ends] == ["INTERRUPTED"]
+    again = Session(tmp_path, 6)
+    assert set(states(again.run())) <= ENDED
+    assert [plan.trial for plan in again.engine.plans] == ["t0000", "t0002", "t0003", "t0004", "t0005"]
+
+
+def test_closing_twice_changes_nothing(tmp_path: Path) -> None:
+    session = Session(tmp_path, 2, engine=ScriptedEngine(1, {("t0001", 4): raising(KeyboardInterrupt())}))
+    with pytest.raises(KeyboardInterrupt):
+        session.run()
+    session.runner.close()
+    assert len(session.tracker.trials["t0001"].ends) == 1
+
+
+class Broken(RecordingTracker):
+    """A tracker whose store is gone from some call on."""
+
+    def __init__(self, call: str) -> None:
+        super().__init__()
+        self.call = call
+
+    def start_trial(self, trial: str, spec: TrialSpec, facts: dict[str, Any], run_id: str | None) -> str:
+        self._touch("start", trial)
+        return super().start_trial(trial, spec, facts, run_id)
+
+    def log_points(self, trial: str, points: Sequence[TrainPoint | EvalPoint]) -> None:
+        self._touch("log", trial)
+        super().log_points(trial, points)
+
+    def finish_trial(self, trial: str, state: RunState, result: TrialResult | None, reason: str | None) -> None:
+        self._touch("finish", trial)
+        super().finish_trial(trial, state, result, reason)
+
+    def _touch(self, call: str, trial: str) -> None:
+        if trial == "t0001" and call == self.call:
+            raise OSError(f"the store is gone at {call}")
+
+
+@pytest.mark.parametrize("call", ["start", "log", "finish"])
+def test_a_tracker_that_breaks_is_not_hidden_and_no_trial_stays_running(tmp_path: Path, call: str) -> None:
+    session = Session(tmp_path, 3, tracker=Broken(call), pruner=NopPruner())
+    with pytest.raises(OSError, match=f"the store is gone at {call}"):
+        session.run()
+    assert states(session.study) == ["COMPLETE", "WAITING"]
+    again = Session(tmp_path, 3, pruner=NopPruner())
+    assert states(again.run()) == ["COMPLETE"] * 3
+    assert [plan.trial for plan in again.engine.plans] == ["t0001", "t0002"]
+
+
+def test_the_time_of_recording_is_counted(tmp_path: Path) -> None:
+    seconds: list[float] = []
+    session = Session(tmp_path, 2)
+    session.engine.each_step = lambda: seconds.append(session.runner.record_seconds)
+    session.run()
+    assert seconds[0] > 0
+    assert seconds == sorted(seconds)
+    assert seconds[0] < seconds[EVAL_EVERY] < seconds[-1]
+    assert seconds[0] == seconds[1]  # nothing is recorded between two points
+
+
+# What reaches the user's screen -------------------------------------------------------------------------------
+
+RESUMED = """
+import sys
+from pathlib import Path
+import optuna
+from agnews_lora.search.queue import waiting_specs
+from tests.search.scripted import BUDGET, SHAPE, SPACE, ScriptedEngine, Session
+
+root = Path(sys.argv[1])
+first = Session(root, 8, engine=ScriptedEngine(2))
+first.study.enqueue_trial({"targets": "qv", "rank_qv": 19, "dropout": 0.5, "learning_rate": 0.5})
+first.study.enqueue_trial({"targets": "nothing"})
+first.study.enqueue_trial({"targets": "ffn", "dropout": 0.5})
+assert [number for number, _ in waiting_specs(first.study, SPACE, SHAPE, BUDGET)] == [1, 3]
+first.engine.script["t0000", 25] = first.stop
+first.run()
+(root / "work" / "t0000" / "checkpoint-25").rmdir()
+second = Session(root, 8)
+study = second.run()
+assert second.engine.plans[0].trial == "t0000" and second.engine.plans[0].checkpoint is None
+assert study.trials[0].intermediate_values.keys() == {10, 20, 30}
+assert [trial.state.name for trial in study.trials].count("FAIL") == 2
+assert optuna.importance.get_param_importances(study, params=["targets", "learning_rate"])
+"""
+
+
+def test_a_study_with_steps_reported_twice_and_values_out_of_range_says_nothing_by_itself(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", RESUMED, str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (process.stdout, process.stderr, process.returncode) == ("", "", 0)
+
+
+@pytest.mark.filterwarnings("ignore:The reported value is ignored")
+def test_a_step_that_is_reported_again_keeps_its_first_value(tmp_path: Path) -> None:
+    session = Session(tmp_path, 1)
+    plan = session.runner.next()
+    assert plan is not None
+    for value in (0.4, 0.9):
+        session.runner.evaluated([EvalPoint(plan.trial, 10, value, value, 0.5, 50, False, 1_000)])
+    assert session.study.trials[0].intermediate_values == {10: 0.4}
+    session.runner.close()
+
+
+# With the runs of MLflow --------------------------------------------------------------------------------------
+
+
+def test_with_the_real_tracker_a_study_and_its_runs_agree(tmp_path: Path) -> None:
+    client = open_client(tmp_path)
+
+    def session() -> Session:
+        runs = SweepRuns(client, "scripted", "scripted")
+        runs.open_parent("scripted", params={}, tags={}, texts={})
+        tracker = Records(runs, {"budget": BUDGET}, {"study": "scripted"})
+        return Session(tmp_path, 6, tracker=tracker, engine=ScriptedEngine(2), pruner=MedianPruner(1))
+
+    first = session()
+    good, bad = {"targets": "qv", "learning_rate": 2e-3}, {"targets": "qk", "learning_rate": 1e-4}
+    for parameters in ({"targets": "qv", "rank_qv": 19}, {"targets": "nothing"}, good, good, bad):
+        first.study.enqueue_trial(parameters)
+    first.engine.script["t0003", 12] = first.stop
+    first.run()
+    interrupted = [row for row in standings(first.study) if row.state == "WAITING"]
+    assert interrupted
+    for row in interrupted:
+        run = client.get_run(str(row.run_id))
+        assert (run.info.status, run.data.tags["state"]) == ("KILLED", "INTERRUPTED")
+        assert run.data.tags["reason"].startswith("stopped; goes on from checkpoint-")
+
+    second = session()
+    rows = standings(second.run())
+    assert {row.run_id for row in interrupted} < {row.run_id for row in rows}
+    assert [row.state for row in rows[:3]] == ["COMPLETE", "FAIL", "FAIL"]
+    assert {row.state for row in rows} == ENDED
+    ends = {"COMPLETE": ("FINISHED", "COMPLETE"), "PRUNED": ("KILLED", "PRUNED"), "FAIL": ("FAILED", "FAILED")}
+    recorded = [row for row in rows if row.spec is not None]
+    assert len(recorded) == 5
+    for row in recorded:
+        check_run(client, row.run_id, row, ends[row.state])
+    experiment = client.get_experiment_by_name("scripted")
+    children = client.search_runs([experiment.experiment_id], "tags.kind = 'trial'")
+    assert {run.info.run_id for run in children} == {row.run_id for row in recorded}
+
+
+def check_run(client: MlflowClient, run_id: str | None, row: keys.Standing, end: tuple[str, str]) -> None:
+    assert run_id is not None
+    assert row.spec is not None
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.tags["state"]) == end
+    assert run.data.tags["study_trial"] == str(row.number)
+    assert run.data.tags["baseline"] == str(row.baseline).lower()
+    assert run.data.params["lora_r"] == str(row.spec.rank)
+    assert run.data.params["trainable_parameters"] == str(row.trainable_parameters)
+    history = client.get_metric_history(run_id, "eval/accuracy")
+    steps = [metric.step for metric in history]
+    assert sorted(set(steps)) == sorted(steps)
+    assert [metric.value for metric in history] == [accuracy(row.spec, step) for step in steps]
+    artifacts = {file.path for file in client.list_artifacts(run_id)}
+    if row.state == "FAIL":
+        assert "error.txt" in artifacts
+    else:
+        assert history[-1].value == row.accuracy
+        assert {"accuracy_curve.png", "loss_curve.png"} <= artifacts
+        assert ("adapter" in artifacts) == (row.state == "COMPLETE")

@@ -1,0 +1,261 @@
+"""The command line as a person meets it before anything is trained: its words, and its answers to bad input."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from agnews_lora.cli import main, parser
+from agnews_lora.search.study import open_storage
+from tests.project import write_project
+from tests.tiny import tiny_base
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project folder, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return write_project(tmp_path)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message of a command that must end with exit code 2, without a traceback."""
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("agnews-lora: ")
+    assert "Traceback" not in output.err + output.out
+    return output.err.removeprefix("agnews-lora: ").strip()
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_command_line_is_the_designs() -> None:
+    """A change of any word here breaks somebody's script: change it on purpose, here and in the README."""
+    [commands] = [action.choices for action in parser()._actions if action.choices]
+    words = {
+        name: sorted(word for action in command._actions for word in (action.option_strings or [action.dest]))
+        for name, command in commands.items()
+    }
+    words = {name: [word for word in given if word not in ("-h", "--help")] for name, given in words.items()}
+    assert words == {
+        "train": ["experiment"],
+        "sweep": ["--new", "--timeout", "--trials", "sweep"],
+        "budget": ["--json", "sweep"],
+        "promote": ["--rollback", "--version", "sweep"],
+        "predict": ["--file", "--json", "--sweep", "texts"],
+        "export": ["--to", "sweep"],
+        "ui": ["--port"],
+        "doctor": [],
+    }
+
+
+@pytest.mark.parametrize("command", ["", "train", "sweep", "budget", "promote", "predict", "export", "ui", "doctor"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"] if command else ["--help"])
+    assert ended.value.code == 0
+    assert f"agnews-lora {command}".strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["sweeep"],
+        ["sweep", "--trials", "0"],
+        ["sweep", "--trials", "many"],
+        ["sweep", "--timeout", "-1"],
+        ["sweep", "--timeout", "nan"],
+        ["promote", "--version", "1", "--rollback"],
+        ["ui", "--port", "70000"],
+        ["export"],
+    ],
+)
+def test_a_wrong_call_ends_with_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: agnews-lora" in capsys.readouterr().err
+
+
+def test_budget_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["budget", "small", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[0] == {
+        "preset": "qk",
+        "head": "full",
+        "parameters_per_rank": 9_216,
+        "max_rank": 10,
+        "trainable_parameters": 93_700,
+    }
+    assert [row["preset"] for row in rows] == ["qk", "qv", "qkv", "qkvo", "ffn", "all-linear"]
+    assert files(folder) == {"experiments/small.yaml", "sweeps/small.yaml"}
+
+
+BAD_FILES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
+    ({}, {"tirals": 3}, ["tirals", "unknown key", "trials"]),
+    ({}, {"trials": "three"}, ["trials", "whole number", "'three'"]),
+    ({}, {"budget": -5}, ["budget", "at least 1", "-5"]),
+    ({}, {"space.learning_rate": {"low": 1e-2, "high": 1e-3}}, ["low <= high", "0.01", "0.001"]),
+    ({}, {"space.targets": ["qkw"]}, ["space.targets[0]", "qk, qv, qkv, qkvo, ffn, all-linear", "'qkw'"]),
+    ({}, {"engine": "rocket"}, ["engine", "trainer", "'rocket'"]),
+    ({}, {"experiment": "smal"}, ["no experiment named 'smal'", "did you mean small"]),
+    ({"adapter.rank": 2.5}, {}, ["adapter.rank", "whole number", "2.5"]),
+    ({"data.source": "parquet"}, {}, ["data.source", "csv, hub, newswire", "'parquet'"]),
+    ({"training.epochs": None, "data.rows": None}, {}, ["data.rows", "is missing"]),
+]
+
+
+@pytest.mark.parametrize(("experiment", "sweep", "words"), BAD_FILES)
+def test_a_bad_file_is_refused(
+    folder: Path,
+    experiment: dict[str, Any],
+    sweep: dict[str, Any],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_project(folder, experiment, sweep)
+    message = refused(capsys, "sweep", "small")
+    assert all(word in message for word in words), message
+    assert not (folder / "mlruns").exists()
+
+
+def test_a_budget_that_nothing_fits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_project(folder, sweep={"budget": 5_000})
+    message = refused(capsys, "sweep", "small")
+    assert "budget 5,000 fits no adapter" in message
+    assert "10,756" in message  # the cheapest: 1,540 of the head and 9,216 of one rank on two matrices
+    assert not (folder / "mlruns").exists()
+
+
+def test_a_baseline_over_the_budget(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_project(folder, experiment={"adapter.rank": 11})
+    message = refused(capsys, "sweep", "small")
+    assert "102,916 trainable parameters > budget 100,000" in message
+    assert "the largest rank that fits is 10" in message
+    assert not (folder / "mlruns").exists()
+
+
+def test_an_enqueued_trial_over_the_budget_is_refused_before_any_data_is_read(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = optuna.create_study(storage=open_storage(folder / "mlruns"), study_name="small", direction="maximize")
+    study.enqueue_trial({"targets": "qkv", "rank_qkv": 8})
+    write_project(folder, experiment={"data": {"source": "csv", "train": "absent.csv", "test": "absent.csv"}})
+    message = refused(capsys, "sweep", "small")
+    assert "trial 0, enqueued in study small: 112,132 trainable parameters > budget 100,000" in message
+    assert "the largest rank that fits is 7" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["data.train", "train.csv", "cannot be read"]),
+        ('"1","A title","A text"\n"9","A title","A text"\n', ["train.csv", "line 2", "1", "4", "9"]),
+        ('"1","A title","A text"\n"2","A title"\n', ["train.csv", "line 2"]),
+        ('"1","",""\n', ["train.csv", "line 1", "text"]),
+        ("", ["train.csv", "no rows"]),
+        (b"\xff\xfe\x00", ["train.csv", "UTF-8"]),
+    ],
+)
+def test_a_bad_csv_file_is_refused(
+    folder: Path, content: str | bytes | None, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        data = content.encode() if isinstance(content, str) else content
+        (folder / "train.csv").write_bytes(data)
+        (folder / "test.csv").write_bytes(data)
+    write_project(folder, experiment={"data": {"source": "csv", "train": "train.csv", "test": "test.csv"}})
+    message = refused(capsys, "sweep", "small")
+    assert all(word in message for word in words), message
+    assert not (folder / "mlruns").exists()
+
+
+@pytest.mark.parametrize("command", ["sweep", "train"])
+def test_a_base_that_is_not_there(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_project(folder, experiment={"base": "models/absent"})
+    message = refused(capsys, command, "small")
+    assert "'models/absent'" in message
+    assert "roberta-base" in message
+    assert "embedded:minilm" in message
+    assert not (folder / "mlruns").exists()
+
+
+def test_without_network_the_hub_is_not_waited_for(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # closed: answers at once
+    write_project(folder, experiment={"base": "roberta-base"}, sweep={"budget": 1_000_000})
+    message = refused(capsys, "sweep", "small")
+    assert "cannot be reached" in message
+    assert "experiment: embedded" in message
+    assert "local directory" in message
+    assert not (folder / "mlruns").exists()
+
+
+def test_a_corrupt_weights_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny_base(folder / "base", "bert")
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    write_project(folder, experiment={"base": str(base)})
+    assert "corrupt" in refused(capsys, "sweep", "small")
+    assert not (folder / "mlruns").exists()
+
+
+def test_stores_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_base(folder / "base", "bert")
+    write_project(folder, experiment={"base": "base"})
+    (folder / "mlruns").write_text("a file in the folder's place")
+    message = refused(capsys, "sweep", "small")
+    assert "mlruns" in message
+    assert (folder / "mlruns").read_text() == "a file in the folder's place"
+
+
+def test_predict_without_a_champion(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "predict", "--sweep", "small", "Oil prices rose.")
+    assert "champion of small is needed" in message
+    assert "agnews-lora promote" in message
+
+
+def test_predict_from_a_file_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "absent.txt" in refused(capsys, "predict", "--sweep", "small", "--file", "absent.txt")
+
+
+def test_promote_without_a_candidate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_base(folder / "base", "bert")
+    write_project(folder, experiment={"base": "base"})
+    assert "agnews-lora sweep" in refused(capsys, "promote", "small")
+
+
+def test_the_shipped_files_and_commands_of_the_makefile_exist() -> None:
+    root = Path(__file__).resolve().parent.parent
+    makefile = (root / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):.*## ", makefile, flags=re.MULTILINE))
+    assert targets >= {"setup", "sweep", "train", "ui", "promote", "predict", "test", "lint", "bench", "clean"}
+    [commands] = [action.choices for action in parser()._actions if action.choices]
+    assert set(re.findall(r"\$\(AGNEWS\) ([a-z]+)", makefile)) <= set(commands)
+    assert set(re.findall(r"`?make ([a-z-]+)", (root / "README.md").read_text())) <= targets
+    for command in re.findall(r"^ *agnews-lora (.+)$", (root / "README.md").read_text(), flags=re.MULTILINE):
+        parser().parse_args(command.split("#")[0].replace('"', "").split())
+
+
+def test_clean_never_touches_the_stores(tmp_path: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    shutil.copy(Path(__file__).resolve().parent.parent / "Makefile", tmp_path)
+    for kept in ("mlruns/mlflow.db", "trained_models/final_model/adapter_config.json"):
+        (tmp_path / kept).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / kept).touch()
+    for cleaned in ("agnews_lora/__pycache__", "tests", "benchmarks", ".cache/tokens"):
+        (tmp_path / cleaned).mkdir(parents=True)
+    assert os.system(f"make -s -C {tmp_path} clean") == 0
+    assert files(tmp_path) == {"Makefile", "mlruns/mlflow.db", "trained_models/final_model/adapter_config.json"}
+    assert not (tmp_path / ".cache").exists()

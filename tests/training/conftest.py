@@ -1,0 +1,164 @@
+"""Tiny bases with a token table each, and an observer that takes down what an engine reports."""
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from agnews_lora.adapters.bases import BaseModel, resolve
+from agnews_lora.adapters.spec import Family, TrialSpec
+from agnews_lora.data import newswire
+from agnews_lora.data.corpus import Corpus
+from agnews_lora.data.splits import LABELS, stratified_subset
+from agnews_lora.data.tokens import tokenise
+from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrainSettings, TrialPlan, TrialResult, Verdict
+from tests.tiny import tiny_base
+
+TRAIN_ROWS = 76  # ten batches of eight, one of them with four rows
+VALIDATION_ROWS = 44
+MONITOR_ROWS = 20
+MAX_LENGTH = 32
+
+SPEC = TrialSpec(targets="qv", rank=2, alpha=4, dropout=0.0, learning_rate=1e-2)
+SETTINGS = TrainSettings(
+    epochs=2,
+    batch_size=8,
+    eval_batch_size=16,
+    max_length=MAX_LENGTH,
+    eval_every=5,
+    eval_rows=MONITOR_ROWS,
+    log_every=1,
+    warmup=0.1,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    base_dropout=0.0,
+    precision="fp32",
+)
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A base model and rows tokenised for it."""
+
+    base: BaseModel
+    corpus: Corpus
+
+
+class Plans:
+    """A source of some plans."""
+
+    def __init__(self, plans: Iterable[TrialPlan], asked: Callable[[], None] = lambda: None) -> None:
+        self.plans, self.asked = list(plans), asked
+
+    def next(self) -> TrialPlan | None:
+        self.asked()
+        return self.plans.pop(0) if self.plans else None
+
+
+@dataclass
+class Recorder:
+    """An observer that takes everything down. stop_at: from this poll on (the first is number 1), a stop is requested.
+
+    prune_at: steps at which a trial is pruned.
+    """
+
+    stop_at: int | None = None
+    prune_at: tuple[int, ...] = ()
+    train_points: list[TrainPoint] = field(default_factory=list)
+    eval_points: list[EvalPoint] = field(default_factory=list)
+    checkpoints: list[tuple[str, int, Path]] = field(default_factory=list)
+    results: list[TrialResult] = field(default_factory=list)
+    failures: list[tuple[str, Exception]] = field(default_factory=list)
+    polls: int = 0
+
+    def logged(self, points: Sequence[TrainPoint]) -> None:
+        self.train_points += points
+
+    def evaluated(self, points: Sequence[EvalPoint]) -> Sequence[Verdict]:
+        self.eval_points += points
+        return [Verdict.PRUNE if point.step in self.prune_at else Verdict.CONTINUE for point in points]
+
+    def checkpointed(self, trial: str, step: int, path: Path) -> None:
+        self.checkpoints.append((trial, step, path))
+
+    def finished(self, result: TrialResult) -> None:
+        self.results.append(result)
+
+    def failed(self, trial: str, error: Exception) -> None:
+        self.failures.append((trial, error))
+
+    def stop_requested(self) -> bool:
+        self.polls += 1
+        return self.stop_at is not None and self.polls >= self.stop_at
+
+
+def train(
+    lab: Lab, plans: Iterable[TrialPlan], settings: TrainSettings = SETTINGS, recorder: Recorder | None = None
+) -> Recorder:
+    """What a new engine reports of some plans, to the recorder given or to a fresh one."""
+    from agnews_lora.training.trainer import TrainerEngine
+
+    recorder = recorder or Recorder()
+    TrainerEngine(lab.base, lab.corpus, settings, LABELS).run(Plans(plans), recorder)
+    return recorder
+
+
+def plan(folder: Path, trial: str = "t0000", spec: TrialSpec = SPEC, seed: int = 7, **changes: object) -> TrialPlan:
+    return TrialPlan(trial, spec, seed, folder / trial, **changes)  # type: ignore[arg-type]
+
+
+def scores(points: Iterable[EvalPoint]) -> list[EvalPoint]:
+    """The points without the time that they were made at."""
+    return [replace(point, timestamp=0) for point in points]
+
+
+def losses(points: Iterable[TrainPoint]) -> list[TrainPoint]:
+    """The points without the time that they were made at."""
+    return [replace(point, timestamp=0) for point in points]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """Engines collect garbage at each trial: let them not go over a million objects of libraries each time."""
+    import agnews_lora.training.trainer  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def make_lab(base_folder: Path, cache: Path) -> Lab:
+    """The lab of a base model in a folder."""
+    stories = newswire.generate(TRAIN_ROWS + VALIDATION_ROWS, "train", seed=0)
+    # The tiny tokenizer cuts words to pieces: first words alone, so that rows are of many lengths.
+    texts = tuple(" ".join(text.split()[: 2 + row % 9]) for row, text in enumerate(stories.texts))
+    rows = replace(stories, texts=texts)
+    train_rows, validation_rows = rows.take(range(TRAIN_ROWS)), rows.take(range(TRAIN_ROWS, len(rows)))
+    corpus = Corpus(
+        train=tokenise(train_rows, base_folder, MAX_LENGTH, cache),
+        validation=tokenise(validation_rows, base_folder, MAX_LENGTH, cache),
+        monitor=tuple(stratified_subset(validation_rows.labels, MONITOR_ROWS, seed=0)),
+        digest="",
+        train_rows=train_rows,
+        validation_rows=validation_rows,
+        best_accuracy=None,
+    )
+    return Lab(resolve(str(base_folder)), corpus)
+
+
+@pytest.fixture(scope="session")
+def labs(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Lab]:
+    folder = tmp_path_factory.mktemp("labs")
+    return {
+        family: make_lab(tiny_base(folder / f"tiny-{family}", family), folder / "cache")
+        for family in ("bert", "roberta")
+    }
+
+
+@pytest.fixture
+def roberta(labs: dict[Family, Lab]) -> Lab:
+    return labs["roberta"]

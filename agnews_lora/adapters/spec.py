@@ -50,6 +50,9 @@ class TrialSpec:
     targets: name of a preset in `PRESETS`. rank: LoRA r. alpha: LoRA alpha (the update is scaled by alpha / rank).
     dropout: probability on the adapter's input. learning_rate: peak of the schedule. head: which part of the classifier
     trains, one of `HEADS`.
+
+    Raises:
+        ValueError: a value that no adapter can have.
     """
 
     targets: str
@@ -58,6 +61,14 @@ class TrialSpec:
     dropout: float
     learning_rate: float
     head: str = "full"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank >= 1 must hold, but got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"0 <= dropout < 1 must hold, but got {self.dropout}")
+        if self.alpha <= 0 or self.learning_rate <= 0:
+            raise ValueError(f"alpha > 0 and learning_rate > 0 must hold, but got {self.alpha}, {self.learning_rate}")
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dict; `TrialSpec(**d)` is its inverse."""

@@ -46,8 +46,10 @@ class Records:
 
     def finish_trial(self, trial: str, state: RunState, result: TrialResult | None, reason: str | None) -> None:
         if result is None:
-            error = reason if state == "FAILED" else None
-            self.runs.finish_trial(trial, state, error=error, tags={"reason": reason or ""} if not error else {})
+            if state == "FAILED":
+                self.runs.finish_trial(trial, state, error=reason)
+            else:
+                self.runs.finish_trial(trial, state, tags={"reason": reason or ""})
             return
         with TemporaryDirectory() as folder:
             self.runs.finish_trial(
@@ -59,7 +61,7 @@ class Records:
                     "eval_seconds": result.eval_seconds,
                     "peak_memory_bytes": result.peak_memory_bytes,
                 },
-                tags={"reason": reason} if reason else {},
+                tags={"reason": reason or ""},  # an earlier interruption may have left its own
                 adapter=result.adapter,
                 figures=self.curves(trial, Path(folder)),
             )

@@ -32,6 +32,7 @@ from agnews_lora.search.runner import Quest, StudyRunner
 from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.search.study import (
     ENDED,
+    IDENTITY,
     Standing,
     best_of,
     exclusive,
@@ -87,7 +88,7 @@ def _require_feasible(sweep: Sweep, shape: ModelShape, new: bool) -> None:
     for study_name in study_names(storage, sweep.name)[-1:]:
         study = optuna.load_study(study_name=study_name, storage=storage)
         for number, spec in waiting_specs(study, sweep.space, shape, sweep.budget):
-            with _blamed(f"trial {number}, enqueued in study {study_name}"):
+            with _blamed(f"trial {number}, enqueued in study {study_name} (`--new` starts another without it)"):
                 require_within_budget(spec, shape, sweep.budget)
 
 
@@ -123,6 +124,7 @@ class _Session:
     client: MlflowClient
     trials: int
     timeout: float | None
+    record_seconds: float = 0.0
 
     def run(self) -> int:
         began = time.perf_counter()
@@ -151,6 +153,7 @@ class _Session:
         runs = SweepRuns(self.client, sweep.name, sweep.name)
         runs.open_parent(
             self.study.study_name,
+            identity=self.study.user_attrs[IDENTITY],
             params={
                 "experiment": sweep.experiment.name,
                 "base": self.stage.base.hub_id,
@@ -219,6 +222,7 @@ class _Session:
                 stage.engine().run(runner, runner)
             finally:
                 runner.close()
+                self.record_seconds = runner.record_seconds
 
     def _conclude(self, runs: SweepRuns) -> Version | None:
         """Leaderboard, figures and the winner's registration; the version, or None without a winner."""
@@ -227,13 +231,14 @@ class _Session:
         version = self._register(winner) if winner else None
         trials = board.trials_frame(rows)
         runs.log_leaderboard(board.leaderboard(trials))
+        best = {"best/accuracy": winner.accuracy} if winner and winner.accuracy is not None else {}
         with TemporaryDirectory() as folder:
             artifacts = board.draw(
                 self.study, trials, runs, self.sweep.budget, self.stage.corpus.best_accuracy, Path(folder)
             )
             runs.close_parent(
                 "COMPLETE",
-                metrics={"best/accuracy": winner.accuracy} if winner and winner.accuracy is not None else {},
+                metrics={"record_seconds": self.record_seconds, **best},
                 tags={"best_trial": winner.trial, "best_run": str(winner.run_id)} if winner else {},
                 artifacts=artifacts,
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import optuna
 from optuna.exceptions import StorageInternalError
@@ -24,6 +25,7 @@ from agnews_lora.errors import StorageError, StudyError
 
 # User attributes of a study and of its trials.
 SWEEP = "sweep"
+IDENTITY = "identity"
 FINGERPRINT = "fingerprint"
 BASELINE = "baseline"
 SPEC = "spec"
@@ -101,6 +103,7 @@ def open_study(
         stored = study.user_attrs.get(FINGERPRINT)
         if stored is None:
             study.set_user_attr(SWEEP, sweep)
+            study.set_user_attr(IDENTITY, uuid4().hex)
             study.set_user_attr(FINGERPRINT, fingerprint)
             return study
     except _STORAGE_FAULTS as error:

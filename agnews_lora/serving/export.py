@@ -1,11 +1,10 @@
 """A registered version as a folder that stands alone: PEFT's files, the tokenizer and a model card."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Final
 
-from agnews_lora.adapters.checkpoint import CONFIG, AdapterRecord, read_record, recount
+from agnews_lora.adapters.checkpoint import read_record, recount
 from agnews_lora.errors import StorageError
 from agnews_lora.serving.card import model_card
 from agnews_lora.serving.predict import verified_package
@@ -35,7 +34,6 @@ def export(registry: Registry, version: Version, to: Path) -> Path:
         shutil.copytree(package.adapter, beside)
         shutil.copytree(package.tokenizer, beside, dirs_exist_ok=True)
         record = read_record(package.adapter)
-        _name_base(beside / CONFIG, record)
         card = model_card(version, record, registry.run_params(version))
         (beside / CARD).write_text(card, encoding="utf-8")
         beside.replace(target)
@@ -52,10 +50,3 @@ def _require_empty(target: Path) -> None:
         return
     if target.exists():
         raise StorageError(f"an export needs a new or an empty folder, but {target} holds something; name another one")
-
-
-def _name_base(config: Path, record: AdapterRecord) -> None:
-    """PEFT puts the folder that the base was loaded from into its configuration; another machine has no such folder."""
-    fields = json.loads(config.read_text(encoding="utf-8"))
-    named = fields | {"base_model_name_or_path": record.hub_id, "revision": record.revision}
-    config.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")

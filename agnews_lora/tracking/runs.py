@@ -81,15 +81,22 @@ class SweepRuns:
         self._datasets: list[DatasetInput] = []
 
     def open_parent(
-        self, study_name: str, *, params: Mapping[str, Any], tags: Mapping[str, str], texts: Mapping[str, str]
+        self,
+        study_name: str,
+        *,
+        identity: str = "",
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        texts: Mapping[str, str],
     ) -> str:
         """The run id of the study's parent run: the one that it has, running again, or a new one of the study's name.
 
-        texts: content of text artifacts by file name.
+        identity: tells the study from another that had its name before, in a storage that was moved away. texts:
+        content of text artifacts by file name.
         """
-        run = self._find(f"tags.kind = 'sweep' AND tags.study = '{study_name}'")
+        run = self._find(f"tags.kind = 'sweep' AND tags.study = '{study_name}' AND tags.study_id = '{identity}'")
         if run is None:
-            own = {"kind": "sweep", "study": study_name, "sweep": self._sweep_name}
+            own = {"kind": "sweep", "study": study_name, "study_id": identity, "sweep": self._sweep_name}
             run = self._client.create_run(self._experiment_id, run_name=study_name, tags=own)
         self._parent = run.info.run_id
         self._start(run, params, tags)

@@ -199,7 +199,7 @@ def test_the_median_rule_prunes_but_never_the_baseline(tmp_path: Path) -> None:
     plans = {plan.trial: plan for plan in session.engine.plans}
     for row in pruned:
         trial, recorded = session.study.trials[row.number], session.tracker.trials[row.trial]
-        last = trial.last_step
+        last = max(trial.intermediate_values)
         assert last in (10, 20)
         earlier = [
             other.intermediate_values[last]
@@ -223,11 +223,11 @@ class WorstOfThoseThatRun(BasePruner):
         self.num_compared: list[int] = []
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        step = max(trial.intermediate_values)
         running = study.get_trials(states=(TrialState.RUNNING,))
-        values = [other.intermediate_values.get(trial.last_step) for other in running]
-        known = [value for value in values if value is not None]
+        known = [other.intermediate_values[step] for other in running if step in other.intermediate_values]
         self.num_compared.append(len(known))
-        return trial.intermediate_values[trial.last_step] == min(known)
+        return trial.intermediate_values[step] == min(known)
 
 
 def test_all_points_are_reported_before_the_first_is_judged(tmp_path: Path) -> None:
@@ -599,6 +599,7 @@ def test_with_the_real_tracker_a_study_and_its_runs_agree(tmp_path: Path) -> Non
     for row in recorded:
         check_run(client, row.run_id, row, ends[row.state])
     experiment = client.get_experiment_by_name("scripted")
+    assert experiment is not None
     children = client.search_runs([experiment.experiment_id], "tags.kind = 'trial'")
     assert {run.info.run_id for run in children} == {row.run_id for row in recorded}
 

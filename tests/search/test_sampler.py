@@ -168,7 +168,7 @@ def test_seeds_derived_for_trials_and_parameters_differ_and_have_31_bits() -> No
 
 
 def test_what_the_start_up_trials_scored_does_not_matter_to_them_but_does_afterwards() -> None:
-    specs = []
+    specs: list[list[TrialSpec]] = []
     for sign in (1, -1):
         study = in_memory(sampler())
         specs.append([])

@@ -1,6 +1,5 @@
 """The study in storage: found by its sweep, refused where it would not compare, held by one process, read as rows."""
 
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -252,17 +251,18 @@ with exclusive(Path(sys.argv[1]), "embedded"):
 def test_a_study_is_held_until_its_process_ends_however_it_ends(tmp_path: Path) -> None:
     folder = tmp_path / "work" / "embedded"
     with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        with (
-            pytest.raises(StudyError, match="study embedded is being run by another process; wait for it to end"),
-            exclusive(folder, "embedded"),
-        ):
-            pytest.fail("two processes hold one study")
-        with exclusive(tmp_path / "work" / "another", "another"):
-            pass
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            with (
+                pytest.raises(StudyError, match="study embedded is being run by another process; wait for it to end"),
+                exclusive(folder, "embedded"),
+            ):
+                pytest.fail("two processes hold one study")
+            with exclusive(tmp_path / "work" / "another", "another"):
+                pass
+        finally:
+            holder.kill()  # SIGKILL: nothing of the holder's own runs any more
     with exclusive(folder, "embedded"):
         pass
     with exclusive(folder, "embedded"):

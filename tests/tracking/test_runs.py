@@ -405,3 +405,10 @@ def test_git_tags_follow_the_checkout(tmp_path: Path, monkeypatch: pytest.Monkey
     assert _git_tags(package)["git.dirty"] == "true"
     monkeypatch.setenv("PATH", "")
     assert _git_tags(package) == {}  # no git
+
+
+def test_a_study_of_the_same_name_from_another_storage_has_its_own_runs(client: MlflowClient) -> None:
+    runs = SweepRuns(client, "relocated", "relocated")
+    first = runs.open_parent("relocated", identity="one", params={"budget": 1}, tags={}, texts={})
+    assert runs.open_parent("relocated", identity="two", params={"budget": 2}, tags={}, texts={}) != first
+    assert runs.open_parent("relocated", identity="one", params={}, tags={}, texts={}) == first

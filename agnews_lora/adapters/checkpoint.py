@@ -8,8 +8,8 @@ the labels. The base is named by hub id and revision, never by a path.
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,22 @@ class AdapterRecord:
     labels: tuple[str, ...]
     max_length: int
     trainable_parameters: int
+
+
+def record_of(trial: str, spec: TrialSpec, base: BaseModel, labels: Sequence[str], max_length: int) -> AdapterRecord:
+    """The record of a trial's adapter. A base that is a directory is named by the directory's name alone."""
+    return AdapterRecord(
+        trial=trial,
+        spec=spec,
+        shape=base.shape,
+        base=Path(base.name).name if os.sep in base.name else base.name,
+        hub_id=base.hub_id,
+        revision=base.revision,
+        weights_sha256=base.weights_sha256,
+        labels=tuple(labels),
+        max_length=max_length,
+        trainable_parameters=trainable_parameters(spec, base.shape),
+    )
 
 
 def lora_config(spec: TrialSpec, base: BaseModel) -> "LoraConfig":
@@ -264,8 +280,3 @@ def load_base(base: BaseModel, num_labels: int, dropout: float = 0.0) -> "torch.
             f"{strangers[0]} ({len(strangers)} tensors in all) in the right shape; take the weights that belong to it"
         )
     return model
-
-
-def without_path(record: AdapterRecord) -> AdapterRecord:
-    """The record with a directory's name in place of its path."""
-    return replace(record, base=Path(record.base).name if os.sep in record.base else record.base)

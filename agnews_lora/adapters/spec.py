@@ -67,8 +67,8 @@ class TrialSpec:
             raise ValueError(f"rank >= 1 must hold, but got {self.rank}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"0 <= dropout < 1 must hold, but got {self.dropout}")
-        if self.alpha <= 0 or self.learning_rate <= 0:
-            raise ValueError(f"alpha > 0 and learning_rate > 0 must hold, but got {self.alpha}, {self.learning_rate}")
+        if self.alpha <= 0 or self.learning_rate < 0:
+            raise ValueError(f"alpha > 0 and learning_rate >= 0 must hold, but got {self.alpha}, {self.learning_rate}")
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dict; `TrialSpec(**d)` is its inverse."""

@@ -1,7 +1,7 @@
 """An experiment made ready to train: its base model, its token tables, and the engine over them."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from agnews_lora.adapters.bases import BaseModel, resolve
 from agnews_lora.commands.places import TOKENS
@@ -23,8 +23,12 @@ class Stage:
     base: BaseModel
     corpus: Corpus
 
-    def engine(self) -> "Engine":
-        """The reference engine; importing it takes seconds, so only who trains does."""
+    def engine(self, name: Literal["trainer", "multilora"]) -> "Engine":
+        """An engine over this; importing one takes seconds, so only who trains does."""
+        if name == "multilora":
+            from agnews_lora.training.multilora.engine import MultiLoraEngine
+
+            return MultiLoraEngine(self.base, self.corpus, self.experiment.settings, LABELS)
         from agnews_lora.training.trainer import TrainerEngine
 
         return TrainerEngine(self.base, self.corpus, self.experiment.settings, LABELS)

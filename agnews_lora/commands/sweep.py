@@ -219,7 +219,7 @@ class _Session:
                 stop=lambda: bool(request) or time.monotonic() > deadline,
             )
             try:
-                stage.engine().run(runner, runner)
+                stage.engine(sweep.engine).run(runner, runner)
             finally:
                 runner.close()
                 self.record_seconds = runner.record_seconds

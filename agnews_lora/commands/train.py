@@ -44,7 +44,7 @@ def run(name: str) -> int:
         Progress(total_trials=1) as progress,
     ):
         training = _Solo(stage, Path(folder) / TRIAL, records, progress, request)
-        stage.engine().run(training, training)
+        stage.engine("trainer").run(training, training)
         if training.result is not None:
             _keep(training.result, stage, records)
     console = Console(highlight=False)

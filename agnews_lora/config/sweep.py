@@ -121,8 +121,8 @@ class Sweep(Document):
     """Trials of the study, the baseline included."""
     seed: Seed = 42
     """Seed of the sampler."""
-    engine: Literal["trainer"] = "trainer"
-    """What trains the trials."""
+    engine: Literal["trainer", "multilora"] = "trainer"
+    """What trains the trials: Hugging Face Trainer and PEFT, one after another; or many at once through one base."""
 
     @field_validator("trials")
     @classmethod
@@ -135,6 +135,17 @@ class Sweep(Document):
                 f"take {_third(trials)} at most, or at least {3 * startup} trials"
             )
         return trials
+
+    @field_validator("engine")
+    @classmethod
+    def _trains_the_experiment(cls, engine: str, info: ValidationInfo) -> str:
+        experiment: Experiment | None = info.data.get("experiment")  # None: it has faults of its own
+        if engine == "multilora" and experiment and experiment.training.base_dropout > 0:
+            raise ValueError(
+                f"multilora trains without dropout inside the base, but experiment {experiment.name} has base_dropout "
+                f"{experiment.training.base_dropout}; set it to 0, or take `engine: trainer`"
+            )
+        return engine
 
     @property
     def startup_trials(self) -> int:

@@ -49,11 +49,17 @@ class TokenTable:
         """(tokens,) ids of one row."""
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
-    def padded(self, rows: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(input_ids (b, longest), attention_mask (b, longest), labels (b,)) of some rows, padded on the right."""
+    def padded(
+        self, rows: Sequence[int], multiple_of: int = 1
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(input_ids (b, width), attention_mask (b, width), labels (b,)) of some rows, padded on the right.
+
+        width: tokens of the longest row, rounded up to a multiple of `multiple_of`.
+        """
         chosen = np.asarray(rows, dtype=np.int64)
         lengths = self.offsets[chosen + 1] - self.offsets[chosen]
-        mask = np.arange(lengths.max()) < lengths[:, None]
+        width = -(-int(lengths.max()) // multiple_of) * multiple_of
+        mask = np.arange(width) < lengths[:, None]
         input_ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
         input_ids[mask] = np.concatenate([self.row(row) for row in chosen])
         return input_ids, mask.astype(np.int64), self.labels[chosen]

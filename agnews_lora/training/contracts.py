@@ -4,6 +4,7 @@ Plain frozen dataclasses and Protocols of the standard library, so that the trai
 MLflow is installed.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -22,7 +23,7 @@ class TrainSettings:
     epochs: passes over the training rows. batch_size, eval_batch_size: rows. max_length: tokens, special ones included.
     eval_every: steps between two evaluations on the way. eval_rows: size of the fixed stratified subset of the
     validation split that those use (the last evaluation uses the whole split). log_every: steps between two points of
-    the training loss. warmup: share of all steps over which the
+    the training loss; one more comes where a trial ends or stops. warmup: share of all steps over which the
     learning rate rises linearly to its peak, before it falls linearly to zero. weight_decay: AdamW's. max_grad_norm:
     clipping norm over all trainable parameters. base_dropout: dropout inside the frozen base while training.
     precision: `auto` is bf16 where the device computes in it, else fp32.
@@ -55,6 +56,11 @@ class TrialPlan:
     seed: int
     folder: Path
     checkpoint: Path | None = None
+
+
+def timestamp() -> int:
+    """Now, in ms since 1970: the unit of every point's `timestamp`."""
+    return time.time_ns() // 1_000_000
 
 
 @dataclass(frozen=True)

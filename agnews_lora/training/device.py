@@ -1,5 +1,8 @@
 """The device that trials train on, and the precision it computes in."""
 
+import resource
+import sys
+
 import torch
 
 from agnews_lora.errors import TrainingError
@@ -34,3 +37,11 @@ def computes_in_bf16(device: torch.device, precision: Precision) -> bool:
     if precision == "bf16" and not has_bf16(device):
         raise TrainingError(f"precision bf16 was asked for, but {device_name(device)} has none; use `precision: auto`")
     return precision != "fp32" and has_bf16(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Of the device since its last reset (CUDA), or of the process (CPU)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

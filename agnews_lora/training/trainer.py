@@ -5,8 +5,6 @@ files follow the contracts; the arithmetic is Trainer's own.
 """
 
 import gc
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,8 +23,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from agnews_lora.adapters.bases import BaseModel
-from agnews_lora.adapters.budget import trainable_parameters
-from agnews_lora.adapters.checkpoint import AdapterRecord, save_adapter, without_path
+from agnews_lora.adapters.checkpoint import record_of, save_adapter
 from agnews_lora.data.corpus import Corpus
 from agnews_lora.errors import AdapterError, BudgetError, TrainingError
 from agnews_lora.training.batches import batches
@@ -39,8 +36,9 @@ from agnews_lora.training.contracts import (
     TrialResult,
     TrialSource,
     Verdict,
+    timestamp,
 )
-from agnews_lora.training.device import computes_in_bf16, training_device
+from agnews_lora.training.device import computes_in_bf16, peak_memory_bytes, training_device
 from agnews_lora.training.evaluation import mean_cross_entropy
 from agnews_lora.training.loading import PrecutTrainer, TableRows
 from agnews_lora.training.metric import AccuracyAndMacroF1
@@ -182,7 +180,7 @@ class _TrialTraining(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         self._require_finite("training loss", logs["loss"], state.global_step)
-        point = TrainPoint(self.plan.trial, state.global_step, logs["loss"], logs["learning_rate"], _now())
+        point = TrainPoint(self.plan.trial, state.global_step, logs["loss"], logs["learning_rate"], timestamp())
         self.observer.logged([point])
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -235,7 +233,7 @@ class _TrialTraining(TrainerCallback):
             loss=metrics["eval_cross_entropy"],
             rows=len(rows),
             final=last,
-            timestamp=_now(),
+            timestamp=timestamp(),
         )
 
     def _require_finite(self, name: str, loss: float, step: int) -> None:
@@ -255,20 +253,9 @@ class _TrialTraining(TrainerCallback):
 
     def _save(self) -> Path:
         plan, base = self.plan, self.engine.base
-        record = AdapterRecord(
-            trial=plan.trial,
-            spec=plan.spec,
-            shape=base.shape,
-            base=base.name,
-            hub_id=base.hub_id,
-            revision=base.revision,
-            weights_sha256=base.weights_sha256,
-            labels=self.engine.labels,
-            max_length=self.settings.max_length,
-            trainable_parameters=trainable_parameters(plan.spec, base.shape),
-        )
+        record = record_of(plan.trial, plan.spec, base, self.engine.labels, self.settings.max_length)
         folder = plan.folder / "adapter"
-        save_adapter(self.model, without_path(record), folder)
+        save_adapter(self.model, record, folder)
         return folder
 
     def _result(self, adapter: Path | None) -> TrialResult:
@@ -283,16 +270,5 @@ class _TrialTraining(TrainerCallback):
             rows_seen=sum(len(batch) for batch in self.train_batches[:steps]),
             train_seconds=self.train_seconds,
             eval_seconds=self.eval_seconds,
-            peak_memory_bytes=_peak_memory_bytes(self.engine.device),
+            peak_memory_bytes=peak_memory_bytes(self.engine.device),
         )
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -25,11 +25,11 @@ from agnews_lora.adapters.checkpoint import (
     lora_config,
     read_record,
     read_tensors,
+    record_of,
     recount,
     save_adapter,
     tensor_shapes,
     verify,
-    without_path,
 )
 from agnews_lora.adapters.spec import HEADS, PRESETS, Family, TrialSpec
 from agnews_lora.data.splits import LABELS
@@ -59,19 +59,8 @@ def drawn_model(base: BaseModel, spec: TrialSpec = SPEC, seed: int = 3) -> peft.
     return model.eval()
 
 
-def record_of(base: BaseModel, spec: TrialSpec = SPEC) -> AdapterRecord:
-    return AdapterRecord(
-        trial="t0007",
-        spec=spec,
-        shape=base.shape,
-        base=base.name,
-        hub_id=base.hub_id,
-        revision=base.revision,
-        weights_sha256=base.weights_sha256,
-        labels=LABELS,
-        max_length=48,
-        trainable_parameters=trainable_parameters(spec, base.shape),
-    )
+def record(base: BaseModel, spec: TrialSpec = SPEC) -> AdapterRecord:
+    return record_of("t0007", spec, base, LABELS, 48)
 
 
 def logits(model: torch.nn.Module) -> np.ndarray:
@@ -84,7 +73,7 @@ def logits(model: torch.nn.Module) -> np.ndarray:
 def adapter(bases: dict[Family, BaseModel], tmp_path: Path) -> Path:
     """A whole adapter on the tiny RoBERTa."""
     base = bases["roberta"]
-    save_adapter(drawn_model(base), without_path(record_of(base)), tmp_path / "adapter")
+    save_adapter(drawn_model(base), record(base), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
@@ -111,14 +100,14 @@ def test_what_is_read_back_is_what_was_held(
 ) -> None:
     base, spec, folder = bases[family], replace(SPEC, targets=targets, head=head), tmp_path / "adapter"
     model = drawn_model(base, spec)
-    save_adapter(model, record_of(base, spec), folder)
+    save_adapter(model, record(base, spec), folder)
     assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS, RECORD}
     held = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = read_tensors(folder)
     assert tensors.keys() == held.keys() == tensor_shapes(spec, base.shape).keys()
     assert all(tensors[name].numpy().tobytes() == held[name].numpy().tobytes() for name in held)
     assert recount(folder) == trainable_parameters(spec, base.shape)
-    assert read_record(folder) == record_of(base, spec)
+    assert read_record(folder) == record(base, spec)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -128,7 +117,7 @@ def test_plain_peft_on_a_fresh_head_answers_alike(
 ) -> None:
     base, spec, folder = bases[family], replace(SPEC, head=head), tmp_path / "adapter"
     model = drawn_model(base, spec)
-    save_adapter(model, record_of(base, spec), folder)
+    save_adapter(model, record(base, spec), folder)
     expected = logits(model)
     for seed in (11, 12):  # whatever the new head is drawn as
         torch.manual_seed(seed)
@@ -155,7 +144,7 @@ def test_a_known_base_is_named_by_hub_id_and_revision(bases: dict[Family, BaseMo
     base = replace(
         bases["bert"], name="embedded:minilm", hub_id="sentence-transformers/all-MiniLM-L6-v2", revision="c9"
     )
-    save_adapter(drawn_model(base), without_path(record_of(base)), tmp_path / "adapter")
+    save_adapter(drawn_model(base), record(base), tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert config["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2"
     assert config["revision"] == "c9"
@@ -165,7 +154,7 @@ def test_a_known_base_is_named_by_hub_id_and_revision(bases: dict[Family, BaseMo
 def test_saving_again_replaces_the_files(adapter: Path, bases: dict[Family, BaseModel]) -> None:
     base, spec = bases["roberta"], replace(SPEC, rank=1)
     (adapter / "stranger.txt").write_text("not an adapter's file")
-    save_adapter(drawn_model(base, spec), record_of(base, spec), adapter)
+    save_adapter(drawn_model(base, spec), record(base, spec), adapter)
     assert {path.name for path in adapter.iterdir()} == {CONFIG, WEIGHTS, RECORD}
     assert read_record(adapter).spec.rank == 1
 
@@ -175,9 +164,9 @@ def test_what_does_not_recount_is_not_written(adapter: Path, bases: dict[Family,
     base = bases["roberta"]
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
     with pytest.raises(AdapterError, match="do not use these files"):
-        save_adapter(drawn_model(base, replace(SPEC, rank=2)), record_of(base), adapter)
+        save_adapter(drawn_model(base, replace(SPEC, rank=2)), record(base), adapter)
     with pytest.raises(AdapterError, match="do not use these files"):
-        save_adapter(drawn_model(base, replace(SPEC, rank=2)), record_of(base), adapter.with_name("new"))
+        save_adapter(drawn_model(base, replace(SPEC, rank=2)), record(base), adapter.with_name("new"))
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
 
@@ -187,7 +176,7 @@ def test_what_an_interrupted_process_left_is_written_over(bases: dict[Family, Ba
     left.mkdir()
     (left / WEIGHTS).write_bytes(b"half")
     (left / "stranger.txt").write_text("left behind")
-    save_adapter(drawn_model(base), record_of(base), tmp_path / "adapter")
+    save_adapter(drawn_model(base), record(base), tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {CONFIG, WEIGHTS, RECORD}
 
@@ -327,9 +316,9 @@ def test_a_record_that_means_nothing_is_refused(adapter: Path, change: Callable[
 
 
 def test_the_record_survives_its_file(bases: dict[Family, BaseModel], tmp_path: Path) -> None:
-    record = record_of(bases["bert"], replace(SPEC, alpha=0.5, head="out_proj"))
-    (tmp_path / RECORD).write_text(json.dumps(asdict(record)))
-    assert read_record(tmp_path) == record
+    written = record(bases["bert"], replace(SPEC, alpha=0.5, head="out_proj"))
+    (tmp_path / RECORD).write_text(json.dumps(asdict(written)))
+    assert read_record(tmp_path) == written
 
 
 # The base ------------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ def test_in_words() -> None:
         ({"rank": 0}, "rank >= 1 must hold, but got 0"),
         ({"dropout": 1.0}, "0 <= dropout < 1 must hold, but got 1.0"),
         ({"dropout": -0.1}, "0 <= dropout < 1 must hold, but got -0.1"),
-        ({"alpha": 0}, "alpha > 0 and learning_rate > 0 must hold, but got 0, 0.001"),
-        ({"learning_rate": -1e-3}, "alpha > 0 and learning_rate > 0 must hold, but got 16.0, -0.001"),
+        ({"alpha": 0}, "alpha > 0 and learning_rate >= 0 must hold, but got 0, 0.001"),
+        ({"learning_rate": -1e-3}, "alpha > 0 and learning_rate >= 0 must hold, but got 16.0, -0.001"),
     ],
 )
 def test_values_that_no_adapter_can_have(change: dict[str, float], words: str) -> None:

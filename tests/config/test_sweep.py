@@ -100,7 +100,7 @@ def test_every_fault_is_reported_at_once(write: Write) -> None:
         "trials: sampler.startup_trials must be at most a third of trials, but got 9 of 12; "
         "take 4 at most, or at least 27 trials",
         "seed: must be a whole number from 0 to 4_294_967_295, but got -1",
-        "engine: must be trainer, but got the text 'multi'",
+        "engine: must be one of trainer, multilora, but got the text 'multi' (did you mean multilora?)",
         "trails: unknown key (did you mean trials?); "
         "the keys here are experiment, budget, space, sampler, pruner, trials, seed, engine",
     ]

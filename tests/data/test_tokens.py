@@ -199,3 +199,15 @@ def test_a_tokenizer_without_padding_is_refused(bert, tmp_path):
             (folder / name).write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}))
     with pytest.raises(BaseModelError, match="needs a padding token"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(("multiple_of", "width"), [(1, 5), (2, 6), (5, 5), (8, 8)])
+def test_padding_to_a_multiple_adds_padding_alone(multiple_of: int, width: int) -> None:
+    ids, offsets = np.arange(10, 18, dtype=np.int32), np.array([0, 3, 8])
+    table = TokenTable(ids, offsets, labels=np.array([1, 2]), pad_id=0, digest="")
+    input_ids, attention_mask, labels = table.padded([0, 1], multiple_of)
+    assert input_ids.shape == attention_mask.shape == (2, width)
+    assert attention_mask.sum(axis=1).tolist() == [3, 5]
+    assert input_ids[attention_mask == 1].tolist() == list(range(10, 18))
+    assert not input_ids[attention_mask == 0].any()
+    assert labels.tolist() == [1, 2]

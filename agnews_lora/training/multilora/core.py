@@ -1,0 +1,98 @@
+"""The arithmetic of K slots: one training step of all of them, and the logits of some."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from agnews_lora.adapters.spec import ModelShape
+from agnews_lora.training.evaluation import by_length
+from agnews_lora.training.multilora import optimizer
+from agnews_lora.training.multilora.adaptation import Adaptation
+from agnews_lora.training.multilora.dropout import Draw, Masks
+from agnews_lora.training.multilora.encoder import Encoder
+from agnews_lora.training.multilora.packing import Packing, TokenStore
+from agnews_lora.training.multilora.slots import Slots
+
+
+@dataclass(frozen=True)
+class SlotBatch:
+    """What a slot does in one step: rows, learning rate, the step's number (from 1), and the seed of its dropout."""
+
+    slot: int
+    rows: Sequence[int]
+    learning_rate: float
+    step: int
+    seed: int
+
+
+class Core:
+    """Slots over a frozen encoder, in the precision that is computed in (weights and moments stay fp32)."""
+
+    def __init__(self, encoder: Encoder, shape: ModelShape, num_slots: int) -> None:
+        self.encoder = encoder
+        self.shape = shape
+        self.device, self.dtype = encoder.device, encoder.dtype
+        self.masks = Masks(self.device)
+        self.slots = Slots(num_slots, shape, self.device)
+
+    def resize(self, num_slots: int) -> None:
+        """Start again with `num_slots` empty slots."""
+        self.slots = Slots(num_slots, self.shape, self.device)
+
+    def step(
+        self, store: TokenStore, batches: Sequence[SlotBatch], weight_decay: float, max_grad_norm: float
+    ) -> tuple[list[float], list[float]]:
+        """Train each slot on its batch; ([K] mean losses, [K] gradient norms before clipping)."""
+        packing = store.pack([(batch.slot, batch.rows) for batch in batches])
+        losses, gradients = self.gradients(packing, self._draws(batches))
+        norms = optimizer.clip(self.slots, gradients, max_grad_norm)
+        optimizer.step(self.slots, gradients, self._steps(batches), weight_decay)
+        [loss_values, norm_values] = torch.stack([losses, norms]).tolist()  # the only wait for the device in a step
+        return loss_values, norm_values
+
+    def gradients(self, packing: Packing, draws: dict[int, Draw]) -> tuple[torch.Tensor, torch.Tensor]:
+        """([K] mean cross entropies, [K, columns] their gradients). A slot's own loss reaches its own columns only."""
+        leaf = self.slots.weights.detach().requires_grad_()
+        adaptation = Adaptation(self.slots, leaf, packing, self.dtype, self.masks, draws)
+        logits = adaptation.logits(self.encoder(packing, adaptation))
+        num_slots, longest, classes = logits.shape
+        labels = logits.new_zeros(num_slots * longest, dtype=torch.int64)
+        shares = logits.new_zeros(num_slots * longest)
+        places = adaptation.places(longest)
+        labels[places] = packing.labels
+        sizes = torch.tensor(packing.row_sizes, device=self.device)
+        shares[places] = (1.0 / sizes).repeat_interleave(sizes, output_size=len(places))
+        each = F.cross_entropy(logits.view(-1, classes), labels, reduction="none")
+        losses = (each * shares).view(num_slots, longest).sum(dim=1)
+        [gradients] = torch.autograd.grad(losses.sum(), leaf)
+        return losses.detach(), gradients
+
+    def logits(
+        self, store: TokenStore, rows: Sequence[int], slots: Sequence[int], batch_size: int
+    ) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
+        """(positions in `rows`, logits [len(slots), positions, classes]) of all `slots` together, batch by batch."""
+        ids = np.asarray(rows)
+        for positions in by_length(store.lengths[ids], batch_size):
+            with torch.no_grad():
+                packing = store.pack([(slot, ids[positions].tolist()) for slot in slots])
+                adaptation = Adaptation(self.slots, self.slots.weights, packing, self.dtype, self.masks, {})
+                logits = adaptation.logits(self.encoder(packing, adaptation))
+            yield positions, logits[list(slots)].cpu().numpy()
+
+    def _draws(self, batches: Sequence[SlotBatch]) -> dict[int, Draw]:
+        draws = {}
+        for batch in batches:
+            spec = self.slots.specs[batch.slot]
+            if spec is not None and spec.dropout > 0:
+                draws[batch.slot] = Draw(spec.dropout, batch.seed, batch.step)
+        return draws
+
+    def _steps(self, batches: Sequence[SlotBatch]) -> optimizer.SlotSteps:
+        rates, numbers = [0.0] * len(self.slots), [1] * len(self.slots)
+        for batch in batches:
+            rates[batch.slot], numbers[batch.slot] = batch.learning_rate, batch.step
+        return optimizer.SlotSteps.of(rates, numbers, self.device)

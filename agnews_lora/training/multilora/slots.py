@@ -1,0 +1,179 @@
+"""Slots: the adapters and heads of K trials, stacked, with the optimizer's moments beside them.
+
+All that a slot trains is one row of a matrix [K, columns]; every adaptable module's A and B of all layers, and the
+head, are blocks of its columns. Ranks are padded with zeros to the largest that a module has seen, in multiples of
+`RANK_STEP`. A padded row of A meets a padded column of B: both gradients are exactly zero, and so both stay so.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from agnews_lora.adapters.spec import PRESETS, ModelShape, TrialSpec, module_shape
+
+MODULES = PRESETS["all-linear"]
+DENSE = "classifier.dense"
+RANK_STEP = 8  # grouped products on CUDA read rows of 16 bytes at least
+
+
+@dataclass(frozen=True)
+class Block:
+    """Columns [start, stop) of a slot's row, holding a tensor of `shape`; `decays`: whether weight decay applies."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    decays: bool
+
+    @property
+    def stop(self) -> int:
+        return self.start + prod(self.shape)
+
+    def of(self, row: Tensor) -> Tensor:
+        """The block's tensor: a view of a slot's row."""
+        return row[self.start : self.stop].view(self.shape)
+
+
+class SlotState(NamedTuple):
+    """What a slot holds of a trial, on the CPU: {PEFT's name: tensor} of weights and of AdamW's two moments."""
+
+    weights: dict[str, Tensor]
+    first_moment: dict[str, Tensor]
+    second_moment: dict[str, Tensor]
+
+    @classmethod
+    def fresh(cls, weights: Mapping[str, Tensor]) -> "SlotState":
+        """Before the first step."""
+        first, second = ({name: torch.zeros_like(tensor) for name, tensor in weights.items()} for _ in range(2))
+        return cls(dict(weights), first, second)
+
+
+class Slots:
+    """K slots on a device, all fp32.
+
+    specs: what occupies each slot, or None. weights, first_moment, second_moment: [K, columns]. scales: {module: [K]
+    alpha / rank, 0 where a slot does not adapt it}. decays: [columns] 1 where weight decay applies, else 0.
+    """
+
+    def __init__(self, num_slots: int, shape: ModelShape, device: torch.device) -> None:
+        self.shape = shape
+        self.device = device
+        self.specs: list[TrialSpec | None] = [None] * num_slots
+        self._allocate({})
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def place(self, slot: int, spec: TrialSpec, state: SlotState) -> None:
+        """Put a trial into a slot, whatever was there."""
+        rank = -(-spec.rank // RANK_STEP) * RANK_STEP
+        wider = {module: rank for module in PRESETS[spec.targets] if rank > self.ranks.get(module, 0)}
+        if wider:
+            self._allocate({**self.ranks, **wider})
+        self.clear(slot)
+        for matrix, tensors in zip(self._matrices(), state, strict=True):
+            for name, part in self.tensors(matrix[slot], spec):
+                part.copy_(tensors[name])
+        self.specs[slot] = spec
+        self._describe()
+
+    def take(self, slot: int) -> SlotState:
+        """A copy of what a slot holds."""
+        spec = self.specs[slot]
+        assert spec is not None, "an empty slot holds nothing"
+        held = (self.tensors(matrix[slot], spec) for matrix in self._matrices())
+        return SlotState(*({name: part.to("cpu", copy=True) for name, part in tensors} for tensors in held))
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        self.specs[slot] = None
+        for matrix in self._matrices():
+            matrix[slot] = 0.0
+        self._describe()
+
+    def targets(self, slot: int, module: str) -> bool:
+        """Whether the trial in a slot adapts a module."""
+        spec = self.specs[slot]
+        return spec is not None and module in PRESETS[spec.targets]
+
+    def zero_frozen(self, changes: Tensor) -> None:
+        """Zero in place what a change [K, columns] would do to classifier layers that a slot leaves as drawn."""
+        for name in (f"{DENSE}.weight", f"{DENSE}.bias"):
+            if block := self.blocks.get(name):
+                changes[:, block.start : block.stop].masked_fill_(self._dense_frozen, 0.0)
+
+    def tensors(self, row: Tensor, spec: TrialSpec) -> Iterator[tuple[str, Tensor]]:
+        """(PEFT's name, view without the padding) of every tensor that a trial has in a row [columns]."""
+        return _tensors(row, spec, self.blocks, self.shape)
+
+    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weights, self.first_moment, self.second_moment
+
+    def _allocate(self, ranks: dict[str, int]) -> None:
+        """Take columns for these ranks and move in what the slots hold. Out of memory changes nothing."""
+        blocks = _blocks(ranks, self.shape)
+        columns = sum(prod(block.shape) for block in blocks.values())
+        matrices = torch.zeros(3, len(self), columns, device=self.device).unbind()
+        decays = torch.cat([torch.full((prod(block.shape),), float(block.decays)) for block in blocks.values()])
+        decays = decays.to(self.device)
+        for slot, spec in enumerate(self.specs):
+            if spec is not None:
+                for old, new in zip(self._matrices(), matrices, strict=True):
+                    moved = _tensors(new[slot], spec, blocks, self.shape)
+                    for (_, source), (_, target) in zip(self.tensors(old[slot], spec), moved, strict=True):
+                        target.copy_(source)
+        self.ranks, self.blocks, self.decays = ranks, blocks, decays
+        self.weights, self.first_moment, self.second_moment = matrices
+        self._describe()
+
+    def _describe(self) -> None:
+        """Lay on the device what a step needs to know of who occupies the slots."""
+        scales = {
+            module: [
+                spec.alpha / spec.rank if spec is not None and module in PRESETS[spec.targets] else 0.0
+                for spec in self.specs
+            ]
+            for module in self.ranks
+        }
+        self.scales = {module: torch.tensor(values, device=self.device) for module, values in scales.items()}
+        frozen = [spec is None or spec.head != "full" for spec in self.specs]
+        self._dense_frozen = torch.tensor(frozen, device=self.device)[:, None]
+
+
+def _tensors(
+    row: Tensor, spec: TrialSpec, blocks: Mapping[str, Block], shape: ModelShape
+) -> Iterator[tuple[str, Tensor]]:
+    for module in PRESETS[spec.targets]:
+        a, b = blocks[f"{module}.A"].of(row), blocks[f"{module}.B"].of(row)
+        for layer in range(shape.num_layers):
+            path = f"base_model.model.{shape.family}.encoder.layer.{layer}.{module}"
+            yield f"{path}.lora_A.weight", a[layer, : spec.rank]
+            yield f"{path}.lora_B.weight", b[layer, :, : spec.rank]
+    for name, block in blocks.items():
+        if name.startswith("classifier."):
+            yield f"base_model.model.{name}", block.of(row)
+
+
+def _blocks(ranks: Mapping[str, int], shape: ModelShape) -> dict[str, Block]:
+    """The blocks of a slot's row, in the order of their columns."""
+    hidden, classes, layers = shape.hidden_size, shape.num_labels, shape.num_layers
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module in MODULES:
+        if rank := ranks.get(module, 0):
+            out_features, in_features = module_shape(module, shape)
+            shapes[f"{module}.A"] = (layers, rank, in_features)
+            shapes[f"{module}.B"] = (layers, out_features, rank)
+    last = "classifier"
+    if shape.family == "roberta":
+        shapes |= {f"{DENSE}.weight": (hidden, hidden), f"{DENSE}.bias": (hidden,)}
+        last = "classifier.out_proj"
+    shapes |= {f"{last}.weight": (classes, hidden), f"{last}.bias": (classes,)}
+    blocks, start = {}, 0
+    for name, block_shape in shapes.items():
+        blocks[name] = Block(name, block_shape, start, decays=not name.endswith(".bias"))
+        start = blocks[name].stop
+    return blocks

@@ -1,0 +1,191 @@
+"""A slot's logits and gradients against PEFT on the Hugging Face model."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from torch.nn.attention import varlen
+
+from agnews_lora.adapters.checkpoint import load_base
+from agnews_lora.adapters.spec import HEADS, PRESETS, Family, TrialSpec
+from agnews_lora.errors import BaseModelError
+from agnews_lora.training.model import build_model
+from agnews_lora.training.multilora.core import Core, SlotBatch
+from agnews_lora.training.multilora.dropout import Draw, Masks
+from agnews_lora.training.multilora.encoder import Encoder
+from agnews_lora.training.multilora.packing import TokenStore
+from agnews_lora.training.multilora.slots import Slots, SlotState
+from tests.training.conftest import Lab
+
+CPU = torch.device("cpu")
+FAMILIES: tuple[Family, ...] = ("bert", "roberta")
+NEIGHBOUR = TrialSpec("all-linear", rank=3, alpha=6, dropout=0.0, learning_rate=1e-2)
+ROWS = [3, 11, 40, 7, 29, 60]
+
+
+def core(lab: Lab, num_slots: int) -> Core:
+    encoder = Encoder(load_base(lab.base, 4), lab.base.shape.family, CPU, torch.float32)
+    return Core(encoder, lab.base.shape, num_slots)
+
+
+def trained_model(lab: Lab, spec: TrialSpec, seed: int = 7) -> torch.nn.Module:
+    """A trial's PEFT model whose B is not zero, as after some steps."""
+    model = build_model(lab.base, spec, 4, seed)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def state_of(model: torch.nn.Module) -> SlotState:
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return SlotState.fresh({name: tensor.detach().clone() for name, tensor in tensors.items()})
+
+
+def expected(model: torch.nn.Module, lab: Lab, rows: list[int]) -> tuple[np.ndarray, float, dict[str, torch.Tensor]]:
+    """(logits, loss, {PEFT's name: gradient}) by Hugging Face's own forward pass."""
+    ids, mask, labels = lab.corpus.train.padded(rows)
+    out = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), labels=torch.from_numpy(labels))
+    out.loss.backward()
+    gradients = {
+        name.replace(".default.", ".").replace(".modules_to_save", "").replace(".default", ""): parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    return out.logits.detach().numpy(), out.loss.item(), gradients
+
+
+def own_gradients(slots: Slots, gradients: torch.Tensor, slot: int) -> dict[str, torch.Tensor]:
+    spec = slots.specs[slot]
+    assert spec is not None
+    return {name: part.clone() for name, part in slots.tensors(gradients[slot], spec)}
+
+
+def attend_row_by_row(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_offsets: torch.Tensor,
+    offsets: torch.Tensor,
+    longest_query: int,
+    longest: int,
+) -> torch.Tensor:
+    """What flash attention over variable lengths computes, for devices that do not have it."""
+    assert longest == offsets.diff().max() and longest_query == query_offsets.diff().max()
+    rows = []
+    for row in range(len(offsets) - 1):
+        q = query[query_offsets[row] : query_offsets[row + 1]]
+        k, v = (part[offsets[row] : offsets[row + 1]] for part in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+        rows.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v))
+    return torch.cat(rows)
+
+
+@pytest.fixture(params=[False, True], ids=["padded", "flat"])
+def flat(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Either layout of tokens; flash attention is a GPU's alone."""
+    monkeypatch.setattr(varlen, "varlen_attn", attend_row_by_row)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("targets", PRESETS)
+def test_logits_and_gradients_are_those_of_peft(
+    labs: dict[Family, Lab], family: Family, head: str, targets: str, flat: bool
+) -> None:
+    lab = labs[family]
+    spec = TrialSpec(targets, rank=2, alpha=4, dropout=0.0, learning_rate=1e-2, head=head)
+    model = trained_model(lab, spec)
+    logits, loss, gradients = expected(model, lab, ROWS)
+    tested = core(lab, num_slots=2)
+    tested.slots.place(0, NEIGHBOUR, state_of(trained_model(lab, NEIGHBOUR, seed=9)))
+    tested.slots.place(1, spec, state_of(model))
+    store = TokenStore(lab.corpus.train, CPU, flat)
+    packing = store.pack([(1, ROWS), (0, [1, 2, 5])])
+    assert len(packing.ids) == sum(packing.token_sizes) and not (flat and (packing.ids == store.pad_id).any())
+    losses, own = tested.gradients(packing, {})
+    tested.slots.zero_frozen(own)
+    assert losses[1].item() == pytest.approx(loss, rel=1e-5)
+    found = own_gradients(tested.slots, own, 1)
+    for name, tensor in found.items():
+        if name in gradients:
+            scale = gradients[name].abs().max().item()
+            assert scale > 0
+            torch.testing.assert_close(tensor, gradients[name], rtol=1e-5, atol=1e-5 * scale)
+        else:
+            assert head == "out_proj" and ".classifier.dense." in name and not tensor.any()
+    assert gradients.keys() <= found.keys()
+    scored = np.empty((2, len(ROWS), 4), dtype=np.float32)
+    for positions, batch in tested.logits(store, ROWS, [0, 1], batch_size=4):
+        scored[:, positions] = batch
+    np.testing.assert_allclose(scored[1], logits, rtol=1e-5, atol=1e-5)
+    assert np.abs(scored[0] - scored[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_do_not_depend_on_neighbours_or_layout(
+    labs: dict[Family, Lab], monkeypatch: pytest.MonkeyPatch, family: Family, flat: bool
+) -> None:
+    """The same masks, bit for bit, in slot 0 of one and in slot 2 of three; others at another step or seed."""
+    lab = labs[family]
+    spec = replace(NEIGHBOUR, dropout=0.4)
+    drawn: list[dict[str, torch.Tensor]] = []
+    whole_fill = Masks.fill
+
+    def noting(self: Masks, mask: torch.Tensor, draw: Draw, layer: int, module: str) -> None:
+        whole_fill(self, mask, draw, layer, module)
+        if draw.probability == spec.dropout:
+            drawn[-1][f"{layer} {module}"] = mask.clone()
+
+    monkeypatch.setattr(Masks, "fill", noting)
+    store = TokenStore(lab.corpus.train, CPU, flat)
+    state = state_of(trained_model(lab, spec))
+
+    def step(num_slots: int, number: int, seed: int) -> dict[str, torch.Tensor]:
+        tested = core(lab, num_slots)
+        batches = []
+        for slot in range(num_slots):
+            own = slot == num_slots - 1
+            tested.slots.place(slot, spec if own else replace(spec, dropout=0.1 * slot), state)
+            rows = ROWS if own else [1, 2, 5 + slot]
+            batches.append(SlotBatch(slot, rows, 0.0, number if own else 17, seed if own else 3))
+        drawn.append({})
+        tested.step(store, batches, 0.0, 0.0)
+        return drawn[-1]
+
+    alone, among, later, other = step(1, 5, 7), step(3, 5, 7), step(1, 6, 7), step(1, 5, 8)
+    assert len(alone) == 2 * 6
+    for name, mask in alone.items():
+        assert torch.equal(mask, among[name])
+        torch.testing.assert_close(mask.unique(), torch.tensor([0.0, 1 / 0.6]))
+        assert 0.2 < (mask == 0).float().mean() < 0.6
+        for changed in (later, other):
+            assert not torch.equal(mask, changed[name])
+    assert not torch.equal(alone["0 attention.self.query"], alone["0 attention.self.key"])
+    assert not torch.equal(alone["0 attention.self.query"][: len(ROWS)], alone["1 attention.self.query"][: len(ROWS)])
+
+
+def test_bf16_is_near_to_fp32(roberta: Lab) -> None:
+    model = load_base(roberta.base, 4)
+    state = state_of(trained_model(roberta, NEIGHBOUR))
+    store = TokenStore(roberta.corpus.train, CPU, flat=False)
+    logits = []
+    for dtype in (torch.float32, torch.bfloat16):
+        tested = Core(Encoder(model, "roberta", CPU, dtype), roberta.base.shape, 1)
+        tested.slots.place(0, NEIGHBOUR, state)
+        [(_, found)] = tested.logits(store, ROWS, [0], batch_size=8)
+        logits.append(found)
+        assert tested.slots.weights.dtype == torch.float32
+    np.testing.assert_allclose(logits[1], logits[0], atol=0.1 * np.abs(logits[0]).max())
+    assert not np.array_equal(logits[1], logits[0])
+
+
+def test_an_activation_that_is_not_computed_is_refused(roberta: Lab) -> None:
+    model = load_base(roberta.base, 4)
+    model.config.hidden_act = "relu"
+    with pytest.raises(BaseModelError, match=r"'relu'.*`engine: trainer`"):
+        Encoder(model, "roberta", CPU, torch.float32)

@@ -3,11 +3,12 @@
 Drawn with matplotlib's objects alone: pyplot's global figures would be neither thread-safe nor freed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -65,9 +66,13 @@ def accuracy_axis(axes: Axes, values: Sequence[float] | pd.Series) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if high - low > 0.05 else 1))
 
 
-def legend_beside(axes: Axes) -> None:
-    """The legend to the right of the axes, where it covers nothing."""
-    axes.legend(fontsize=TICK_SIZE, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+def legend_beside(axes: Axes, entries: Mapping[str, Artist] | None = None) -> None:
+    """The legend to the right of the axes, where it covers nothing. entries: artists by label; all where not given."""
+    handles, labels = axes.get_legend_handles_labels()
+    shown = entries or dict(zip(labels, handles, strict=True))
+    axes.legend(
+        shown.values(), shown.keys(), fontsize=TICK_SIZE, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0)
+    )
 
 
 def say(axes: Axes, text: str) -> None:

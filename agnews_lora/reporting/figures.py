@@ -104,7 +104,7 @@ def learning_curves(points: pd.DataFrame, trials: pd.DataFrame, title: str, path
     axes.set_xlim(left=0)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(reversed(labels), reversed(handles), strict=True))  # one entry a kind, the best on top
-    axes.legend(unique.values(), unique.keys(), fontsize=TICK_SIZE, frameon=False, loc="lower right")
+    legend_beside(axes, unique)
     save(figure, path)
 
 

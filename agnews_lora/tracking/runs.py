@@ -221,16 +221,6 @@ class SweepRuns:
         columns = {key: [points.get((key, step), float("nan")) for step in steps] for key in METRICS}
         return pd.DataFrame({"trial": [trial] * len(steps), "step": steps, **columns})
 
-    def is_running(self, run_id: str) -> bool:
-        """Whether the store holds this run as running."""
-        run = self._active_run(run_id)
-        return run is not None and run.info.status == "RUNNING"
-
-    def mark_interrupted(self, run_id: str) -> None:
-        """End a run that a killed process left running. A run that has ended stays as it is."""
-        if self.is_running(run_id):
-            self._end(run_id, "INTERRUPTED", {})
-
     def _require_parent(self) -> str:
         assert self._parent is not None, "open_parent comes first"
         return self._parent

@@ -218,7 +218,7 @@ def test_trial_is_a_child_run_with_its_points(client: MlflowClient, runs: SweepR
     assert history(client, run_id, "eval/accuracy") == [(10, 0.8, 1_010)]
     assert history(client, run_id, "eval/macro_f1") == [(10, 0.79, 1_010)]
     assert history(client, run_id, "eval/loss") == [(10, 0.5, 1_010)]
-    assert runs.is_running(run_id)
+    assert client.get_run(run_id).info.status == "RUNNING"
 
 
 def test_training_points_reach_the_store_with_the_next_evaluation_or_when_there_are_many(
@@ -250,7 +250,7 @@ def test_points_delivered_twice_are_kept_once(
     later = again(client, request)
     later.open_parent("embedded-1", params={}, tags={}, texts={})
     assert later.start_trial("t0000", "t0000-qv-r8", {"lora_r": 9, "seed": 1}, {}, run_id) == run_id
-    assert later.is_running(run_id)
+    assert client.get_run(run_id).info.status == "RUNNING"
     later.log_points("t0000", [*train_points(5, 10, 15, timestamp=9_000), eval_point(10, timestamp=9_000)])
     later.log_points("t0000", [eval_point(20, accuracy=0.9, final=True, timestamp=9_000)])
     later.finish_trial("t0000", "COMPLETE", metrics={"train_seconds": 7.0})
@@ -281,8 +281,6 @@ def test_run_made_just_before_a_kill_is_found_again(
 def test_trial_whose_run_was_deleted_gets_a_new_one(client: MlflowClient, runs: SweepRuns, parent: str) -> None:
     run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
     client.delete_run(run_id)
-    assert not runs.is_running(run_id)
-    assert not runs.is_running("0" * 32)
     assert runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {}, run_id) != run_id
 
 
@@ -294,7 +292,7 @@ def test_pruned_trial_is_killed_with_its_state(client: MlflowClient, runs: Sweep
     assert run.info.status == "KILLED"
     assert run.data.tags.items() >= {"state": "PRUNED", "reason": "below the median"}.items()
     assert history(client, run_id, "train/loss") != []  # what was still in the buffer
-    assert not runs.is_running(run_id)
+    assert client.get_run(run_id).info.status != "RUNNING"
 
 
 def test_failed_trial_keeps_the_error(client: MlflowClient, runs: SweepRuns, parent: str) -> None:
@@ -324,18 +322,6 @@ def test_finished_trial_keeps_adapter_and_figures(
     assert artifacts(client, run_id, "adapter") == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
     assert client.get_run(run_id).data.metrics == {"rows_seen": 1_200}
     assert client.get_run(run_id).info.status == "FINISHED"
-
-
-def test_run_left_running_by_a_killed_process_is_ended_once(client: MlflowClient, runs: SweepRuns, parent: str) -> None:
-    left = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
-    done = runs.start_trial("t0001", "t0001-qv-r8", PARAMS, {})
-    runs.finish_trial("t0001", "COMPLETE")
-    for run_id in (left, done):
-        runs.mark_interrupted(run_id)
-    assert client.get_run(left).info.status == "KILLED"
-    assert client.get_run(left).data.tags["state"] == "INTERRUPTED"
-    assert client.get_run(done).info.status == "FINISHED"
-    assert client.get_run(done).data.tags["state"] == "COMPLETE"
 
 
 def test_curve_is_the_same_from_memory_and_from_the_store(

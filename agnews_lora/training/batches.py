@@ -11,6 +11,10 @@ import numpy as np
 
 CHUNK_BATCHES = 50  # batches sorted together: enough for like lengths, few enough to stay random
 
+# Widths of padded batches, in tokens. oneDNN compiles for every shape it meets and keeps what it compiled: with a width
+# of its own for every length, a sweep on a CPU takes longer and 2 GB more.
+WIDTH_STEP = 8
+
 
 def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Row ids of every batch of one epoch, in training order.

@@ -9,11 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
 from agnews_lora.data.tokens import TokenTable
+from agnews_lora.training.batches import WIDTH_STEP
 from agnews_lora.training.evaluation import by_length
-
-# Widths of batches, in tokens. oneDNN keeps what it compiles for every shape it meets: with a width of its own for
-# every length, a sweep's memory on a CPU grew by 2 GB.
-WIDTH_STEP = 8
 
 
 class TableRows(Dataset[Any]):

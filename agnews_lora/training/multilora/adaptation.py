@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agnews_lora.training.multilora.dropout import Draw, Masks
+from agnews_lora.training.multilora.dropout import Draw, Dropout, Kept
 from agnews_lora.training.multilora.packing import Packing
 from agnews_lora.training.multilora.slots import DENSE, MODULES, Slots
 
@@ -19,15 +19,10 @@ class Adaptation:
     """
 
     def __init__(
-        self,
-        slots: Slots,
-        weights: Tensor,
-        packing: Packing,
-        dtype: torch.dtype,
-        masks: Masks,
-        draws: Mapping[int, Draw],
+        self, slots: Slots, weights: Tensor, packing: Packing, dtype: torch.dtype, draws: Mapping[int, Draw]
     ) -> None:
-        self.slots, self.packing, self.masks, self.draws = slots, packing, masks, draws
+        self.slots, self.packing = slots, packing
+        self.dropout = Dropout(packing, draws, len(slots)) if draws else None
         sizes = [block.stop - block.start for block in slots.blocks.values()]
         columns = zip(slots.blocks.values(), weights.split(sizes, dim=1), strict=True)
         # Split once: its gradient is one concatenation, where a slice's own would be a whole matrix of zeros.
@@ -40,8 +35,11 @@ class Adaptation:
 
     def _products(self, module: str, dtype: torch.dtype) -> "GroupedProducts | SegmentProducts":
         # The scale goes into B, which is small: alpha / rank, and 0 for a slot that does not adapt the module.
-        scale = self.slots.scales[module][:, None, None, None]
-        a, b = self.parts[f"{module}.A"].to(dtype), (self.parts[f"{module}.B"] * scale).to(dtype)
+        scale = self.slots.scales[module]
+        if self.dropout:
+            scale = scale * self.dropout.factors
+        a = self.parts[f"{module}.A"].to(dtype)
+        b = (self.parts[f"{module}.B"] * scale[:, None, None, None]).to(dtype)
         if self.packing.flat:
             return GroupedProducts(a, b, self.packing)
         targeted = [self.slots.targets(slot, module) for slot in range(len(self.slots))]
@@ -51,17 +49,9 @@ class Adaptation:
         """`output` [n, out] plus, for each segment of `x` [n, in], its slot's scaled B A x."""
         if module not in self.products:
             return output
-        return output + self.products[module](self._dropped(x, module, layer, sizes), layer, sizes)
-
-    def _dropped(self, x: Tensor, module: str, layer: int, sizes: tuple[int, ...]) -> Tensor:
-        dropping = [slot for slot in self.packing.slots if slot in self.draws and self.slots.targets(slot, module)]
-        if not dropping:
-            return x
-        mask = torch.ones_like(x, requires_grad=False)
-        for slot, part in zip(self.packing.slots, mask.split(sizes), strict=True):
-            if slot in dropping:
-                self.masks.fill(part, self.draws[slot], layer, module)
-        return x * mask
+        if self.dropout:
+            x = Kept.apply(x, *self.dropout.keys(layer, MODULES.index(module), of_rows=sizes is self.packing.row_sizes))
+        return self.products[module].add(output, x, layer, sizes)
 
     def logits(self, features: Tensor) -> Tensor:
         """fp32 logits [K, longest, classes] of `features` [rows, hidden]; the rows of a slot lie at its start."""
@@ -84,18 +74,17 @@ class SegmentProducts:
 
     def __init__(self, a: Tensor, b: Tensor, packing: Packing, targeted: list[bool]) -> None:
         """a [K, layers, r, in], b [K, layers, out, r]; targeted: whether each slot adapts the module."""
-        self.slots, self.targeted, self.num_layers, self.out_features = packing.slots, targeted, a.shape[1], b.shape[2]
+        self.slots, self.targeted, self.num_layers = packing.slots, targeted, a.shape[1]
         self.pairs = list(zip(a.flatten(0, 1).unbind(), b.flatten(0, 1).unbind(), strict=True))
 
-    def __call__(self, x: Tensor, layer: int, sizes: tuple[int, ...]) -> Tensor:
-        updates = []
-        for slot, part in zip(self.slots, x.split(sizes), strict=True):
+    def add(self, output: Tensor, x: Tensor, layer: int, sizes: tuple[int, ...]) -> Tensor:
+        """`output` [n, out] plus each targeted slot's B A x, in one product with the sum."""
+        parts = list(output.split(sizes)) if len(sizes) > 1 else [output]
+        for number, (slot, part) in enumerate(zip(self.slots, x.split(sizes), strict=True)):
             if self.targeted[slot]:
                 a, b = self.pairs[slot * self.num_layers + layer]
-                updates.append(F.linear(F.linear(part, a), b))
-            else:
-                updates.append(part.new_zeros(len(part), self.out_features))
-        return torch.cat(updates) if len(updates) > 1 else updates[0]
+                parts[number] = torch.addmm(parts[number], F.linear(part, a), b.t())
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class GroupedProducts:
@@ -106,10 +95,11 @@ class GroupedProducts:
         self.layers = list(zip(a.transpose(2, 3).unbind(1), b.transpose(2, 3).unbind(1), strict=True))
         self.ends = {sizes: _ends(sizes, packing.slots, a) for sizes in (packing.token_sizes, packing.row_sizes)}
 
-    def __call__(self, x: Tensor, layer: int, sizes: tuple[int, ...]) -> Tensor:
+    def add(self, output: Tensor, x: Tensor, layer: int, sizes: tuple[int, ...]) -> Tensor:
+        """`output` [n, out] plus each slot's B A x."""
         a, b = self.layers[layer]
         ends = self.ends[sizes]
-        return F.grouped_mm(F.grouped_mm(x, a, offs=ends), b, offs=ends)
+        return output + F.grouped_mm(F.grouped_mm(x, a, offs=ends), b, offs=ends)
 
 
 def _ends(sizes: tuple[int, ...], slots: tuple[int, ...], like: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from agnews_lora.adapters.spec import ModelShape
 from agnews_lora.training.evaluation import by_length
 from agnews_lora.training.multilora import optimizer
 from agnews_lora.training.multilora.adaptation import Adaptation
-from agnews_lora.training.multilora.dropout import Draw, Masks
+from agnews_lora.training.multilora.dropout import Draw
 from agnews_lora.training.multilora.encoder import Encoder
 from agnews_lora.training.multilora.packing import Packing, TokenStore
 from agnews_lora.training.multilora.slots import Slots
+from agnews_lora.training.multilora.threads import Threads
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,17 @@ class SlotBatch:
 
 
 class Core:
-    """Slots over a frozen encoder, in the precision that is computed in (weights and moments stay fp32)."""
+    """Slots over a frozen encoder, in the precision that is computed in (weights and moments stay fp32).
+
+    A GPU computes all slots' batches in one pass. On a CPU each thread computes passes of its own, over a share of one
+    slot's batch: threads that share every product instead spend a third of the time waiting for each other.
+    """
 
     def __init__(self, encoder: Encoder, shape: ModelShape, num_slots: int) -> None:
         self.encoder = encoder
         self.shape = shape
         self.device, self.dtype = encoder.device, encoder.dtype
-        self.masks = Masks(self.device)
+        self.threads = Threads() if self.device.type == "cpu" else None
         self.slots = Slots(num_slots, shape, self.device)
 
     def resize(self, num_slots: int) -> None:
@@ -47,17 +52,33 @@ class Core:
         self, store: TokenStore, batches: Sequence[SlotBatch], weight_decay: float, max_grad_norm: float
     ) -> tuple[list[float], list[float]]:
         """Train each slot on its batch; ([K] mean losses, [K] gradient norms before clipping)."""
-        packing = store.pack([(batch.slot, batch.rows) for batch in batches])
-        losses, gradients = self.gradients(packing, self._draws(batches))
+        draws = self._draws(batches)
+        if self.threads:
+            losses, gradients = self._shared(store, batches, draws, self.threads)
+        else:
+            losses, gradients = self.gradients(store.pack([(batch.slot, batch.rows) for batch in batches]), draws)
         norms = optimizer.clip(self.slots, gradients, max_grad_norm)
         optimizer.step(self.slots, gradients, self._steps(batches), weight_decay)
         [loss_values, norm_values] = torch.stack([losses, norms]).tolist()  # the only wait for the device in a step
         return loss_values, norm_values
 
+    def _shared(
+        self, store: TokenStore, batches: Sequence[SlotBatch], draws: dict[int, Draw], threads: Threads
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `gradients` gives, from each thread's passes over a share of a batch."""
+        shares = [(batch, rows) for batch in batches for rows in threads.shares(batch.rows)]
+        passes = threads.map(lambda share: self.gradients(store.pack([(share[0].slot, share[1])]), draws), shares)
+        losses, gradients = torch.zeros(len(self.slots)), torch.zeros_like(self.slots.weights)
+        for (batch, rows), (loss, gradient) in zip(shares, passes, strict=True):
+            share = len(rows) / len(batch.rows)
+            losses[batch.slot] += loss[batch.slot] * share
+            gradients[batch.slot] += gradient[batch.slot] * share
+        return losses, gradients
+
     def gradients(self, packing: Packing, draws: dict[int, Draw]) -> tuple[torch.Tensor, torch.Tensor]:
         """([K] mean cross entropies, [K, columns] their gradients). A slot's own loss reaches its own columns only."""
         leaf = self.slots.weights.detach().requires_grad_()
-        adaptation = Adaptation(self.slots, leaf, packing, self.dtype, self.masks, draws)
+        adaptation = Adaptation(self.slots, leaf, packing, self.dtype, draws)
         logits = adaptation.logits(self.encoder(packing, adaptation))
         num_slots, longest, classes = logits.shape
         labels = logits.new_zeros(num_slots * longest, dtype=torch.int64)
@@ -76,12 +97,16 @@ class Core:
     ) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
         """(positions in `rows`, logits [len(slots), positions, classes]) of all `slots` together, batch by batch."""
         ids = np.asarray(rows)
-        for positions in by_length(store.lengths[ids], batch_size):
+        batches = by_length(store.lengths[ids], batch_size)
+
+        def scored(positions: list[int]) -> npt.NDArray[np.float32]:
             with torch.no_grad():
                 packing = store.pack([(slot, ids[positions].tolist()) for slot in slots])
-                adaptation = Adaptation(self.slots, self.slots.weights, packing, self.dtype, self.masks, {})
+                adaptation = Adaptation(self.slots, self.slots.weights, packing, self.dtype, {})
                 logits = adaptation.logits(self.encoder(packing, adaptation))
-            yield positions, logits[list(slots)].cpu().numpy()
+            return logits[list(slots)].cpu().numpy()
+
+        yield from zip(batches, (self.threads.map if self.threads else map)(scored, batches), strict=True)
 
     def _draws(self, batches: Sequence[SlotBatch]) -> dict[int, Draw]:
         draws = {}

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from agnews_lora.data.tokens import TokenTable
+from agnews_lora.training.batches import WIDTH_STEP
 from agnews_lora.training.multilora.attention import Attention, FlatAttention, PaddedAttention
 
 
@@ -16,8 +17,9 @@ class Packing:
     """The tokens of one forward pass: segments, one a slot, in the order of the slots.
 
     slots: slot of each segment. row_sizes, token_sizes: rows and tokens of each segment. ids, positions: (tokens,)
-    int64, a position being the token's place in its row. first: (rows,) index of each row's first token. labels:
-    (rows,) int64. flat: whether rows lie without padding. attention: inside each row.
+    int64, a position being the token's place in its row (0 in padding). token_slots, token_rows: (tokens,) int64, the
+    slot of each token and its row in the table. first: (rows,) index of each row's first token. labels: (rows,) int64.
+    flat: whether rows lie without padding. attention: inside each row.
     """
 
     slots: tuple[int, ...]
@@ -25,6 +27,8 @@ class Packing:
     token_sizes: tuple[int, ...]
     ids: torch.Tensor
     positions: torch.Tensor
+    token_slots: torch.Tensor
+    token_rows: torch.Tensor
     first: torch.Tensor
     labels: torch.Tensor
     flat: bool
@@ -35,7 +39,7 @@ class TokenStore:
     """A token table, resident on a device.
 
     flat: rows are laid out without padding, for variable-length attention; else each is padded to the longest of its
-    segment, which batches of like length keep short.
+    segment, in steps of `WIDTH_STEP` tokens, which batches of like length keep short.
     """
 
     def __init__(self, table: TokenTable, device: torch.device, flat: bool) -> None:
@@ -55,49 +59,55 @@ class TokenStore:
         lengths = self.lengths[rows]
         bounds = np.cumsum([0, *row_sizes])
         longest = np.maximum.reduceat(lengths, bounds[:-1])
-        widths = lengths if self.flat else np.repeat(longest, row_sizes)  # places that each row takes
+        padded = -(-longest // WIDTH_STEP) * WIDTH_STEP
+        widths = lengths if self.flat else np.repeat(padded, row_sizes)  # places that each row takes
         offsets = np.concatenate([[0], np.cumsum(widths)])
         token_sizes = tuple(np.diff(offsets[bounds]).tolist())
-        on_device = self._on_device(rows)
-        ids, positions = self._cut(on_device, lengths, widths, offsets)
+        cut = self._cut(rows, lengths, widths, offsets, np.repeat(slots, row_sizes))
+        ids, positions, token_slots, token_rows = cut
         attention: Attention
         if self.flat:
             attention = FlatAttention(self._on_device(offsets.astype(np.int32)), int(lengths.max()))
         else:
             parts = np.split(lengths, bounds[1:-1])
-            masks = tuple(self._mask(part, int(width)) for part, width in zip(parts, longest, strict=True))
-            attention = PaddedAttention(row_sizes, token_sizes, masks)
+            paddings = tuple(self._padding(part, int(width)) for part, width in zip(parts, padded, strict=True))
+            attention = PaddedAttention(row_sizes, token_sizes, paddings)
         return Packing(
             slots=tuple(slots),
             row_sizes=row_sizes,
             token_sizes=token_sizes,
             ids=ids,
             positions=positions,
+            token_slots=token_slots,
+            token_rows=token_rows,
             first=self._on_device(offsets[:-1]),
-            labels=self.labels[on_device],
+            labels=self.labels[self._on_device(rows)],
             flat=self.flat,
             attention=attention,
         )
 
     def _cut(
         self,
-        rows: torch.Tensor,
+        rows: npt.NDArray[np.int64],
         lengths: npt.NDArray[np.int64],
         widths: npt.NDArray[np.int64],
         offsets: npt.NDArray[np.int64],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids, positions) of rows that take `widths` places each, from `offsets` on."""
-        spread = torch.stack([self.starts[rows], self._on_device(lengths), self._on_device(offsets[:-1])])
+        slots: npt.NDArray[np.int64],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(ids, positions, slots, rows), a token each, of rows that take `widths` places each, from `offsets` on."""
+        described = self._on_device(np.stack([rows, lengths, offsets[:-1], slots, widths]))
         total = int(offsets[-1])
-        starts, ends, begins = spread.repeat_interleave(self._on_device(widths), dim=1, output_size=total)
-        positions = torch.arange(total, device=self.device) - begins
-        ids = self.ids[(starts + positions).clamp_(max=len(self.ids) - 1)].long()
-        return torch.where(positions < ends, ids, self.pad_id), positions
+        row, length, begin, slot = described[:4].repeat_interleave(described[4], dim=1, output_size=total)
+        place = torch.arange(total, device=self.device) - begin
+        real = place < length
+        place = place.where(real, 0)
+        ids = self.ids[self.starts[row] + place].long()
+        return ids.where(real, self.pad_id), place, slot, row
 
-    def _mask(self, lengths: npt.NDArray[np.int64], width: int) -> torch.Tensor | None:
+    def _padding(self, lengths: npt.NDArray[np.int64], width: int) -> torch.Tensor | None:
         if lengths.min() == width:
             return None
-        return self._on_device(np.arange(width) < lengths[:, None])[:, None, None, :]
+        return self._on_device(np.arange(width) >= lengths[:, None])[:, None, None, :]
 
     def _on_device(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)

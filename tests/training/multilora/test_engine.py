@@ -326,7 +326,7 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing(
 
     monkeypatch.setattr(Core, where, tight)
     recorder = train(roberta, [plan(tmp_path / "tight", t, spec) for t, spec in specs.items()], slots=4)
-    assert passes[2] == 4 and set(passes[3:]) <= {1, 2}
+    assert passes[2] == 4 and set(passes[4:]) <= {1, 2}  # the fourth may run beside the third, on another thread
     assert not recorder.failures
     assert {result.trial for result in recorder.results} == specs.keys()
     for trial in specs:

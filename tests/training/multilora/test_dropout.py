@@ -1,0 +1,92 @@
+"""Which features are dropped, and on what that depends."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agnews_lora.adapters.spec import Family
+from agnews_lora.training.multilora.dropout import Draw, Dropout, Kept
+from agnews_lora.training.multilora.packing import TokenStore
+from tests.training.conftest import Lab
+
+CPU = torch.device("cpu")
+ROWS = [3, 11, 40, 7, 29, 60]
+FEATURES = 33
+OWN = Draw(0.4, seed=7, step=5)
+
+
+def masks(
+    lab: Lab, slot: int, own: Draw, neighbours: dict[int, Draw], flat: bool, layer: int = 0, module: int = 0
+) -> dict[tuple[int, int], torch.Tensor]:
+    """{(row, place): what is kept of a token's features} of a slot's tokens."""
+    segments = [(slot, ROWS), *((other, [1, 2, 5 + other]) for other in neighbours)]
+    packing = TokenStore(lab.corpus.train, CPU, flat).pack(segments)
+    dropout = Dropout(packing, {slot: own, **neighbours}, num_slots=4)
+    of_tokens = Kept.apply(torch.ones(len(packing.ids), FEATURES), *dropout.keys(layer, module, of_rows=False))
+    of_rows = Kept.apply(torch.ones(len(packing.first), FEATURES), *dropout.keys(layer, module, of_rows=True))
+    assert torch.equal(of_rows, of_tokens[packing.first])
+    described = zip(
+        packing.token_slots.tolist(), packing.token_rows.tolist(), packing.positions.tolist(), of_tokens, strict=True
+    )
+    lengths = lab.corpus.train.lengths
+    found: dict[tuple[int, int], torch.Tensor] = {}
+    for token_slot, row, place, mask in described:
+        if token_slot == slot:
+            found.setdefault((row, place), mask)  # padding comes behind the row's first token, whose place it repeats
+    assert len(found) == sum(lengths[row] for row in ROWS)
+    return found
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["padded", "flat"])
+def test_neighbours_and_layout_change_nothing(roberta: Lab, flat: bool) -> None:
+    alone = masks(roberta, 0, OWN, {}, flat=False)
+    among = masks(roberta, 2, OWN, {0: Draw(0.1, 3, 17), 1: Draw(0.9, 7, 5), 3: Draw(0.0, 7, 5)}, flat)
+    for token, mask in alone.items():
+        assert torch.equal(mask, among[token])
+
+
+@pytest.mark.parametrize(
+    ("draw", "layer", "module"),
+    [(Draw(0.4, 8, 5), 0, 0), (Draw(0.4, 7, 6), 0, 0), (OWN, 1, 0), (OWN, 0, 1)],
+    ids=["seed", "step", "layer", "module"],
+)
+def test_seed_step_layer_and_module_each_change_it(roberta: Lab, draw: Draw, layer: int, module: int) -> None:
+    one = torch.stack(list(masks(roberta, 0, OWN, {}, flat=True).values()))
+    other = torch.stack(list(masks(roberta, 0, draw, {}, flat=True, layer=layer, module=module).values()))
+    both = (one * other).mean().item()
+    assert both == pytest.approx(0.6 * 0.6, abs=0.05)  # as unrelated draws overlap
+
+
+@given(probability=st.floats(0.0, 0.95), seed=st.integers(0, 2**63 - 1), step=st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_as_many_are_dropped_as_asked_for(labs: dict[Family, Lab], probability: float, seed: int, step: int) -> None:
+    packing = TokenStore(labs["roberta"].corpus.train, CPU, True).pack([(1, list(range(60)))])
+    dropout = Dropout(packing, {1: Draw(probability, seed, step)}, num_slots=2)
+    mask = Kept.apply(torch.ones(len(packing.ids), 96), *dropout.keys(2, 3, of_rows=False))
+    deviation = (probability * (1 - probability) / mask.numel()) ** 0.5
+    assert abs((mask == 0).double().mean().item() - probability) < 5 * deviation + 2**-15
+    assert dropout.factors.tolist() == pytest.approx([1.0, 1 / (1 - probability)], rel=1e-3)
+
+
+def test_tokens_and_features_are_dropped_independently() -> None:
+    keys = torch.arange(4_000, dtype=torch.int32) * 65_537
+    mask = Kept.apply(torch.ones(4_000, 256), keys, torch.full((4_000, 1), 2**14 - 1, dtype=torch.int16)) - 0.5
+    for pairs in (mask.T @ mask / len(mask), mask @ mask.T / mask.shape[1]):
+        count = mask.numel() / len(pairs)
+        correlations = 4 * pairs.fill_diagonal_(0) * count**0.5  # of standard deviation 1 where nothing is related
+        assert correlations.square().mean().sqrt().item() == pytest.approx(1, abs=0.05)
+        assert correlations.abs().max() < 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_passes_where_the_feature_does(dtype: torch.dtype) -> None:
+    x = torch.randn(50, 31, dtype=dtype, requires_grad=True)
+    bounds = torch.full((50, 1), round(0.3 * 2**15) - 1, dtype=torch.int16)
+    kept = Kept.apply(x, torch.arange(50, dtype=torch.int32), bounds)
+    gradient = torch.randn_like(kept)
+    kept.backward(gradient)
+    where = kept != 0
+    assert 0.5 < where.float().mean() < 0.9
+    assert torch.equal(kept[where], x.detach()[where])
+    assert x.grad is not None and torch.equal(x.grad, gradient * where)

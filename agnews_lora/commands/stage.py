@@ -23,12 +23,13 @@ class Stage:
     base: BaseModel
     corpus: Corpus
 
-    def engine(self, name: Literal["trainer", "multilora"]) -> "Engine":
-        """An engine over this; importing one takes seconds, so only who trains does."""
+    def engine(self, name: Literal["trainer", "multilora"], slots: int | None = None) -> "Engine":
+        """An engine over this (slots: trials at once, with multilora); importing one takes seconds, so only who trains
+        does."""
         if name == "multilora":
             from agnews_lora.training.multilora.engine import MultiLoraEngine
 
-            return MultiLoraEngine(self.base, self.corpus, self.experiment.settings, LABELS)
+            return MultiLoraEngine(self.base, self.corpus, self.experiment.settings, LABELS, slots)
         from agnews_lora.training.trainer import TrainerEngine
 
         return TrainerEngine(self.base, self.corpus, self.experiment.settings, LABELS)

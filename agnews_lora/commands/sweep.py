@@ -27,6 +27,7 @@ from agnews_lora.errors import BudgetError
 from agnews_lora.reporting.progress import Progress
 from agnews_lora.reporting.summary import SweepSummary, print_summary
 from agnews_lora.search import space as search_space
+from agnews_lora.search.pruner import PeerMedianPruner
 from agnews_lora.search.queue import enqueue_baseline, waiting_specs
 from agnews_lora.search.runner import Quest, StudyRunner
 from agnews_lora.search.sampler import TrialSeededTPE
@@ -67,7 +68,7 @@ def run(name: str, trials: int | None, timeout: float | None, new: bool) -> int:
         sampler = TrialSeededTPE(
             sweep.seed, sweep.startup_trials, search_space.shared(sweep.space, shape, sweep.budget)
         )
-        pruner = optuna.pruners.MedianPruner(sweep.pruner.startup_trials, sweep.pruner.warmup_steps)
+        pruner = PeerMedianPruner(sweep.pruner.startup_trials, sweep.pruner.warmup_steps)
         study = open_study(open_storage(STORES), sweep.name, fingerprint(sweep, stage), sampler, pruner, new)
         enqueue_baseline(study, sweep.experiment.spec, sweep.space, shape, sweep.budget)
         return _Session(sweep, stage, study, client, trials or sweep.trials, timeout).run()
@@ -110,6 +111,7 @@ def fingerprint(sweep: Sweep, stage: Stage) -> dict[str, Any]:
         "base": {"id": base.hub_id, "revision": base.revision, "weights_sha256": base.weights_sha256},
         "data": stage.corpus.digest,
         "training": asdict(sweep.experiment.settings),
+        "engine": sweep.engine,
         "seed": {"sweep": sweep.seed, "experiment": sweep.experiment.seed},
     }
 
@@ -219,7 +221,7 @@ class _Session:
                 stop=lambda: bool(request) or time.monotonic() > deadline,
             )
             try:
-                stage.engine(sweep.engine).run(runner, runner)
+                stage.engine(sweep.engine, sweep.slots).run(runner, runner)
             finally:
                 runner.close()
                 self.record_seconds = runner.record_seconds

@@ -78,10 +78,10 @@ class Sampler(Settings):
 
 
 class Pruner(Settings):
-    """The median rule: a trial that is worse than the median of finished trials at the same step is given up."""
+    """The median rule: a trial that is worse than the median of all other trials at the same step is given up."""
 
     startup_trials: Count = 4
-    """Finished trials to compare with, before any is pruned."""
+    """Other trials that must have come to a step, running ones included, before any is judged there."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of a trial before which it is not judged."""
 
@@ -121,8 +121,10 @@ class Sweep(Document):
     """Trials of the study, the baseline included."""
     seed: Seed = 42
     """Seed of the sampler."""
-    engine: Literal["trainer", "multilora"] = "trainer"
-    """What trains the trials: Hugging Face Trainer and PEFT, one after another; or many at once through one base."""
+    engine: Literal["trainer", "multilora"] = Field(default="multilora", validate_default=True)
+    """What trains the trials: many at once through one base; or Hugging Face Trainer and PEFT, one after another."""
+    slots: Count | None = Field(default=None, validate_default=True)
+    """Trials at once, with multilora; as many as fit the device, unless given."""
 
     @field_validator("trials")
     @classmethod
@@ -146,6 +148,15 @@ class Sweep(Document):
                 f"{experiment.training.base_dropout}; set it to 0, or take `engine: trainer`"
             )
         return engine
+
+    @field_validator("slots")
+    @classmethod
+    def _has_slots(cls, slots: int | None, info: ValidationInfo) -> int | None:
+        if slots is not None and info.data.get("engine") == "trainer":
+            raise ValueError(
+                f"trainer trains one trial after another, but got {slots}; remove slots, or take `engine: multilora`"
+            )
+        return slots
 
     @property
     def startup_trials(self) -> int:

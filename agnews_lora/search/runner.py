@@ -193,7 +193,7 @@ class StudyRunner:
             name, running = result.trial, self._running[result.trial]
             if result.final is None:
                 accuracy = running.last.accuracy if running.last else None
-                reason = f"below the median of finished trials at step {result.steps} of {result.total_steps}"
+                reason = f"below the median of all other trials at step {result.steps} of {result.total_steps}"
                 self.tracker.finish_trial(name, "PRUNED", result, reason)
                 self._end(name, TrialState.PRUNED, accuracy, reason)
             else:

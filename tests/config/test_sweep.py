@@ -35,7 +35,7 @@ def test_defaults_make_a_whole_sweep(write: Write) -> None:
     assert (sweep.name, sweep.source_text) == ("wide", SMALLEST)
     assert (sweep.experiment.name, sweep.experiment.source_text) == ("mine", EXPERIMENT)
     assert (sweep.budget, sweep.trials, sweep.startup_trials, sweep.seed) == (1_000_000, 12, 4, 42)
-    assert (sweep.pruner.startup_trials, sweep.pruner.warmup_steps, sweep.engine) == (4, 0, "trainer")
+    assert (sweep.pruner.startup_trials, sweep.pruner.warmup_steps, sweep.engine) == (4, 0, "multilora")
     assert sweep.space == Space(
         targets=tuple(PRESETS),
         heads=("full",),
@@ -46,7 +46,7 @@ def test_defaults_make_a_whole_sweep(write: Write) -> None:
 
 
 def test_the_keys_are_those_of_the_design() -> None:
-    keys = ["experiment", "budget", "space", "sampler", "pruner", "trials", "seed", "engine"]
+    keys = ["experiment", "budget", "space", "sampler", "pruner", "trials", "seed", "engine", "slots"]
     assert list(Sweep.model_fields) == keys
 
 
@@ -102,7 +102,7 @@ def test_every_fault_is_reported_at_once(write: Write) -> None:
         "seed: must be a whole number from 0 to 4_294_967_295, but got -1",
         "engine: must be one of trainer, multilora, but got the text 'multi' (did you mean multilora?)",
         "trails: unknown key (did you mean trials?); "
-        "the keys here are experiment, budget, space, sampler, pruner, trials, seed, engine",
+        "the keys here are experiment, budget, space, sampler, pruner, trials, seed, engine, slots",
     ]
 
 

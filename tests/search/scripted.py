@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.pruners import BasePruner, MedianPruner
+from optuna.pruners import BasePruner
 
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.config.sweep import Range, Space
 from agnews_lora.errors import TrainingError
 from agnews_lora.search import space as search_space
+from agnews_lora.search.pruner import PeerMedianPruner
 from agnews_lora.search.queue import enqueue_baseline
 from agnews_lora.search.runner import Quest, RunState, StudyRunner
 from agnews_lora.search.sampler import TrialSeededTPE
@@ -208,7 +209,7 @@ class Session:
     trials: int
     baseline: TrialSpec = OUTSIDE
     space: Space = SPACE
-    pruner: BasePruner = field(default_factory=lambda: MedianPruner(n_startup_trials=2))
+    pruner: BasePruner = field(default_factory=lambda: PeerMedianPruner(2, 0))
     engine: ScriptedEngine = field(default_factory=ScriptedEngine)
     tracker: Any = field(default_factory=RecordingTracker)
     stopped: bool = False

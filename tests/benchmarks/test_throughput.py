@@ -1,0 +1,329 @@
+"""The throughput benchmark: the real command on a tiny model, without the libraries that a bare machine lacks."""
+
+import csv
+import datetime
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from agnews_lora.adapters.bases import EMBEDDED, resolve, shape_of
+from agnews_lora.adapters.budget import require_within_budget
+from agnews_lora.errors import TrainingError
+from agnews_lora.training.contracts import TrainSettings
+from agnews_lora.training.multilora.core import Core
+from benchmarks.throughput.__main__ import main
+from benchmarks.throughput.lab import MIXTURE, Lab, corpus_of, plans
+from benchmarks.throughput.lengths import LENGTHS, draw, make, random_table
+from benchmarks.throughput.measurement import Measurement, Peer, Setup
+from benchmarks.throughput.measuring import covered_seconds
+from benchmarks.throughput.models import configuration, matrix_parameters, read_base, write_random
+from benchmarks.throughput.peers import MultiLoraTrials, Span, trials_of
+from benchmarks.throughput.table import Run, file_name, page
+from tests.tiny import tiny_base
+
+ROOT = Path(__file__).resolve().parents[2]
+MISSING = ("optuna", "mlflow", "datasets", "evaluate", "pydantic", "pandas", "sklearn", "scipy", "ruamel", "rich")
+HIDES = f"""
+import importlib.machinery, sys
+
+class WithoutThem(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {MISSING} else super().find_spec(name, path, target)
+
+# No finder of an editable installation is left: the package is the one in the working directory.
+sys.meta_path[:] = [importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter, WithoutThem]
+"""
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 60}
+TINY_MATRIX_PARAMETERS = 2 * (4 * 16 * 16 + 2 * 16 * 32)
+BATCH_SIZE, STEPS, WARMUP_STEPS, TRIALS = 2, 5, 1, 4
+
+
+def tiny_config(folder: Path) -> Path:
+    """A folder with the configuration of a tiny BERT."""
+    from transformers import BertConfig
+
+    BertConfig(**TINY).save_pretrained(str(folder))
+    return folder
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the command printed, and the result file that it wrote."""
+
+    printed: str
+    file: Path
+
+    def table(self, number: int) -> list[dict[str, str]]:
+        """The rows of the file's first or second table."""
+        return tables(self.file.read_text(encoding="utf-8"))[number]
+
+
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """The rows of every Markdown table, as {column: cell}."""
+    found: list[list[list[str]]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("| "):
+            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+        elif found[-1]:
+            found.append([])
+    return [[dict(zip(rows[0], row, strict=True)) for row in rows[2:]] for rows in found if rows]
+
+
+def bare(folder: Path) -> dict[str, str]:
+    """The environment of a Python that has only what a bare CUDA machine has."""
+    (folder / "sitecustomize.py").write_text(HIDES, encoding="utf-8")
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Output:
+    folder = tmp_path_factory.mktemp("throughput")
+    model = tiny_config(folder / "tiny-bert")
+    options = {"--model": model, "--batch-size": BATCH_SIZE, "--slots": 2, "--steps": STEPS, "--eval-rows": 3}
+    arguments = [str(part) for pair in {**options, "--rounds": 1, "--out": folder / "out"}.items() for part in pair]
+    command = [sys.executable, "-m", "benchmarks.throughput", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=bare(folder), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    [file] = (folder / "out").iterdir()
+    return Output(result.stdout, file)
+
+
+def test_the_bare_machine_is_bare(tmp_path: Path) -> None:
+    script = (
+        "import importlib.util as u, sys\n"
+        f"print(*(name for name in {MISSING} if u.find_spec(name)))\n"
+        "import agnews_lora; print(agnews_lora.__file__)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=bare(tmp_path), capture_output=True, text=True, check=True
+    )
+    [missing, file] = result.stdout.split("\n")[:2]
+    assert missing == "" and Path(file).is_relative_to(ROOT)
+
+
+def test_the_command_prints_what_it_writes(output: Output) -> None:
+    text = output.file.read_text(encoding="utf-8")
+    assert output.printed.strip() == text.strip()
+    assert output.file.name.startswith("throughput-tiny-bert-") and output.file.name.endswith(".md")
+    assert str(output.file.parent.parent) not in text
+    assert f"--batch-size {BATCH_SIZE} --slots 2 --steps {STEPS} --eval-rows 3 --rounds 1" in text
+
+
+def test_every_peer_trained_the_same_rows(output: Output) -> None:
+    measured = output.table(1)
+    trainers = 1 if torch.cuda.is_available() else 2
+    assert [row["peer"] for row in measured][trainers:] == ["multilora, K = 2"]
+    for row in measured:
+        assert int(row["trials"]) == TRIALS
+        assert int(row["rows"]) == TRIALS * (STEPS - WARMUP_STEPS) * BATCH_SIZE
+        lengths = draw("minilm", 10_000, seed=0)
+        assert lengths.min() * int(row["rows"]) < int(row["real tokens"]) < lengths.max() * int(row["rows"])
+        assert 0 < float(row["training s"]) < float(row["wall s"])
+
+
+def test_the_figures_follow_from_what_was_measured(output: Output) -> None:
+    figures, measured = output.table(0), output.table(1)
+    speeds = [int(row["rows"]) / float(row["training s"]) for row in measured]
+    for figure, row, speed in zip(figures, measured, speeds, strict=True):
+        tokens = int(row["real tokens"]) / float(row["training s"])
+        product = (float(row["product before, TFLOP/s"]) + float(row["product after, TFLOP/s"])) / 2 * 1e12
+        expected = {
+            "samples/s": speed,
+            "ratio": speed / speeds[0],
+            "real tokens/s": tokens,
+            "share of bf16 rate": 100 * 4 * TINY_MATRIX_PARAMETERS * tokens / product,
+            "peak memory": int(row["peak bytes"]) / 1e9,
+            "s a trial": float(row["wall s"]) / TRIALS,
+        }
+        for column, value in expected.items():
+            shown = figure[column].replace(",", "").removesuffix("%").removesuffix(" GB")
+            digits = len(shown.partition(".")[2])
+            assert float(shown) == pytest.approx(value, rel=2e-3, abs=0.51 * 10**-digits), column
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "nowhere"], "a folder with a config.json, but is nowhere"),
+        (["--steps", "1"], "must be at least 2"),
+        (["--slots", "4,0"], "must be at least 1, but is 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert said in capsys.readouterr().err
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+MEASURED = Measurement(
+    rows=100,
+    tokens=5_000,
+    train_seconds=4.0,
+    product_before=1e12,
+    product_after=3e12,
+    num_trials=4,
+    wall_seconds=12.0,
+    peak_memory_bytes=2_500_000_000,
+    start_up_seconds=7.0,
+)
+
+
+def run_of(*rounds: tuple[Measurement, ...]) -> Run:
+    return Run(
+        command="the command",
+        commit="Commit 0123, ",
+        date=datetime.date(2026, 1, 31),
+        setup=Setup("minilm", 10_000_000, "minilm", "cuda", "NVIDIA H200", True, "3", "2", "5", "1"),
+        batch_size=16,
+        steps=8,
+        warmup_steps=2,
+        eval_rows=64,
+        peers=(Peer("trainer", bf16=True), Peer("multilora", 8)),
+        rounds=rounds,
+    )
+
+
+def test_medians_and_ratios_are_those_of_the_rounds() -> None:
+    def pair(trainer_seconds: float, engine_seconds: float) -> tuple[Measurement, Measurement]:
+        return replace(MEASURED, train_seconds=trainer_seconds), replace(MEASURED, train_seconds=engine_seconds)
+
+    run = run_of(pair(4.0, 1.0), pair(2.0, 2.0), pair(10.0, 4.0))
+    trainer, engine = tables(page(run))[0]
+    assert file_name(run) == "throughput-minilm-nvidia-h200-2026-01-31.md"
+    assert (trainer["peer"], engine["peer"]) == ("Trainer + PEFT, bf16", "multilora, K = 8")
+    assert (trainer["samples/s"], trainer["least to most"], trainer["ratio"]) == ("25.0", "10.0 to 50.0", "1.00")
+    assert (engine["samples/s"], engine["least to most"], engine["ratio"]) == ("50.0", "25.0 to 100.0", "2.50")
+    assert (trainer["real tokens/s"], engine["real tokens/s"]) == ("1,250", "2,500")
+    assert (trainer["share of bf16 rate"], engine["share of bf16 rate"]) == ("2.50%", "5.00%")
+    assert (engine["peak memory"], engine["s a trial"], engine["start-up s"]) == ("2.50 GB", "3.00", "7.0")
+
+
+# What is measured -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spans", "seconds"),
+    [
+        ([(0, 2), (5, 6)], 3),  # one after another
+        ([(1, 4), (1, 4)], 3),  # in lockstep
+        ([(0, 10), (2, 3), (8, 12)], 12),  # inside each other, and overlapping
+        ([(5, 6), (0, 2)], 3),
+    ],
+)
+def test_time_in_which_several_train_counts_once(spans: list[tuple[float, float]], seconds: float) -> None:
+    assert covered_seconds(Span(began, ended, 0, 0) for began, ended in spans) == seconds
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """A tiny model, and rows of which none is as long as another."""
+    folder = tmp_path_factory.mktemp("lab")
+    setup = write_random(str(tiny_config(folder / "tiny")), folder / "base")
+    settings = TrainSettings(1, BATCH_SIZE, 4, 64, STEPS, 1, WARMUP_STEPS, 0.1, 0.01, 1.0, 0.0, "fp32")
+    table = random_table(2 ** np.arange(13), TINY["vocab_size"], 0, 4, seed=1)
+    corpus = corpus_of(table.take(range(10)), table.take([3, 4, 5]))
+    return Lab(read_base(setup, folder / "base"), corpus, settings, torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the lab stands on the CPU")
+@pytest.mark.parametrize("peer", [Peer("trainer"), Peer("multilora", 1), Peer("multilora", 4)], ids=str)
+def test_each_peer_trains_whole_trials(lab: Lab, tmp_path: Path, peer: Peer) -> None:
+    spans = trials_of(peer, lab).train(plans(tmp_path, TRIALS))
+    together = len({span.began for span in spans})
+    assert together == TRIALS // peer.slots
+    assert {span.rows for span in spans} == {(STEPS - WARMUP_STEPS) * BATCH_SIZE}
+    for span in spans:
+        left_out = int(lab.corpus.train.lengths.sum()) - span.tokens
+        assert left_out.bit_count() == BATCH_SIZE  # lengths are powers of two: these are the rows of the first batch
+        assert span.began < span.ended
+    for folder in tmp_path.iterdir():
+        assert list(folder.rglob("adapter_model.safetensors"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the lab stands on the CPU")
+def test_slots_that_do_not_fit_are_not_measured_as_if_they_did(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole_pass, passes = Core.gradients, []
+
+    def tight(self: Core, *args: object) -> object:
+        passes.append(1)
+        if len(passes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole_pass(self, *args)
+
+    monkeypatch.setattr(Core, "gradients", tight)
+    with pytest.raises(TrainingError, match="4 trials must train at once, but 2 did"):
+        MultiLoraTrials(lab, 4).train(plans(tmp_path, TRIALS))
+
+
+@pytest.mark.parametrize(("model", "parameters"), [("roberta-base", 84_934_656), ("minilm", 10_616_832)])
+def test_known_shapes(model: str, parameters: int, tmp_path: Path) -> None:
+    configuration(model).save_pretrained(str(tmp_path))
+    shape = shape_of(str(tmp_path))
+    assert shape == shape_of({"minilm": EMBEDDED}.get(model, model))
+    assert matrix_parameters(shape) == parameters
+
+
+def test_the_mixture_is_one_that_a_sweep_could_ask_for() -> None:
+    for spec in MIXTURE:
+        require_within_budget(spec, shape_of("roberta-base"), 1_000_000)
+        require_within_budget(spec, shape_of(EMBEDDED), 100_000)
+    for field in ("targets", "rank", "dropout", "learning_rate"):
+        assert len({getattr(spec, field) for spec in MIXTURE}) == len(MIXTURE)
+
+
+# Lengths --------------------------------------------------------------------------------------------------------------
+
+
+def counts(path: Path, column: str) -> dict[int, int]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return {int(row["tokens"]): int(row[column]) for row in csv.DictReader(file) if int(row[column])}
+
+
+@pytest.mark.parametrize("column", ["roberta", "minilm"])
+def test_lengths_follow_the_histogram(column: str) -> None:
+    histogram = counts(LENGTHS, column)
+    drawn = draw(column, 200_000, seed=3)
+    assert set(drawn) <= histogram.keys()
+    for tokens in (30, 50, 70):
+        share = sum(count for length, count in histogram.items() if length <= tokens) / sum(histogram.values())
+        assert np.mean(drawn <= tokens) == pytest.approx(share, abs=0.005)
+    assert (drawn == draw(column, 200_000, seed=3)).all()
+    assert (drawn != draw(column, 200_000, seed=4)).any()
+
+
+def test_random_rows_hold_no_padding() -> None:
+    table = random_table(np.array([3, 1, 5]), vocabulary_size=4, pad_id=1, num_labels=4, seed=0)
+    assert table.lengths.tolist() == [3, 1, 5] and len(table.labels) == 3
+    assert set(table.ids.tolist()) <= {2, 3}
+
+
+def test_the_committed_histogram_is_made_by_the_command(tmp_path: Path) -> None:
+    make({"minilm": resolve(EMBEDDED).folder}, tmp_path / "lengths.csv")
+    assert counts(tmp_path / "lengths.csv", "minilm") == counts(LENGTHS, "minilm")
+
+
+def test_a_vocabulary_and_its_merges_are_tokenizer_enough(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    whole = tiny_base(tmp_path / "whole", "roberta")
+    (tmp_path / "bare").mkdir()
+    Tokenizer.from_file(str(whole / "tokenizer.json")).model.save(str(tmp_path / "bare"))
+    for folder in (whole, tmp_path / "bare"):
+        make({"roberta": folder}, folder / "lengths.csv")
+    assert counts(whole / "lengths.csv", "roberta") == counts(tmp_path / "bare" / "lengths.csv", "roberta")

@@ -20,8 +20,9 @@ def test_the_promoted_adapter_is_good_on_real_news(tmp_path: Path, ag_news: Path
                 "source": "csv",
                 "train": str(ag_news / "train.csv"),
                 "test": str(ag_news / "test.csv"),
-                "train_rows": 2_400,
+                "train_rows": 3_000,
             },
+            "adapter": {"targets": "qv", "rank": 8, "alpha": 16, "dropout": 0.1, "learning_rate": 2e-3},
             "training": {
                 "epochs": 1,
                 "batch_size": 16,
@@ -33,8 +34,8 @@ def test_the_promoted_adapter_is_good_on_real_news(tmp_path: Path, ag_news: Path
         },
         sweep={
             "space": {
-                "targets": ["qv", "qkv", "qkvo"],
-                "learning_rate": {"low": 1e-3, "high": 2e-3},
+                "targets": ["qv", "qkvo", "all-linear"],
+                "learning_rate": {"low": 1e-3, "high": 3e-3},
                 "dropout": {"low": 0.0, "high": 0.1},
                 "alpha_ratio": [2],
             },

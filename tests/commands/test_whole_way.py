@@ -12,12 +12,23 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts, load_text
 from mlflow.entities import Run
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
 
 from agnews_lora.adapters.bases import resolve
 from agnews_lora.adapters.checkpoint import load_with_peft, recount
+from agnews_lora.commands.stage import prepare
+from agnews_lora.config.experiment import load_experiment
+from agnews_lora.config.sweep import Sweep
 from agnews_lora.search.study import open_storage
+from agnews_lora.serving.export import export
+from agnews_lora.serving.package import Package
+from agnews_lora.serving.record import read_gate_record
+from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client
 from tests.project import agnews_lora, command, environment, write_project
 
@@ -57,6 +68,20 @@ def promoted(swept: tuple[Path, str]) -> tuple[Path, str]:
     promotion = agnews_lora(folder, "promote", "small")
     assert promotion.returncode == 0, promotion.stderr
     return folder, promotion.stdout
+
+
+@pytest.fixture(scope="module", params=["trainer", "multilora"])
+def promoted_by(
+    request: pytest.FixtureRequest, promoted: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """An engine, and a project whose champion it trained: for the default engine, the project that is there."""
+    if request.param == Sweep.model_fields["engine"].default:
+        return request.param, promoted[0]
+    folder = write_project(tmp_path_factory.mktemp(request.param), sweep={"engine": request.param})
+    for command_name in ("sweep", "promote"):
+        done = agnews_lora(folder, command_name, "small")
+        assert done.returncode == 0, done.stderr
+    return request.param, folder
 
 
 def study(folder: Path, name: str = "small") -> optuna.Study:
@@ -174,6 +199,39 @@ def test_promotion_passes_the_gate_and_scores_the_test_split_once(promoted: tupl
     assert again.returncode == 0, again.stderr
     assert "as scored at its first promotion" in again.stdout
     assert client(folder).get_model_version_by_alias("small", "champion").tags["test_accuracy"] == score
+
+
+def test_the_winner_of_either_engine_passes_the_gate_unchanged(
+    promoted_by: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, folder = promoted_by
+    store = client(folder)
+    [parent] = [run for run in runs(folder) if run.data.tags.get("kind") == "sweep"]
+    assert parent.data.params["engine"] == engine
+    registry = Registry(store, "small")
+    champion = registry.aliased("champion")
+    assert champion is not None and champion.run_id == parent.data.tags["best_run"]
+
+    gate = f"{store.get_run(champion.run_id).info.artifact_uri}/gate/v{champion.number}"
+    report = json.loads(load_text(f"{gate}/gate_report.json"))
+    assert report["passed"] and len(report["checks"]) == 6 and all(check["passed"] for check in report["checks"])
+    assert load_text(f"{gate}/gate_report.md").startswith("# small, version 1: passed")
+
+    exported = export(registry, champion, tmp_path / "exported")
+    trained = Path(download_artifacts(run_id=champion.run_id, artifact_path="adapter", tracking_uri=store.tracking_uri))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (exported / name).read_bytes() == (trained / name).read_bytes(), "exported is what was trained"
+
+    monkeypatch.chdir(folder)
+    stage = prepare(load_experiment("small"))
+    recorded = read_gate_record(Package(registry.folder(champion)).gate)
+    assert len(recorded.rows) == 60
+    input_ids, attention_mask, _ = map(torch.from_numpy, stage.corpus.validation.padded(recorded.rows.tolist()))
+    base = AutoModelForSequenceClassification.from_pretrained(stage.base.folder, num_labels=4)
+    model = PeftModel.from_pretrained(base, str(exported)).eval()
+    with torch.inference_mode():
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    torch.testing.assert_close(logits, torch.from_numpy(recorded.logits), atol=1e-4, rtol=0)
 
 
 def test_predict_answers_from_arguments_a_file_and_standard_input(promoted: tuple[Path, str]) -> None:

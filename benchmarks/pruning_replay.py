@@ -1,0 +1,163 @@
+"""A study replayed: the sweep's own runner, sampler and pruner, over trials whose accuracies come from a table."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.trial import FrozenTrial
+
+from agnews_lora.adapters.spec import TrialSpec
+from agnews_lora.config.sweep import Sweep
+from agnews_lora.errors import TrainingError
+from agnews_lora.search import space as search_space
+from agnews_lora.search.pruner import PeerMedianPruner, peer_accuracies
+from agnews_lora.search.queue import enqueue_baseline
+from agnews_lora.search.runner import Quest, RunState, StudyRunner
+from agnews_lora.search.sampler import TrialSeededTPE
+from agnews_lora.search.study import best_of, standings
+from agnews_lora.training.contracts import (
+    EvalPoint,
+    Observer,
+    TrainPoint,
+    TrialResult,
+    TrialSource,
+    Verdict,
+)
+from benchmarks.pruning_table import Row, Table
+
+TRIALS = 30  # of a study
+NONE = "none"
+CHOSEN = "median of peers"
+QUARTER, QUARTERS = "lowest quarter of peers", "lowest three quarters of peers"
+FINISHED = "median of finished (Optuna)"
+HALVING = "successive halving by 2 (Optuna)"
+
+
+@dataclass(frozen=True)
+class PeerShare(BasePruner):
+    """The chosen rule with another line than the median: gives up whoever is below this share of its peers."""
+
+    share: float
+    startup_trials: int
+    warmup_steps: int
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        step = max(trial.intermediate_values)
+        peers = peer_accuracies(study, trial, step)
+        if step < self.warmup_steps or len(peers) < self.startup_trials:
+            return False
+        return trial.intermediate_values[step] < float(np.quantile(peers, self.share))
+
+
+def rules(sweep: Sweep) -> dict[str, BasePruner]:
+    """The rules that are compared, with the start-up and warm-up of the sweep's file where they have them."""
+    startup, warmup = sweep.pruner.startup_trials, sweep.pruner.warmup_steps
+    every = sweep.experiment.settings.eval_every
+    return {
+        NONE: NopPruner(),
+        CHOSEN: PeerMedianPruner(startup, warmup),
+        QUARTER: PeerShare(0.25, startup, warmup),
+        QUARTERS: PeerShare(0.75, startup, warmup),
+        FINISHED: MedianPruner(startup, warmup),
+        HALVING: SuccessiveHalvingPruner(every, 2),
+        **{f"successive halving by {by} (Optuna)": SuccessiveHalvingPruner(every, by) for by in (3, 4)},
+    }
+
+
+@dataclass
+class TableEngine:
+    """Trains nothing: `num_slots` trials advance together by a step, and score what the table says; it counts steps.
+
+    backwards: the trials that are due together are judged last slot first.
+    """
+
+    table: Table
+    num_slots: int
+    backwards: bool = False
+    num_steps: int = field(default=0, init=False)
+
+    def run(self, source: TrialSource, observer: Observer) -> None:
+        slots: dict[str, tuple[Row, int]] = {}
+        while True:
+            while len(slots) < self.num_slots and (plan := source.next()) is not None:
+                slots[plan.trial] = self.table.nearest(plan.spec), 0
+            if not slots:
+                return
+            slots = {trial: (row, step + 1) for trial, (row, step) in slots.items()}
+            self.num_steps += len(slots)
+            self._evaluate(slots, observer)
+
+    def _evaluate(self, slots: dict[str, tuple[Row, int]], observer: Observer) -> None:
+        """Score all trials that are due, together, and take out those that end."""
+        total, scored = self.table.total_steps, self.table.rows[0].accuracies
+        points = []
+        for trial, (row, step) in list(slots.items()):
+            if step in row.accuracies:
+                loss = row.loss or math.nan
+                points.append(EvalPoint(trial, step, row.accuracies[step], math.nan, loss, 0, step == total, 0))
+            elif step in scored:
+                del slots[trial]
+                observer.failed(trial, TrainingError(f"diverged before step {step}"))
+        if self.backwards:
+            points.reverse()
+        for point, verdict in zip(points, observer.evaluated(points) if points else [], strict=True):
+            if point.final or verdict is Verdict.PRUNE:
+                del slots[point.trial]
+                final = point if point.final else None
+                observer.finished(TrialResult(point.trial, point.step, total, final, None, 0, 0, 0.0, 0.0, 0))
+
+
+class Nowhere:
+    """Tracker and screen of a replay: nothing is recorded beside the study."""
+
+    def start_trial(self, trial: str, spec: TrialSpec, facts: dict[str, Any], run_id: str | None) -> str:
+        return trial
+
+    def log_points(self, trial: str, points: Sequence[TrainPoint | EvalPoint]) -> None: ...
+
+    def finish_trial(self, trial: str, state: RunState, result: TrialResult | None, reason: str | None) -> None: ...
+
+    def trial_started(self, trial: str, label: str, total_steps: int) -> None: ...
+
+    def logged(self, points: Sequence[TrainPoint]) -> None: ...
+
+    def evaluated(self, points: Sequence[EvalPoint]) -> None: ...
+
+    def trial_ended(self, trial: str, state: str, accuracy: float | None, reason: str | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one replayed study.
+
+    accuracy: the winner's, final. saved: share of the training steps of all its trials. pruned: their numbers.
+    """
+
+    accuracy: float
+    saved: float
+    pruned: frozenset[int]
+
+
+def replay_study(
+    table: Table, pruner: BasePruner, startup_trials: int, num_slots: int, seed: int, backwards: bool = False
+) -> Outcome:
+    """One study of `TRIALS` trials by the sweep's own sampler and runner. startup_trials: drawn at random."""
+    sweep, shape = table.sweep, table.shape
+    sampler = TrialSeededTPE(seed, startup_trials, search_space.shared(sweep.space, shape, sweep.budget))
+    study = optuna.create_study(sampler=sampler, pruner=pruner, direction="maximize")
+    baseline = sweep.experiment.spec
+    enqueue_baseline(study, baseline, sweep.space, shape, sweep.budget)
+    quest = Quest(sweep.space, shape, sweep.budget, TRIALS, seed, baseline, sweep.experiment.seed, table.total_steps)
+    runner = StudyRunner(study, quest, Nowhere(), Nowhere(), Path("replayed"), lambda: False)
+    engine = TableEngine(table, num_slots, backwards)
+    engine.run(runner, runner)
+    rows = standings(study)
+    winner = best_of(rows)
+    assert winner is not None and winner.accuracy is not None, "the baseline is never pruned"
+    saved = 1 - engine.num_steps / (TRIALS * table.total_steps)
+    return Outcome(winner.accuracy, saved, frozenset(row.number for row in rows if row.state == "PRUNED"))

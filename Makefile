@@ -50,8 +50,9 @@ lint: $(STAMP)  ## check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(STAMP)  ## run the embedded sweep, measure it, and write benchmarks/results/
+bench: $(STAMP)  ## measure the embedded sweep and the engines' throughput, and write benchmarks/results/
 	@$(BIN)/python -m benchmarks.sweep
+	@$(BIN)/python -m benchmarks.throughput
 
 clean:  ## remove the environment, caches and builds; never mlruns/
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -39,7 +39,7 @@ from agnews_lora.tracking.store import open_client, tracking_uri
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SWEEP = "embedded"
-VARIANTS = {
+VARIANTS: dict[str, dict[str, object]] = {
     "multilora": {"engine": "multilora"},
     "multilora, 8 slots": {"engine": "multilora", "slots": 8},
     "trainer": {"engine": "trainer"},
@@ -67,8 +67,8 @@ def main() -> None:
         f"| --- |{' ---: |' * len(VARIANTS)}",
         *(f"| {what} | {' | '.join(values)} |" for what, values in rows.items()),
         "",
-        f"The whole command by multilora, as shipped, takes {wall['multilora'] / wall['trainer']:.0%} of the time that it "
-        "takes by trainer. With 8 slots, trials share their time, and no trial's own seconds can be told apart.",
+        f"By multilora, as shipped, the whole command takes {wall['multilora'] / wall['trainer']:.0%} of the time that "
+        "it takes by trainer. With 8 slots, trials share their time, and no trial's own seconds can be told apart.",
     ]
     text = "\n".join(lines) + "\n"
     name = f"sweep-minilm-{'-'.join(tags['device'].lower().replace(',', '').replace('(r)', '').split())}"
@@ -120,7 +120,7 @@ def measure(began: float, ended: float) -> dict[str, str]:
         table |= {
             "training": f"{train_seconds:.0f} s",
             "evaluating": f"{eval_seconds:.0f} s",
-            "neither, after start-up": f"{neither:.0f} s = {neither / (ended - started):.1%} of {ended - started:.0f} s",
+            "neither, after start-up": f"{neither:.0f} s = {neither / (ended - started):.1%}",
             "samples/s while training": f"{samples / train_seconds:.0f}",
         }
     return table | compare(stage, trials)

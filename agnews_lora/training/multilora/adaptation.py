@@ -1,112 +1,158 @@
 """The slots' own part of a forward pass: low-rank updates beside the frozen products, and one head a slot."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agnews_lora.training.multilora.dropout import Draw, Dropout, Kept
-from agnews_lora.training.multilora.packing import Packing
+from agnews_lora.training.multilora.dropout import Draw, Dropout, LayerDropout
+from agnews_lora.training.multilora.encoder import LayerUpdates
+from agnews_lora.training.multilora.packing import Packing, on_device
 from agnews_lora.training.multilora.slots import DENSE, MODULES, Slots
+
+NUMBERS = {module: number for number, module in enumerate(MODULES)}
 
 
 class Adaptation:
     """One pass through the slots' weights.
 
     weights: [K, columns], what gradients are asked for. draws: {slot: where its dropout comes from} of the slots that
-    drop anything in this pass.
+    drop anything in this pass. layers: what the slots add to each layer.
     """
 
     def __init__(
         self, slots: Slots, weights: Tensor, packing: Packing, dtype: torch.dtype, draws: Mapping[int, Draw]
     ) -> None:
-        self.slots, self.packing = slots, packing
+        self.slots, self.packing, self.dtype = slots, packing, dtype
         self.dropout = Dropout(packing, draws, len(slots)) if draws else None
         sizes = [block.stop - block.start for block in slots.blocks.values()]
         columns = zip(slots.blocks.values(), weights.split(sizes, dim=1), strict=True)
         # Split once: its gradient is one concatenation, where a slice's own would be a whole matrix of zeros.
         self.parts = {block.name: part.view(-1, *block.shape) for block, part in columns}
-        self.products = {
-            module: self._products(module, dtype)
-            for module in MODULES
-            if any(slots.targets(slot, module) for slot in packing.slots)
-        }
-
-    def _products(self, module: str, dtype: torch.dtype) -> "GroupedProducts | SegmentProducts":
-        # The scale goes into B, which is small: alpha / rank, and 0 for a slot that does not adapt the module.
-        scale = self.slots.scales[module]
-        if self.dropout:
-            scale = scale * self.dropout.factors
-        a = self.parts[f"{module}.A"].to(dtype)
-        b = (self.parts[f"{module}.B"] * scale[:, None, None, None]).to(dtype)
-        if self.packing.flat:
-            return GroupedProducts(a, b, self.packing)
-        targeted = [self.slots.targets(slot, module) for slot in range(len(self.slots))]
-        return SegmentProducts(a, b, self.packing, targeted)
-
-    def add(self, output: Tensor, x: Tensor, module: str, layer: int, sizes: tuple[int, ...]) -> Tensor:
-        """`output` [n, out] plus, for each segment of `x` [n, in], its slot's scaled B A x."""
-        if module not in self.products:
-            return output
-        if self.dropout:
-            x = Kept.apply(x, *self.dropout.keys(layer, MODULES.index(module), of_rows=sizes is self.packing.row_sizes))
-        return self.products[module].add(output, x, layer, sizes)
+        self.layers: Sequence[LayerUpdates] = self._grouped() if packing.flat else self._by_segment()
 
     def logits(self, features: Tensor) -> Tensor:
         """fp32 logits [K, longest, classes] of `features` [rows, hidden]; the rows of a slot lie at its start."""
         longest = max(self.packing.row_sizes)
         padded = features.new_zeros(len(self.slots) * longest, features.shape[1], dtype=torch.float32)
-        x = padded.index_copy(0, self.places(longest), features.float()).view(len(self.slots), longest, -1)
+        x = padded.index_copy(0, self.packing.places, features.float()).view(len(self.slots), longest, -1)
         if f"{DENSE}.weight" in self.parts:
             x = torch.tanh(_affine(x, self.parts, DENSE))
             return _affine(x, self.parts, "classifier.out_proj")
         return _affine(x, self.parts, "classifier")
 
-    def places(self, longest: int) -> Tensor:
-        """[rows] where each row stands among K x `longest`."""
-        slots = zip(self.packing.slots, self.packing.row_sizes, strict=True)
-        return torch.cat([torch.arange(rows) + slot * longest for slot, rows in slots]).to(self.slots.device)
+    def _pair(self, module: str) -> tuple[Tensor, Tensor]:
+        """A [K, layers, r, in] and scaled B [K, layers, out, r] of a module."""
+        # The scale goes into B, which is small: alpha / rank, and 0 for a slot that does not adapt the module.
+        scale = self.slots.scales[module]
+        if self.dropout:
+            scale = scale * self.dropout.factors
+        b = self.parts[f"{module}.B"] * scale[:, None, None, None]
+        return self.parts[f"{module}.A"].to(self.dtype), b.to(self.dtype)
+
+    def _grouped(self) -> "list[GroupedUpdates]":
+        """Of all modules that any slot has had, so that who adapts what now changes nothing of what is compiled."""
+        packing, slots = self.packing, self.slots
+        ends = [_ends(sizes, packing.slots, len(slots)) for sizes in (packing.token_sizes, packing.row_sizes)]
+        of_tokens, of_rows = on_device(ends, packing.ids.device)
+        pairs = {}
+        for module in slots.ranks:
+            # Layers outermost: each has a matrix of its own, whose strides follow from its shape.
+            by_layer = (part.transpose(0, 1).contiguous() for part in self._pair(module))
+            pairs[module] = [part.transpose(2, 3).unbind() for part in by_layer]
+        return [
+            GroupedUpdates(
+                a={module: a[number] for module, (a, _) in pairs.items()},
+                b={module: b[number] for module, (_, b) in pairs.items()},
+                ends=of_tokens,
+                row_ends=of_rows,
+                dropout=self.dropout.layer(number) if self.dropout else None,
+            )
+            for number in range(slots.shape.num_layers)
+        ]
+
+    def _by_segment(self) -> "list[SegmentUpdates]":
+        packing, slots, num_layers = self.packing, self.slots, self.slots.shape.num_layers
+        targeted = {module: [slots.targets(slot, module) for slot in packing.slots] for module in MODULES}
+        pairs: list[dict[str, list[tuple[Tensor, Tensor] | None]]] = [{} for _ in range(num_layers)]
+        for module in [module for module in MODULES if any(targeted[module])]:
+            a, b = (part.flatten(0, 1).unbind() for part in self._pair(module))
+            for number, layer in enumerate(pairs):
+                places = [slot * num_layers + number for slot in packing.slots]
+                own = zip(places, targeted[module], strict=True)
+                layer[module] = [(a[place], b[place]) if adapts else None for place, adapts in own]
+        return [
+            SegmentUpdates(
+                pairs=layer,
+                token_sizes=packing.token_sizes,
+                row_sizes=packing.row_sizes,
+                dropout=self.dropout.layer(number) if self.dropout else None,
+            )
+            for number, layer in enumerate(pairs)
+        ]
 
 
-class SegmentProducts:
-    """One module's updates, a segment at a time: the few slots of a CPU."""
+@dataclass(frozen=True)
+class SegmentUpdates:
+    """One layer's updates, a segment at a time: the few slots of a CPU.
 
-    def __init__(self, a: Tensor, b: Tensor, packing: Packing, targeted: list[bool]) -> None:
-        """a [K, layers, r, in], b [K, layers, out, r]; targeted: whether each slot adapts the module."""
-        self.slots, self.targeted, self.num_layers = packing.slots, targeted, a.shape[1]
-        self.pairs = list(zip(a.flatten(0, 1).unbind(), b.flatten(0, 1).unbind(), strict=True))
+    pairs: {module that any segment's slot adapts: (A [r, in], scaled B [out, r]) of each segment's slot, or None where
+    it does not}. token_sizes, row_sizes: of each segment. dropout: of the updates' input.
+    """
 
-    def add(self, output: Tensor, x: Tensor, layer: int, sizes: tuple[int, ...]) -> Tensor:
-        """`output` [n, out] plus each targeted slot's B A x, in one product with the sum."""
+    pairs: Mapping[str, Sequence[tuple[Tensor, Tensor] | None]]
+    token_sizes: tuple[int, ...]
+    row_sizes: tuple[int, ...]
+    dropout: LayerDropout | None
+
+    def add(self, output: Tensor, x: Tensor, module: str, of_rows: bool) -> Tensor:
+        """`output` [n, out] plus each segment's B A x, in one product with the sum."""
+        if module not in self.pairs:
+            return output
+        if self.dropout:
+            x = self.dropout(x, NUMBERS[module], of_rows)
+        sizes = self.row_sizes if of_rows else self.token_sizes
         parts = list(output.split(sizes)) if len(sizes) > 1 else [output]
-        for number, (slot, part) in enumerate(zip(self.slots, x.split(sizes), strict=True)):
-            if self.targeted[slot]:
-                a, b = self.pairs[slot * self.num_layers + layer]
+        for number, (pair, part) in enumerate(zip(self.pairs[module], x.split(sizes), strict=True)):
+            if pair is not None:
+                a, b = pair
                 parts[number] = torch.addmm(parts[number], F.linear(part, a), b.t())
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-class GroupedProducts:
-    """One module's updates for all slots in one launch a product: the many slots of a GPU."""
+@dataclass(frozen=True)
+class GroupedUpdates:
+    """One layer's updates of all slots, in one launch a product: the many slots of a GPU.
 
-    def __init__(self, a: Tensor, b: Tensor, packing: Packing) -> None:
-        """a [K, layers, r, in], b [K, layers, out, r]."""
-        self.layers = list(zip(a.transpose(2, 3).unbind(1), b.transpose(2, 3).unbind(1), strict=True))
-        self.ends = {sizes: _ends(sizes, packing.slots, a) for sizes in (packing.token_sizes, packing.row_sizes)}
+    a, b: {module: A [K, in, r], scaled B [K, r, out]}. ends, row_ends: [K] int32, where each slot's segment of tokens
+    or of rows ends. dropout: of the updates' input.
+    """
 
-    def add(self, output: Tensor, x: Tensor, layer: int, sizes: tuple[int, ...]) -> Tensor:
+    a: Mapping[str, Tensor]
+    b: Mapping[str, Tensor]
+    ends: Tensor
+    row_ends: Tensor
+    dropout: LayerDropout | None
+
+    def add(self, output: Tensor, x: Tensor, module: str, of_rows: bool) -> Tensor:
         """`output` [n, out] plus each slot's B A x."""
-        a, b = self.layers[layer]
-        ends = self.ends[sizes]
-        return output + F.grouped_mm(F.grouped_mm(x, a, offs=ends), b, offs=ends)
+        if module not in self.a:
+            return output
+        if self.dropout is not None:
+            x = self.dropout(x, NUMBERS[module], of_rows)
+        ends = self.row_ends if of_rows else self.ends
+        return output + F.grouped_mm(F.grouped_mm(x, self.a[module], offs=ends), self.b[module], offs=ends)
 
 
-def _ends(sizes: tuple[int, ...], slots: tuple[int, ...], like: Tensor) -> Tensor:
-    """(K,) int32 where each slot's segment ends; an absent slot's is empty."""
-    counts = torch.zeros(len(like), dtype=torch.int64)
-    counts[list(slots)] = torch.tensor(sizes)
-    return counts.cumsum(0).to(like.device, torch.int32)
+def _ends(sizes: tuple[int, ...], slots: tuple[int, ...], num_slots: int) -> npt.NDArray[np.int32]:
+    """(K,) where each slot's segment ends; an absent slot's is empty."""
+    counts = np.zeros(num_slots, dtype=np.int32)
+    counts[list(slots)] = sizes
+    return counts.cumsum(dtype=np.int32)
 
 
 def _affine(x: Tensor, parts: Mapping[str, Tensor], name: str) -> Tensor:

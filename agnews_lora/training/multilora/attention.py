@@ -11,8 +11,8 @@ from torch.nn.attention import varlen
 class Attention(Protocol):
     """Attention of the queries to the tokens of their own row."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[n, heads, size] of queries [n, heads, size], which are those of all tokens or of each row's first alone."""
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, of_rows: bool) -> Tensor:
+        """[n, heads, size] of queries [n, heads, size]: those of all tokens, or (of_rows) of each row's first alone."""
         ...
 
 
@@ -28,8 +28,8 @@ class PaddedAttention:
     token_sizes: tuple[int, ...]
     paddings: tuple[Tensor | None, ...]
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query_sizes = self.token_sizes if len(query) == len(key) else self.row_sizes
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, of_rows: bool) -> Tensor:
+        query_sizes = self.row_sizes if of_rows else self.token_sizes
         parts = zip(query.split(query_sizes), key.split(self.token_sizes), value.split(self.token_sizes), strict=True)
         context = []
         for segment, rows, padding in zip(parts, self.row_sizes, self.paddings, strict=True):
@@ -83,15 +83,15 @@ def _by_row(x: Tensor, rows: int) -> Tensor:
 class FlatAttention:
     """Rows one behind the other without padding, by flash attention over variable lengths (CUDA, bf16).
 
-    offsets: (rows + 1,) int32, where each row starts and the last one ends. longest: tokens of the longest row.
+    offsets: (rows + 1,) int32, where each row starts and the last one ends. longest: no row has more tokens.
     """
 
     offsets: Tensor
     longest: int
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, of_rows: bool) -> Tensor:
         offsets, longest = self.offsets, self.longest
-        if len(query) != len(key):
+        if of_rows:
             offsets, longest = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device), 1
         attended = varlen.varlen_attn(query, key, value, offsets, self.offsets, longest, self.longest)
         assert isinstance(attended, Tensor)  # a pair only where more is asked for

@@ -12,9 +12,10 @@ from agnews_lora.adapters.spec import ModelShape
 from agnews_lora.training.evaluation import by_length
 from agnews_lora.training.multilora import optimizer
 from agnews_lora.training.multilora.adaptation import Adaptation
+from agnews_lora.training.multilora.compilation import Encoding
 from agnews_lora.training.multilora.dropout import Draw
 from agnews_lora.training.multilora.encoder import Encoder
-from agnews_lora.training.multilora.packing import Packing, TokenStore
+from agnews_lora.training.multilora.packing import Packing, TokenStore, on_device
 from agnews_lora.training.multilora.slots import Slots
 from agnews_lora.training.multilora.threads import Threads
 
@@ -42,6 +43,7 @@ class Core:
         self.shape = shape
         self.device, self.dtype = encoder.device, encoder.dtype
         self.threads = Threads() if self.device.type == "cpu" else None
+        self.encoding = Encoding(self.device)
         self.slots = Slots(num_slots, shape, self.device)
 
     def resize(self, num_slots: int) -> None:
@@ -56,7 +58,8 @@ class Core:
         if self.threads:
             losses, gradients = self._shared(store, batches, draws, self.threads)
         else:
-            losses, gradients = self.gradients(store.pack([(batch.slot, batch.rows) for batch in batches]), draws)
+            packing = store.pack([(batch.slot, batch.rows) for batch in batches])
+            losses, gradients = self.encoding.run(lambda: self.gradients(packing, draws))
         norms = optimizer.clip(self.slots, gradients, max_grad_norm)
         optimizer.step(self.slots, gradients, self._steps(batches), weight_decay)
         [loss_values, norm_values] = torch.stack([losses, norms]).tolist()  # the only wait for the device in a step
@@ -78,15 +81,12 @@ class Core:
     def gradients(self, packing: Packing, draws: dict[int, Draw]) -> tuple[torch.Tensor, torch.Tensor]:
         """([K] mean cross entropies, [K, columns] their gradients). A slot's own loss reaches its own columns only."""
         leaf = self.slots.weights.detach().requires_grad_()
-        adaptation = Adaptation(self.slots, leaf, packing, self.dtype, draws)
-        logits = adaptation.logits(self.encoder(packing, adaptation))
+        logits = self._logits(Adaptation(self.slots, leaf, packing, self.dtype, draws))
         num_slots, longest, classes = logits.shape
         labels = logits.new_zeros(num_slots * longest, dtype=torch.int64)
         shares = logits.new_zeros(num_slots * longest)
-        places = adaptation.places(longest)
-        labels[places] = packing.labels
-        sizes = torch.tensor(packing.row_sizes, device=self.device)
-        shares[places] = (1.0 / sizes).repeat_interleave(sizes, output_size=len(places))
+        labels[packing.places] = packing.labels
+        shares[packing.places] = packing.shares
         each = F.cross_entropy(logits.view(-1, classes), labels, reduction="none")
         losses = (each * shares).view(num_slots, longest).sum(dim=1)
         [gradients] = torch.autograd.grad(losses.sum(), leaf)
@@ -103,10 +103,14 @@ class Core:
             with torch.no_grad():
                 packing = store.pack([(slot, ids[positions].tolist()) for slot in slots])
                 adaptation = Adaptation(self.slots, self.slots.weights, packing, self.dtype, {})
-                logits = adaptation.logits(self.encoder(packing, adaptation))
-            return logits[list(slots)].cpu().numpy()
+                logits = self.encoding.run(lambda: self._logits(adaptation))
+            return logits.cpu().numpy()[list(slots)]
 
         yield from zip(batches, (self.threads.map if self.threads else map)(scored, batches), strict=True)
+
+    def _logits(self, adaptation: Adaptation) -> torch.Tensor:
+        packing = adaptation.packing
+        return adaptation.logits(self.encoder(packing, adaptation.layers, self.encoding.of(packing.flat)))
 
     def _draws(self, batches: Sequence[SlotBatch]) -> dict[int, Draw]:
         draws = {}
@@ -120,4 +124,6 @@ class Core:
         rates, numbers = [0.0] * len(self.slots), [1] * len(self.slots)
         for batch in batches:
             rates[batch.slot], numbers[batch.slot] = batch.learning_rate, batch.step
-        return optimizer.SlotSteps.of(rates, numbers, self.device)
+        steps = optimizer.SlotSteps.of(rates, numbers, torch.device("cpu"))
+        values = (steps.learning_rates, steps.first_corrections, steps.second_corrections)
+        return optimizer.SlotSteps(*on_device([value.numpy() for value in values], self.device))

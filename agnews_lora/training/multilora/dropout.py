@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agnews_lora.training.multilora.packing import Packing
+from agnews_lora.training.multilora.packing import Packing, on_device
 
 DRAWS = 2**15  # a probability is a multiple of 1 / DRAWS
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32  # multipliers, as int32
@@ -35,24 +35,57 @@ class Dropout:
 
     def __init__(self, packing: Packing, draws: Mapping[int, Draw], num_slots: int) -> None:
         """draws: {slot: its draw}; a slot without one drops nothing."""
-        device = packing.ids.device
         own = [draws.get(slot, Draw(0.0, 0, 0)) for slot in range(num_slots)]
         keys = [int(np.random.SeedSequence([draw.seed, draw.step]).generate_state(1, np.uint32)[0]) for draw in own]
         dropped = [round(draw.probability * DRAWS) for draw in own]
-        self.factors = torch.tensor([1 / (1 - count / DRAWS) for count in dropped], device=device)
         described = np.array([keys, [count - 1 for count in dropped]], dtype=np.int64).astype(np.int32)
-        key, bound = torch.from_numpy(described).to(device)[:, packing.token_slots]
+        factors = np.array([1 / (1 - count / DRAWS) for count in dropped], dtype=np.float32)
+        by_slot, self.factors = on_device([described, factors], packing.ids.device)
+        key, bound = by_slot[:, packing.token_slots]
         # A token is known by its row in the table and its place in the row, wherever it lies in the pass.
         self.tokens = _mixed(key ^ _mixed(packing.token_rows.int() * _GOLDEN + packing.positions.int()))
         self.bounds = bound[:, None].to(torch.int16)
-        self.first = packing.first
+        self.packing = packing
 
-    def keys(self, layer: int, module: int, of_rows: bool) -> tuple[Tensor, Tensor]:
-        """(keys [n], bounds [n, 1]) of all tokens in a module of a layer, or of each row's first token alone."""
+    def layer(self, number: int) -> "LayerDropout":
+        """The masks of one layer."""
+        salt: int | Tensor = number * 64 + 1
+        if self.packing.flat:  # a compiled layer is one for all numbers only if it reads its own from the device
+            salt = torch.full((), number * 64 + 1, dtype=torch.int32, device=self.tokens.device)
+        return LayerDropout(self.tokens, self.bounds, self.packing.first, salt)
+
+
+@dataclass(frozen=True)
+class LayerDropout:
+    """The masks of one layer: tokens [n] int32, bounds [n, 1] int16, first (rows,) index of each row's first token."""
+
+    tokens: Tensor
+    bounds: Tensor
+    first: Tensor
+    salt: int | Tensor
+
+    def __call__(self, x: Tensor, module: int, of_rows: bool) -> Tensor:
+        """`x` [n, features] of all tokens, or of each row's first alone, as a module is to see it."""
+        keys, bounds = self.keys(module, of_rows)
+        # Of one expression a compiler makes one kernel; it would cut the other one at its view of other integers.
+        return kept(x, keys, bounds) if torch.compiler.is_compiling() else Kept.apply(x, keys, bounds)
+
+    def keys(self, module: int, of_rows: bool) -> tuple[Tensor, Tensor]:
+        """(keys [n], bounds [n, 1]) of all tokens in a module, or of each row's first token alone."""
         tokens, bounds = self.tokens, self.bounds
         if of_rows:
             tokens, bounds = tokens[self.first], bounds[self.first]
-        return _mixed(tokens ^ (layer * 64 + module + 1)), bounds
+        return _mixed(tokens ^ (self.salt + module)), bounds
+
+
+def kept(x: Tensor, keys: Tensor, bounds: Tensor) -> Tensor:
+    """What `Kept` gives, feature by feature, for CUDA's compiler: in C++, products that overflow are undefined."""
+    features = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+    drawn = (keys[:, None] ^ _mixed(features >> 1)) * _FIRST
+    drawn = (drawn ^ ((drawn >> 15) & 0x1FFFF)) * _SECOND
+    drawn = drawn ^ ((drawn >> 16) & 0xFFFF)
+    drawn = torch.where((features & 1) == 0, drawn, drawn >> 16) & 0x7FFF
+    return x.masked_fill(drawn <= bounds, 0.0)
 
 
 class Kept(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,11 @@ from agnews_lora.data.tokens import TokenTable
 from agnews_lora.training.batches import WIDTH_STEP
 from agnews_lora.training.multilora.attention import Attention, FlatAttention, PaddedAttention
 
+# Tokens of a row that flash attention takes at once (heads of 64). The longest row in these steps launches the same
+# work, and is hardly ever a new number, for which a layer would have to be compiled again.
+TILE = 128
+ALIGNMENT = 16  # bytes
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -19,7 +25,8 @@ class Packing:
     slots: slot of each segment. row_sizes, token_sizes: rows and tokens of each segment. ids, positions: (tokens,)
     int64, a position being the token's place in its row (0 in padding). token_slots, token_rows: (tokens,) int64, the
     slot of each token and its row in the table. first: (rows,) index of each row's first token. labels: (rows,) int64.
-    flat: whether rows lie without padding. attention: inside each row.
+    places: (rows,) where each row stands if every slot has as many places as the largest segment has rows. shares:
+    (rows,) of its segment that a row is. flat: whether rows lie without padding. attention: inside each row.
     """
 
     slots: tuple[int, ...]
@@ -31,6 +38,8 @@ class Packing:
     token_rows: torch.Tensor
     first: torch.Tensor
     labels: torch.Tensor
+    places: torch.Tensor
+    shares: torch.Tensor
     flat: bool
     attention: Attention
 
@@ -48,8 +57,8 @@ class TokenStore:
         self.lengths = table.lengths
         self.pad_id = table.pad_id
         self.ids = torch.from_numpy(np.array(table.ids)).to(device)  # (total_tokens,) int32
-        self.starts = self._on_device(np.array(table.offsets[:-1]))
-        self.labels = self._on_device(np.array(table.labels))
+        self.starts = torch.from_numpy(np.array(table.offsets[:-1])).to(device)
+        self.labels = torch.from_numpy(np.array(table.labels)).to(device)
 
     def pack(self, segments: Sequence[tuple[int, Sequence[int]]]) -> Packing:
         """Lay out the rows of some slots: pairs of a slot and its row ids."""
@@ -62,12 +71,22 @@ class TokenStore:
         padded = -(-longest // WIDTH_STEP) * WIDTH_STEP
         widths = lengths if self.flat else np.repeat(padded, row_sizes)  # places that each row takes
         offsets = np.concatenate([[0], np.cumsum(widths)])
+        own_slots, own_bounds = np.repeat(slots, row_sizes), np.repeat(bounds[:-1], row_sizes)
+        places = own_slots * max(row_sizes) + np.arange(len(rows)) - own_bounds
+        described, places_there, shares, offsets_there = on_device(
+            [
+                np.stack([rows, lengths, offsets[:-1], own_slots, widths]),
+                places,
+                np.repeat(1 / np.array(row_sizes), row_sizes).astype(np.float32),
+                offsets.astype(np.int32),
+            ],
+            self.device,
+        )
+        ids, positions, token_slots, token_rows = self._cut(described, total=int(offsets[-1]))
         token_sizes = tuple(np.diff(offsets[bounds]).tolist())
-        cut = self._cut(rows, lengths, widths, offsets, np.repeat(slots, row_sizes))
-        ids, positions, token_slots, token_rows = cut
         attention: Attention
         if self.flat:
-            attention = FlatAttention(self._on_device(offsets.astype(np.int32)), int(lengths.max()))
+            attention = FlatAttention(offsets_there, -(-int(lengths.max()) // TILE) * TILE)
         else:
             parts = np.split(lengths, bounds[1:-1])
             paddings = tuple(self._padding(part, int(width)) for part, width in zip(parts, padded, strict=True))
@@ -80,23 +99,19 @@ class TokenStore:
             positions=positions,
             token_slots=token_slots,
             token_rows=token_rows,
-            first=self._on_device(offsets[:-1]),
-            labels=self.labels[self._on_device(rows)],
+            first=described[2],
+            labels=self.labels[described[0]],
+            places=places_there,
+            shares=shares,
             flat=self.flat,
             attention=attention,
         )
 
     def _cut(
-        self,
-        rows: npt.NDArray[np.int64],
-        lengths: npt.NDArray[np.int64],
-        widths: npt.NDArray[np.int64],
-        offsets: npt.NDArray[np.int64],
-        slots: npt.NDArray[np.int64],
+        self, described: torch.Tensor, total: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(ids, positions, slots, rows), a token each, of rows that take `widths` places each, from `offsets` on."""
-        described = self._on_device(np.stack([rows, lengths, offsets[:-1], slots, widths]))
-        total = int(offsets[-1])
+        """(ids, positions, slots, rows), a token each, of rows described [5, rows] by their number, tokens, first
+        place, slot and places."""
         row, length, begin, slot = described[:4].repeat_interleave(described[4], dim=1, output_size=total)
         place = torch.arange(total, device=self.device) - begin
         real = place < length
@@ -107,7 +122,27 @@ class TokenStore:
     def _padding(self, lengths: npt.NDArray[np.int64], width: int) -> torch.Tensor | None:
         if lengths.min() == width:
             return None
-        return self._on_device(np.arange(width) >= lengths[:, None])[:, None, None, :]
+        return on_device([(np.arange(width) >= lengths[:, None])[:, None, None, :]], self.device)[0]
 
-    def _on_device(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+
+def on_device(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
+    """The arrays on a device, by one copy out of page-locked memory: the host does not wait for it."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    return in_one_copy(arrays, device, pinned=True)
+
+
+def in_one_copy(arrays: Sequence[npt.NDArray[Any]], device: torch.device, pinned: bool) -> list[torch.Tensor]:
+    """The arrays side by side in one buffer (page-locked or not), and that on the device."""
+    sources = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+    ends = np.cumsum([-(-source.nbytes // ALIGNMENT) * ALIGNMENT for source in sources]).tolist()
+    buffer = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=pinned)
+    places = [(end, source) for end, source in zip([0, *ends[:-1]], sources, strict=True)]
+
+    def part(of: torch.Tensor, start: int, source: torch.Tensor) -> torch.Tensor:
+        return of[start : start + source.nbytes].view(source.dtype).view(source.shape)
+
+    for start, source in places:
+        part(buffer, start, source).copy_(source)
+    moved = buffer.to(device, non_blocking=True)  # pinned memory is not handed out again before the copy is done
+    return [part(moved, start, source) for start, source in places]

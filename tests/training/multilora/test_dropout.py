@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agnews_lora.adapters.spec import Family
-from agnews_lora.training.multilora.dropout import Draw, Dropout, Kept
+from agnews_lora.training.multilora.dropout import Draw, Dropout, Kept, kept
 from agnews_lora.training.multilora.packing import TokenStore
 from tests.training.conftest import Lab
 
@@ -23,8 +23,8 @@ def masks(
     segments = [(slot, ROWS), *((other, [1, 2, 5 + other]) for other in neighbours)]
     packing = TokenStore(lab.corpus.train, CPU, flat).pack(segments)
     dropout = Dropout(packing, {slot: own, **neighbours}, num_slots=4)
-    of_tokens = Kept.apply(torch.ones(len(packing.ids), FEATURES), *dropout.keys(layer, module, of_rows=False))
-    of_rows = Kept.apply(torch.ones(len(packing.first), FEATURES), *dropout.keys(layer, module, of_rows=True))
+    of_tokens = Kept.apply(torch.ones(len(packing.ids), FEATURES), *dropout.layer(layer).keys(module, of_rows=False))
+    of_rows = Kept.apply(torch.ones(len(packing.first), FEATURES), *dropout.layer(layer).keys(module, of_rows=True))
     assert torch.equal(of_rows, of_tokens[packing.first])
     described = zip(
         packing.token_slots.tolist(), packing.token_rows.tolist(), packing.positions.tolist(), of_tokens, strict=True
@@ -63,7 +63,7 @@ def test_seed_step_layer_and_module_each_change_it(roberta: Lab, draw: Draw, lay
 def test_as_many_are_dropped_as_asked_for(labs: dict[Family, Lab], probability: float, seed: int, step: int) -> None:
     packing = TokenStore(labs["roberta"].corpus.train, CPU, True).pack([(1, list(range(60)))])
     dropout = Dropout(packing, {1: Draw(probability, seed, step)}, num_slots=2)
-    mask = Kept.apply(torch.ones(len(packing.ids), 96), *dropout.keys(2, 3, of_rows=False))
+    mask = Kept.apply(torch.ones(len(packing.ids), 96), *dropout.layer(2).keys(3, of_rows=False))
     deviation = (probability * (1 - probability) / mask.numel()) ** 0.5
     assert abs((mask == 0).double().mean().item() - probability) < 5 * deviation + 2**-15
     assert dropout.factors.tolist() == pytest.approx([1.0, 1 / (1 - probability)], rel=1e-3)
@@ -81,7 +81,7 @@ def test_tokens_and_features_are_dropped_independently() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gradient_passes_where_the_feature_does(dtype: torch.dtype) -> None:
-    x = torch.randn(50, 31, dtype=dtype, requires_grad=True)
+    x = torch.empty(50, 31, dtype=dtype).uniform_(0.5, 1.0).requires_grad_()  # none is 0 by itself
     bounds = torch.full((50, 1), round(0.3 * 2**15) - 1, dtype=torch.int16)
     kept = Kept.apply(x, torch.arange(50, dtype=torch.int32), bounds)
     gradient = torch.randn_like(kept)
@@ -90,3 +90,26 @@ def test_the_gradient_passes_where_the_feature_does(dtype: torch.dtype) -> None:
     assert 0.5 < where.float().mean() < 0.9
     assert torch.equal(kept[where], x.detach()[where])
     assert x.grad is not None and torch.equal(x.grad, gradient * where)
+
+
+@pytest.mark.parametrize("features", [1, 32, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_compiled_keeps_the_same_features(dtype: torch.dtype, features: int) -> None:
+    x = torch.randn(200, features, dtype=dtype, requires_grad=True)
+    keys = torch.randint(-(2**31), 2**31, (200,), dtype=torch.int32)
+    bounds = torch.tensor([-1, 0, 2**13, 2**14, 2**15 - 2], dtype=torch.int16).repeat(40)[:, None]
+    found = [call(x, keys, bounds) for call in (Kept.apply, kept)]
+    assert torch.equal(*found)
+    gradient = torch.randn_like(x)
+    assert torch.equal(*(torch.autograd.grad(each, x, gradient)[0] for each in found))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_keeps_what_a_cpu_keeps() -> None:
+    x = torch.randn(300, 3072, dtype=torch.bfloat16)
+    keys = torch.arange(300, dtype=torch.int32) * 65_537
+    bounds = torch.full((300, 1), 2**13, dtype=torch.int16)
+    expected = Kept.apply(x, keys, bounds)
+    for call in (Kept.apply, kept, torch.compile(kept)):
+        assert torch.equal(call(*(each.cuda() for each in (x, keys, bounds))).cpu(), expected)

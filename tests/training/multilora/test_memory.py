@@ -42,3 +42,12 @@ def test_a_cpu_trains_one_trial_at_a_time(roberta: Lab) -> None:
     core = Core(Encoder(load_base(roberta.base, 4), "roberta", CPU, torch.float32), roberta.base.shape, 4)
     assert choose_slots(core, TokenStore(roberta.corpus.train, CPU, flat=False), 8) == 1
     assert peak_memory_bytes(CPU) > 1 << 20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_takes_as_many_as_its_memory_says(roberta: Lab) -> None:
+    device = torch.device("cuda", 0)
+    core = Core(Encoder(load_base(roberta.base, 4), "roberta", device, torch.bfloat16), roberta.base.shape, 1)
+    assert choose_slots(core, TokenStore(roberta.corpus.train, device, flat=True), 8) == MAX_SLOTS
+    assert core.encoding.compiles and core.slots.specs == [None]

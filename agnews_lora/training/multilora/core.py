@@ -55,22 +55,30 @@ class Core:
     ) -> tuple[list[float], list[float]]:
         """Train each slot on its batch; ([K] mean losses, [K] gradient norms before clipping)."""
         draws = self._draws(batches)
-        if self.threads:
-            losses, gradients = self._shared(store, batches, draws, self.threads)
-        else:
-            packing = store.pack([(batch.slot, batch.rows) for batch in batches])
-            losses, gradients = self.encoding.run(lambda: self.gradients(packing, draws))
-        norms = optimizer.clip(self.slots, gradients, max_grad_norm)
-        optimizer.step(self.slots, gradients, self._steps(batches), weight_decay)
-        [loss_values, norm_values] = torch.stack([losses, norms]).tolist()  # the only wait for the device in a step
-        return loss_values, norm_values
 
-    def _shared(
-        self, store: TokenStore, batches: Sequence[SlotBatch], draws: dict[int, Draw], threads: Threads
+        def update(losses: torch.Tensor, gradients: torch.Tensor) -> tuple[list[float], list[float]]:
+            norms = optimizer.clip(self.slots, gradients, max_grad_norm)
+            optimizer.step(self.slots, gradients, self._steps(batches), weight_decay)
+            [loss_values, norm_values] = torch.stack([losses, norms]).tolist()  # the only wait for the device in a step
+            return loss_values, norm_values
+
+        if self.threads is None:
+            packing = store.pack([(batch.slot, batch.rows) for batch in batches])
+            return update(*self.encoding.run(lambda: self.gradients(packing, draws)))
+        shares = [(batch, rows) for batch in batches for rows in self.threads.shares(batch.rows)]
+        passes = list(self.threads.map(lambda share: self._pass(store, *share, draws), shares))
+        return self.threads.alone(lambda: update(*self._sum(shares, passes)))
+
+    def _pass(
+        self, store: TokenStore, batch: SlotBatch, rows: Sequence[int], draws: dict[int, Draw]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `gradients` gives, from each thread's passes over a share of a batch."""
-        shares = [(batch, rows) for batch in batches for rows in threads.shares(batch.rows)]
-        passes = threads.map(lambda share: self.gradients(store.pack([(share[0].slot, share[1])]), draws), shares)
+        """What `gradients` gives of a share of a slot's batch."""
+        return self.gradients(store.pack([(batch.slot, rows)]), draws)
+
+    def _sum(
+        self, shares: Sequence[tuple[SlotBatch, Sequence[int]]], passes: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `gradients` gives of whole batches, from that of their shares."""
         losses, gradients = torch.zeros(len(self.slots)), torch.zeros_like(self.slots.weights)
         for (batch, rows), (loss, gradient) in zip(shares, passes, strict=True):
             share = len(rows) / len(batch.rows)

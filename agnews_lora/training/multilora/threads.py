@@ -34,3 +34,7 @@ class Threads:
             group = [self.pool.submit(call, item) for item in items[start : start + self.number]]
             wait(group)
             yield from (each.result() for each in group)
+
+    def alone(self, call: Callable[[], Value]) -> Value:
+        """`call`, on one of the threads: torch's own would go on spinning for a while, in the way of the passes."""
+        return self.pool.submit(call).result()

@@ -56,9 +56,9 @@ CONFIGURATIONS: Final = (
 )
 TRIALS: Final = {f"t{index:04d}": spec for index, spec in enumerate(CONFIGURATIONS)}
 FIRST_SEED: Final = 100  # configuration i is trained with seed 100 + i by both engines,
-OTHER_SEED: Final = 200  # and with 200 + i once more by the reference engine
+OTHER_SEED: Final = 200  # and with 200 + i once more by multilora
 
-TRAINER, MULTILORA, OTHER = "trainer", "multilora", "trainer with another seed"
+TRAINER, MULTILORA, OTHER = "trainer", "multilora", "multilora with another seed"
 SEEDS: Final = {TRAINER: FIRST_SEED, MULTILORA: FIRST_SEED, OTHER: OTHER_SEED}
 
 
@@ -150,7 +150,7 @@ def predictions(adapter: Path, base: BaseModel, corpus: Corpus) -> list[int]:
 
 def build_engine(name: str, base: BaseModel, corpus: Corpus) -> "Engine":
     """The engine of a name in `SEEDS`."""
-    if name == MULTILORA:
+    if name in (MULTILORA, OTHER):
         from agnews_lora.training.multilora.engine import MultiLoraEngine
 
         return MultiLoraEngine(base, corpus, SETTINGS, LABELS, slots=SLOTS)

@@ -1,4 +1,4 @@
-"""How many slots fit the device, and what a run has used of it."""
+"""How many slots fit the device."""
 
 import torch
 

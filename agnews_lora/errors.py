@@ -33,6 +33,10 @@ class StorageError(AgnewsLoraError):
     """A store (study, runs, artifacts, cache) that cannot be opened or written."""
 
 
+class StoreAway(StorageError):
+    """A store that does not answer now, and may do so again."""
+
+
 class StudyError(AgnewsLoraError):
     """A study that cannot be opened or resumed as asked."""
 

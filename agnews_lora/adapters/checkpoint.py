@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from agnews_lora.adapters.bases import BaseModel
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import PRESETS, ModelShape, TrialSpec, module_shape, target_pattern
-from agnews_lora.errors import AdapterError, BaseModelError
+from agnews_lora.errors import AdapterError, BaseModelError, StorageError
 
 if TYPE_CHECKING:
     import torch
@@ -82,8 +82,10 @@ def save_adapter(model: "PeftModel", record: AdapterRecord, folder: Path) -> Non
 
     Raises:
         AdapterError: what was read back is not bit for bit what the model holds, or does not recount.
+        StorageError: the folder cannot be written.
     """
     from peft import get_peft_model_state_dict
+    from safetensors import SafetensorError
 
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
@@ -93,8 +95,14 @@ def save_adapter(model: "PeftModel", record: AdapterRecord, folder: Path) -> Non
         _name_base(beside / CONFIG, record)
         (beside / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
         verify(beside, get_peft_model_state_dict(model, save_embedding_layers=False))
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            reason = getattr(error, "strerror", None) or error
+            raise StorageError(
+                f"the adapter of {record.trial} cannot be written to {folder} ({reason}); free or unlock that folder, "
+                "and start again: the trial goes on from its last checkpoint"
+            ) from error
         raise
     shutil.rmtree(folder, ignore_errors=True)
     beside.replace(folder)

@@ -23,7 +23,7 @@ class TrainSettings:
     epochs: passes over the training rows. batch_size, eval_batch_size: rows. max_length: tokens, special ones included.
     eval_every: steps between two evaluations on the way. eval_rows: size of the fixed stratified subset of the
     validation split that those use (the last evaluation uses the whole split). log_every: steps between two points of
-    the training loss; one more comes where a trial ends or stops. warmup: share of all steps over which the
+    the training loss; one more comes where a trial ends. warmup: share of all steps over which the
     learning rate rises linearly to its peak, before it falls linearly to zero. weight_decay: AdamW's. max_grad_norm:
     clipping norm over all trainable parameters. base_dropout: dropout inside the frozen base while training.
     precision: `auto` is bf16 where the device computes in it, else fp32.
@@ -48,7 +48,8 @@ class TrialPlan:
     """One trial to train, or to go on with.
 
     trial: id (`t0007`). seed: of initialisation, dropout and data order. folder: the trial's own work folder, created
-    by the engine. checkpoint: a folder that this engine wrote earlier for this trial, or None to start at step 0.
+    by the engine. checkpoint: a sound one (`checkpoints.newest`) that this engine wrote earlier for this trial, or None
+    to start at step 0.
     """
 
     trial: str
@@ -125,7 +126,10 @@ class TrialSource(Protocol):
 
 
 class Observer(Protocol):
-    """To whom an engine reports, and who may prune a trial or stop them all."""
+    """To whom an engine reports, and who may prune a trial or stop them all.
+
+    A StorageError that it raises is no trial's fault: the engine leaves with it, and reports no trial as failed.
+    """
 
     def logged(self, points: Sequence[TrainPoint]) -> None: ...
 
@@ -133,7 +137,12 @@ class Observer(Protocol):
         """One verdict a point: all trials due now are judged together. A final point's verdict is not read."""
         ...
 
-    def checkpointed(self, trial: str, step: int, path: Path) -> None: ...
+    def checkpointed(self, trial: str, step: int, path: Path) -> None:
+        """A sealed checkpoint lies at `path`: called before each evaluation, and for every trial in place at a stop.
+
+        Once a step, and once more where the stop finds the trial at a step that has its checkpoint already.
+        """
+        ...
 
     def finished(self, result: TrialResult) -> None: ...
 
@@ -148,5 +157,9 @@ class Engine(Protocol):
     """What trains trials."""
 
     def run(self, source: TrialSource, observer: Observer) -> None:
-        """Train what `source` gives until all places are empty and it gives None, or until a stop is requested."""
+        """Train what `source` gives until all places are empty and it gives None, or until a stop is requested.
+
+        Raises:
+            StorageError: a checkpoint cannot be written.
+        """
         ...

@@ -25,7 +25,8 @@ from transformers.trainer_callback import PrinterCallback
 from agnews_lora.adapters.bases import BaseModel
 from agnews_lora.adapters.checkpoint import record_of, save_adapter
 from agnews_lora.data.corpus import Corpus
-from agnews_lora.errors import AdapterError, BudgetError, TrainingError
+from agnews_lora.errors import AdapterError, BudgetError, StorageError, TrainingError
+from agnews_lora.training import checkpoints
 from agnews_lora.training.batches import batches
 from agnews_lora.training.contracts import (
     EvalPoint,
@@ -40,9 +41,10 @@ from agnews_lora.training.contracts import (
 )
 from agnews_lora.training.device import computes_in_bf16, peak_memory_bytes, training_device
 from agnews_lora.training.evaluation import mean_cross_entropy
-from agnews_lora.training.loading import PrecutTrainer, TableRows
+from agnews_lora.training.loading import TableRows
 from agnews_lora.training.metric import AccuracyAndMacroF1
 from agnews_lora.training.model import build_model, recount
+from agnews_lora.training.saving import LossWindow, SealingTrainer
 
 # What ends one trial and leaves the sweep sound. Everything else is a fault of the program: reported, then raised.
 TRIAL_FAULTS = (TrainingError, BudgetError, AdapterError, torch.OutOfMemoryError)
@@ -66,12 +68,18 @@ class TrainerEngine:
         self.bf16 = computes_in_bf16(self.device, settings.precision)
 
     def run(self, source: TrialSource, observer: Observer) -> None:
-        """Train what `source` gives, until it gives None or the observer asks to stop."""
+        """Train what `source` gives, until it gives None or the observer asks to stop.
+
+        Raises:
+            StorageError: a checkpoint cannot be written. The trial does not fail of it: it goes on from its last one.
+        """
         while not observer.stop_requested() and (plan := source.next()) is not None:
             try:
                 result = _TrialTraining(self, plan, observer).run()
             except TRIAL_FAULTS as error:
                 observer.failed(plan.trial, error)
+            except StorageError:
+                raise
             except Exception as error:
                 observer.failed(plan.trial, error)
                 raise
@@ -100,6 +108,7 @@ class _TrialTraining(TrainerCallback):
         self.metric = AccuracyAndMacroF1(keep_in_memory=True)
         self.final: EvalPoint | None = None
         self.checkpoint = plan.checkpoint
+        self.window = LossWindow.read(plan.checkpoint) if plan.checkpoint else None
         self.pruned = self.stopped = False
         self.train_seconds = self.eval_seconds = 0.0
 
@@ -110,19 +119,20 @@ class _TrialTraining(TrainerCallback):
         if engine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(engine.device)
         self.model = build_model(engine.base, plan.spec, len(engine.labels), plan.seed, self.settings.base_dropout)
-        self.trainer = PrecutTrainer(
+        self.trainer = SealingTrainer(
             self.model,
             self._arguments(),
             train_dataset=TableRows(self.corpus.train, range(len(self.corpus.train))),
             train_batches=self.train_batches,
             compute_metrics=self._metrics,
             callbacks=[self],
+            plan=plan,
         )
         self.trainer.remove_callback(PrinterCallback)  # the observer shows what there is to see
         began = time.perf_counter()
         with suppress(_Left):
             self.trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
-        self.train_seconds = time.perf_counter() - began - self.eval_seconds
+        self.train_seconds = time.perf_counter() - began - self.eval_seconds - self.trainer.save_seconds
         if self.stopped:
             assert self.checkpoint is not None, "a stop leaves Trainer only where a checkpoint stands"
             self.observer.checkpointed(plan.trial, self.trainer.state.global_step, self.checkpoint)
@@ -144,7 +154,7 @@ class _TrialTraining(TrainerCallback):
             bf16=self.engine.bf16,
             use_cpu=device.type == "cpu",
             seed=self.plan.seed,
-            logging_strategy="no",  # logged, evaluated and saved as `on_step_end` says
+            logging_strategy="no",  # logged and saved as `on_step_end` says, evaluated as `on_save` does
             logging_nan_inf_filter=False,  # a loss that is not finite ends the trial
             eval_strategy="no",
             save_strategy="no",
@@ -164,10 +174,28 @@ class _TrialTraining(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Going on from a checkpoint: it was written before the evaluation of its step, where one is due."""
-        if state.global_step > 0:
-            self._evaluate_if_due(state.global_step)
-            if self.stopped or self.pruned:
-                raise _Left
+        if self.window is None:
+            return
+        self.trainer.window = self.window
+        if self._is_due(state.global_step):
+            self._evaluate_and_judge(state.global_step)
+        if self.pruned and (steps := state.global_step - self.window.logged):
+            self._log(state.global_step, self.window.loss_sum / steps, self.window.learning_rate)
+        if self.stopped or self.pruned:
+            raise _Left
+
+    def on_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, lr_scheduler: Any = None, **kwargs: Any
+    ) -> None:
+        [self.trainer.learning_rate, *_] = lr_scheduler.get_last_lr()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell Trainer what to do. It logs before it saves, and a checkpoint comes before its step's evaluation."""
+        step, last = state.global_step, state.global_step == len(self.train_batches)
+        self.stopped = self.observer.stop_requested()
+        control.should_training_stop = self.stopped or last
+        control.should_log = last or step % self.settings.log_every == 0
+        control.should_save = self.stopped or self._is_due(step)
 
     def on_log(
         self,
@@ -177,26 +205,18 @@ class _TrialTraining(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        self._require_finite("training loss", logs["loss"], state.global_step)
-        point = TrainPoint(self.plan.trial, state.global_step, logs["loss"], logs["learning_rate"], timestamp())
-        self.observer.logged([point])
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Evaluate, then tell Trainer what to do. In this order: an evaluation of Trainer's resets `should_log`."""
-        step = state.global_step
-        if self.observer.stop_requested():
-            self.stopped = True
-        else:
-            self._evaluate_if_due(step)
-        ends = self.stopped or self.pruned
-        control.should_training_stop = ends or step == len(self.train_batches)
-        control.should_log = control.should_training_stop or step % self.settings.log_every == 0
-        control.should_save = self.stopped
+        if logs and "loss" in logs:
+            self._log(state.global_step, logs["loss"], logs["learning_rate"])
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.checkpoint = self.plan.folder / f"checkpoint-{state.global_step}"
+        step = state.global_step
+        self.checkpoint = checkpoints.folder_of(self.plan.folder, step)
+        if self.stopped:  # reported when Trainer is left
+            return
+        self.observer.checkpointed(self.plan.trial, step, self.checkpoint)
+        self._evaluate_and_judge(step)
+        control.should_training_stop |= self.stopped or self.pruned
+        control.should_log = self.pruned  # its last point: Trainer looks once more when it leaves the epoch
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.observer.stop_requested():
@@ -204,10 +224,15 @@ class _TrialTraining(TrainerCallback):
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _evaluate_if_due(self, step: int) -> None:
+    def _is_due(self, step: int) -> bool:
+        return step == len(self.train_batches) or step % self.settings.eval_every == 0
+
+    def _log(self, step: int, loss: float, learning_rate: float) -> None:
+        self._require_finite("training loss", loss, step)
+        self.observer.logged([TrainPoint(self.plan.trial, step, loss, learning_rate, timestamp())])
+
+    def _evaluate_and_judge(self, step: int) -> None:
         last = step == len(self.train_batches)
-        if not last and step % self.settings.eval_every:
-            return
         try:
             point = self._evaluate(step, last)
         except _Left:

@@ -198,7 +198,7 @@ def test_the_last_verdict_is_not_read(roberta: Lab, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("log_every", "eval_every", "what"),
-    [(1, 3000, "training loss"), (3000, 5, "validation loss"), (3000, 3000, "validation loss")],
+    [(1, 3000, "training loss"), (3000, 5, "validation loss"), (3000, 3000, "training loss")],
     ids=["at a log step", "at an evaluation", "at the last step alone"],
 )
 def test_a_loss_that_is_not_finite_fails_the_trial(

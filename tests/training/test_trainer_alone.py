@@ -32,7 +32,7 @@ from tests.training.conftest import SETTINGS, SPEC, Recorder, make_lab, plan, tr
 
 base, folder, report = map(Path, sys.argv[1:])
 lab = make_lab(base, folder / "cache")
-[(_, _, checkpoint)] = train(lab, [plan(folder)], recorder=Recorder(stop_at=9)).checkpoints
+*_, (_, _, checkpoint) = train(lab, [plan(folder)], recorder=Recorder(stop_at=9)).checkpoints
 [result] = train(lab, [plan(folder, checkpoint=checkpoint)]).results
 load_with_peft(result.adapter, lab.base)
 wild = plan(folder, "t0001", replace(SPEC, learning_rate=1e30))

@@ -1,6 +1,5 @@
 """Stopping and going on: wherever a stop comes, nothing is lost and the numbers are those of an undisturbed trial."""
 
-import math
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from agnews_lora.adapters.checkpoint import WEIGHTS
 from agnews_lora.adapters.spec import Family
-from agnews_lora.training.contracts import TrainPoint, TrialPlan
-from tests.training.conftest import SETTINGS, SPEC, TRAIN_ROWS, Lab, Recorder, plan, scores, train
+from agnews_lora.errors import StorageError
+from agnews_lora.training import checkpoints
+from agnews_lora.training.contracts import TrialPlan
+from tests.training.conftest import SETTINGS, SPEC, TRAIN_ROWS, Lab, Recorder, losses, plan, scores, train
 
 # Ten steps, evaluated at 4 and 8 in two batches each and at 10 in four. Dropout draws from the generators at each step.
 SHORT = replace(SETTINGS, epochs=1, eval_every=4, eval_batch_size=11, log_every=3, base_dropout=0.1)
@@ -33,7 +35,8 @@ def undisturbed(labs: dict[Family, Lab], tmp_path_factory: pytest.TempPathFactor
 
 def resumed(folder: Path, family: str, stopped: Recorder) -> TrialPlan:
     """The plan that goes on where a stop left the trial."""
-    [(_, _, checkpoint)] = stopped.checkpoints
+    *_, (_, _, checkpoint) = stopped.checkpoints
+    assert checkpoint == checkpoints.newest(folder / family)
     return plan(folder, family, SPECS[family], checkpoint=checkpoint)
 
 
@@ -47,10 +50,16 @@ def sessions(lab: Lab, family: str, folder: Path, stop_at: list[int]) -> Iterato
 
 
 def require_same(parts: list[Recorder], whole: Recorder) -> None:
-    """The sessions together did what the undisturbed trial did: final metrics and adapter alike to the last bit."""
+    """The sessions together did what the undisturbed trial did: all points and the adapter alike to the last bit."""
     *stopped, last = parts
+    at = 0
     for part in stopped:
-        assert (len(part.checkpoints), part.results, part.failures) == (1, [], [])
+        assert (part.results, part.failures) == ([], [])
+        *evaluated, (_, stop, _) = part.checkpoints
+        assert [step for _, step, _ in evaluated] in (
+            [s for s in (4, 8, 10) if at < s < stop + more] for more in (0, 1)
+        )
+        at = stop
     assert scores(point for part in parts for point in part.eval_points) == scores(whole.eval_points)
     [result], [expected] = last.results, whole.results
     assert scores([result.final]) == scores([expected.final])
@@ -59,16 +68,7 @@ def require_same(parts: list[Recorder], whole: Recorder) -> None:
     got, wanted = load_file(result.adapter / WEIGHTS), load_file(expected.adapter / WEIGHTS)
     assert got.keys() == wanted.keys()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
-    points = [point for part in parts for point in part.train_points]
-    assert total_loss(points) == pytest.approx(total_loss(whole.train_points), rel=1e-5)
-
-
-def total_loss(points: list[TrainPoint]) -> float:
-    """Sum of the losses of all batches, from means over the steps since the last point."""
-    steps = [0, *(point.step for point in points)]
-    assert steps == sorted(set(steps)), "a step was reported twice, or out of order"
-    assert steps[-1] == STEPS
-    return math.fsum(point.loss * (point.step - before) for before, point in zip(steps, points, strict=False))
+    assert losses(point for part in parts for point in part.train_points) == losses(whole.train_points)
 
 
 def test_the_polls_of_an_undisturbed_trial(undisturbed: dict[str, Recorder]) -> None:
@@ -98,16 +98,24 @@ def test_goes_on_after_several_stops(
 
 
 @pytest.mark.parametrize(
-    ("poll", "step"), [(POLLS_AT_STEP[3], 3), (POLLS_AT_STEP[4], 4), (6, 4), (POLLS_AT_STEP[10], 10), (17, 10)]
+    ("poll", "steps"),
+    [
+        (POLLS_AT_STEP[3], [3]),
+        (POLLS_AT_STEP[4], [4]),
+        (6, [4, 4]),
+        (POLLS_AT_STEP[10], [4, 8, 10]),
+        (17, [4, 8, 10, 10]),
+    ],
 )
-def test_a_stop_is_checkpointed_once_and_nothing_else_is_done(
-    roberta: Lab, tmp_path: Path, poll: int, step: int
+def test_a_stop_is_checkpointed_last_and_nothing_else_is_done(
+    roberta: Lab, tmp_path: Path, poll: int, steps: list[int]
 ) -> None:
+    """Where it comes inside of an evaluation, the checkpoint before that is reported once more."""
     recorder = train(roberta, [plan(tmp_path, "first"), plan(tmp_path, "second")], SHORT, Recorder(stop_at=poll))
-    assert recorder.checkpoints == [("first", step, tmp_path / "first" / f"checkpoint-{step}")]
+    assert recorder.checkpoints == [("first", step, tmp_path / "first" / f"checkpoint-{step}") for step in steps]
     assert (recorder.results, recorder.failures) == ([], [])
-    assert max(point.step for point in recorder.train_points) == step
-    assert all(point.step < step for point in recorder.eval_points)
+    assert [point.step for point in recorder.train_points] == [step for step in (3, 6, 9, 10) if step <= steps[-1]]
+    assert [point.step for point in recorder.eval_points] == [step for step in (4, 8, 10) if step < steps[-1]]
     assert not (tmp_path / "second").exists()
 
 
@@ -123,7 +131,9 @@ def test_a_trial_that_is_pruned_as_it_goes_on_ends_at_its_step(roberta: Lab, tmp
     [result] = recorder.results
     assert (result.steps, result.final, result.adapter) == (4, None, None)
     assert [point.step for point in recorder.eval_points] == [4]
-    assert recorder.train_points == []
+    whole = train(roberta, [plan(tmp_path / "whole", "roberta", SPECS["roberta"])], SHORT, Recorder(prune_at=(4,)))
+    assert [point.step for point in whole.train_points] == [3, 4]
+    assert losses([*stopped.train_points, *recorder.train_points]) == losses(whole.train_points)
 
 
 def test_the_frozen_part_of_the_head_stays_frozen(roberta: Lab, tmp_path: Path) -> None:
@@ -140,25 +150,32 @@ def test_the_frozen_part_of_the_head_stays_frozen(roberta: Lab, tmp_path: Path) 
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_that_could_not_be_written_is_not_reported(roberta: Lab, tmp_path: Path) -> None:
-    """What is written last cannot be: everything else lies there, and the checkpoint is not whole."""
-    obstacle = tmp_path / "t0000" / "checkpoint-3" / "trainer_state.json"
-    obstacle.mkdir(parents=True)
+def test_a_checkpoint_that_could_not_be_written_is_not_reported(
+    roberta: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written last cannot be: everything else lies there, and nothing is left of it."""
+    seen: list[str] = []
+
+    def full(state: TrainerState, path: str) -> None:
+        seen.extend(each.name for each in Path(path).parent.iterdir())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TrainerState, "save_to_json", full)
     recorder = Recorder(stop_at=POLLS_AT_STEP[3])
-    with pytest.raises(OSError, match="trainer_state"):
+    with pytest.raises(StorageError, match=r"of t0000 at step 3 cannot be written .*\(No space left on device\)"):
         train(roberta, [plan(tmp_path)], SHORT, recorder)
-    assert recorder.checkpoints == []
-    assert [trial for trial, _ in recorder.failures] == ["t0000"]
-    assert (obstacle.parent / "optimizer.pt").is_file()
+    assert (recorder.checkpoints, recorder.failures) == ([], [])
+    assert "optimizer.pt" in seen
+    assert not list((tmp_path / "t0000").iterdir())
 
 
 def test_what_a_killed_process_left_is_written_over(
     roberta: Lab, undisturbed: dict[str, Recorder], tmp_path: Path
 ) -> None:
-    left = tmp_path / "roberta" / "checkpoint-3"
-    left.mkdir(parents=True)
-    for name in (WEIGHTS, "optimizer.pt", "rng_state.pth"):
-        (left / name).write_bytes(b"half")
+    for left in ("checkpoint-3", "checkpoint.partial/checkpoint-3"):
+        (tmp_path / "roberta" / left).mkdir(parents=True)
+        for name in (WEIGHTS, "optimizer.pt", "rng_state.pth", "left"):
+            (tmp_path / "roberta" / left / name).write_bytes(b"half")
     require_same(list(sessions(roberta, "roberta", tmp_path, [POLLS_AT_STEP[3]])), undisturbed["roberta"])
 
 
@@ -176,6 +193,7 @@ class Bomb:
 def test_code_in_a_checkpoint_is_not_run(roberta: Lab, tmp_path: Path, name: str) -> None:
     stopped = train(roberta, [plan(tmp_path)], SHORT, Recorder(stop_at=POLLS_AT_STEP[3]))
     [(trial, _, checkpoint)] = stopped.checkpoints
+    assert (checkpoint / name).is_file()
     torch.save(Bomb(tmp_path / "boom"), checkpoint / name)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         train(roberta, [plan(tmp_path, trial, checkpoint=checkpoint)], SHORT)

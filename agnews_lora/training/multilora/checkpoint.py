@@ -1,7 +1,6 @@
 """A trial's checkpoint: tensors and progress, enough to go on as if nothing had been."""
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from agnews_lora.errors import TrainingError
+from agnews_lora.training import checkpoints
 from agnews_lora.training.contracts import TrialPlan
 from agnews_lora.training.multilora.slots import SlotState
 from agnews_lora.training.multilora.trial import Progress
@@ -18,18 +18,17 @@ PROGRESS = "progress.json"
 
 
 def write_checkpoint(plan: TrialPlan, progress: Progress, state: SlotState) -> Path:
-    """Write `checkpoint-<step>` into the trial's folder, whole or not at all; the folder."""
-    folder = plan.folder / f"checkpoint-{progress.step}"
-    beside = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    """Write a sealed checkpoint into the trial's folder, whole or not at all; its folder.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     tensors = {f"{kind}/{name}": t for kind, own in state._asdict().items() for name, t in own.items()}
-    save_file(tensors, beside / TENSORS)
     written = {"spec": asdict(plan.spec), "seed": plan.seed, "progress": progress.as_dict()}
-    (beside / PROGRESS).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.replace(folder)
-    return folder
+    with checkpoints.written(plan.trial, plan.folder, progress.step) as folder:
+        save_file(tensors, folder / TENSORS)
+        (folder / PROGRESS).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    return checkpoints.folder_of(plan.folder, progress.step)
 
 
 def read_checkpoint(plan: TrialPlan) -> tuple[Progress, SlotState]:

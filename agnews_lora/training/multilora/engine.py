@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from agnews_lora.adapters.bases import BaseModel
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.checkpoint import load_base
 from agnews_lora.data.corpus import Corpus
-from agnews_lora.errors import AdapterError, BudgetError, ConfigError, TrainingError
+from agnews_lora.errors import AdapterError, BudgetError, ConfigError, StorageError, TrainingError
+from agnews_lora.training.checkpoints import folder_of
 from agnews_lora.training.contracts import (
     EvalPoint,
     Observer,
@@ -74,7 +75,11 @@ class MultiLoraEngine:
             self.core.resize(choose_slots(self.core, self.train, settings.batch_size))
 
     def run(self, source: TrialSource, observer: Observer) -> None:
-        """Train what `source` gives until all slots are empty and it gives None, or until a stop is requested."""
+        """Train what `source` gives until all slots are empty and it gives None, or until a stop is requested.
+
+        Raises:
+            StorageError: a checkpoint cannot be written. No trial fails of it: each goes on from its last one.
+        """
         _Run(self, source, observer).until_done()
 
 
@@ -112,7 +117,10 @@ class _Run:
                     short_of_memory = True
                 if short_of_memory:  # outside of the handler, whose traceback holds the failed pass's memory
                     self._halve()
-            self._checkpoint_all()
+            for each in self._take_all():
+                self._checkpoint(each.trial, each.state)
+        except StorageError:
+            raise
         except Exception as error:
             for trial in [*self.running.values(), *(each.trial for each in self.waiting)]:
                 self.observer.failed(trial.plan.trial, error)
@@ -197,10 +205,23 @@ class _Run:
         if due := [point for point in points if point is not None]:
             self.observer.logged(due)
 
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def _checkpoint(self, trial: Trial, state: SlotState) -> None:
+        """Write the trial's checkpoint, where it has none that says the same, and report it."""
+        if trial.changed:
+            write_checkpoint(trial.plan, trial.progress, state)
+            trial.saved = replace(trial.progress)
+        plan, step = trial.plan, trial.progress.step
+        self.observer.checkpointed(plan.trial, step, folder_of(plan.folder, step))
+
     # Evaluations -----------------------------------------------------------------------------------------------------
 
     def _evaluate(self, due: list[int]) -> None:
-        """Score all slots due, together, and let the observer judge them together."""
+        """Checkpoint all slots due, score them together, and let the observer judge them together."""
+        for slot in due:
+            if self.running[slot].changed:  # else it is known: the evaluation was broken off, or goes on here
+                self._checkpoint(self.running[slot], self.core.slots.take(slot))
         whole = range(len(self.engine.validation.lengths))
         scored: dict[int, EvalPoint] = {}
         for rows, ended in ((self.engine.monitor, False), (whole, True)):
@@ -253,11 +274,6 @@ class _Run:
         trial = self._free(slot)
         counted = trainable_parameters(trial.plan.spec, self.engine.base.shape)
         self.observer.finished(trial.result(adapter, counted, peak_memory_bytes(self.engine.device)))
-
-    def _checkpoint_all(self) -> None:
-        for each in self._take_all():
-            path = write_checkpoint(each.trial.plan, each.trial.progress, each.state)
-            self.observer.checkpointed(each.trial.plan.trial, each.trial.progress.step, path)
 
     def _take_all(self) -> list[_Waiting]:
         """Everyone, out of the slots and of the queue, the longest in place first."""

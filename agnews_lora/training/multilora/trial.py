@@ -1,7 +1,7 @@
 """A trial's way through its steps, apart from any slot: what comes next, and what has been seen."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from agnews_lora.errors import TrainingError
 from agnews_lora.training.batches import batches
+from agnews_lora.training.checkpoints import folder_of
 from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrainSettings, TrialPlan, TrialResult, timestamp
 from agnews_lora.training.evaluation import accuracy, macro_f1, mean_cross_entropy
 from agnews_lora.training.multilora.core import SlotBatch
@@ -37,16 +38,21 @@ class Progress:
 
 @dataclass
 class Trial:
-    """A plan under way. lengths: tokens of each training row."""
+    """A plan under way. lengths: tokens of each training row. saved: the progress in its last checkpoint, if any."""
 
     plan: TrialPlan
     settings: TrainSettings
     lengths: Sequence[int]
     progress: Progress
+    saved: Progress | None = None
     final: EvalPoint | None = None
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     _epoch: tuple[int, list[list[int]]] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.plan.checkpoint == folder_of(self.plan.folder, self.progress.step):
+            self.saved = replace(self.progress)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -66,6 +72,11 @@ class Trial:
         """Whether an evaluation is due before the next step."""
         step = self.progress.step
         return step > self.progress.evaluated and (self.ended or step % self.settings.eval_every == 0)
+
+    @property
+    def changed(self) -> bool:
+        """Whether its last checkpoint says something else, or there is none."""
+        return self.saved != self.progress
 
     @property
     def learning_rate(self) -> float:

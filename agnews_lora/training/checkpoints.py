@@ -1,0 +1,195 @@
+"""Checkpoints as folders: sealed by the hashes of their files, and the newest kept.
+
+Both engines write theirs through `written`; whoever goes on with a trial asks `newest`. The seal is written last, so
+that a folder without one that matches is no checkpoint, whatever a killed process or a failing disk left there.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from safetensors import SafetensorError
+
+from agnews_lora.errors import StorageError
+
+KEPT: Final = 2
+SEAL: Final = "seal.json"
+PARTIAL: Final = ".partial"
+
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
+
+
+def folder_of(trial_folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return trial_folder / f"checkpoint-{step}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, by its folder's name.
+
+    Raises:
+        ValueError: not a name that `folder_of` gives.
+    """
+    if (match := _NAME.fullmatch(checkpoint.name)) is None:
+        raise ValueError(f"a checkpoint's folder is named checkpoint-<step>, but this one is {checkpoint.name!r}")
+    return int(match[1])
+
+
+def partial_of(trial_folder: Path) -> Path:
+    """Where a checkpoint lies, under its own name, until it is whole."""
+    return trial_folder / f"checkpoint{PARTIAL}"
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the hash of every file of a checkpoint beside them, when all of them are on the disk.
+
+    Raises:
+        OSError: a file cannot be read, or the seal not be written.
+        ValueError: something else than files and folders lies there.
+    """
+    written, beside = checkpoint / SEAL, checkpoint / f"{SEAL}{PARTIAL}"
+    for path in (written, beside):
+        path.unlink(missing_ok=True)
+    digests = {}
+    for name, path in _files(checkpoint).items():
+        with path.open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+    with beside.open("w", encoding="utf-8") as file:
+        json.dump(digests, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(written)
+    for folder in (Path(each) for each, _, _ in os.walk(checkpoint)):
+        _sync(folder)
+
+
+def is_sound(checkpoint: Path) -> bool:
+    """Whether the seal lists exactly the files that are there, with their hashes. Reads nothing outside of the folder.
+
+    Garbage of any kind is not sound, and neither is a folder with nothing but a seal.
+    """
+    try:
+        if not stat.S_ISREG((checkpoint / SEAL).lstat().st_mode):
+            return False
+        digests = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        files = _files(checkpoint)
+        if not isinstance(digests, dict) or not files or digests.keys() != files.keys():
+            return False
+        return all(_sha256(path) == digests[name] for name, path in files.items())
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def newest(trial_folder: Path) -> Path | None:
+    """The sound checkpoint of the latest step, or None."""
+    return next((each for each in _by_step(trial_folder) if is_sound(each)), None)
+
+
+def drop_old(trial_folder: Path) -> None:
+    """Keep the newest `KEPT` sound checkpoints; remove all others, and what was not written to its end.
+
+    What cannot be removed costs room alone, and is tried again at the next checkpoint.
+    """
+    kept = 0
+    for checkpoint in _by_step(trial_folder):
+        if kept < KEPT and is_sound(checkpoint):
+            kept += 1
+        else:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    for left in trial_folder.glob(f"*{PARTIAL}"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def written(trial: str, trial_folder: Path, step: int) -> Iterator[Path]:
+    """Give an empty folder to write a checkpoint into; seal it, put it in its place and drop the old ones.
+
+    Checkpoints of later steps go too: they are of a way that this trial did not take. A write that fails leaves
+    everything as it was.
+
+    Raises:
+        StorageError: the checkpoint cannot be written.
+    """
+    checkpoint = folder_of(trial_folder, step)
+    beside = partial_of(trial_folder) / checkpoint.name
+    try:
+        shutil.rmtree(beside.parent, ignore_errors=True)
+        beside.mkdir(parents=True)
+        yield beside
+        seal(beside)
+        if checkpoint.exists():
+            checkpoint.replace(beside.with_name("replaced"))
+        beside.replace(checkpoint)
+        _sync(trial_folder)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_torch_writer(error):
+            raise
+        shutil.rmtree(beside.parent, ignore_errors=True)
+        raise StorageError(
+            f"the checkpoint of {trial} at step {step} cannot be written to {trial_folder} "
+            f"({getattr(error, 'strerror', None) or error}); free or unlock that folder, and start again: the trial "
+            "goes on from the checkpoint before"
+        ) from error
+    for later in _by_step(trial_folder):
+        if step_of(later) > step:
+            shutil.rmtree(later, ignore_errors=True)
+    drop_old(trial_folder)
+
+
+def _is_torch_writer(error: RuntimeError) -> bool:
+    """Whether torch could not write a file: it raises nothing more special than this."""
+    return any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter", "Parent directory"))
+
+
+def _by_step(trial_folder: Path) -> list[Path]:
+    """What is named as a checkpoint, sound or not, the latest step first; nothing where no folder can be read."""
+    try:
+        named = [path for path in trial_folder.iterdir() if _NAME.fullmatch(path.name)]
+    except OSError:
+        return []
+    return sorted(named, key=step_of, reverse=True)
+
+
+def _files(checkpoint: Path) -> dict[str, Path]:
+    """{name relative to the checkpoint: path} of its files, but for the seal.
+
+    Raises:
+        OSError: it cannot be listed.
+        ValueError: a link, or anything else that is neither file nor folder.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    files = {}
+    for folder, folders, names in os.walk(checkpoint, onerror=refuse):
+        for path in (Path(folder, name) for name in [*folders, *names]):
+            mode = path.lstat().st_mode
+            if stat.S_ISREG(mode):
+                files[path.relative_to(checkpoint).as_posix()] = path
+            elif not stat.S_ISDIR(mode):
+                raise ValueError(f"{path} is neither a file nor a folder")
+    files.pop(SEAL, None)
+    return files
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Let a folder's entries reach the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

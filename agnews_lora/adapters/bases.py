@@ -135,12 +135,20 @@ def _resolve_directory(name: str, num_labels: int) -> BaseModel:
 
 def _directory(name: str) -> Path:
     folder = Path(name)
-    if not folder.is_dir():
+    if not _is_directory(folder):
         raise BaseModelError(
             f"base model {name!r} must be one of {', '.join(KNOWN)}, or a directory with {CONFIG}, {WEIGHTS} and a "
             "tokenizer; it is neither (`hf download ID --local-dir DIR` fetches a model into a directory)"
         )
     return folder.resolve()
+
+
+def _is_directory(path: Path) -> bool:
+    """Also of names that no file system could hold, which `Path.is_dir` raises of."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _find_published(name: str, published: Published) -> tuple[Path, str]:
@@ -215,7 +223,7 @@ def _read_shape(name: str, folder: Path, num_labels: int) -> ModelShape:
         config = json.loads(path.read_text(encoding="utf-8"))
         family = config["model_type"]
         sizes = [config[key] for key in ("hidden_size", "num_hidden_layers", "intermediate_size")]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BaseModelError(
             f"base model {name}: {path} must be a model's configuration, but cannot be read as one "
             f"({type(error).__name__}: {error}); copy or download it again"

@@ -1,15 +1,16 @@
 """An experiment: base model, data, training settings, and one adapter configuration. A file in `experiments/`."""
 
-from collections.abc import Iterable
+import os.path
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, GetPydanticSchema, model_validator
+from pydantic import AfterValidator, Field, GetPydanticSchema, model_validator
 from pydantic_core import core_schema
 
 from agnews_lora.adapters.spec import HEADS, PRESETS, TrialSpec
-from agnews_lora.config.reading import Document, Settings, load, locate
+from agnews_lora.config.reading import Document, Settings, load, locate, shown, text_fault
 from agnews_lora.data.sources import DataSettings
 from agnews_lora.training.contracts import Precision, TrainSettings
 
@@ -20,10 +21,39 @@ def _one_of(names: Iterable[str]) -> GetPydanticSchema:
     return GetPydanticSchema(lambda source, handler: core_schema.literal_schema(list(names)))
 
 
+def at_most(limit: int) -> Callable[[int], int]:
+    """Above it, a count stands for no work that could ever be done, and may not even fit the stores."""
+
+    def check(count: int) -> int:
+        if count > limit:
+            raise ValueError(f"must be at most {limit:_}, but got {shown(count)}")
+        return count
+
+    return check
+
+
+def _plain(text: str) -> str:
+    if fault := text_fault(text):
+        raise ValueError(fault)
+    return text
+
+
+def _inside(path: str) -> str:
+    """A file of rows may be sent along with an experiment; one elsewhere has to be meant."""
+    if Path(os.path.normpath(path)).parts[:1] == ("..",):
+        raise ValueError(
+            f"must not lead out of the working directory, but got {shown(path)}; copy the file into it, or give its "
+            "absolute path"
+        )
+    return path
+
+
 Preset = Annotated[str, _one_of(PRESETS)]
 Head = Annotated[str, _one_of(HEADS)]
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_plain)]
+FilePath = Annotated[Text, AfterValidator(_inside)]
+Count = Annotated[int, Field(ge=1), AfterValidator(at_most(1_000_000_000))]
+NewswireRows = Annotated[int, Field(ge=1), AfterValidator(at_most(1_000_000))]  # written in memory, in a minute or so
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
@@ -55,10 +85,10 @@ class CsvData(PublishedData):
 
     source: Literal["csv"]
     """Where the rows come from."""
-    train: Text
-    """Path of the train split, from the working directory."""
-    test: Text
-    """Path of the test split, from the working directory."""
+    train: FilePath
+    """Path of the train split: below the working directory, or absolute."""
+    test: FilePath
+    """Path of the test split: below the working directory, or absolute."""
 
 
 class NewswireData(Settings):
@@ -66,11 +96,11 @@ class NewswireData(Settings):
 
     source: Literal["newswire"]
     """Where the rows come from."""
-    rows: Count
+    rows: NewswireRows
     """Rows of the train split to write, validation rows included."""
     train_rows: Count | None = None
     """Training rows to keep of those, each class in its share; all where it is not given."""
-    test_rows: Count
+    test_rows: NewswireRows
     """Rows of the test split to write."""
     validation: ValidationShare = 0.1
     """Share of the train split that is held out for validation."""

@@ -1,12 +1,13 @@
 """From a YAML file to a frozen, strict model, with every fault of the file reported at once.
 
-Owns where experiments and sweeps are looked for, what is accepted as YAML (1.2, plain values only), and the words that
-a fault is reported in: its path in the file, the rule, the value given, and the nearest accepted word.
+Owns where experiments and sweeps are looked for, what is accepted as YAML (1.2, plain values only, each written out),
+and the words that a fault is reported in: its path in the file, the rule, the value given, the nearest accepted word.
 """
 
 import re
 import reprlib
 import textwrap
+import unicodedata
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,14 +16,29 @@ from typing import Any, Final, TypeVar
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent
 
 from agnews_lora.errors import ConfigError
 
 MAX_BYTES: Final = 64 * 1024  # far above any real file, and still parsed within seconds
+MAX_TEXT: Final = 4_096  # characters; Linux knows no longer path
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHORT: Final = reprlib.Repr()
-_SHORT.maxlevel = 1  # through an alias, a value may hold itself
+_SHORT.maxlevel = 1
+
+
+class _PlainComposer(Composer):
+    """Without aliases: through them, a few lines stand for more values than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.parser.check_event(AliasEvent):
+            alias = self.parser.peek_event()
+            raise ComposerError(
+                None, None, f"an alias (*{alias.anchor}) is not accepted; write its value out", alias.start_mark
+            )
+        return super().compose_node(parent, index)
 
 
 class Settings(BaseModel):
@@ -86,6 +102,8 @@ def locate(kind: str, name: str, folders: Sequence[Path], beside: Path = Path())
     Raises:
         ConfigError: there is none; says where it was looked for and which names there are.
     """
+    if rule := text_fault(name):
+        raise ConfigError(f"the name of the {kind} {rule}")
     if "/" in name or name.endswith((".yaml", ".yml")):
         candidates = [beside / name]
         missing = f"no {kind} at {candidates[0]}"
@@ -94,8 +112,11 @@ def locate(kind: str, name: str, folders: Sequence[Path], beside: Path = Path())
         candidates = [folder / f"{name}.yaml" for folder in folders]
         missing = f"no {kind} named {name!r} in {' or '.join(f'{folder}/' for folder in folders)}"
     for candidate in candidates:
-        if candidate.exists():
-            return candidate
+        try:
+            if candidate.exists():
+                return candidate
+        except OSError as error:  # what names no file there could be, such as one that is too long
+            raise ConfigError(f"{missing} ({error.strerror})") from error
     found = list(dict.fromkeys(path.stem for folder in folders for path in sorted(folder.glob("*.yaml"))))
     if not found:
         raise ConfigError(f"{missing}, nor any other; start from the project's folder, or give the path of a file")
@@ -119,8 +140,10 @@ def _read(path: Path) -> str:
 
 
 def _parse(text: str, path: Path) -> Any:
+    reader = YAML(typ="safe", pure=True)
+    reader.Composer = _PlainComposer
     try:
-        return YAML(typ="safe", pure=True).load(text)
+        return reader.load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -128,8 +151,11 @@ def _parse(text: str, path: Path) -> Any:
         raise ConfigError(f"{path}{place}: not valid YAML: {reason}") from error
     except YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    except (ValueError, LookupError) as error:  # a tag or a date that does not fit its text
-        raise ConfigError(f"{path}: not valid YAML: it holds a value that its type does not allow ({error})") from error
+    except (ValueError, LookupError, ArithmeticError) as error:  # a tag, a date or an escape that does not fit its text
+        reason = str(error).partition(";")[0]  # behind it, Python advises programmers
+        raise ConfigError(
+            f"{path}: not valid YAML: it holds a value that its type does not allow ({reason})"
+        ) from error
     except RecursionError as error:
         raise ConfigError(f"{path}: nested too deep; an experiment or sweep has at most three levels") from error
 
@@ -139,7 +165,7 @@ def _fault(schema: dict[str, Any], details: ErrorDetails) -> str:
     kind, location, value = details["type"], details["loc"], details["input"]
     if kind in ("extra_forbidden", "invalid_key"):
         path, block = _place(schema, location[:-1])
-        key, keys = str(location[-1]), block["properties"]
+        key, keys = _shown_key(str(location[-1])), block["properties"]
         where = block.get("where", "here")
         return f"{_below(path, key)}: unknown key{_suggestion(key, keys)}; the keys {where} are {', '.join(keys)}"
     path, node = _place(schema, location)
@@ -212,6 +238,19 @@ def _bounds(number: dict[str, Any]) -> str:
     return " and".join(f" {word} {number[key]:_}" for key, word in words.items() if key in number)
 
 
+def text_fault(text: str) -> str | None:
+    """What is wrong with a text that names a file or is shown to people, as a rule with its value; None if nothing."""
+    if len(text) > MAX_TEXT:
+        return f"must be at most {MAX_TEXT:_} characters long, but got {len(text):_}"
+    if strange := next((character for character in text if unicodedata.category(character) in ("Cc", "Cs")), None):
+        return f"must hold no control characters, but got {shown(text)} with U+{ord(strange):04X}"
+    return None
+
+
+def _shown_key(key: str) -> str:
+    return key if key.isprintable() and 0 < len(key) <= 60 else shown(key)
+
+
 def shown(value: object) -> str:
     """A value that a file gave, on one line and not too long."""
     match value:
@@ -221,12 +260,21 @@ def shown(value: object) -> str:
             return str(value).lower()
         case str():
             return f"the text {value if len(value) <= 60 else value[:57] + '...'!r}"
+        case int() if value.bit_length() > 200:
+            return f"a number of {value.bit_length():_} bits"
         case int() | float():
             return str(value)
         case _:
-            return _SHORT.repr(list(value) if isinstance(value, tuple) else value)
+            return _short(list(value) if isinstance(value, tuple) else value)
+
+
+def _short(value: object) -> str:
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # a number in it that Python writes no digits of
+        return f"a {type(value).__name__} of very large numbers"
 
 
 def _suggestion(given: object, accepted: Iterable[str]) -> str:
-    close = get_close_matches(str(given), accepted, n=1)
+    close = get_close_matches(given, accepted, n=1) if isinstance(given, str) else []
     return f" (did you mean {close[0]}?)" if close else ""

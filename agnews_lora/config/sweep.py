@@ -16,7 +16,16 @@ from pydantic import (
 
 from agnews_lora.adapters.spec import PRESETS
 from agnews_lora.config import experiment as experiments
-from agnews_lora.config.experiment import Count, Experiment, Head, LearningRate, Preset, Probability, Seed
+from agnews_lora.config.experiment import (
+    Count,
+    Experiment,
+    Head,
+    LearningRate,
+    Preset,
+    Probability,
+    Seed,
+    at_most,
+)
 from agnews_lora.config.reading import Document, Settings, load, locate, shown
 from agnews_lora.errors import ConfigError
 
@@ -82,7 +91,7 @@ class Pruner(Settings):
 
     startup_trials: Count = 4
     """Other trials that must have come to a step, running ones included, before any is judged there."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0), AfterValidator(at_most(1_000_000_000))] = 0
     """Steps of a trial before which it is not judged."""
 
 

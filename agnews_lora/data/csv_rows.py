@@ -1,6 +1,7 @@
 """AG News as CSV files: read whole, or refused with the lines that are wrong."""
 
 import csv
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -10,7 +11,24 @@ from agnews_lora.data.splits import LABELS, Rows
 from agnews_lora.errors import DataError
 
 HEADER: Final = ("Class Index", "Title", "Description")
+MAX_CHARACTERS: Final = 10_000  # of a row's text: ten times the longest of AG News
 _REPORTED: Final = 5  # malformed rows named in one message
+
+
+def require_file(path: Path, remedy: str) -> None:
+    """Nothing where the path is a file that can be read, and that ends: a pipe is waited for, a device has no end.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            found = "a folder" if stat.S_ISDIR(mode) else "something else"
+            raise DataError(f"{path} cannot be read (it must be a regular file, but is {found}); {remedy}")
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
 
 
 class _MalformedRow(Exception):
@@ -27,6 +45,8 @@ def read_csv(path: Path) -> Rows:
         DataError: the file cannot be read, holds no rows, or holds malformed ones: the first five are named by the line
             they start on (counted as an editor does, so that a quoted text may span several).
     """
+    remedy = "name a CSV file of AG News"
+    require_file(path, remedy)
     texts: list[str] = []
     labels: list[int] = []
     faults: list[str] = []
@@ -48,7 +68,7 @@ def read_csv(path: Path) -> Rows:
     except _MalformedRow as fault:
         faults.append(f"{path}, {fault}")
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); name a CSV file of AG News") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
     if faults:
         raise DataError("\n".join([*faults, f"correct {path.name} and start again"]))
     if not texts:
@@ -72,13 +92,20 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
                     f"line {reader.line_num + 1}: text must be UTF-8, but byte {error.start + 1} of the line is {byte}"
                 ) from error
             except csv.Error as error:
-                raise _MalformedRow(
-                    f"line {line}: a quoted field is closed, and every quote inside it doubled, but not in the record "
-                    f"that starts here ({error})"
-                ) from error
+                raise _MalformedRow(f"line {line}: {_broken(error)}, but not in the record that starts here") from error
             if line == 1 and row:
                 row[0] = row[0].removeprefix("\ufeff")  # byte order mark
             yield line, row
+
+
+def _broken(error: csv.Error) -> str:
+    """The rule that a record breaks."""
+    said = str(error)
+    if "field limit" in said:
+        return f"a field holds at most {csv.field_size_limit():,} characters (is a quote never closed?)"
+    if "new-line" in said:
+        return "a line ends in LF or in CR LF, never in a CR alone"
+    return f"a quoted field is closed, and every quote inside it doubled ({said})"
 
 
 def _read_row(row: list[str]) -> tuple[int, str]:
@@ -90,6 +117,8 @@ def _read_row(row: list[str]) -> tuple[int, str]:
     if index not in numbers:
         names = ", ".join(f"{number} {name}" for number, name in zip(numbers, LABELS, strict=True))
         raise _MalformedRow(f"the class index is one of {names}, but here is {index!r}")
+    if (size := len(title) + len(description)) > MAX_CHARACTERS:
+        raise _MalformedRow(f"title and description hold at most {MAX_CHARACTERS:,} characters, but here are {size:,}")
     text = clean(f"{title} {description}")
     if not text:
         raise _MalformedRow("title and description hold some text, but here is none")

@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from agnews_lora import hub
 from agnews_lora.data.cleaning import clean
-from agnews_lora.data.csv_rows import read_csv
+from agnews_lora.data.csv_rows import read_csv, require_file
 from agnews_lora.data.splits import LABELS, Rows, stratified_subset
 from agnews_lora.errors import DataError
 
@@ -70,11 +70,10 @@ def check(settings: DataSettings) -> None:
         _newswire_rows(settings, "test")
     elif settings.source == "csv":
         for split in ("train", "test"):
-            path = _csv_path(settings, split)
             try:
-                path.open("rb").close()
-            except OSError as error:
-                raise DataError(f"data.{split}: {path} cannot be read ({error.strerror}); name a CSV file") from error
+                require_file(_csv_path(settings, split), "name a CSV file")
+            except DataError as error:
+                raise DataError(f"data.{split}: {error}") from error
     elif any(_cached_arrow(split) is None for split in ("train", "test")):
         hub.require_reachable(f"data set {HUB_DATASET}", _HUB_REMEDY)
 

@@ -7,6 +7,7 @@ from typing import Final
 
 from agnews_lora.adapters.checkpoint import AdapterRecord
 from agnews_lora.serving.gate import TestScore, recorded_score, score_line
+from agnews_lora.serving.markdown import code, text
 from agnews_lora.tracking.registry import Version
 from agnews_lora.training.contracts import TrainSettings
 
@@ -23,7 +24,7 @@ def model_card(version: Version, record: AdapterRecord, params: Mapping[str, str
     """Markdown with the front matter that the hub reads. params: of the run that trained the version."""
     data: dict[str, str] = json.loads(version.tags["data"])
     sections = {
-        f"{version.model}, version {version.number}": _introduction(version, record),
+        f"{text(version.model)}, version {version.number}": _introduction(version, record),
         "Results": _results(version, recorded_score(version)),
         "Load it": _loading(record),
         "Training": _table(_configuration(record, params)),
@@ -43,19 +44,20 @@ def is_published(record: AdapterRecord) -> bool:
 def _front_matter(record: AdapterRecord) -> str:
     lines = ["---", "library_name: peft", "pipeline_tag: text-classification", "language: en", "tags: [lora, ag-news]"]
     if is_published(record):
-        lines.append(f"base_model: {record.hub_id}")
+        lines.append(f"base_model: {json.dumps(record.hub_id)}")
     return "\n".join([*lines, "---"])
 
 
 def _introduction(version: Version, record: AdapterRecord) -> str:
-    revision = f"`{record.hub_id}` at revision `{record.revision}`"
-    own = f"`{record.hub_id}`, a local model whose `model.safetensors` has the SHA-256 `{record.weights_sha256}`"
+    base = code(record.hub_id)
+    revision = f"{base} at revision {code(record.revision)}"
+    own = f"{base}, a local model whose `model.safetensors` has the SHA-256 {code(record.weights_sha256)}"
     budget = int(version.tags["budget"])
     return (
-        f"A LoRA adapter that labels English news items as one of {', '.join(record.labels)}.\n\n"
+        f"A LoRA adapter that labels English news items as one of {text(', '.join(record.labels))}.\n\n"
         f"- Base: {revision if is_published(record) else own}\n"
         f"- Trainable parameters: {record.trainable_parameters:,}, of a budget of {budget:,}\n"
-        f"- Found by: trial `{version.tags['trial']}` of study `{version.tags['study']}`"
+        f"- Found by: trial {code(version.tags['trial'])} of study {code(version.tags['study'])}"
     )
 
 
@@ -70,7 +72,7 @@ def _results(version: Version, score: TestScore | None) -> str:
 
 def _loading(record: AdapterRecord) -> str:
     """Code that runs in the folder itself, with plain PEFT."""
-    revision = f', revision="{record.revision}"' if is_published(record) else ""
+    revision = f", revision={json.dumps(record.revision)}" if is_published(record) else ""
     note = "" if is_published(record) else "  # the directory that holds it"
     return f"""In this folder:
 
@@ -80,7 +82,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 FOLDER = "."
-BASE = "{record.hub_id}"{note}
+BASE = {json.dumps(record.hub_id)}{note}
 LABELS = {json.dumps(list(record.labels))}
 
 base = AutoModelForSequenceClassification.from_pretrained(BASE{revision}, num_labels=len(LABELS))
@@ -102,4 +104,4 @@ def _configuration(record: AdapterRecord, params: Mapping[str, str]) -> dict[str
 
 
 def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())])
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {text(key)} | {text(value)} |" for key, value in rows.items())])

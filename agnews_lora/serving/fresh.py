@@ -61,7 +61,7 @@ def reload(adapter: Path, base: str, table: TokenTable) -> npt.NDArray[np.float3
     with tempfile.TemporaryDirectory() as folder:
         rows, answers = Path(folder, "rows.safetensors"), Path(folder, "logits.safetensors")
         _write_table(table, rows)
-        command = [sys.executable, "-m", __name__, str(adapter), base, str(rows), str(answers)]
+        command = [sys.executable, "-m", __name__, "--", str(adapter), base, str(rows), str(answers)]
         offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
         process = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
         if process.returncode != 0:

@@ -15,6 +15,7 @@ from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import RegistryError
 from agnews_lora.serving import fresh
 from agnews_lora.serving.checks import Entry, Finding, judge, require_all
+from agnews_lora.serving.markdown import text
 from agnews_lora.serving.package import Package
 from agnews_lora.serving.significance import accuracy_interval
 from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry, Version
@@ -191,14 +192,15 @@ def _log_report(
 def _markdown(report: Mapping[str, Any]) -> str:
     verdict = "passed" if report["passed"] else "refused"
     lines = [
-        f"# {report['model']}, version {report['version']}: {verdict}",
+        f"# {text(report['model'])}, version {report['version']}: {verdict}",
         "",
         f"Judged at {report['judged_at']}.",
         "",
     ]
     lines += ["| | rule | found |", "| --- | --- | --- |"]
     lines += [
-        f"| {'pass' if each['passed'] else 'FAIL'} | {each['rule']} | {each['found']} |" for each in report["checks"]
+        f"| {'pass' if each['passed'] else 'FAIL'} | {text(each['rule'])} | {text(each['found'])} |"
+        for each in report["checks"]
     ]
     test = report["test"]
     lines += ["", "Test split: " + (score_line(TestScore(**test)) if test else "not scored."), ""]

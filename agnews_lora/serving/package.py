@@ -26,6 +26,7 @@ GATE: Final = "gate"
 REQUIREMENTS: Final = ("mlflow", "torch", "transformers", "peft", "safetensors", "numpy", "pandas")
 EXAMPLE: Final = "Oil prices rose to a record as the central bank left its interest rate unchanged."
 HASH_TAG: Final = "sha256/"
+_NO_FILE: Final = "no file"
 
 
 @dataclass(frozen=True)
@@ -46,26 +47,41 @@ class Package:
     def gate(self) -> Path:
         return self.folder / ARTIFACTS / GATE
 
+    def hash_tags(self) -> dict[str, str]:
+        """The tags that `changed` compares with."""
+        found = hashes({name: self.folder / ARTIFACTS / name for name in (ADAPTER, TOKENIZER, GATE)})
+        return {f"{HASH_TAG}{name}": digest for name, digest in (found | self._own_files()).items()}
+
+    def _own_files(self) -> dict[str, str]:
+        """Hashes of MLflow's own files beside the artifacts, the code that it runs among them; it may add others."""
+        return {path.name: _hash(path) for path in sorted(self.folder.iterdir()) if path.is_symlink() or path.is_file()}
+
     def changed(self, tags: Mapping[str, str]) -> list[str]:
-        """Files that are not what a version's tags say they were at registration: changed, missing or added."""
+        """What is not as a version's tags say it was at registration: files changed, missing or added, and links."""
         expected = {key.removeprefix(HASH_TAG): value for key, value in tags.items() if key.startswith(HASH_TAG)}
         present = hashes({name: self.folder / ARTIFACTS / name for name in (ADAPTER, TOKENIZER, GATE)})
+        present |= {name: digest for name, digest in self._own_files().items() if name in expected}
         return sorted(name for name in expected.keys() | present.keys() if expected.get(name) != present.get(name))
 
 
 def hashes(folders: Mapping[str, Path]) -> dict[str, str]:
-    """{`<folder's name>/<file>`: SHA-256 (hex)} of all files in the folders given by name."""
+    """{`<folder's name>/<file>`: SHA-256 (hex)} of all files in the folders given by name.
+
+    What is neither a file nor a folder has no hash, and so is never what was registered: a link would be followed out
+    of the folder, and what it leads to can change at any time.
+    """
     return {
-        f"{name}/{path.relative_to(folder).as_posix()}": hashlib.sha256(path.read_bytes()).hexdigest()
+        f"{name}/{path.relative_to(folder).as_posix()}": _hash(path)
         for name, folder in folders.items()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        for path in (folder, *sorted(folder.rglob("*")))
+        if path.is_symlink() or not path.is_dir()
     }
 
 
-def hash_tags(folders: Mapping[str, Path]) -> dict[str, str]:
-    """The tags that `Package.changed` compares with."""
-    return {f"{HASH_TAG}{name}": digest for name, digest in hashes(folders).items()}
+def _hash(path: Path) -> str:
+    if path.is_symlink() or not path.is_file():
+        return _NO_FILE
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def locator(base: BaseModel) -> str:
@@ -95,7 +111,7 @@ def write_package(
         path=str(folder),
         mlflow_model=identity,
         python_model=str(Path(__file__).with_name("pyfunc.py")),
-        model_config={"base": base},
+        model_config={"base": base, "sha256": hashes(artifacts)},
         artifacts={name: str(path) for name, path in artifacts.items()},
         signature=ModelSignature(
             inputs=Schema([ColSpec(DataType.string, "text")]),

@@ -15,16 +15,24 @@ class NewsClassifier(PythonModel):
     """Labels texts with a registered adapter.
 
     The base is found by `model_config["base"]`. Where it has moved, `mlflow.pyfunc.load_model` takes another one:
-    `model_config={"base": ...}`.
+    `model_config={"base": ...}`. Whoever serves it has no version whose tags could be asked, so the hashes of its files
+    are in `model_config` as well.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
         from agnews_lora.adapters.bases import resolve
+        from agnews_lora.errors import RegistryError
+        from agnews_lora.serving.package import hashes
         from agnews_lora.serving.predict import Classifier
 
-        artifacts = context.artifacts
+        artifacts = {name: Path(path) for name, path in context.artifacts.items()}
+        if hashes(artifacts) != context.model_config["sha256"]:
+            raise RegistryError(
+                "the model's files must be those that were registered, but they changed since; put them back, or serve "
+                "another version"
+            )
         base = resolve(context.model_config["base"])
-        self._classifier = Classifier(Path(artifacts["adapter"]), Path(artifacts["tokenizer"]), base)
+        self._classifier = Classifier(artifacts["adapter"], artifacts["tokenizer"], base)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

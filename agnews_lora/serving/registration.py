@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agnews_lora.adapters.bases import BaseModel
 from agnews_lora.adapters.budget import breach
@@ -16,10 +17,13 @@ from agnews_lora.data.tokens import load_tokenizer
 from agnews_lora.errors import BudgetError
 from agnews_lora.serving import fresh
 from agnews_lora.serving.checks import compare_reload, require_all
-from agnews_lora.serving.package import ADAPTER, GATE, TOKENIZER, hash_tags, locator, write_package
+from agnews_lora.serving.package import ADAPTER, GATE, TOKENIZER, Package, locator, write_package
 from agnews_lora.serving.record import GateRecord, record_of, write_record
 from agnews_lora.tracking.registry import CANDIDATE, Registry, Version
 from agnews_lora.training.evaluation import accuracy
+
+if TYPE_CHECKING:
+    from mlflow.models import Model
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,13 @@ def register(registry: Registry, winner: Winner, base: BaseModel, corpus: Corpus
     require_all(compare_reload(answers, reloaded), f"{record.trial} of {winner.study} cannot be registered")
     with tempfile.TemporaryDirectory() as folder:
         artifacts = _artifacts(Path(folder), winner.adapter, base, answers)
-        tags = _tags(winner, record, base, corpus, answers) | {"data": json.dumps(data)} | hash_tags(artifacts)
-        version = registry.register(
-            winner.run_id,
-            lambda path, identity: write_package(path, identity, artifacts, locator(base), record.labels),
-            tags,
-        )
+        tags = _tags(winner, record, base, corpus, answers) | {"data": json.dumps(data)}
+
+        def write(path: Path, identity: "Model") -> Mapping[str, str]:
+            write_package(path, identity, artifacts, locator(base), record.labels)
+            return tags | Package(path).hash_tags()
+
+        version = registry.register(winner.run_id, write)
     registry.set_alias(CANDIDATE, version)
     return registry.version(version.number)
 

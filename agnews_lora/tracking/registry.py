@@ -76,12 +76,13 @@ class Registry:
         found = self._client.search_model_versions(f"name = '{self.model}' and run_id = '{run_id}'", max_results=1)
         return self._version(found[0]) if found else None
 
-    def register(self, run_id: str, write: Callable[[Path, Model], None], tags: Mapping[str, str]) -> Version:
+    def register(self, run_id: str, write: Callable[[Path, Model], Mapping[str, str]]) -> Version:
         """Log a model to a run, and register it as the next version.
 
-        write: saves the model in MLflow's format to a folder that does not exist yet, under the identity it is given.
+        write: saves the model in MLflow's format to a folder that does not exist yet, under the identity it is given;
+        gives the version's tags.
         """
-        model_id, location = self._log_model(run_id, write)
+        model_id, location, tags = self._log_model(run_id, write)
         try:
             self._client.create_registered_model(self.model)
         except MlflowException as error:
@@ -130,21 +131,25 @@ class Registry:
         """Params of the run that trained a version."""
         return dict(self._client.get_run(version.run_id).data.params)
 
-    def _log_model(self, run_id: str, write: Callable[[Path, Model], None]) -> tuple[str, str]:
-        """(id, location of the files) of the model that `write` saves, as an output of the run."""
+    def _log_model(
+        self, run_id: str, write: Callable[[Path, Model], Mapping[str, str]]
+    ) -> tuple[str, str, Mapping[str, str]]:
+        """(id, location of the files, tags) of the model that `write` saves, as an output of the run."""
         run = self._client.get_run(run_id)
         logged = self._client.create_logged_model(run.info.experiment_id, LOGGED_MODEL, source_run_id=run_id)
         status = LoggedModelStatus.FAILED
         try:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, "model")
-                write(path, Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id))
+                tags = write(
+                    path, Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
+                )
                 self._client.log_model_artifacts(logged.model_id, str(path))
             self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
             status = LoggedModelStatus.READY
         finally:
             self._client.finalize_logged_model(logged.model_id, status)
-        return logged.model_id, logged.artifact_location
+        return logged.model_id, logged.artifact_location, tags
 
     def _aliases(self) -> dict[str, str]:
         try:

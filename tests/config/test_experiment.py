@@ -81,8 +81,22 @@ def test_numbers_have_the_types_that_training_expects(write: Write) -> None:
 
 
 def test_csv_names_its_files(write: Write) -> None:
-    write("experiments/mine", f"base: b\ndata: {{source: csv, train: a.csv, test: ../b.csv, rows: 9}}\n{ADAPTER}\n")
-    assert load_experiment("mine").data_settings == DataSettings("csv", "a.csv", "../b.csv", 9, None, None, 0.1)
+    write("experiments/mine", f"base: b\ndata: {{source: csv, train: a.csv, test: /data/b.csv, rows: 9}}\n{ADAPTER}\n")
+    assert load_experiment("mine").data_settings == DataSettings("csv", "a.csv", "/data/b.csv", 9, None, None, 0.1)
+
+
+@pytest.mark.parametrize("path", ["../b.csv", "..", "a/../../b.csv", "./.././b.csv", "../../etc/passwd"])
+def test_a_relative_path_of_rows_stays_in_the_working_directory(write: Write, path: str) -> None:
+    assert faults(write, f"base: b\ndata: {{source: csv, train: a.csv, test: {path}}}\n{ADAPTER}\n") == [
+        f"data.test: must not lead out of the working directory, but got the text '{path}'; copy the file into it, or "
+        "give its absolute path"
+    ]
+
+
+@pytest.mark.parametrize("path", ["b.csv", "data/b.csv", "data/../b.csv", "..b.csv", ".../b.csv", "/data/../b.csv"])
+def test_a_path_in_it_or_an_absolute_one_is_taken(write: Write, path: str) -> None:
+    write("experiments/mine", f"base: b\ndata: {{source: csv, train: a.csv, test: {path}}}\n{ADAPTER}\n")
+    assert load_experiment("mine").data_settings.test == path
 
 
 @pytest.mark.parametrize(
@@ -117,6 +131,13 @@ def test_csv_names_its_files(write: Write) -> None:
             [
                 "data.path: unknown key; the keys where source is newswire are source, rows, train_rows, test_rows, "
                 "validation"
+            ],
+        ),
+        (
+            "{source: newswire, rows: 1_000_001, test_rows: 1_000_001}",
+            [
+                "data.rows: must be at most 1_000_000, but got 1000001",
+                "data.test_rows: must be at most 1_000_000, but got 1000001",
             ],
         ),
         (
@@ -158,6 +179,10 @@ def test_all_train_rows_that_the_validation_leaves_may_be_kept(write: Write) -> 
         ("training.max_length", "513", "must be a whole number from 3 to 512, but got 513"),
         ("training.precision", "fp16", "must be one of auto, fp32, bf16, but got the text 'fp16' (did you mean bf16?)"),
         ("seed", "4294967296", "must be a whole number from 0 to 4_294_967_295, but got 4294967296"),
+        ("base", '"a\\0b"', r"must hold no control characters, but got the text 'a\x00b' with U+0000"),
+        ("base", "a" * 4_097, "must be at most 4_096 characters long, but got 4_097"),
+        ("adapter.rank", "1_000_000_001", "must be at most 1_000_000_000, but got 1000000001"),
+        ("training.epochs", "1" + "0" * 70, "must be at most 1_000_000_000, but got a number of 233 bits"),
         ("name", "other", "unknown key; the keys here are base, data, adapter, training, seed"),
     ],
 )

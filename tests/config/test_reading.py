@@ -1,5 +1,6 @@
 """Files that are not YAML, not there, or not what they should be: one message, which says what to mend."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -135,6 +136,8 @@ def test_broken_yaml_is_named_by_line_and_column(tmp_path: Path, content: str, p
         (b"title: \x00", "not valid YAML"),
         (b"title: 2026-99-99", "month must be in 1..12"),
         (b"title: !!bool maybe", "a value that its type does not allow"),
+        (b'title: "\\UFFFFFFFF"', "a value that its type does not allow"),
+        (b"rows: " + b"9" * 5_000, "Exceeds the limit (4300 digits) for integer string conversion"),
         (b"[" * 20_000, "nested too deep"),
         (b"# " + b"a" * MAX_BYTES, f"must be at most {MAX_BYTES:,} bytes"),
     ],
@@ -143,9 +146,44 @@ def test_what_is_no_yaml_at_all_is_said_so(tmp_path: Path, content: bytes, reaso
     assert reason in "\n".join(faults(tmp_path, content))
 
 
-def test_a_value_that_holds_itself_is_shown_shortly(tmp_path: Path) -> None:
-    [_, fault] = faults(tmp_path, "title: &self [*self, *self]\n")
-    assert fault == "title: must be a text that is not empty, but got [[...], [...]]"
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "content", ["title: &self [*self, *self]\n", "title: &title a\nstitch: *title\n", BOMB + "stitch: *a11\n"]
+)
+def test_an_alias_is_refused_before_anything_is_made_of_it(tmp_path: Path, content: str) -> None:
+    [message] = faults(tmp_path, content)
+    assert re.search(r"line \d+, column \d+: not valid YAML: an alias \(\*\w+\) is not accepted; write", message)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        ("[[[1]], {a: {b: 1}}]", "[[...], {...}]"),
+        ("0x" + "f" * 50, str(16**50 - 1)),
+        ("0x" + "f" * 9_000, "a number of 36_000 bits"),
+        ("[0x" + "f" * 9_000 + "]", "a list of very large numbers"),
+    ],
+)
+def test_a_value_is_shown_shortly(tmp_path: Path, value: str, got: str) -> None:
+    [_, fault] = faults(tmp_path, f"title: {value}\n")
+    assert fault == f"title: must be a text that is not empty, but got {got}"
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ('"a\\nb"', r"the text 'a\nb'"),
+        ('"\\e[31m"', r"the text '\x1b[31m'"),
+        ("''", "the text ''"),
+        ("x" * 70, f"the text '{'x' * 57}...'"),
+    ],
+)
+def test_a_key_is_shown_on_one_line_and_steers_no_terminal(tmp_path: Path, key: str, shown: str) -> None:
+    [_, fault] = faults(tmp_path, f"title: a\n{key}: 3\n")
+    assert fault.startswith(f"{shown}: unknown key; ")
 
 
 def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
@@ -215,6 +253,26 @@ def test_a_path_that_should_have_been_a_name_is_pointed_out(tmp_path: Path, monk
     write(Path("patterns"), "", "scarf")
     with pytest.raises(ConfigError, match=r"no pattern at scarf\.yaml \(did you mean scarf\?\); there are: scarf"):
         locate("pattern", "scarf.yaml", [Path("patterns")])
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("a" * 5_000, "must be at most 4_096 characters long, but got 5_000"),
+        ("scarf\0", r"must hold no control characters, but got the text 'scarf\x00' with U+0000"),
+        ("./\x1b[31m.yaml", r"must hold no control characters, but got the text './\x1b[31m.yaml' with U+001B"),
+        ("\udcff", r"must hold no control characters, but got the text '\udcff' with U+DCFF"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_refused(name: str, rule: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        locate("pattern", name, [Path("patterns")])
+    assert str(caught.value) == f"the name of the pattern {rule}"
+
+
+def test_a_name_that_the_file_system_refuses_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no pattern named 'a+' in .* \(File name too long\)"):
+        locate("pattern", "a" * 300, [tmp_path])
 
 
 def test_without_any_file_the_remedy_is_the_project_folder(tmp_path: Path) -> None:

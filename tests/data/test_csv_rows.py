@@ -78,6 +78,13 @@ def test_what_csv_writes_is_read_back(tmp_path_factory, records, header):
         ('1,"two\nlines",b\n2,"three\nmore\nlines"\n', 3, "a row has 3 columns, but here are 2"),
         ('1,a,b\n2,"never closed,c\n3,d,e\n', 2, "a quoted field is closed"),
         ('1,a,b\n2,"closed" too early,c\n', 2, "a quoted field is closed"),
+        ("1,a,b\r2,c,d\r", 1, "a line ends in LF or in CR LF, never in a CR alone"),
+        (
+            f"1,a,b\n2,a,{'b' * 10_000}\n",
+            2,
+            "title and description hold at most 10,000 characters, but here are 10,001",
+        ),
+        (f"1,a,b\n2,a,{'b' * 200_000}\n", 2, "a field holds at most 131,072 characters (is a quote never closed?)"),
         (b"1,a,b\n2,caf\xe9,b\n", 2, "text must be UTF-8, but byte 6 of the line is 0xE9"),
         (b'1,"two\nlines \xff",b\n', 2, "text must be UTF-8, but byte 7 of the line is 0xFF"),
     ],
@@ -108,6 +115,24 @@ def test_a_file_without_rows_is_refused(write, content):
 
 def test_a_missing_file_is_named(tmp_path):
     assert fault(tmp_path / "absent.csv").startswith(f"{tmp_path / 'absent.csv'} cannot be read (No such file")
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    ("name", "found"), [("pipe", "something else"), ("/dev/zero", "something else"), (".", "a folder")]
+)
+def test_what_is_no_file_is_neither_waited_for_nor_read(tmp_path, monkeypatch, name, found):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    assert fault(Path(name)) == (
+        f"{name} cannot be read (it must be a regular file, but is {found}); name a CSV file of AG News"
+    )
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("text", ["&" + "amp;" * 2_490, "</b" * 2_000 + ">" * 2_000])
+def test_a_text_made_to_be_cleaned_for_ever_is_cleaned_at_once(write, text):
+    assert len(read_csv(write(f"1,a{text},b\n"))) == 1
 
 
 @pytest.mark.skipif("AG_NEWS_DIR" not in os.environ, reason="AG_NEWS_DIR names no folder with the real AG News rows")

@@ -60,6 +60,14 @@ def test_check_names_the_csv_file_that_cannot_be_read(csv_files, split):
         check(csv_files)
 
 
+@pytest.mark.timeout(10)
+def test_check_waits_for_no_pipe(csv_files):
+    Path("test.csv").unlink()
+    os.mkfifo("test.csv")
+    with pytest.raises(DataError, match=r"data\.test: test\.csv cannot be read \(it must be a regular file"):
+        check(csv_files)
+
+
 def test_check_names_the_csv_file_that_is_not_given(csv_files):
     with pytest.raises(DataError, match=r"data\.test: `source: csv` needs a CSV file for either split"):
         check(replace(csv_files, test=None))

@@ -100,6 +100,15 @@ def test_ag_news_keeps_its_licence(registry: Registry, champion: Version, tmp_pa
     assert "non-commercial" in card and "| train | train.csv |" in card
 
 
+def test_texts_from_data_are_no_markup_on_the_card(registry: Registry, champion: Version, tmp_path: Path) -> None:
+    hostile = "x|y`z` <script> [a](javascript:b)\n# heading"
+    registry.set_tags(champion, {"data": json.dumps({"source": "csv", "train": hostile}), "study": hostile})
+    card = (export(registry, registry.version(1), tmp_path / "champion") / "README.md").read_text()
+    assert r"| train | x\|y\`z\` &lt;script&gt; \[a\](javascript:b) # heading |" in card
+    assert "of study ``x|y`z` <script> [a](javascript:b) # heading``" in card
+    assert not re.search(r"^# heading", card, flags=re.MULTILINE)
+
+
 def test_a_version_that_was_not_promoted_says_so(
     registry: Registry, world: World, enter: Enter, tmp_path: Path
 ) -> None:

@@ -1,4 +1,6 @@
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +15,10 @@ from agnews_lora.data.splits import Rows
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import GateError, RegistryError
 from agnews_lora.serving import fresh
+from agnews_lora.serving.export import export
 from agnews_lora.serving.gate import promote, recorded_score, rollback
 from agnews_lora.serving.package import Package
+from agnews_lora.serving.predict import load_champion
 from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry, Version
 from tests.serving.conftest import World
 
@@ -152,6 +156,86 @@ def test_files_that_no_longer_load_are_refused_and_every_other_check_is_made(
 def test_any_other_file_that_changed_is_refused(registry: Registry, world: World, enter: Enter, name: str) -> None:
     append_to(registry.folder(enter(world.good)) / "artifacts" / name)
     assert f"changed since: {name}; put the files back" in refused(registry, world)
+
+
+WEIGHTS = "adapter/adapter_model.safetensors"
+DAMAGES = {  # kind: the name that is to be refused
+    "changed byte": WEIGHTS,
+    "missing file": "adapter/adapter_config.json",
+    "added file": "adapter/adapter_model.bin",
+    "added in a folder": "adapter/more/file",
+    "linked file": WEIGHTS,
+    "linked folder": "adapter/.",
+    "dead link": "adapter/dead",
+    "pipe": "adapter/pipe",
+    "changed code": "pyfunc.py",
+    "changed description": "MLmodel",
+}
+
+
+def damage(folder: Path, kind: str) -> None:
+    """One change of a registered model's files."""
+    path = folder / ("artifacts" if "/" in DAMAGES[kind] else ".") / DAMAGES[kind]
+    outside = folder.parent / f"outside-{kind}"
+    match kind:
+        case "changed byte":
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+        case "missing file":
+            path.unlink()
+        case "added file" | "added in a folder":
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        case "linked file" | "linked folder":
+            path = path.parent / path.name  # the folder itself, without the dot
+            shutil.move(path, outside)
+            path.symlink_to(outside)
+        case "dead link":
+            path.symlink_to("nowhere")
+        case "pipe":
+            os.mkfifo(path)
+        case _:
+            append_to(path)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_whatever_changed_since_the_registration_is_refused_by_all_that_load_it(
+    registry: Registry, world: World, enter: Enter, tmp_path: Path, kind: str
+) -> None:
+    enter(world.good)
+    promote(registry, world.corpus, lambda: world.test)
+    champion = registry.aliased(CHAMPION)
+    assert champion is not None
+    name = DAMAGES[kind]
+    damage(registry.folder(champion), kind)
+    with pytest.raises(GateError, match=rf"changed since: {re.escape(name)}; put the files back"):
+        promote(registry, world.corpus, never)
+    for load in (lambda: load_champion(registry), lambda: export(registry, champion, tmp_path / "out")):
+        with pytest.raises(RegistryError, match=rf"but {re.escape(name)} changed since"):
+            load()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_mlflow_adds_beside_the_artifacts_is_no_change(registry: Registry, world: World, enter: Enter) -> None:
+    folder = registry.folder(enter(world.good))
+    (folder / "registered_model_meta").touch()
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "pyfunc.pyc").touch()
+    assert promote(registry, world.corpus, lambda: world.test).version.number == 1
+
+
+def test_texts_in_the_report_are_no_markup(
+    registry: Registry, client: MlflowClient, world: World, enter: Enter
+) -> None:
+    version = enter(world.good)
+    registry.set_tags(version, {"base": "a|b <script>`x`</script>\n[y](javascript:z)"})
+    refused(registry, world)
+    table = [line for line in report(client, version, "gate_report.md").splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(json.loads(report(client, version, "gate_report.json"))["checks"])
+    (line,) = [line for line in table if "javascript" in line]
+    assert r"a\|b &lt;script&gt;\`x\`&lt;/script&gt;" in line and r"\[y\](javascript:z)" in line
 
 
 def test_other_data_are_refused(registry: Registry, world: World, enter: Enter) -> None:

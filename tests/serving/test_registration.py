@@ -125,3 +125,9 @@ def test_mlflow_serves_it_without_unpickling_anything(
     assert model.metadata.signature.outputs.input_names() == ["label", *LABELS]
     example = model.input_example
     assert example.columns.tolist() == ["text"] and len(model.predict(example)) == 1
+    package = Package(registry.folder(version))
+    assert package.changed(version.tags) == [], "what MLflow leaves in the folder is no change"
+    tokenizer = package.tokenizer / "tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    with pytest.raises(Exception, match=r"files must be those that were registered, but they changed since; put them"):
+        mlflow.pyfunc.load_model(f"models:/{registry.model}@{CANDIDATE}")

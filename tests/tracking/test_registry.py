@@ -1,4 +1,8 @@
+import json
+import tempfile
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
@@ -27,11 +31,15 @@ def new_run(client: MlflowClient, registry: Registry) -> Callable[[], str]:
     return lambda: str(client.create_run(experiment).info.run_id)
 
 
-def write(folder: Path, identity: Model) -> None:
+TAGS = {"trial": "t0001"}
+
+
+def write(folder: Path, identity: Model) -> dict[str, str]:
     folder.mkdir()
     identity.add_flavor("text", data="data.txt")
     identity.save(str(folder / "MLmodel"))
     (folder / "data.txt").write_text("something")
+    return TAGS
 
 
 def test_there_is_nothing_before_the_first_version(registry: Registry) -> None:
@@ -43,11 +51,11 @@ def test_there_is_nothing_before_the_first_version(registry: Registry) -> None:
 
 def test_versions_are_counted_and_keep_run_tags_and_files(registry: Registry, new_run: Callable[[], str]) -> None:
     run_id = new_run()
-    first = registry.register(run_id, write, {"trial": "t0001"})
-    second = registry.register(new_run(), write, {"trial": "t0002"})
+    first = registry.register(run_id, write)
+    second = registry.register(new_run(), write)
     assert (first.number, second.number) == (1, 2)
     assert registry.of_run(run_id) == first == registry.version(1)
-    assert first.run_id == run_id and first.tags == {"trial": "t0001"} and first.aliases == ()
+    assert first.run_id == run_id and first.tags == TAGS and first.aliases == ()
     folder = registry.folder(first)
     assert (folder / "data.txt").read_text() == "something" and folder != registry.folder(second)
     with pytest.raises(RegistryError, match=r"version 7 of .* is not registered; there is 1, 2"):
@@ -58,7 +66,7 @@ def test_the_logged_model_belongs_to_its_run_and_version(
     registry: Registry, client: MlflowClient, new_run: Callable[[], str]
 ) -> None:
     run_id = new_run()
-    version = registry.register(run_id, write, {})
+    version = registry.register(run_id, write)
     outputs = client.get_run(run_id).outputs
     (model,) = [client.get_logged_model(each.model_id) for each in outputs.model_outputs]
     assert model.status == "READY" and model.source_run_id == run_id
@@ -67,7 +75,7 @@ def test_the_logged_model_belongs_to_its_run_and_version(
 
 def test_mlflows_global_uri_is_neither_read_nor_changed(registry: Registry, new_run: Callable[[], str]) -> None:
     before = mlflow.get_tracking_uri()
-    version = registry.register(new_run(), write, {})
+    version = registry.register(new_run(), write)
     assert registry.folder(version).is_dir()
     assert mlflow.get_tracking_uri() == before
 
@@ -75,19 +83,19 @@ def test_mlflows_global_uri_is_neither_read_nor_changed(registry: Registry, new_
 def test_a_model_that_cannot_be_written_becomes_no_version(
     registry: Registry, client: MlflowClient, new_run: Callable[[], str]
 ) -> None:
-    def fail(folder: Path, identity: Model) -> None:
+    def fail(folder: Path, identity: Model) -> dict[str, str]:
         raise OSError("disk full")
 
     run_id = new_run()
     with pytest.raises(OSError, match=r"disk full"):
-        registry.register(run_id, fail, {})
+        registry.register(run_id, fail)
     assert registry.of_run(run_id) is None
     (model,) = client.search_logged_models([client.get_run(run_id).info.experiment_id])
     assert model.status == "FAILED"
 
 
 def test_an_alias_points_to_one_version(registry: Registry, new_run: Callable[[], str]) -> None:
-    first, second = (registry.register(new_run(), write, {}) for _ in range(2))
+    first, second = (registry.register(new_run(), write) for _ in range(2))
     registry.set_alias(CANDIDATE, first)
     registry.set_alias(CANDIDATE, second)
     registry.set_alias(PREVIOUS, second)
@@ -99,23 +107,57 @@ def test_an_alias_points_to_one_version(registry: Registry, new_run: Callable[[]
 
 
 def test_tags_are_added_and_replaced(registry: Registry, new_run: Callable[[], str]) -> None:
-    version = registry.register(new_run(), write, {"gate": "failed", "trial": "t0001"})
+    version = registry.register(new_run(), write)
+    registry.set_tags(version, {"gate": "failed"})
     registry.set_tags(version, {"gate": "passed", "test_rows": "7"})
     assert registry.version(1).tags == {"gate": "passed", "trial": "t0001", "test_rows": "7"}
 
 
 def test_files_that_are_gone_are_said_to_be(registry: Registry, new_run: Callable[[], str]) -> None:
-    version = registry.register(new_run(), write, {})
+    version = registry.register(new_run(), write)
     folder = registry.folder(version)
     folder.rename(folder.with_name("elsewhere"))
     with pytest.raises(RegistryError, match=r"version 1 of .* must have its files at .*, but they are gone"):
         registry.folder(version)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["../escaped.txt", "a/../../escaped.txt", "/escaped.txt", "%2e%2e/escaped.txt"],
+    ids=["parent", "deep", "absolute", "encoded"],
+)
+def test_a_server_cannot_name_a_file_outside_the_folder(
+    registry: Registry, new_run: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    class Hostile(BaseHTTPRequestHandler):
+        """A store of artifacts that lists one file under that name."""
+
+        def do_GET(self) -> None:
+            listing = json.dumps({"files": [{"path": name, "is_dir": False, "file_size": 4}]})
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(listing.encode() if "?path=" in self.path else b"evil")
+
+        def log_message(self, *of: object) -> None:
+            """Nothing on the screen."""
+
+    version = registry.register(new_run(), write)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}/api/2.0/mlflow-artifacts/artifacts/model"
+        monkeypatch.setattr(registry._client, "get_model_version_download_uri", lambda *of: uri)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "download"))
+        (tmp_path / "download").mkdir()
+        with pytest.raises(RegistryError, match=r"must have its files at http"):
+            registry.folder(version)
+        server.shutdown()
+    assert not list(tmp_path.rglob("*escaped*")) and not Path("/escaped.txt").exists()
+
+
 def test_a_report_is_kept_with_the_versions_run(
     registry: Registry, client: MlflowClient, new_run: Callable[[], str], tmp_path: Path
 ) -> None:
-    version = registry.register(new_run(), write, {})
+    version = registry.register(new_run(), write)
     (tmp_path / "gate_report.md").write_text("passed")
     registry.log_report(version, tmp_path)
     assert [file.path for file in client.list_artifacts(version.run_id, "gate/v1")] == ["gate/v1/gate_report.md"]

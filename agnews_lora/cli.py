@@ -22,6 +22,11 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # A server that does not answer is noticed within seconds: what it is to get is kept, and delivered later. MLflow's
+    # own client would hold up the training for minutes.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
 
 
@@ -64,6 +69,20 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--trials", type=_count, metavar="N", help="trials that are to have ended, in all")
     sweep.add_argument("--timeout", type=_seconds, metavar="S", help="stop after S seconds, to go on at the next start")
     sweep.add_argument("--new", action="store_true", help="start another study")
+    sweep.add_argument(
+        "--workers", type=_count, default=1, metavar="N", help="processes that train: one a GPU, or N on the CPU (1)"
+    )
+    _name_stores(sweep)
+
+    worker = add(
+        "worker",
+        _worker,
+        "join a sweep that is open, from any machine, and train its trials",
+        "worker agnews --storage postgresql://agnews@db/agnews --tracking http://mlflow:5000",
+    )
+    _name_sweep(worker)
+    _name_stores(worker)
+    worker.add_argument("--supervised", metavar="OWNER", help=argparse.SUPPRESS)  # by the sweep that starts it
 
     budget = add("budget", _budget, "show the largest rank of each preset that fits", "budget agnews --json")
     _name_sweep(budget)
@@ -74,16 +93,19 @@ def parser() -> argparse.ArgumentParser:
     which = promote.add_mutually_exclusive_group()
     which.add_argument("--version", type=_count, metavar="N", help="this version instead of the candidate")
     which.add_argument("--rollback", action="store_true", help="make the previous champion champion again")
+    _name_tracking(promote)
 
     predict = add("predict", _predict, "ask the champion", 'predict "Shares of the chip maker rose."')
     predict.add_argument("texts", nargs="*", metavar="TEXT", help="texts; none: a line each from standard input")
     predict.add_argument("--file", type=Path, metavar="FILE", help="read the texts from a file, a line each")
     predict.add_argument("--sweep", default="embedded", metavar="SWEEP", help="whose champion (embedded)")
     predict.add_argument("--json", action="store_true", help="as JSON, an object a line")
+    _name_tracking(predict)
 
     export = add("export", _export, "write the champion as a PEFT folder", "export --to exported")
     _name_sweep(export)
     export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
+    _name_tracking(export)
 
     ui = add("ui", _ui, "browse the runs in the MLflow UI", "ui --port 5001")
     ui.add_argument("--port", type=_port, default=5000, metavar="PORT", help="on loopback (5000)")
@@ -94,6 +116,24 @@ def parser() -> argparse.ArgumentParser:
 
 def _name_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("sweep", nargs="?", default="embedded", metavar="SWEEP", help="name or path (embedded)")
+
+
+def _name_stores(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--storage", metavar="URL", help="the study's database, sqlite:///… or postgresql://… (mlruns/optuna.db)"
+    )
+    _name_tracking(command)
+    command.add_argument(
+        "--patience",
+        type=_seconds,
+        default=300.0,
+        metavar="S",
+        help="seconds that a store may be away before the sweep ends (300)",
+    )
+
+
+def _name_tracking(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--tracking", metavar="URL", help="the MLflow server, http://… (mlruns/)")
 
 
 def _count(text: str) -> int:
@@ -128,7 +168,26 @@ def _train(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     from agnews_lora.commands import sweep
 
-    return sweep.run(options.sweep, options.trials, options.timeout, options.new)
+    given = sweep.Options(
+        trials=options.trials,
+        timeout=options.timeout,
+        new=options.new,
+        workers=options.workers,
+        storage=options.storage,
+        tracking=options.tracking,
+        patience=options.patience,
+    )
+    return sweep.run(options.sweep, given)
+
+
+def _worker(options: argparse.Namespace) -> int:
+    from agnews_lora.commands.interrupts import Supervisor
+
+    # Before anything heavy is imported: a supervisor may die at any time.
+    supervisor = Supervisor(options.supervised) if options.supervised else None
+    from agnews_lora.commands import worker
+
+    return worker.run(options.sweep, options.storage, options.tracking, options.patience, supervisor)
 
 
 def _budget(options: argparse.Namespace) -> int:
@@ -140,19 +199,21 @@ def _budget(options: argparse.Namespace) -> int:
 def _promote(options: argparse.Namespace) -> int:
     from agnews_lora.commands import promote
 
-    return promote.rollback(options.sweep) if options.rollback else promote.run(options.sweep, options.version)
+    if options.rollback:
+        return promote.rollback(options.sweep, options.tracking)
+    return promote.run(options.sweep, options.version, options.tracking)
 
 
 def _predict(options: argparse.Namespace) -> int:
     from agnews_lora.commands import predict
 
-    return predict.run(options.sweep, options.texts, options.file, options.json)
+    return predict.run(options.sweep, options.texts, options.file, options.json, options.tracking)
 
 
 def _export(options: argparse.Namespace) -> int:
     from agnews_lora.commands import export
 
-    return export.run(options.sweep, options.to)
+    return export.run(options.sweep, options.to, options.tracking)
 
 
 def _ui(options: argparse.Namespace) -> int:

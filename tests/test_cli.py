@@ -47,17 +47,18 @@ def test_the_command_line_is_the_designs() -> None:
     words = {name: [word for word in given if word not in ("-h", "--help")] for name, given in words.items()}
     assert words == {
         "train": ["experiment"],
-        "sweep": ["--new", "--timeout", "--trials", "sweep"],
+        "sweep": ["--new", "--patience", "--storage", "--timeout", "--tracking", "--trials", "--workers", "sweep"],
+        "worker": ["--patience", "--storage", "--supervised", "--tracking", "sweep"],
         "budget": ["--json", "sweep"],
-        "promote": ["--rollback", "--version", "sweep"],
-        "predict": ["--file", "--json", "--sweep", "texts"],
-        "export": ["--to", "sweep"],
+        "promote": ["--rollback", "--tracking", "--version", "sweep"],
+        "predict": ["--file", "--json", "--sweep", "--tracking", "texts"],
+        "export": ["--to", "--tracking", "sweep"],
         "ui": ["--port"],
         "doctor": [],
     }
 
 
-@pytest.mark.parametrize("command", ["", "train", "sweep", "budget", "promote", "predict", "export", "ui", "doctor"])
+@pytest.mark.parametrize("command", ["", "train", "sweep", "worker", "budget", "promote", "predict", "export", "ui", "doctor"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"] if command else ["--help"])
@@ -74,6 +75,8 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         ["sweep", "--trials", "many"],
         ["sweep", "--timeout", "-1"],
         ["sweep", "--timeout", "nan"],
+        ["sweep", "--workers", "0"],
+        ["sweep", "--patience", "-1"],
         ["promote", "--version", "1", "--rollback"],
         ["ui", "--port", "70000"],
         ["export"],

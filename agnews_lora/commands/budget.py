@@ -23,7 +23,7 @@ def run(name: str, as_json: bool) -> int:
     if as_json:
         print(json.dumps(rows, indent=2))
         return 0
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(f"{sweep.name}: {sweep.experiment.base}, budget {sweep.budget:,} trainable parameters, of which")
     for head in sweep.space.heads:
         console.print(f"  head {head} takes {head_parameters(head, shape):,}; the rest is the adapter's")

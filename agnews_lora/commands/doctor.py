@@ -38,7 +38,7 @@ def run() -> int:
     view.add_row("hub", "can be reached" if hub.reachable() else "cannot be reached")
     for path in sorted(experiments.FOLDER.glob("*.yaml")):
         view.add_row(f"experiment {path.stem}", _reach(path))
-    Console(highlight=False).print(view)
+    Console(highlight=False, markup=False).print(view)
     return 0
 
 

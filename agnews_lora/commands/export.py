@@ -12,17 +12,17 @@ from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client
 
 
-def run(sweep: str, to: Path) -> int:
+def run(sweep: str, to: Path, tracking: str | None) -> int:
     """Write the sweep's champion to a folder.
 
     Raises:
         RegistryError: there is no champion yet, or its files changed.
         StorageError: the folder holds something, or cannot be written.
     """
-    registry = Registry(open_client(STORES), load_sweep(sweep).experiment.name)
+    registry = Registry(open_client(tracking or STORES), load_sweep(sweep).experiment.name)
     version = champion(registry)
     export(registry, version, to)
-    Console(highlight=False).print(
+    Console(highlight=False, markup=False).print(
         f"{version} is in {to}: PEFT's files, the tokenizer and a model card (README.md)", soft_wrap=True
     )
     return 0

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from agnews_lora.commands.places import STORES
 from agnews_lora.config.sweep import load_sweep
 from agnews_lora.errors import DataError
+from agnews_lora.serving.markdown import one_line
 from agnews_lora.serving.predict import load_champion
 from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client
@@ -17,7 +19,7 @@ from agnews_lora.tracking.store import open_client
 MAX_TEXT_WIDTH = 36  # with the labels of AG News, a line fits into 80 columns
 
 
-def run(sweep: str, texts: list[str], file: Path | None, as_json: bool) -> int:
+def run(sweep: str, texts: list[str], file: Path | None, as_json: bool, tracking: str | None) -> int:
     """Print label and probabilities of every text: given, a line each from a file, or from standard input.
 
     Raises:
@@ -26,10 +28,12 @@ def run(sweep: str, texts: list[str], file: Path | None, as_json: bool) -> int:
     """
     asked = [*texts, *(_lines(file) if file else [])]
     if not texts and file is None:
-        asked = [line for line in sys.stdin.read().splitlines() if line.strip()]
+        asked = [line for line in _standard_input().splitlines() if line.strip()]
     if not asked:
         raise DataError("at least one text is needed, but none was given; name it, or a file with --file")
-    classifier = load_champion(Registry(open_client(STORES), load_sweep(sweep).experiment.name))
+    for text in asked:
+        _require_unicode(text)
+    classifier = load_champion(Registry(open_client(tracking or STORES), load_sweep(sweep).experiment.name))
     predictions = classifier.predict(asked)
     if as_json:
         for text, prediction in zip(asked, predictions, strict=True):
@@ -39,13 +43,28 @@ def run(sweep: str, texts: list[str], file: Path | None, as_json: bool) -> int:
     view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     view.add_column("label", no_wrap=True)
     for label in classifier.labels:
-        view.add_column(label, justify="right", no_wrap=True)
+        view.add_column(Text(label), justify="right", no_wrap=True)
     view.add_column("text", overflow="ellipsis", no_wrap=True, max_width=MAX_TEXT_WIDTH)
     for text, prediction in zip(asked, predictions, strict=True):
         shares = [f"{prediction.probabilities[label]:.1%}" for label in classifier.labels]
-        view.add_row(prediction.label, *shares, text.replace("[", r"\["))
+        view.add_row(Text(prediction.label), *shares, Text(one_line(text)))
     Console(highlight=False).print(view)
     return 0
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError("texts are read from standard input as UTF-8, but it is not; convert it") from error
+
+
+def _require_unicode(text: str) -> None:
+    """What the shell gives in another encoding, Python keeps as halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"a text must be valid UTF-8, but {one_line(text)!r} is not; convert it") from error
 
 
 def _lines(file: Path) -> list[str]:

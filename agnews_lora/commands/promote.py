@@ -1,6 +1,7 @@
 """`agnews-lora promote`: a registered version through the gate, or the way back."""
 
 from rich.console import Console
+from rich.markup import escape
 
 from agnews_lora.commands.places import STORES, TOKENS
 from agnews_lora.commands.stage import prepare
@@ -11,7 +12,7 @@ from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client
 
 
-def run(name: str, version: int | None) -> int:
+def run(name: str, version: int | None, tracking: str | None) -> int:
     """Judge the sweep's candidate, or a version, and make it champion.
 
     Raises:
@@ -19,7 +20,7 @@ def run(name: str, version: int | None) -> int:
         AgnewsLoraError: anything else that the user can mend.
     """
     experiment = load_sweep(name).experiment
-    registry = Registry(open_client(STORES), experiment.name)
+    registry = Registry(open_client(tracking or STORES), experiment.name)
     stage = prepare(experiment)
     promotion = gate.promote(
         registry,
@@ -31,20 +32,20 @@ def run(name: str, version: int | None) -> int:
     )
     console = Console(highlight=False)
     for finding in promotion.findings:
-        console.print(f"[green]passed[/]  {finding.rule}: {finding.found}", soft_wrap=True)
+        console.print(f"[green]passed[/]  {escape(finding.rule)}: {escape(finding.found)}", soft_wrap=True)
     scored = "as scored at its first promotion" if promotion.scored_before else "scored now, once for this version"
     console.print(f"[bold]{promotion.version} is champion[/] (the one before: {promotion.replaced or 'none'})")
     console.print(f"test split, {scored}: {gate.score_line(promotion.score)}", soft_wrap=True)
     return 0
 
 
-def rollback(name: str) -> int:
+def rollback(name: str, tracking: str | None) -> int:
     """Make the previous champion champion again.
 
     Raises:
         RegistryError: there is no previous champion.
     """
-    registry = Registry(open_client(STORES), load_sweep(name).experiment.name)
+    registry = Registry(open_client(tracking or STORES), load_sweep(name).experiment.name)
     outcome = gate.rollback(registry)
     Console(highlight=False).print(f"{outcome.champion} is champion again; {outcome.previous} is previous")
     return 0

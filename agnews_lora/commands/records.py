@@ -7,15 +7,16 @@ from typing import Any
 
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.reporting import figures
-from agnews_lora.search.runner import RunState
+from agnews_lora.search.journal import End
 from agnews_lora.tracking.runs import SweepRuns
-from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrialResult
+from agnews_lora.training.contracts import EvalPoint, TrainPoint
 
 
 class Records:
     """Implements the runner's `Tracker` over `SweepRuns`.
 
-    shared: params that every trial's run carries beside its own.
+    shared: params that every trial's run carries beside its own. Every call raises StorageError where the store cannot
+    be read or written.
     """
 
     def __init__(self, runs: SweepRuns, shared: Mapping[str, Any], tags: Mapping[str, str]) -> None:
@@ -39,32 +40,41 @@ class Records:
         tags = {**self._tags, "baseline": str(facts["baseline"]).lower()}
         if "study_trial" in facts:
             tags["study_trial"] = str(facts["study_trial"])
-        return self.runs.start_trial(trial, self._names[trial], params, tags, run_id)
+        with self.runs.reaching():
+            return self.runs.start_trial(trial, self._names[trial], params, tags, run_id)
 
     def log_points(self, trial: str, points: Sequence[TrainPoint | EvalPoint]) -> None:
-        self.runs.log_points(trial, points)
+        with self.runs.reaching():
+            self.runs.log_points(trial, points)
 
-    def finish_trial(self, trial: str, state: RunState, result: TrialResult | None, reason: str | None) -> None:
-        if result is None:
-            if state == "FAILED":
-                self.runs.finish_trial(trial, state, error=reason)
-            else:
-                self.runs.finish_trial(trial, state, tags={"reason": reason or ""})
-            return
-        with TemporaryDirectory() as folder:
+    def finish_trial(self, trial: str, end: End) -> None:
+        with self.runs.reaching(), TemporaryDirectory() as folder:
+            if end.result is None:
+                error = (end.report or end.reason) if end.state == "FAILED" else None
+                tags = {} if end.state == "FAILED" else {"reason": end.reason or ""}
+                self.runs.finish_trial(trial, end.state, tags=tags, error=error)
+                return
             self.runs.finish_trial(
                 trial,
-                state,
+                end.state,
                 metrics={
-                    "rows_seen": result.rows_seen,
-                    "train_seconds": result.train_seconds,
-                    "eval_seconds": result.eval_seconds,
-                    "peak_memory_bytes": result.peak_memory_bytes,
+                    "rows_seen": end.result.rows_seen,
+                    "train_seconds": end.result.train_seconds,
+                    "eval_seconds": end.result.eval_seconds,
+                    "peak_memory_bytes": end.result.peak_memory_bytes,
                 },
-                tags={"reason": reason or ""},  # an earlier interruption may have left its own
-                adapter=result.adapter,
+                tags={"reason": end.reason or ""},  # an earlier interruption may have left its own
+                adapter=end.result.adapter,
                 figures=self.curves(trial, Path(folder)),
             )
+
+    def keep_checkpoint(self, trial: str, checkpoint: Path) -> None:
+        with self.runs.reaching():
+            self.runs.keep_checkpoint(trial, checkpoint)
+
+    def fetch_checkpoints(self, trial: str, folder: Path) -> None:
+        with self.runs.reaching():
+            self.runs.fetch_checkpoints(trial, folder)
 
     def curves(self, trial: str, folder: Path) -> dict[str, Path]:
         """`accuracy_curve.png` and `loss_curve.png` of a trial, drawn into `folder`."""

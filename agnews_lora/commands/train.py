@@ -17,6 +17,7 @@ from agnews_lora.commands.stage import Stage, prepare
 from agnews_lora.config.experiment import load_experiment
 from agnews_lora.data.tokens import load_tokenizer
 from agnews_lora.reporting.progress import Progress
+from agnews_lora.search.journal import End
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
@@ -50,7 +51,9 @@ def run(name: str) -> int:
     console = Console(highlight=False)
     if training.result is None:
         training.close()
-        console.print(training.failure or "Stopped. Nothing is kept of an unfinished training; start it again.")
+        console.print(
+            training.failure or "Stopped. Nothing is kept of an unfinished training; start it again.", markup=False
+        )
         return 1 if training.failure else request.exit_code
     final = training.result.final
     assert final is not None, "nothing prunes a single training"
@@ -127,12 +130,12 @@ class _Solo:
 
     def finished(self, result: TrialResult) -> None:
         self.result = result
-        self.records.finish_trial(TRIAL, "COMPLETE", result, None)
+        self.records.finish_trial(TRIAL, End("COMPLETE", result))
         self.screen.trial_ended(TRIAL, "COMPLETE", result.final.accuracy if result.final else None, None)
 
     def failed(self, trial: str, error: Exception) -> None:
         self.failure = str(error)
-        self.records.finish_trial(TRIAL, "FAILED", None, self.failure)
+        self.records.finish_trial(TRIAL, End("FAILED", reason=self.failure))
         self.screen.trial_ended(TRIAL, "FAIL", None, self.failure)
 
     def stop_requested(self) -> bool:
@@ -141,4 +144,4 @@ class _Solo:
     def close(self) -> None:
         """End the run of a training that was stopped."""
         if self._given and self.failure is None:
-            self.records.finish_trial(TRIAL, "INTERRUPTED", None, "stopped")
+            self.records.finish_trial(TRIAL, End("INTERRUPTED", reason="stopped"))

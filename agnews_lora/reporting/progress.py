@@ -57,14 +57,15 @@ class _Running:
 class Progress:
     """The screen of a study (or of one training) while it runs. Use it as a context manager.
 
-    total_trials: how many are to end in all. ended: those that had before. best, best_trial: the best complete one so
-    far. console: the standard output unless given. clock: seconds.
+    total_trials: how many are to end in all; None for a worker, which does not know the others' trials. ended: those
+    that had before. best, best_trial: the best complete one so far. console: the standard output unless given. clock:
+    seconds.
     """
 
     def __init__(
         self,
         *,
-        total_trials: int,
+        total_trials: int | None = None,
         ended: int = 0,
         best: float | None = None,
         best_trial: str | None = None,
@@ -136,10 +137,11 @@ class Progress:
         line = Text(f"{trial} ")
         line.append(word, style=END_STYLES.get(word, ""))
         if accuracy is not None:
-            line.append(f"  accuracy {accuracy:.2%}{'  best so far' if best else ''}")
+            line.append(f"  accuracy {accuracy:.2%}{'  best so far' if best and self._total_trials else ''}")
         line.append(f"  {label}" if self.mode == "live" else "")
         line.append(f"  {reason}" if reason else "")
-        line.append(f"  [{self._ended}/{self._total_trials}]")
+        if self._total_trials is not None:
+            line.append(f"  [{self._ended}/{self._total_trials}]")
         self._line(line)
 
     def message(self, text: str) -> None:
@@ -160,7 +162,8 @@ class Progress:
             yield self._table(running, options.max_width, now)
 
     def _header(self, now: float, running: Sequence[_Running]) -> RenderableType:
-        parts = [f"trials {self._ended}/{self._total_trials}"]
+        of_all = "" if self._total_trials is None else f"/{self._total_trials}"
+        parts = [f"trials {self._ended}{of_all}"]
         if self._best is not None:
             parts.append(f"best {self._best:.2%}" + (f" ({self._best_trial})" if self._best_trial else ""))
         parts.append(f"elapsed {duration(now - self._began)}")
@@ -173,7 +176,7 @@ class Progress:
         """From the pace of this process: trials that ended in it, and the shares of those that run."""
         done_here = sum((trial.step - (trial.first_step or 0)) / trial.total_steps for trial in running)
         done_here += self._ended - self._ended_before
-        if done_here < SURE_SHARE:
+        if done_here < SURE_SHARE or self._total_trials is None:
             return None
         shares = sum(trial.step / trial.total_steps for trial in running)
         remaining = max(0.0, self._total_trials - self._ended - shares)

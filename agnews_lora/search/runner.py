@@ -1,7 +1,8 @@
 """The runner: feeds an engine from a study, and takes down what comes back.
 
-It is the engine's `TrialSource` and its `Observer`. What a trial did goes to the study, to the tracker that it was
-handed, and to the screen.
+It is the engine's `TrialSource` and its `Observer`. What a trial did goes to its journal on disk first, then to the
+study and to the tracker that the runner was handed. Either may go away for a while: training goes on, and what was not
+delivered is delivered later, in order. Several runners may work on one study, wherever they are (`claims`, `leases`).
 """
 
 import shutil
@@ -10,11 +11,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Final
 
 import optuna
-from optuna.trial import TrialState
 
 from agnews_lora.adapters.budget import require_within_budget, trainable_parameters
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
@@ -22,40 +23,22 @@ from agnews_lora.config.sweep import Space
 from agnews_lora.errors import BudgetError
 from agnews_lora.search import space as search_space
 from agnews_lora.search import study as study_keys
+from agnews_lora.search.claims import MAX_ATTEMPTS, claim, give_back, is_done
+from agnews_lora.search.held import Held, Screen, Tracker
+from agnews_lora.search.journal import End, Journal
+from agnews_lora.search.leases import Leases
+from agnews_lora.search.lines import PATIENCE_SECONDS, Line
 from agnews_lora.search.sampler import derived_seed
-from agnews_lora.search.study import ENDED, give_back, trial_name
-from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
+from agnews_lora.search.study import ENDED, trial_name
+from agnews_lora.training import checkpoints
+from agnews_lora.training.contracts import Engine, EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
 
-RunState = Literal["COMPLETE", "PRUNED", "FAILED", "INTERRUPTED"]
-
-
-class Tracker(Protocol):
-    """Where runs are recorded."""
-
-    def start_trial(self, trial: str, spec: TrialSpec, facts: dict[str, Any], run_id: str | None) -> str:
-        """Open the trial's run, or open it again, and give its id."""
-        ...
-
-    def log_points(self, trial: str, points: Sequence[TrainPoint | EvalPoint]) -> None: ...
-
-    def finish_trial(self, trial: str, state: RunState, result: TrialResult | None, reason: str | None) -> None: ...
-
-
-class Screen(Protocol):
-    """Where progress is shown."""
-
-    def trial_started(self, trial: str, label: str, total_steps: int) -> None: ...
-
-    def logged(self, points: Sequence[TrainPoint]) -> None: ...
-
-    def evaluated(self, points: Sequence[EvalPoint]) -> None: ...
-
-    def trial_ended(self, trial: str, state: str, accuracy: float | None, reason: str | None) -> None: ...
+IDLE_SECONDS: Final = 1.0  # between two looks for a trial, where others still train theirs
 
 
 @dataclass(frozen=True)
 class Quest:
-    """What is searched: the space under the budget, and how many trials are to end in all.
+    """What is searched: the space under the budget.
 
     total_steps: training steps of a trial that is not pruned.
     baseline_seed: the experiment's own seed, so that the baseline is the very run that `train` makes.
@@ -64,7 +47,6 @@ class Quest:
     space: Space
     shape: ModelShape
     budget: int
-    trials: int
     seed: int
     baseline: TrialSpec
     baseline_seed: int
@@ -72,71 +54,96 @@ class Quest:
 
 
 @dataclass
-class _Running:
-    """A trial that was asked for and has not ended. opened: it has its run, and the screen shows it."""
-
-    trial: optuna.Trial
-    baseline: bool
-    opened: bool = False
-    last: EvalPoint | None = None
-
-
-@dataclass
 class StudyRunner:
-    """Asks the study for trials until `quest.trials` have ended, and tells it how they ended.
+    """Claims trials of the study until as many as were asked for have ended, and tells it how they ended.
 
-    folder: where each trial's work folder lies. stop: polled; once true, nothing is started any more.
-    record_seconds: wall time spent here, in the study, the tracker and the screen.
+    folder: where each trial's work folder lies. stop: polled; once true, nothing is started any more. patience: seconds
+    that the study's storage or the tracker may be away. record_seconds: wall time spent here, in the study, the tracker
+    and the screen.
     """
 
     study: optuna.Study
+    leases: Leases
     quest: Quest
     tracker: Tracker
     screen: Screen
     folder: Path
     stop: Callable[[], bool]
+    patience: float = PATIENCE_SECONDS
     record_seconds: float = field(default=0.0, init=False)
-    _running: dict[str, _Running] = field(default_factory=dict, init=False)
+    _held: dict[str, Held] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._storage = Line("the studies' storage", self.patience)
+        self._runs = Line("the run store", self.patience)
+
+    def work(self, engine: Engine) -> None:
+        """Let an engine train until no trial of the study is left or running anywhere, or a stop is due.
+
+        Raises:
+            StorageError: a store was lost; what it did not get lies in the work folder, for the next start.
+        """
+        try:
+            while not (self.stop() or self._loss):
+                engine.run(self, self)
+                if self.leases.lost:
+                    self.close()  # what is left is claimed again
+                self._catch_up()
+                if not self._held and self._storage.ask(lambda: is_done(self.study), False):
+                    return
+                time.sleep(IDLE_SECONDS)
+        finally:
+            self.close()
+        if self._loss:
+            raise self._loss
 
     # The engine's TrialSource
 
     def next(self) -> TrialPlan | None:
-        """The next trial of the study; None once as many as were asked for have ended or run.
+        """The next trial of the study; None where there is none to start now.
 
         A trial that someone enqueued beyond the budget is failed with the reason, before anything is loaded for it.
         """
         with self._recorded():
-            while not self.stop() and self._num_ended() + len(self._running) < self.quest.trials:
-                if (plan := self._ask()) is not None:
+            self._catch_up()
+            while not self.stop_requested():
+                if (held := self._storage.ask(self._claim, None)) is None:
+                    return None
+                if (plan := self._plan(held)) is not None:
                     return plan
         return None
 
-    def _num_ended(self) -> int:
-        return len(self.study.get_trials(deepcopy=False, states=ENDED))
-
-    def _ask(self) -> TrialPlan | None:
-        """Ask the study for a trial; None where the trial had to be failed at once."""
-        quest, trial = self.quest, self.study.ask()
-        name, baseline = trial_name(trial.number), bool(trial.user_attrs.get(study_keys.BASELINE))
-        self._running[name] = _Running(trial, baseline)
+    def _claim(self) -> Held | None:
+        """Claim a trial and settle its configuration: all that needs the study."""
+        with self.leases.queue(self.stop) as mine:
+            held = {name: each.attempts for name, each in self._held.items()}
+            trial = claim(self.study, self.leases, held) if mine else None
+        if trial is None:
+            return None
+        quest, name = self.quest, trial_name(trial.number)
+        baseline = bool(trial.user_attrs.get(study_keys.BASELINE))
+        attempts = int(trial.user_attrs.get(study_keys.ATTEMPTS, 0))
+        held_trial = Held(
+            name,
+            trial,
+            baseline,
+            Journal(self.folder / name),
+            attempts=attempts + 1,
+            checkpoint_step=int(trial.user_attrs.get(study_keys.CHECKPOINT, 0)),
+        )
         try:
             spec = self._configuration(trial, baseline)
         except ValueError as error:  # Optuna's, of a value that someone enqueued
-            self.screen.trial_started(name, "enqueued by hand", quest.total_steps)
-            self._fail(name, f"enqueued with a value that no trial can have: {error}", str(error))
-            return None
-        seed = quest.baseline_seed if baseline else derived_seed(quest.seed, trial.number)
-        num_trainable = trainable_parameters(spec, quest.shape)
+            held_trial.fault = End("FAILED", reason=f"enqueued with a value that no trial can have: {error}")
+            return held_trial
         trial.set_user_attr(study_keys.SPEC, spec.as_dict())
-        trial.set_user_attr(study_keys.TRAINABLE, num_trainable)
-        facts = {"seed": seed, "baseline": baseline, "study_trial": trial.number, "trainable_parameters": num_trainable}
-        self._open(name, spec, facts)
-        try:
-            require_within_budget(spec, quest.shape, quest.budget)
-        except BudgetError as error:
-            self._fail(name, str(error), str(error))
-            return None
-        return TrialPlan(name, spec, seed, self.folder / name, self._checkpoint(name))
+        trial.set_user_attr(study_keys.TRAINABLE, trainable_parameters(spec, quest.shape))
+        held_trial.spec = spec
+        if attempts >= MAX_ATTEMPTS:
+            held_trial.fault = _exhausted(held_trial)
+        else:
+            trial.set_user_attr(study_keys.ATTEMPTS, attempts + 1)
+        return held_trial
 
     def _configuration(self, trial: optuna.Trial, baseline: bool) -> TrialSpec:
         """What the trial is to train; a baseline from outside the space is not asked from it."""
@@ -145,98 +152,176 @@ class StudyRunner:
             return quest.baseline
         return search_space.suggest(trial, quest.space, quest.shape, quest.budget)
 
-    def _open(self, name: str, spec: TrialSpec, facts: dict[str, Any]) -> None:
-        running = self._running[name]
-        known = running.trial.user_attrs.get(study_keys.RUN_ID)
-        run_id = self.tracker.start_trial(name, spec, facts, known)
-        self.screen.trial_started(name, f"{spec}{' (baseline)' if running.baseline else ''}", self.quest.total_steps)
-        running.opened = True
-        if run_id != known:
-            running.trial.set_user_attr(study_keys.RUN_ID, run_id)
+    def _plan(self, held: Held) -> TrialPlan | None:
+        """What the engine is to train; None where the trial has ended before it starts."""
+        self._held[held.name] = held
+        quest, spec = self.quest, held.spec
+        label = f"{spec or 'enqueued by hand'}{' (baseline)' if held.baseline and spec else ''}"
+        self.screen.trial_started(held.name, label, quest.total_steps)
+        seed = quest.baseline_seed if held.baseline else derived_seed(quest.seed, held.trial.number)
+        held.facts = {"seed": seed, "baseline": held.baseline, "study_trial": held.trial.number}
+        if spec is not None:
+            held.facts["trainable_parameters"] = trainable_parameters(spec, quest.shape)
+            try:
+                require_within_budget(spec, quest.shape, quest.budget)
+            except BudgetError as error:
+                held.fault = End("FAILED", reason=str(error))
+        if held.fault is not None and held.journal.end is None:
+            held.journal.finish(held.fault)
+        self._deliver(held)
+        if held.journal.end is not None:  # an earlier process ended it, and could not tell
+            return None
+        assert spec is not None
+        return TrialPlan(held.name, spec, seed, self.folder / held.name, self._checkpoint(held))
 
-    def _checkpoint(self, name: str) -> Path | None:
-        """The last checkpoint of the trial, where its folder is still there."""
-        stored = self._running[name].trial.user_attrs.get(study_keys.CHECKPOINT)
-        return path if stored and (path := self.folder / name / stored).is_dir() else None
+    def _checkpoint(self, held: Held) -> Path | None:
+        """The newest sound checkpoint that can be had: here, else from the run's artifacts."""
+        folder, known = self.folder / held.name, held.checkpoint_step
+        found = checkpoints.newest(folder)
+        if known and (found is None or checkpoints.step_of(found) < known) and held.opened:
+            self._runs.deliver(partial(self.tracker.fetch_checkpoints, held.name, folder))
+            found = checkpoints.newest(folder)
+        if known and found is None:
+            self.screen.message(
+                f"{held.name} starts again from step 0: its checkpoint of step {known} can be had neither here nor "
+                "from its run"
+            )
+        elif known and found is not None and checkpoints.step_of(found) < known:
+            self.screen.message(f"{held.name} goes on from {found.name}: its checkpoint of step {known} is not sound")
+        held.checkpoint_step = checkpoints.step_of(found) if found else 0
+        return found
 
     # The engine's Observer
 
     def logged(self, points: Sequence[TrainPoint]) -> None:
         with self._recorded():
-            for point in points:
-                self.tracker.log_points(point.trial, [point])
+            self._note(points)
             self.screen.logged(points)
+            self._catch_up()
 
     def evaluated(self, points: Sequence[EvalPoint]) -> Sequence[Verdict]:
         """All points are reported before the first is judged: some pruners depend on the order."""
         with self._recorded():
-            for point in points:
-                running = self._running[point.trial]
-                running.last = point
-                running.trial.report(point.accuracy, point.step)
-                self.tracker.log_points(point.trial, [point])
+            self._note(points)
             self.screen.evaluated(points)
+            self._catch_up()
             return [self._judge(point) for point in points]
 
+    def _note(self, points: Sequence[TrainPoint | EvalPoint]) -> None:
+        for point in points:
+            self._held[point.trial].journal.add([point])
+
     def _judge(self, point: EvalPoint) -> Verdict:
-        running = self._running[point.trial]
-        if point.final or running.baseline:
+        """Where the study cannot be asked, the trial goes on, to be judged at its next evaluation."""
+        held = self._held[point.trial]
+        if point.final or held.baseline or held.study_is_behind:
             return Verdict.CONTINUE
-        return Verdict.PRUNE if running.trial.should_prune() else Verdict.CONTINUE
+        return Verdict.PRUNE if self._storage.ask(held.trial.should_prune, False) else Verdict.CONTINUE
 
     def checkpointed(self, trial: str, step: int, path: Path) -> None:
         with self._recorded():
-            self._running[trial].trial.set_user_attr(study_keys.CHECKPOINT, path.name)
+            held = self._held[trial]
+            if step > held.checkpoint_step:
+                held.checkpoint_step, held.attempts = step, 0
+            self._deliver(held)
+            if held.opened and not held.study_is_behind and self._is_mine(held):
+                self._runs.deliver(partial(self._keep, held, path))
+
+    def _keep(self, held: Held, checkpoint: Path) -> None:
+        """Keep a checkpoint for other machines: who goes on from it has no points before it but the stores' own."""
+        held.to_run(self.tracker)
+        self.tracker.keep_checkpoint(held.name, checkpoint)
 
     def finished(self, result: TrialResult) -> None:
         with self._recorded():
-            name, running = result.trial, self._running[result.trial]
             if result.final is None:
-                accuracy = running.last.accuracy if running.last else None
                 reason = f"below the median of all other trials at step {result.steps} of {result.total_steps}"
-                self.tracker.finish_trial(name, "PRUNED", result, reason)
-                self._end(name, TrialState.PRUNED, accuracy, reason)
+                self._finish(result.trial, End("PRUNED", result, reason))
             else:
-                running.trial.set_user_attr(study_keys.LOSS, result.final.loss)
-                running.trial.set_user_attr(study_keys.MACRO_F1, result.final.macro_f1)
-                self.tracker.finish_trial(name, "COMPLETE", result, None)
-                self._end(name, TrialState.COMPLETE, result.final.accuracy, None)
+                self._finish(result.trial, End("COMPLETE", result))
 
     def failed(self, trial: str, error: Exception) -> None:
         with self._recorded():
-            self._fail(trial, str(error) or type(error).__name__, "".join(traceback.format_exception(error)))
+            report = "".join(traceback.format_exception(error))
+            self._finish(trial, End("FAILED", None, str(error) or type(error).__name__, report))
 
     def stop_requested(self) -> bool:
-        return self.stop()
+        return self.stop() or self._loss is not None or bool(self.leases.lost)
 
-    # How trials end
+    # Delivering
 
-    def _fail(self, name: str, reason: str, report: str) -> None:
-        if self._running[name].opened:
-            self.tracker.finish_trial(name, "FAILED", None, report)
-        self._end(name, TrialState.FAIL, None, reason)
+    @property
+    def _loss(self) -> Exception | None:
+        return self._storage.loss or self._runs.loss
 
-    def _end(self, name: str, state: TrialState, accuracy: float | None, reason: str | None) -> None:
-        trial = self._running[name].trial
-        if reason is not None:
-            trial.set_user_attr(study_keys.REASON, reason)
-        self.study.tell(trial, accuracy if state is TrialState.COMPLETE else None, state=state)
-        del self._running[name]
-        shutil.rmtree(self.folder / name, ignore_errors=True)  # what is kept of an ended trial is in its run
-        self.screen.trial_ended(name, state.name, accuracy, reason)
+    def _finish(self, name: str, end: End) -> None:
+        held = self._held[name]
+        held.journal.finish(end)
+        self._deliver(held)
+
+    def _catch_up(self) -> None:
+        for held in list(self._held.values()):
+            self._deliver(held)
+
+    def _deliver(self, held: Held) -> None:
+        """Bring run and study up to the trial's journal; once it has ended and both know all, the trial is told.
+
+        While this process cannot be sure that the trial is still its own, nothing is: somebody else may go on with it.
+        """
+        if not self._is_mine(held):
+            return
+        if held.run_is_behind:
+            self._runs.deliver(partial(held.to_run, self.tracker))
+        if held.study_is_behind:
+            self._storage.deliver(held.to_study)
+        end, is_behind = held.journal.end, held.run_is_behind or held.study_is_behind
+        if end and not is_behind and self._storage.deliver(partial(self._settle, held)):
+            self._drop(held, end)
+
+    def _is_mine(self, held: Held) -> bool:
+        return self.leases.sure() and held.name not in self.leases.lost
+
+    def _settle(self, held: Held) -> None:
+        held.tell(self.study)
+        self.leases.release(held.name)
+
+    def _drop(self, held: Held, end: End) -> None:
+        del self._held[held.name]
+        shutil.rmtree(self.folder / held.name, ignore_errors=True)  # what is kept of an ended trial is in its run
+        state = "FAIL" if end.state == "FAILED" else end.state
+        self.screen.trial_ended(held.name, state, held.accuracy, end.reason)
 
     def close(self) -> None:
         """Give back to the study what did not end, to go on from its checkpoint, and close its runs."""
-        stopped = list(self._running.items())
-        for _, running in stopped:
-            give_back(self.study, running.trial._trial_id)
-        for name, running in stopped:
-            if running.opened:
-                checkpoint = self._checkpoint(name)
-                reason = f"goes on from {checkpoint.name if checkpoint else 'its first step'} at the next start"
-                self.tracker.finish_trial(name, "INTERRUPTED", None, f"stopped; {reason}")
-                self.screen.trial_ended(name, "INTERRUPTED", None, reason)
-            del self._running[name]
+        self._storage.retry()
+        self._runs.retry()
+        self._storage.deliver(self.leases.beat)
+        for name in self.leases.lost:
+            self.leases.forget(name)
+            if self._held.pop(name, None):
+                self.screen.trial_ended(name, "INTERRUPTED", None, "another process goes on with it: this one was away")
+        try:
+            self._catch_up()
+        finally:
+            left = list(self._held.values())
+            for held in left:
+                self._storage.deliver(partial(self._put_back, held))
+            for held in left:
+                self._interrupt(held)
+
+    def _interrupt(self, held: Held) -> None:
+        step = held.checkpoint_step
+        reason = f"goes on from {f'checkpoint-{step}' if step else 'its first step'} at the next start"
+        if held.opened and held.journal.end is None and self.leases.sure():
+            end = End("INTERRUPTED", reason=f"stopped; {reason}")
+            self._runs.deliver(partial(self.tracker.finish_trial, held.name, end))
+        self.screen.trial_ended(held.name, "INTERRUPTED", None, reason)
+        del self._held[held.name]
+
+    def _put_back(self, held: Held) -> None:
+        held.trial.set_user_attr(study_keys.ATTEMPTS, 0)
+        give_back(self.study, held.trial._trial_id)
+        self.leases.release(held.name)
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
@@ -246,3 +331,20 @@ class StudyRunner:
             yield
         finally:
             self.record_seconds += time.perf_counter() - began
+
+
+def _exhausted(held: Held) -> End:
+    reached = f"the checkpoint of step {held.checkpoint_step}" if held.checkpoint_step else "a first checkpoint"
+    return End(
+        "FAILED",
+        reason=f"{MAX_ATTEMPTS} attempts in a row ended without getting beyond {reached}: each time the process died "
+        "(killed, or out of memory); it is not tried again",
+    )
+
+
+def tidy(study: optuna.Study, folder: Path) -> None:
+    """Remove the work folders of trials that have ended: a kill may have come between the two."""
+    ended = {trial_name(trial.number) for trial in study.get_trials(deepcopy=False, states=ENDED)}
+    for left in folder.glob("t*"):
+        if left.name in ended:
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,6 +1,5 @@
 """The study in storage: opened or resumed by name, with the fingerprint of what it searches."""
 
-import fcntl
 import json
 import math
 import warnings
@@ -13,24 +12,28 @@ from typing import Any
 from uuid import uuid4
 
 import optuna
-from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from optuna.trial import TrialState
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
 
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.errors import StorageError, StudyError
+from agnews_lora.search.leases import create_table
+from agnews_lora.search.lines import STORAGE_FAULTS, brief
 
 # User attributes of a study and of its trials.
 SWEEP = "sweep"
 IDENTITY = "identity"
 FINGERPRINT = "fingerprint"
+TRIALS = "trials"
 BASELINE = "baseline"
 SPEC = "spec"
 RUN_ID = "run_id"
-CHECKPOINT = "checkpoint"
+CHECKPOINT = "checkpoint_step"
+ATTEMPTS = "attempts"
 TRAINABLE = "trainable_parameters"
 LOSS = "loss"
 MACRO_F1 = "macro_f1"
@@ -38,28 +41,101 @@ REASON = "reason"
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
-# What Optuna raises where the database cannot be read or written.
-_STORAGE_FAULTS = (SQLAlchemyError, StorageInternalError)
 
+def open_storage(where: Path | str, create: bool = True) -> RDBStorage:
+    """The storage of all studies: SQLite below a folder, or the database of a URL (SQLite or PostgreSQL).
 
-def open_storage(root: Path) -> RDBStorage:
-    """The SQLite storage of all studies below `root`, made where there is none.
+    create: make what is missing; without it, only what somebody made before is opened.
 
     Raises:
-        StorageError: it cannot be made, read or written, or is another Optuna's.
+        StorageError: it cannot be made, read or written, is another Optuna's, or the URL is not one to use.
     """
     _quieten()
-    path = root / "optuna.db"
+    url = _url(where)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
-        return RDBStorage(f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": 60}})
-    except (OSError, RuntimeError, *_STORAGE_FAULTS) as error:  # RuntimeError: the schema of another Optuna
+        if url.database and url.get_backend_name() == "sqlite":
+            path = Path(url.database)
+            if create:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab" if create else "rb"):
+                pass
+        storage = RDBStorage(
+            url.render_as_string(), engine_kwargs=_engine_arguments(url), skip_table_creation=not create
+        )
+        if create:
+            create_table(storage.engine)
+        return storage
+    except ImportError as error:
         raise StorageError(
-            f"the studies' storage must be a writable SQLite database of the installed Optuna, but {path} is not: "
-            f"{_short(error)}; mend its permissions, or move it away to start an empty one"
+            "a study in PostgreSQL needs psycopg, but it is not installed; pip install 'agnews-lora[postgres]'"
         ) from error
+    except (OSError, RuntimeError, *STORAGE_FAULTS) as error:  # RuntimeError: the schema of another Optuna
+        remedy = (
+            "mend its permissions, or move it away to start an empty one"
+            if create
+            else "start `agnews-lora sweep` on it first, which makes what is missing"
+        )
+        if url.get_backend_name() != "sqlite":
+            remedy = f"is the server up, and are PGPASSWORD or a libpq password file right? Else {remedy}"
+        shown = url.database if url.get_backend_name() == "sqlite" else url.render_as_string()
+        raise StorageError(
+            f"the studies' storage must be a writable database of the installed Optuna, but {shown} is not: "
+            f"{brief(error)}; {remedy}"
+        ) from error
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Turns what is raised where the studies' storage does not answer into one message.
+
+    Raises:
+        StorageError: it does not answer.
+    """
+    try:
+        yield
+    except STORAGE_FAULTS as error:
+        raise StorageError(
+            f"the studies' storage must be there while a sweep is worked on, but does not answer: {brief(error)}; mend "
+            "it and start again: nothing is lost"
+        ) from error
+
+
+def _url(where: Path | str) -> URL:
+    """Where the studies are stored, with the driver that is used and no password.
+
+    Raises:
+        StorageError: not a URL of SQLite or PostgreSQL, or one with a password in it.
+    """
+    if isinstance(where, Path):
+        return URL.create("sqlite", database=str(where.resolve() / "optuna.db"))
+    try:
+        url = make_url(where)
+    except (ArgumentError, ValueError) as error:
+        raise StorageError(f"the storage {_RULE}, but what was given is no URL") from error
+    secret = [key for key in url.query if "pass" in key.lower() and key != "passfile"]  # sslpassword, and slips of it
+    if url.password is not None or secret:
+        raise StorageError(
+            "the storage's URL must not hold a password, which others would read in logs and lists of processes: give "
+            f"{url._replace(password=None).difference_update_query(secret).render_as_string()}, and the password "
+            "by PGPASSWORD or in a libpq password file (PGPASSFILE)"
+        )
+    match url.get_backend_name():
+        case "postgresql":
+            return url.set(drivername="postgresql+psycopg")
+        case "sqlite" if url.database and url.database != ":memory:":
+            return url.set(drivername="sqlite", database=str(Path(url.database).resolve()))
+    raise StorageError(f"the storage {_RULE}, but got {where}")
+
+
+_RULE = "must be the URL of a database, sqlite:///PATH or postgresql://USER@HOST/DATABASE"
+
+
+def _engine_arguments(url: URL) -> dict[str, Any]:
+    if url.get_backend_name() == "sqlite":
+        return {"connect_args": {"timeout": 60}}
+    # A server that went away must be noticed within seconds, not by TCP's own two hours.
+    patience = {"connect_timeout": 5, "keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3}
+    return {"pool_pre_ping": True, "connect_args": {**patience, "tcp_user_timeout": 15_000}}
 
 
 def _quieten() -> None:
@@ -100,25 +176,48 @@ def open_study(
             direction="maximize",
             load_if_exists=True,
         )
-        stored = study.user_attrs.get(FINGERPRINT)
-        if stored is None:
+        if FINGERPRINT not in study.user_attrs:
             study.set_user_attr(SWEEP, sweep)
             study.set_user_attr(IDENTITY, uuid4().hex)
             study.set_user_attr(FINGERPRINT, fingerprint)
             return study
-    except _STORAGE_FAULTS as error:
+    except STORAGE_FAULTS as error:
         raise StorageError(
-            f"the studies' storage {storage.url} cannot be read and written: {_short(error)}; mend its permissions or "
+            f"the studies' storage {storage.url} cannot be read and written: {brief(error)}; mend its permissions or "
             "the disk, and start again"
         ) from error
-    changes = differences(stored, json.loads(json.dumps(fingerprint)))
+    _require_same(study, fingerprint)
+    return study
+
+
+def join_study(
+    storage: RDBStorage, sweep: str, fingerprint: dict[str, Any], sampler: BaseSampler, pruner: BasePruner
+) -> optuna.Study:
+    """The sweep's newest study, which another process has opened.
+
+    Raises:
+        StudyError: there is none, or it was made with another fingerprint.
+    """
+    studies = [study for study in storage.get_all_studies() if study.user_attrs.get(SWEEP) == sweep]
+    if not studies or FINGERPRINT not in studies[-1].user_attrs:
+        raise StudyError(
+            f"a worker joins a study that is there, but this storage has none of sweep {sweep}; start "
+            f"`agnews-lora sweep {sweep}` with the same --storage and --tracking first"
+        )
+    study = optuna.load_study(study_name=studies[-1].study_name, storage=storage, sampler=sampler, pruner=pruner)
+    _require_same(study, fingerprint)
+    return study
+
+
+def _require_same(study: optuna.Study, fingerprint: dict[str, Any]) -> None:
+    changes = differences(study.user_attrs[FINGERPRINT], json.loads(json.dumps(fingerprint)))
     if changes:
         raise StudyError(
             f"study {study.study_name} was made with other settings, and its trials would not compare:\n  "
             + "\n  ".join(changes)
-            + f"\nput them back to go on with it, or start another study with `agnews-lora sweep {sweep} --new`"
+            + "\nput them back to go on with it, or start another study with `agnews-lora sweep "
+            f"{study.user_attrs[SWEEP]} --new`"
         )
-    return study
 
 
 def _free_name(storage: RDBStorage, sweep: str) -> str:
@@ -139,44 +238,6 @@ def differences(stored: Any, present: Any, path: str = "") -> list[str]:
     if stored == present:
         return []
     return [f"{path}: {json.dumps(stored, ensure_ascii=False)} -> {json.dumps(present, ensure_ascii=False)}"]
-
-
-@contextmanager
-def exclusive(folder: Path, study: str) -> Iterator[None]:
-    """Hold the study for this process; the system lets go of it when the process ends, however it ends.
-
-    Raises:
-        StudyError: another process holds it.
-        StorageError: the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
-    except OSError as error:
-        raise StorageError(
-            f"the work folder {folder} cannot be written ({error.strerror}); make it writable"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StudyError(
-                f"study {study} is being run by another process; wait for it to end, or stop it, and start again"
-            ) from error
-        yield
-
-
-def give_back(study: optuna.Study, trial_id: int) -> None:
-    """Put a running trial back in the queue: the next `ask` returns it with its number, parameters and reports."""
-    study._storage.set_trial_state_values(trial_id, TrialState.WAITING)
-
-
-def give_back_stale(study: optuna.Study) -> list[FrozenTrial]:
-    """Put every running trial back. For the process that holds the study: none of them can still be running."""
-    stale = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    for trial in stale:
-        give_back(study, trial._trial_id)
-    return stale
 
 
 @dataclass(frozen=True)
@@ -236,12 +297,3 @@ def best_of(rows: list[Standing]) -> Standing | None:
         return -row.accuracy, math.inf if row.loss is None or math.isnan(row.loss) else row.loss, row.number
 
     return min((row for row in rows if row.state == "COMPLETE"), key=rank, default=None)
-
-
-def _short(error: BaseException) -> str:
-    """The first line of what went wrong, without SQLAlchemy's and Optuna's wrapping."""
-    if isinstance(error, StorageInternalError) and error.__cause__:
-        return _short(error.__cause__)
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(getattr(error, "orig", None) or error).splitlines()[0].rstrip(".")

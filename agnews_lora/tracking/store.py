@@ -1,5 +1,6 @@
-"""The run store: a SQLite database and a folder of artifacts below one root (`mlruns`)."""
+"""The run store: a SQLite database and a folder of artifacts below one root (`mlruns`), or an MLflow server."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -9,13 +10,15 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
+import requests
 from mlflow import MlflowClient
-from mlflow.entities import LifecycleStage
+from mlflow.entities import Experiment, LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-from agnews_lora.errors import StorageError
+from agnews_lora.errors import StorageError, StoreAway
 
 DATABASE: Final = "mlflow.db"
 ARTIFACTS: Final = "artifacts"
@@ -31,13 +34,97 @@ def artifact_uri(root: Path) -> str:
     return (root.resolve() / ARTIFACTS).as_uri()
 
 
-def open_client(root: Path) -> MlflowClient:
-    """A client of the run store in the folder `root`, which is created with the database's schema where it is missing.
+# MLflow's codes for what may work later; the first is also its answer where a server cannot be reached at all.
+_PASSING_CODES: Final = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "BAD_REQUEST"}
+_DENIED_CODES: Final = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
+# Waiting does not mend a disk that is full, or that may not be written.
+_LASTING_FAULTS: Final = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.ENOENT,
+}
+
+
+def open_client(where: Path | str) -> MlflowClient:
+    """A client of the run store: in a folder, created with the database's schema where it is missing, or of a server.
 
     Raises:
-        StorageError: the folder or the database cannot be created, read or written, or its schema is another MLflow's.
+        StorageError: the store cannot be created, reached, read or written, its schema is another MLflow's, or the
+            server's URL is not one to use.
     """
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    for loud in ("mlflow.store.db.utils", "urllib3"):  # what goes wrong is said once, in the message
+        logging.getLogger(loud).setLevel(logging.CRITICAL)
+    return _open_folder(where) if isinstance(where, Path) else _open_server(where)
+
+
+def _open_server(url: str) -> MlflowClient:
+    rule = "the run store must be the URL of an MLflow server, http://HOST:PORT, but got another text"
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # not chained: it may show a password
+        raise StorageError(rule) from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise StorageError(rule)
+    if parts.username is not None or parts.password is not None:
+        raise StorageError(
+            "the run store's URL must not hold a name or password, which others would read in logs and lists of "
+            "processes; give them by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    client = MlflowClient(tracking_uri=url, registry_uri=url)
+    try:
+        with reaching(client):
+            client.search_experiments(max_results=1)
+    except StoreAway as error:
+        raise StorageError(f"{error}; start it (docker/README.md), or leave --tracking out to use mlruns/") from error
+    return client
+
+
+@contextmanager
+def reaching(client: MlflowClient) -> Iterator[None]:
+    """Turns what MLflow raises where its store cannot be read or written into one message.
+
+    Raises:
+        StoreAway: it may work later. StorageError: it will not, unless somebody mends it.
+    """
+    try:
+        yield
+    except (MlflowException, requests.RequestException, OSError) as error:
+        passing = isinstance(error, requests.RequestException)
+        if isinstance(error, MlflowException):
+            if error.error_code in _DENIED_CODES:
+                raise StorageError(
+                    f"the run store {client.tracking_uri} does not let this user in; set MLFLOW_TRACKING_USERNAME and "
+                    "MLFLOW_TRACKING_PASSWORD"
+                ) from error
+            if error.error_code not in _PASSING_CODES:
+                raise
+            passing = True
+        elif isinstance(error, OSError) and not passing:
+            passing = error.errno not in _LASTING_FAULTS
+        kind = StoreAway if passing else StorageError
+        raise kind(f"the run store {client.tracking_uri} cannot be read and written ({_brief(error)})") from error
+
+
+def _brief(error: BaseException) -> str:
+    """The first line of the innermost reason."""
+    while not (isinstance(error, OSError) and error.strerror) and (inner := error.__cause__ or error.__context__):
+        error = inner
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def is_server(client: MlflowClient) -> bool:
+    """Whether the store is a server, which others may use from other machines."""
+    return str(client.tracking_uri).startswith("http")
+
+
+def _open_folder(root: Path) -> MlflowClient:
     uri = tracking_uri(root)
     try:
         with _locked(root):
@@ -89,26 +176,44 @@ def _require_writable(database: Path) -> None:
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
-    """Id of the MLflow experiment of this name, created where it is missing, with its artifacts beside the database.
+    """Id of the MLflow experiment of this name, created where it is missing.
+
+    A local store has its artifacts beside the database, a server wherever it keeps them.
 
     Raises:
         StorageError: it was deleted, or its artifacts belong to another folder of stores.
     """
-    root = Path(client.tracking_uri.removeprefix("sqlite:///")).parent
-    with _locked(root):
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            return client.create_experiment(name, artifact_location=artifact_uri(root))
+    experiment: Experiment | None
+    if is_server(client):
+        with reaching(client):
+            experiment = client.get_experiment_by_name(name) or _created(client, name)
+    else:
+        root = Path(client.tracking_uri.removeprefix("sqlite:///")).parent
+        with _locked(root):
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                return client.create_experiment(name, artifact_location=artifact_uri(root))
+        if experiment.lifecycle_stage == LifecycleStage.ACTIVE and experiment.artifact_location != artifact_uri(root):
+            raise StorageError(
+                f"a run store must stay in the folder it was made in, but the artifacts of {name!r} belong to "
+                f"{experiment.artifact_location} and not to {artifact_uri(root)}; move the folder back, or start with "
+                f"an empty one"
+            )
     if experiment.lifecycle_stage != LifecycleStage.ACTIVE:
         raise StorageError(
             f"runs need an active MLflow experiment, but {name!r} was deleted; restore it with "
             f"`MLFLOW_TRACKING_URI={client.tracking_uri} mlflow experiments restore --experiment-id "
             f"{experiment.experiment_id}`"
         )
-    if experiment.artifact_location != artifact_uri(root):
-        raise StorageError(
-            f"a run store must stay in the folder it was made in, but the artifacts of {name!r} belong to "
-            f"{experiment.artifact_location} and not to {artifact_uri(root)}; move the folder back, or start with an "
-            f"empty one"
-        )
     return experiment.experiment_id
+
+
+def _created(client: MlflowClient, name: str) -> Experiment:
+    try:
+        return client.get_experiment(client.create_experiment(name))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by a worker beside this one
+            raise
+        experiment = client.get_experiment_by_name(name)
+        assert experiment is not None
+        return experiment

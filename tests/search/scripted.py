@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import optuna
 from optuna.pruners import BasePruner
@@ -17,11 +18,15 @@ from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.config.sweep import Range, Space
 from agnews_lora.errors import TrainingError
 from agnews_lora.search import space as search_space
+from agnews_lora.search.claims import set_quota
+from agnews_lora.search.journal import End, RunState
+from agnews_lora.search.leases import Leases
 from agnews_lora.search.pruner import PeerMedianPruner
 from agnews_lora.search.queue import enqueue_baseline
-from agnews_lora.search.runner import Quest, RunState, StudyRunner
+from agnews_lora.search.runner import Quest, StudyRunner
 from agnews_lora.search.sampler import TrialSeededTPE
-from agnews_lora.search.study import give_back_stale, open_storage, open_study
+from agnews_lora.search.study import open_storage, open_study
+from agnews_lora.training import checkpoints
 from agnews_lora.training.contracts import (
     EvalPoint,
     Observer,
@@ -90,9 +95,8 @@ class ScriptedEngine:
                 self._evaluate(observer, self._slots)
             self.each_step()
         for plan, step in self._slots.values():
-            path = plan.folder / f"checkpoint-{step}"
-            path.mkdir()
-            observer.checkpointed(plan.trial, step, path)
+            checkpoint(plan, step, observer)
+        self._slots.clear()
 
     def _fill(self, source: TrialSource) -> list[str]:
         """The trials that go on from a checkpoint: its evaluation was broken off by the stop."""
@@ -100,7 +104,7 @@ class ScriptedEngine:
         while len(self._slots) < self.num_slots and (plan := source.next()) is not None:
             self.plans.append(plan)
             plan.folder.mkdir(parents=True, exist_ok=True)
-            step = int(plan.checkpoint.name.removeprefix("checkpoint-")) if plan.checkpoint else 0
+            step = checkpoints.step_of(plan.checkpoint) if plan.checkpoint else 0
             self._slots[plan.trial] = plan, step
             if step:
                 resumed.append(plan.trial)
@@ -124,12 +128,21 @@ class ScriptedEngine:
     def _evaluate(self, observer: Observer, trials: Iterable[str]) -> None:
         slots = [self._slots[trial] for trial in trials]
         due = [(plan, step) for plan, step in slots if step % EVAL_EVERY == 0]
+        for plan, step in due:
+            checkpoint(plan, step, observer)
         points = [eval_point(plan, step) for plan, step in due]
         verdicts = observer.evaluated(points) if points else []
         for (plan, step), point, verdict in zip(due, points, verdicts, strict=True):
             if point.final or verdict is Verdict.PRUNE:
                 del self._slots[plan.trial]
                 observer.finished(result(plan, step, point if point.final else None))
+
+
+def checkpoint(plan: TrialPlan, step: int, observer: Observer) -> None:
+    """Write a checkpoint that holds the trial's name, and report it."""
+    with checkpoints.written(plan.trial, plan.folder, step) as folder:
+        (folder / "state").write_text(plan.trial)
+    observer.checkpointed(plan.trial, step, checkpoints.folder_of(plan.folder, step))
 
 
 def result(plan: TrialPlan, step: int, final: EvalPoint | None) -> TrialResult:
@@ -175,8 +188,14 @@ class RecordingTracker:
     def log_points(self, trial: str, points: Sequence[TrainPoint | EvalPoint]) -> None:
         self.trials[trial].points += points
 
-    def finish_trial(self, trial: str, state: RunState, result: TrialResult | None, reason: str | None) -> None:
-        self.trials[trial].ends.append((state, result, reason))
+    def finish_trial(self, trial: str, end: End) -> None:
+        self.trials[trial].ends.append((end.state, end.result, end.report or end.reason))
+
+    def keep_checkpoint(self, trial: str, checkpoint: Path) -> None:
+        """Other machines are none of these tests' matter."""
+
+    def fetch_checkpoints(self, trial: str, folder: Path) -> None:
+        """There are none."""
 
 
 class RecordingScreen:
@@ -196,6 +215,9 @@ class RecordingScreen:
     def evaluated(self, points: Sequence[EvalPoint]) -> None:
         assert {point.trial for point in points} <= self.running
 
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
     def trial_ended(self, trial: str, state: str, accuracy: float | None, reason: str | None) -> None:
         self.running.remove(trial)
         self.lines.append(f"{trial} {state}: {reason}")
@@ -212,6 +234,7 @@ class Session:
     pruner: BasePruner = field(default_factory=lambda: PeerMedianPruner(2, 0))
     engine: ScriptedEngine = field(default_factory=ScriptedEngine)
     tracker: Any = field(default_factory=RecordingTracker)
+    patience: float = 300.0
     stopped: bool = False
 
     def __post_init__(self) -> None:
@@ -219,15 +242,17 @@ class Session:
         sampler = TrialSeededTPE(7, STARTUP_TRIALS, shared)
         self.study = open_study(open_storage(self.root), "scripted", {}, sampler, self.pruner, new=False)
         enqueue_baseline(self.study, self.baseline, self.space, SHAPE, BUDGET)
-        give_back_stale(self.study)
+        set_quota(self.study, self.trials)
+        self.leases = Leases.of(self.study, f"scripted/{uuid4().hex}")
+        self.leases.revoke("scripted/")  # whoever worked on it before is dead
         self.screen = RecordingScreen()
         self.runner = StudyRunner(
             study=self.study,
+            leases=self.leases,
             quest=Quest(
                 space=self.space,
                 shape=SHAPE,
                 budget=BUDGET,
-                trials=self.trials,
                 seed=7,
                 baseline=self.baseline,
                 baseline_seed=42,
@@ -237,14 +262,12 @@ class Session:
             screen=self.screen,
             folder=self.root / "work",
             stop=lambda: self.stopped,
+            patience=self.patience,
         )
 
     def stop(self) -> None:
         self.stopped = True
 
     def run(self) -> optuna.Study:
-        try:
-            self.engine.run(self.runner, self.runner)
-        finally:
-            self.runner.close()
+        self.runner.work(self.engine)
         return self.study

@@ -14,9 +14,10 @@ from agnews_lora.adapters.budget import require_within_budget, trainable_paramet
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.config.sweep import Space
 from agnews_lora.errors import BudgetError
+from agnews_lora.search.claims import give_back
 from agnews_lora.search.queue import enqueue_baseline, waiting_specs
 from agnews_lora.search.space import suggest
-from agnews_lora.search.study import BASELINE, SPEC, give_back, open_storage, open_study
+from agnews_lora.search.study import BASELINE, SPEC, open_storage, open_study
 from tests.search.scripted import BOTH_HEADS, BUDGET, INSIDE, OUTSIDE, SHAPE, SPACE
 
 

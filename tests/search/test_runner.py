@@ -1,8 +1,11 @@
 """The runner between an engine and a study: quota, pruning, failures, and stopping at any point without losing any."""
 
 import os
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,16 +21,18 @@ from optuna.trial import FrozenTrial, TrialState
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.commands.records import Records
-from agnews_lora.errors import TrainingError
+from agnews_lora.errors import StorageError, StoreAway, TrainingError
 from agnews_lora.search import study as keys
+from agnews_lora.search.claims import MAX_ATTEMPTS
+from agnews_lora.search.journal import End
+from agnews_lora.search.leases import Leases
 from agnews_lora.search.pruner import PeerMedianPruner
-from agnews_lora.search.runner import RunState
 from agnews_lora.search.sampler import derived_seed
 from agnews_lora.search.space import parameters_of
 from agnews_lora.search.study import standings
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
-from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrialResult
+from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrialPlan
 from tests.search.scripted import (
     BUDGET,
     EVAL_EVERY,
@@ -162,10 +167,10 @@ def test_the_adapter_is_there_for_the_tracker_and_gone_with_the_work_folder_afte
     class Keeper(RecordingTracker):
         kept: dict[str, bytes]
 
-        def finish_trial(self, trial: str, state: RunState, result: TrialResult | None, reason: str | None) -> None:
-            super().finish_trial(trial, state, result, reason)
-            if result is not None and result.adapter is not None:
-                self.kept[trial] = (result.adapter / "adapter_model.safetensors").read_bytes()
+        def finish_trial(self, trial: str, end: End) -> None:
+            super().finish_trial(trial, end)
+            if end.result is not None and end.result.adapter is not None:
+                self.kept[trial] = (end.result.adapter / "adapter_model.safetensors").read_bytes()
 
     tracker = Keeper()
     tracker.kept = {}
@@ -329,7 +334,7 @@ def test_a_stop_gives_the_running_trials_back_with_their_checkpoints(
     assert "RUNNING" not in states(study)
     for trial in given_back:
         name = f"t{trial.number:04d}"
-        assert trial.user_attrs[keys.CHECKPOINT] == f"checkpoint-{stopped_at}"
+        assert trial.user_attrs[keys.CHECKPOINT] == stopped_at
         reason = f"goes on from checkpoint-{stopped_at} at the next start"
         assert first.tracker.trials[name].ends == [("INTERRUPTED", None, f"stopped; {reason}")]
         assert f"{name} INTERRUPTED: {reason}" in first.screen.lines
@@ -349,19 +354,28 @@ def test_a_stop_gives_the_running_trials_back_with_their_checkpoints(
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_a_checkpoint_that_is_gone_is_not_gone_on_from(tmp_path: Path) -> None:
-    first = Session(tmp_path, 2, engine=ScriptedEngine())
+def test_a_checkpoint_that_is_not_sound_is_not_gone_on_from(tmp_path: Path) -> None:
+    """The one before is; and where there is none, the trial starts again and says so."""
+    first = Session(tmp_path, 2, pruner=NopPruner(), engine=ScriptedEngine())
     first.engine.script["t0001", 14] = first.stop
     first.run()
-    (tmp_path / "work" / "t0001" / "checkpoint-14").rmdir()
-    second = Session(tmp_path, 2, engine=ScriptedEngine())
-    second.engine.script["t0001", 3] = second.stop
-    second.engine.script["t0001", 4] = raising(AssertionError("steps after a stop"))
-    second.run()
-    assert [(plan.trial, plan.checkpoint) for plan in second.engine.plans] == [("t0001", None)]
-    third = Session(tmp_path, 2)
-    third.run()
-    assert third.engine.plans[0].checkpoint == tmp_path / "work" / "t0001" / "checkpoint-3"
+    folder = tmp_path / "work" / "t0001"
+    (folder / "checkpoint-14" / "state").write_text("something else")
+    second = Session(tmp_path, 2, pruner=NopPruner(), engine=ScriptedEngine())
+    second.engine.script["t0001", 12] = second.stop
+    study = second.run()
+    assert [(plan.trial, plan.checkpoint) for plan in second.engine.plans] == [("t0001", folder / "checkpoint-10")]
+    assert second.screen.lines[1] == "t0001 goes on from checkpoint-10: its checkpoint of step 14 is not sound"
+    assert study.trials[1].user_attrs[keys.CHECKPOINT] == 12
+    shutil.rmtree(folder)
+    third = Session(tmp_path, 2, pruner=NopPruner())
+    study = third.run()
+    assert third.engine.plans[0].checkpoint is None
+    assert third.screen.lines[1] == (
+        "t0001 starts again from step 0: its checkpoint of step 12 can be had neither here nor from its run"
+    )
+    assert study.trials[1].intermediate_values.keys() == {10, 20, 30}
+    assert study.trials[1].user_attrs[keys.CHECKPOINT] == 30
 
 
 def test_a_trial_stopped_before_its_first_checkpoint_says_so(tmp_path: Path) -> None:
@@ -420,26 +434,26 @@ def never_killed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ..
 
 
 @pytest.mark.parametrize(
-    ("doing", "checkpoint"),
+    ("doing", "next_plan"),
     [
-        ("training", None),
-        ("starting a run", None),
-        ("ending a run", None),
-        ("between checkpoint and close", "checkpoint-8"),
+        ("training", ("t0003", None)),
+        ("starting a run", ("t0003", None)),
+        ("ending a run", ("t0004", None)),  # it was trained to its end: only the study does not know yet
+        ("between checkpoint and close", ("t0003", "checkpoint-8")),
     ],
 )
 def test_a_killed_process_loses_nothing(
-    tmp_path: Path, doing: str, checkpoint: str | None, never_killed: list[tuple[Any, ...]]
+    tmp_path: Path, doing: str, next_plan: tuple[str, str | None], never_killed: list[tuple[Any, ...]]
 ) -> None:
     process = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), doing], cwd=Path(__file__).parents[2], check=False
     )
     assert process.returncode == -9
     session = Session(tmp_path, 6)
-    assert states(session.study) == [*(["COMPLETE"] * 3), "WAITING"]
+    assert states(session.study) == [*(["COMPLETE"] * 3), "RUNNING"]
     assert what_counts(session.run()) == never_killed
     plan = session.engine.plans[0]
-    assert (plan.trial, plan.checkpoint.name if plan.checkpoint else None) == ("t0003", checkpoint)
+    assert (plan.trial, plan.checkpoint.name if plan.checkpoint else None) == next_plan
 
 
 # Errors of the engine and of the stores -----------------------------------------------------------------------
@@ -484,9 +498,9 @@ class Broken(RecordingTracker):
         self._touch("log", trial)
         super().log_points(trial, points)
 
-    def finish_trial(self, trial: str, state: RunState, result: TrialResult | None, reason: str | None) -> None:
+    def finish_trial(self, trial: str, end: End) -> None:
         self._touch("finish", trial)
-        super().finish_trial(trial, state, result, reason)
+        super().finish_trial(trial, end)
 
     def _touch(self, call: str, trial: str) -> None:
         if trial == "t0001" and call == self.call:
@@ -501,7 +515,9 @@ def test_a_tracker_that_breaks_is_not_hidden_and_no_trial_stays_running(tmp_path
     assert states(session.study) == ["COMPLETE", "WAITING"]
     again = Session(tmp_path, 3, pruner=NopPruner())
     assert states(again.run()) == ["COMPLETE"] * 3
-    assert [plan.trial for plan in again.engine.plans] == ["t0001", "t0002"]
+    # What had ended was on disk, and only had to be told.
+    assert [plan.trial for plan in again.engine.plans] == (["t0002"] if call == "finish" else ["t0001", "t0002"])
+    assert [end[0] for end in again.tracker.trials["t0001"].ends] == ["COMPLETE"]
 
 
 def test_the_time_of_recording_is_counted(tmp_path: Path) -> None:
@@ -518,7 +534,7 @@ def test_the_time_of_recording_is_counted(tmp_path: Path) -> None:
 # What reaches the user's screen -------------------------------------------------------------------------------
 
 RESUMED = """
-import sys
+import shutil, sys
 from pathlib import Path
 import optuna
 from agnews_lora.search.queue import waiting_specs
@@ -532,7 +548,7 @@ first.study.enqueue_trial({"targets": "ffn", "dropout": 0.5})
 assert [number for number, _ in waiting_specs(first.study, SPACE, SHAPE, BUDGET)] == [1, 3]
 first.engine.script["t0000", 25] = first.stop
 first.run()
-(root / "work" / "t0000" / "checkpoint-25").rmdir()
+shutil.rmtree(root / "work" / "t0000")
 second = Session(root, 8)
 study = second.run()
 assert second.engine.plans[0].trial == "t0000" and second.engine.plans[0].checkpoint is None
@@ -626,3 +642,178 @@ def check_run(client: MlflowClient, run_id: str | None, row: keys.Standing, end:
         assert history[-1].value == row.accuracy
         assert {"accuracy_curve.png", "loss_curve.png"} <= artifacts
         assert ("adapter" in artifacts) == (row.state == "COMPLETE")
+
+
+# Stores that go away ------------------------------------------------------------------------------------------
+
+
+class Away(RecordingTracker):
+    """A tracker whose store is away while told so; it counts how often it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.away = False
+        self.asked = 0
+
+    def start_trial(self, trial: str, spec: TrialSpec, facts: dict[str, Any], run_id: str | None) -> str:
+        self._reach()
+        return super().start_trial(trial, spec, facts, run_id)
+
+    def log_points(self, trial: str, points: Sequence[TrainPoint | EvalPoint]) -> None:
+        self._reach()
+        super().log_points(trial, points)
+
+    def finish_trial(self, trial: str, end: End) -> None:
+        self._reach()
+        super().finish_trial(trial, end)
+
+    def _reach(self) -> None:
+        self.asked += 1
+        if self.away:
+            raise StoreAway("the run store cannot be reached (Connection refused)")
+
+
+def steps_of(tracker: RecordingTracker, kind: type[TrainPoint | EvalPoint]) -> dict[str, list[int]]:
+    return {
+        trial: [point.step for point in recorded.points if isinstance(point, kind)]
+        for trial, recorded in tracker.trials.items()
+    }
+
+
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_a_tracker_that_is_away_for_a_while_gets_everything_in_order_afterwards(
+    tmp_path: Path, num_slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agnews_lora.search.lines.RETRY_SECONDS", 0.0)
+    tracker = Away()
+    engine = ScriptedEngine(num_slots)
+    session = Session(tmp_path, 6, pruner=NopPruner(), tracker=tracker, engine=engine)
+
+    def go(away: bool) -> Callable[[], None]:
+        return lambda: setattr(tracker, "away", away)
+
+    engine.script["t0001", 12] = go(True)  # t0001 ends in the outage, and others begin
+    engine.script["t0003" if num_slots == 1 else "t0004", 7] = go(False)
+    study = session.run()
+    assert states(study) == ["COMPLETE"] * 6
+    assert tracker.asked > 6 * 4
+    assert set(steps_of(tracker, EvalPoint)) == {f"t{number:04d}" for number in range(6)}
+    assert set(map(tuple, steps_of(tracker, EvalPoint).values())) == {(10, 20, 30)}
+    assert set(map(tuple, steps_of(tracker, TrainPoint).values())) == {(5, 10, 15, 20, 25, 30)}
+    assert all([end[0] for end in recorded.ends] == ["COMPLETE"] for recorded in tracker.trials.values())
+    for trial, row in zip(study.trials, standings(study), strict=True):
+        assert row.run_id == f"run-of-{row.trial}"
+        assert trial.intermediate_values.keys() == {10, 20, 30}
+
+
+def test_a_tracker_that_stays_away_ends_the_sweep_and_the_next_start_delivers_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agnews_lora.search.lines.RETRY_SECONDS", 0.0)
+    tracker = Away()
+    first = Session(tmp_path, 4, pruner=NopPruner(), tracker=tracker, patience=0.2)
+    first.engine.script["t0001", 12] = lambda: setattr(tracker, "away", True)
+    first.engine.each_step = lambda: time.sleep(0.01)
+    with pytest.raises(StorageError, match=r"the run store must take .* nothing is lost"):
+        first.run()
+    told = states(first.study)
+    assert told[0] == "COMPLETE" and set(told[1:]) == {"WAITING"}, "nothing is told that its run does not know"
+    again = Session(tmp_path, 4, pruner=NopPruner())
+    assert states(again.run()) == ["COMPLETE"] * 4
+    trained = [plan.trial for plan in again.engine.plans]
+    assert "t0001" not in trained, "it had ended, and was on disk"
+    for trial in ("t0001", "t0002", "t0003"):
+        assert steps_of(again.tracker, EvalPoint)[trial] == [10, 20, 30]
+        assert [end[0] for end in again.tracker.trials[trial].ends] == ["COMPLETE"]
+
+
+def test_a_storage_that_is_away_for_a_while_gets_everything_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials that run go on, without being judged; new ones begin when it is back."""
+    monkeypatch.setattr("agnews_lora.search.lines.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("agnews_lora.search.runner.IDLE_SECONDS", 0.01)
+    session = Session(tmp_path, 5, pruner=PeerMedianPruner(1, 0), engine=ScriptedEngine(2))
+    database, moved = tmp_path / "optuna.db", tmp_path / "moved.db"
+
+    def leave() -> None:
+        session.leases._engine.dispose()
+        database.rename(moved)
+        database.mkdir()  # so that no new database is made in its place
+        threading.Timer(0.5, come_back).start()
+
+    def come_back() -> None:
+        database.rmdir()
+        moved.rename(database)
+
+    monkeypatch.setattr("agnews_lora.search.lines._FINAL_CODES", set())
+    session.engine.script["t0001", 9] = leave
+    study = session.run()
+    assert set(states(study)) <= {"COMPLETE", "PRUNED"} and len(study.trials) == 5
+    assert study.trials[1].state is TrialState.COMPLETE, "it could not be judged while the storage was away"
+    assert all({10} <= trial.intermediate_values.keys() for trial in study.trials)
+    assert study.trials[1].intermediate_values.keys() == {10, 20, 30}
+
+
+def test_a_trial_that_kills_its_process_again_and_again_fails_with_the_reason(tmp_path: Path) -> None:
+    for _ in range(MAX_ATTEMPTS):
+        session = Session(tmp_path, 3, pruner=NopPruner())
+        plan = session.runner.next()
+        while plan is not None and plan.trial == "t0000":  # the baseline is sound
+            session.engine.run(Given(plan), session.runner)
+            plan = session.runner.next()
+        assert plan is not None and plan.trial == "t0001"  # and here the process dies
+    last = Session(tmp_path, 3, pruner=NopPruner())
+    rows = standings(last.run())
+    assert [row.state for row in rows] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert rows[1].reason is not None
+    assert rows[1].reason.startswith("5 attempts in a row ended without getting beyond a first checkpoint")
+    assert [end[0] for end in last.tracker.trials["t0001"].ends] == ["FAILED"]
+    assert [plan.trial for plan in last.engine.plans] == ["t0002"]
+
+
+class Given:
+    """A source of one plan that was taken from the runner already."""
+
+    def __init__(self, plan: TrialPlan) -> None:
+        self.plans = [plan]
+
+    def next(self) -> TrialPlan | None:
+        return self.plans.pop() if self.plans else None
+
+
+def test_a_checkpoint_ends_the_row_of_attempts(tmp_path: Path) -> None:
+    for attempt in range(2 * MAX_ATTEMPTS):
+        engine = ScriptedEngine(1, {("t0000", 11 if attempt % 2 else 5): raising(SystemExit())})
+        session = Session(tmp_path, 1, engine=engine)
+        session.runner.close = lambda: None  # type: ignore[method-assign]  # as where the process is killed
+        with pytest.raises(SystemExit):
+            session.run()
+        shutil.rmtree(tmp_path / "work" / "t0000" / "checkpoint-10", ignore_errors=True)
+    assert states(Session(tmp_path, 1).run()) == ["COMPLETE"]
+
+
+def test_a_trial_that_somebody_else_took_over_is_left_to_them(tmp_path: Path) -> None:
+    session = Session(tmp_path, 2, pruner=NopPruner())
+
+    def taken_over() -> None:
+        other = Leases.of(session.study, "elsewhere")
+        other.revoke("scripted/")
+        assert other.take("t0001")
+        session.leases.beat()
+
+    def ended_there() -> None:
+        other = Leases.of(session.study, "elsewhere")
+        session.study.tell(1, 0.75)
+        other.release("t0001")
+
+    session.engine.script["t0001", 12] = taken_over
+    timer = threading.Timer(1.0, ended_there)
+    timer.start()
+    study = session.run()
+    timer.join()
+    assert states(study) == ["COMPLETE", "COMPLETE"]
+    assert study.trials[1].value == 0.75
+    assert session.tracker.trials["t0001"].ends == [], "its run is theirs as well"
+    assert "t0001 INTERRUPTED: another process goes on with it: this one was away" in session.screen.lines
+    assert steps_of(session.tracker, EvalPoint)["t0001"] == [10]

@@ -1,8 +1,6 @@
 """The study in storage: found by its sweep, refused where it would not compare, held by one process, read as rows."""
 
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -19,13 +17,11 @@ from optuna.trial import TrialState
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.errors import StorageError, StudyError
 from agnews_lora.search import study as keys
+from agnews_lora.search.claims import give_back
 from agnews_lora.search.study import (
     Standing,
     best_of,
     differences,
-    exclusive,
-    give_back,
-    give_back_stale,
     open_storage,
     open_study,
     standings,
@@ -234,89 +230,6 @@ def test_long_texts_are_kept_whole(tmp_path: Path) -> None:
     study.tell(trial, state=TrialState.FAIL)
     [row] = standings(opened(tmp_path))
     assert (row.state, row.reason) == ("FAIL", text)
-
-
-# One process at a time ----------------------------------------------------------------------------------------
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from agnews_lora.search.study import exclusive
-with exclusive(Path(sys.argv[1]), "embedded"):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
-
-def test_a_study_is_held_until_its_process_ends_however_it_ends(tmp_path: Path) -> None:
-    folder = tmp_path / "work" / "embedded"
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
-        try:
-            assert holder.stdout is not None
-            assert holder.stdout.readline() == "held\n"
-            with (
-                pytest.raises(StudyError, match="study embedded is being run by another process; wait for it to end"),
-                exclusive(folder, "embedded"),
-            ):
-                pytest.fail("two processes hold one study")
-            with exclusive(tmp_path / "work" / "another", "another"):
-                pass
-        finally:
-            holder.kill()  # SIGKILL: nothing of the holder's own runs any more
-    with exclusive(folder, "embedded"):
-        pass
-    with exclusive(folder, "embedded"):
-        pass
-
-
-def test_a_study_is_let_go_of_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), exclusive(tmp_path, "embedded"):
-        raise KeyboardInterrupt
-    with exclusive(tmp_path, "embedded"):
-        pass
-
-
-def test_a_work_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(StorageError, match=r"work folder .*file/work cannot be written \(Not a directory\)"),
-        exclusive(tmp_path / "file" / "work", "embedded"),
-    ):
-        pytest.fail("a lock where no file can be")
-
-
-# Trials that are given back -----------------------------------------------------------------------------------
-
-
-def test_a_trial_that_is_given_back_comes_first_with_all_that_it_has(tmp_path: Path) -> None:
-    study = opened(tmp_path)
-    trials = [study.ask() for _ in range(2)]
-    for trial in trials:
-        trial.suggest_float("x", 0.0, 1.0)
-        trial.report(0.4 + trial.number, step=10)
-        trial.set_user_attr(keys.RUN_ID, f"run-{trial.number}")
-    study.enqueue_trial({"x": 0.5})
-    give_back(study, trials[1]._trial_id)
-    assert [trial.state.name for trial in study.trials] == ["RUNNING", "WAITING", "WAITING"]
-    again = opened(tmp_path).ask()
-    assert again.number == 1
-    assert again.params == trials[1].params
-    assert again.suggest_float("x", 0.0, 1.0) == trials[1].params["x"]
-    assert again.user_attrs == {keys.RUN_ID: "run-1"}
-    assert study.trials[1].intermediate_values == {10: 1.4}
-
-
-def test_every_running_trial_is_stale_to_the_process_that_holds_the_study(tmp_path: Path) -> None:
-    study = opened(tmp_path)
-    for number in range(4):
-        trial = study.ask()
-        if number == 1:
-            study.tell(trial, 0.5)
-    killed = opened(tmp_path)
-    assert [trial.number for trial in give_back_stale(killed)] == [0, 2, 3]
-    assert [trial.state.name for trial in killed.trials] == ["WAITING", "COMPLETE", "WAITING", "WAITING"]
-    assert [killed.ask().number for _ in range(4)] == [0, 2, 3, 4]
-    assert give_back_stale(opened(tmp_path / "another")) == []
 
 
 # Standings ----------------------------------------------------------------------------------------------------

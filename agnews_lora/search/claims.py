@@ -1,0 +1,69 @@
+"""Which trial comes next, for any number of processes at once: each trial is claimed by one, and no more than asked."""
+
+from collections.abc import Mapping
+from typing import Final
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from agnews_lora.search.leases import Leases
+from agnews_lora.search.study import ATTEMPTS, ENDED, TRIALS, trial_name
+
+MAX_ATTEMPTS: Final = 5
+SUSPECT_ATTEMPTS: Final = 2  # from then on a trial is trained alone, so that it takes no other with it
+
+
+def set_quota(study: optuna.Study, trials: int) -> None:
+    """How many trials are to end in all: read by every worker, wherever it runs."""
+    if study.user_attrs.get(TRIALS) != trials:
+        study.set_user_attr(TRIALS, trials)
+
+
+def num_ended(study: optuna.Study) -> int:
+    """Trials that have ended, however they did."""
+    return len(study.get_trials(deepcopy=False, states=ENDED))
+
+
+def is_done(study: optuna.Study) -> bool:
+    """Whether as many trials have ended as were asked for, and none is running anywhere."""
+    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    return TrialState.RUNNING not in states and sum(map(ENDED.__contains__, states)) >= study.user_attrs.get(TRIALS, 0)
+
+
+def claim(study: optuna.Study, leases: Leases, held: Mapping[str, int]) -> optuna.Trial | None:
+    """The next trial for this process, running and leased; None where there is none to start now.
+
+    A running trial that nobody holds comes first: its process is dead. held: {trial: its attempts so far} of what this
+    process has already. To be called while `leases.queue` is held: then nobody else claims, and the quota is exact.
+    """
+    if any(attempts > SUSPECT_ATTEMPTS for attempts in held.values()):
+        return None
+    holders = leases.holders()
+    trials = study.get_trials(deepcopy=False)
+    for trial in trials:
+        holder = holders.get(trial_name(trial.number))
+        # This process's own, though it is not held: the storage went away in the midst of an earlier claim.
+        free = holder is None or (holder == leases.owner and trial_name(trial.number) not in held)
+        if trial.state is TrialState.RUNNING and free and not (held and _is_suspect(trial)):
+            study._thread_local.cached_all_trials = None  # as `ask` does: the sampler sees what there is now
+            return optuna.Trial(study, trial._trial_id) if leases.take(trial_name(trial.number)) else None
+    open_or_ended = sum(trial.state is TrialState.RUNNING or trial.state in ENDED for trial in trials)
+    if open_or_ended >= study.user_attrs.get(TRIALS, 0) or (held and _next_is_suspect(trials)):
+        return None
+    asked = study.ask()
+    # Where somebody died between giving it back and letting go of it, its lease goes stale first.
+    return asked if leases.take(trial_name(asked.number)) else None
+
+
+def give_back(study: optuna.Study, trial_id: int) -> None:
+    """Put a running trial back in the queue: the next `ask` returns it with its number, parameters and reports."""
+    study._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+
+
+def _is_suspect(trial: FrozenTrial) -> bool:
+    return int(trial.user_attrs.get(ATTEMPTS, 0)) >= SUSPECT_ATTEMPTS
+
+
+def _next_is_suspect(trials: list[FrozenTrial]) -> bool:
+    waiting = next((trial for trial in trials if trial.state is TrialState.WAITING), None)
+    return waiting is not None and _is_suspect(waiting)

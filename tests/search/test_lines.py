@@ -1,0 +1,102 @@
+"""The line to a store: what is kept for later, how often it is tried, and when it counts as lost."""
+
+import sqlite3
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NoReturn
+
+import pytest
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import OperationalError
+
+from agnews_lora.errors import StorageError, StoreAway
+from agnews_lora.search.lines import LONGEST_RETRY_SECONDS, RETRY_SECONDS, Line
+
+AWAY = StoreAway("the run store http://store cannot be reached (Connection refused)")
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def raising(error: Exception) -> Callable[[], NoReturn]:
+    def deliver() -> NoReturn:
+        raise error
+
+    return deliver
+
+
+def database_error(code: int, text: str) -> StorageInternalError:
+    """As it comes out of Optuna."""
+    original = sqlite3.OperationalError(text)
+    original.sqlite_errorcode = code
+    error = StorageInternalError("An exception is raised during the commit.")
+    error.__cause__ = OperationalError("INSERT", None, original)
+    return error
+
+
+def test_deliveries_go_through() -> None:
+    line, got = Line("the store"), []
+    assert line.deliver(lambda: got.append(1))
+    assert line.ask(lambda: 7, 0) == 7
+    assert got == [1] and line.loss is None
+
+
+def test_while_it_is_away_it_is_tried_now_and_then_only() -> None:
+    clock, tries = Clock(), []
+    line = Line("the store", patience=1e9, clock=clock)
+
+    def deliver() -> None:
+        tries.append(clock.now)
+        raise AWAY
+
+    for tenth in range(1_000):
+        clock.now = tenth / 10
+        assert not line.deliver(deliver)
+    gaps = [later - earlier for earlier, later in pairwise(tries)]
+    assert gaps[0] == pytest.approx(RETRY_SECONDS)
+    assert max(gaps) == pytest.approx(LONGEST_RETRY_SECONDS)
+    line.retry()
+    assert line.deliver(lambda: None), "at once when told to"
+    assert line.ask(lambda: 1, 0) == 1
+
+
+def test_it_is_lost_when_it_was_away_for_longer_than_the_patience() -> None:
+    clock = Clock()
+    line = Line("the store", patience=60, clock=clock)
+    line.deliver(raising(AWAY))
+    assert line.loss is None
+    clock.now = 61
+    assert str(line.loss).startswith("the store must take what the trials report, but it has not for 61 s (the run")
+    assert "Connection refused" in str(line.loss) and "start again" in str(line.loss)
+    assert line.deliver(lambda: None)
+    assert line.loss is None, "it came back after all"
+    clock.now = 1_000
+    line.deliver(raising(AWAY))
+    assert line.loss is None, "the patience counts anew"
+
+
+@pytest.mark.parametrize(
+    ("error", "final"),
+    [
+        (StorageError("the disk is full"), True),
+        (database_error(sqlite3.SQLITE_FULL, "database or disk is full"), True),
+        (database_error(sqlite3.SQLITE_READONLY, "attempt to write a readonly database"), True),
+        (database_error(sqlite3.SQLITE_BUSY, "database is locked"), False),
+        (AWAY, False),
+    ],
+)
+def test_what_waiting_does_not_mend_is_lost_at_once(error: Exception, final: bool) -> None:
+    line = Line("the store", patience=60)
+    assert not line.deliver(raising(error))
+    assert (line.loss is not None) == final
+    if final:
+        assert str(getattr(error.__cause__, "orig", error)) in str(line.loss)
+
+
+def test_a_fault_of_the_program_is_not_hidden() -> None:
+    with pytest.raises(KeyError):
+        Line("the store").deliver(raising(KeyError("trial")))

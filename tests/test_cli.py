@@ -58,7 +58,9 @@ def test_the_command_line_is_the_designs() -> None:
     }
 
 
-@pytest.mark.parametrize("command", ["", "train", "sweep", "worker", "budget", "promote", "predict", "export", "ui", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "sweep", "worker", "budget", "promote", "predict", "export", "ui", "doctor"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"] if command else ["--help"])

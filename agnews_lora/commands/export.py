@@ -9,7 +9,7 @@ from agnews_lora.config.sweep import load_sweep
 from agnews_lora.serving.export import export
 from agnews_lora.serving.predict import champion
 from agnews_lora.tracking.registry import Registry
-from agnews_lora.tracking.store import open_client
+from agnews_lora.tracking.store import open_client, reaching
 
 
 def run(sweep: str, to: Path, tracking: str | None) -> int:
@@ -19,9 +19,11 @@ def run(sweep: str, to: Path, tracking: str | None) -> int:
         RegistryError: there is no champion yet, or its files changed.
         StorageError: the folder holds something, or cannot be written.
     """
-    registry = Registry(open_client(tracking or STORES), load_sweep(sweep).experiment.name)
-    version = champion(registry)
-    export(registry, version, to)
+    client = open_client(tracking or STORES)
+    registry = Registry(client, load_sweep(sweep).experiment.name)
+    with reaching(client):
+        version = champion(registry)
+        export(registry, version, to)
     Console(highlight=False, markup=False).print(
         f"{version} is in {to}: PEFT's files, the tokenizer and a model card (README.md)", soft_wrap=True
     )

@@ -14,7 +14,7 @@ from agnews_lora.errors import DataError
 from agnews_lora.serving.markdown import one_line
 from agnews_lora.serving.predict import load_champion
 from agnews_lora.tracking.registry import Registry
-from agnews_lora.tracking.store import open_client
+from agnews_lora.tracking.store import open_client, reaching
 
 MAX_TEXT_WIDTH = 36  # with the labels of AG News, a line fits into 80 columns
 
@@ -33,7 +33,9 @@ def run(sweep: str, texts: list[str], file: Path | None, as_json: bool, tracking
         raise DataError("at least one text is needed, but none was given; name it, or a file with --file")
     for text in asked:
         _require_unicode(text)
-    classifier = load_champion(Registry(open_client(tracking or STORES), load_sweep(sweep).experiment.name))
+    client = open_client(tracking or STORES)
+    with reaching(client):
+        classifier = load_champion(Registry(client, load_sweep(sweep).experiment.name))
     predictions = classifier.predict(asked)
     if as_json:
         for text, prediction in zip(asked, predictions, strict=True):

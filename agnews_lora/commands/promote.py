@@ -9,27 +9,28 @@ from agnews_lora.config.sweep import load_sweep
 from agnews_lora.data.corpus import prepare_test
 from agnews_lora.serving import gate
 from agnews_lora.tracking.registry import Registry
-from agnews_lora.tracking.store import open_client
+from agnews_lora.tracking.store import open_client, reaching
 
 
 def run(name: str, version: int | None, tracking: str | None) -> int:
-    """Judge the sweep's candidate, or a version, and make it champion.
+    """Judge the sweep's candidate, or a version, and make it champion. tracking: URL, or None for the project's own.
 
     Raises:
         GateError: it does not pass; no alias moved.
         AgnewsLoraError: anything else that the user can mend.
     """
     experiment = load_sweep(name).experiment
-    registry = Registry(open_client(tracking or STORES), experiment.name)
+    client = open_client(tracking or STORES)
     stage = prepare(experiment)
-    promotion = gate.promote(
-        registry,
-        stage.corpus,
-        lambda: prepare_test(
-            experiment.data_settings, experiment.seed, stage.base.folder, experiment.settings.max_length, TOKENS
-        ),
-        version,
-    )
+    with reaching(client):
+        promotion = gate.promote(
+            Registry(client, experiment.name),
+            stage.corpus,
+            lambda: prepare_test(
+                experiment.data_settings, experiment.seed, stage.base.folder, experiment.settings.max_length, TOKENS
+            ),
+            version,
+        )
     console = Console(highlight=False)
     for finding in promotion.findings:
         console.print(f"[green]passed[/]  {escape(finding.rule)}: {escape(finding.found)}", soft_wrap=True)
@@ -45,7 +46,8 @@ def rollback(name: str, tracking: str | None) -> int:
     Raises:
         RegistryError: there is no previous champion.
     """
-    registry = Registry(open_client(tracking or STORES), load_sweep(name).experiment.name)
-    outcome = gate.rollback(registry)
+    client = open_client(tracking or STORES)
+    with reaching(client):
+        outcome = gate.rollback(Registry(client, load_sweep(name).experiment.name))
     Console(highlight=False).print(f"{outcome.champion} is champion again; {outcome.previous} is previous")
     return 0

@@ -76,6 +76,8 @@ def run(name: str, options: Options) -> int:
             study = studies.opened(sweep, stage, options.storage, trials, options.new)
             leases = Leases.of(study, place.new_owner())
             leases.revoke(f"{place.id}/")  # whoever held this folder is dead
+            if leases.holder(SUPERVISOR):
+                print("Another sweep holds this study: waiting for half a minute whether it gives a sign of life.")
             if not leases.contend(SUPERVISOR):
                 raise StudyError(
                     f"study {study.study_name} is being run by a sweep on another machine; add to it with "
@@ -173,7 +175,12 @@ class _Session:
 
     def _train(self, request: StopRequest) -> None:
         """Train in this process, or let workers do it, until enough trials have ended or a stop is due."""
-        tidy(self.study, work_folder(self.sweep, self.study))
+        try:
+            self._let_train(request)
+        finally:
+            Line("the studies' storage").deliver(partial(tidy, self.study, work_folder(self.sweep, self.study)))
+
+    def _let_train(self, request: StopRequest) -> None:
         if num_ended(self.study) >= self.trials:
             return
         options = self.options

@@ -46,18 +46,36 @@ def claim(study: optuna.Study, leases: Leases, held: Mapping[str, int]) -> optun
         free = holder is None or (holder == leases.owner and trial_name(trial.number) not in held)
         if trial.state is TrialState.RUNNING and free and not (held and _is_suspect(trial)):
             study._thread_local.cached_all_trials = None  # as `ask` does: the sampler sees what there is now
-            return optuna.Trial(study, trial._trial_id) if leases.take(trial_name(trial.number)) else None
-    open_or_ended = sum(trial.state is TrialState.RUNNING or trial.state in ENDED for trial in trials)
-    if open_or_ended >= study.user_attrs.get(TRIALS, 0) or (held and _next_is_suspect(trials)):
+            return _leased(optuna.Trial(study, trial._trial_id), leases)
+    quota = study.user_attrs.get(TRIALS, 0)
+    if _num_open_or_ended(trials) >= quota or (held and _next_is_suspect(trials)):
         return None
     asked = study.ask()
+    if _num_open_or_ended(study.get_trials(deepcopy=False)) > quota:  # others have claimed while this process was away
+        give_back(study, asked._trial_id)
+        return None
+    return _leased(asked, leases)
+
+
+def _leased(trial: optuna.Trial, leases: Leases) -> optuna.Trial | None:
+    """The trial, if it is this process's alone now, and has not ended while this process was away."""
+    name = trial_name(trial.number)
     # Where somebody died between giving it back and letting go of it, its lease goes stale first.
-    return asked if leases.take(trial_name(asked.number)) else None
+    if not leases.take(name):
+        return None
+    if trial.study._storage.get_trial(trial._trial_id).state is not TrialState.RUNNING:
+        leases.release(name)
+        return None
+    return trial
 
 
 def give_back(study: optuna.Study, trial_id: int) -> None:
     """Put a running trial back in the queue: the next `ask` returns it with its number, parameters and reports."""
     study._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+
+
+def _num_open_or_ended(trials: list[FrozenTrial]) -> int:
+    return sum(trial.state is TrialState.RUNNING or trial.state in ENDED for trial in trials)
 
 
 def _is_suspect(trial: FrozenTrial) -> bool:

@@ -62,7 +62,6 @@ class Held:
     name: str
     trial: optuna.Trial
     baseline: bool
-    journal: Journal
     spec: TrialSpec | None = None
     fault: End | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -73,6 +72,7 @@ class Held:
     reported: int = 0
     opened: bool = False
     closed: bool = False
+    journal: Journal = field(init=False)
 
     @property
     def accuracy(self) -> float | None:
@@ -133,19 +133,23 @@ class Held:
             present[study_keys.RUN_ID] = self.run_id
         return {key: value for key, value in present.items() if known.get(key) != value}
 
+    def is_told(self, study: optuna.Study) -> bool:
+        """Whether the study knows how the trial ended."""
+        return study._storage.get_trial(self.trial._trial_id).state.is_finished()
+
     def tell(self, study: optuna.Study) -> None:
         """Tell the study how the trial ended, unless it knows: an answer may have been lost on the way."""
         end = self.journal.end
         assert end is not None
-        if study._storage.get_trial(self.trial._trial_id).state.is_finished():
+        if self.is_told(study):
             return
         if end.reason is not None:
             self.trial.set_user_attr(study_keys.REASON, end.reason)
         if end.state != "COMPLETE":
             state = TrialState.PRUNED if end.state == "PRUNED" else TrialState.FAIL
-            study.tell(self.trial, state=state)
+            study.tell(self.trial, state=state, skip_if_finished=True)
             return
         assert end.result is not None and end.result.final is not None
         self.trial.set_user_attr(study_keys.LOSS, end.result.final.loss)
         self.trial.set_user_attr(study_keys.MACRO_F1, end.result.final.macro_f1)
-        study.tell(self.trial, end.result.final.accuracy, state=TrialState.COMPLETE)
+        study.tell(self.trial, end.result.final.accuracy, state=TrialState.COMPLETE, skip_if_finished=True)

@@ -31,6 +31,10 @@ class End:
     report: str | None = None
 
 
+class FolderGone(StorageError):
+    """The work folder is not there any more: another process on this machine has ended the trial and removed it."""
+
+
 class Journal:
     """The journal of one trial; what an earlier process left of it is read first.
 
@@ -73,8 +77,9 @@ class Journal:
         self.end = end
 
     def _take(self, point: Point) -> None:
-        self.points.append(point)
-        self._known.add((type(point), point.step))
+        if (type(point), point.step) not in self._known:  # two may have written, one of them after a long pause
+            self.points.append(point)
+            self._known.add((type(point), point.step))
 
     def _write(self, entries: Sequence[dict[str, Any]]) -> None:
         if not entries:
@@ -84,6 +89,8 @@ class Journal:
                 file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
                 file.flush()
                 os.fsync(file.fileno())
+        except FileNotFoundError as error:
+            raise FolderGone(self._fault(error)) from error
         except OSError as error:
             raise self._fault(error) from error
 

@@ -132,6 +132,12 @@ class Leases:
             self._held.discard(name)
             self._lost.discard(name)
 
+    def lose(self, name: str) -> None:
+        """Know by other means that somebody else has taken it over."""
+        with self._guard:
+            self._held.discard(name)
+            self._lost.add(name)
+
     def revoke(self, owner_prefix: str) -> None:
         """Remove all leases of owners that are known to be dead."""
         self._remove(_LEASES.c.owner.startswith(owner_prefix, autoescape=True))

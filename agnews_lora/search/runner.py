@@ -11,11 +11,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Final
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 
 from agnews_lora.adapters.budget import require_within_budget, trainable_parameters
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
@@ -23,9 +23,10 @@ from agnews_lora.config.sweep import Space
 from agnews_lora.errors import BudgetError
 from agnews_lora.search import space as search_space
 from agnews_lora.search import study as study_keys
-from agnews_lora.search.claims import MAX_ATTEMPTS, claim, give_back, is_done
+from agnews_lora.search.claims import MAX_ATTEMPTS, claim, is_done
+from agnews_lora.search.delivery import Deliveries
 from agnews_lora.search.held import Held, Screen, Tracker
-from agnews_lora.search.journal import End, Journal
+from agnews_lora.search.journal import End
 from agnews_lora.search.leases import Leases
 from agnews_lora.search.lines import PATIENCE_SECONDS, Line
 from agnews_lora.search.sampler import derived_seed
@@ -71,11 +72,9 @@ class StudyRunner:
     stop: Callable[[], bool]
     patience: float = PATIENCE_SECONDS
     record_seconds: float = field(default=0.0, init=False)
-    _held: dict[str, Held] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._storage = Line("the studies' storage", self.patience)
-        self._runs = Line("the run store", self.patience)
+        self._deliveries = Deliveries(self.study, self.leases, self.tracker, self.screen, self.folder, self.patience)
 
     def work(self, engine: Engine) -> None:
         """Let an engine train until no trial of the study is left or running anywhere, or a stop is due.
@@ -84,18 +83,26 @@ class StudyRunner:
             StorageError: a store was lost; what it did not get lies in the work folder, for the next start.
         """
         try:
-            while not (self.stop() or self._loss):
+            while not (self.stop() or self._deliveries.loss):
                 engine.run(self, self)
                 if self.leases.lost:
                     self.close()  # what is left is claimed again
-                self._catch_up()
-                if not self._held and self._storage.ask(lambda: is_done(self.study), False):
+                self._deliveries.catch_up()
+                if not self._deliveries.held and self._storage.ask(lambda: is_done(self.study), False):
                     return
                 time.sleep(IDLE_SECONDS)
         finally:
             self.close()
-        if self._loss:
-            raise self._loss
+        if loss := self._deliveries.loss:
+            raise loss
+
+    def close(self) -> None:
+        """Give back to the study what did not end, to go on from its checkpoint, and close its runs."""
+        self._deliveries.close()
+
+    @property
+    def _storage(self) -> Line:
+        return self._deliveries.storage
 
     # The engine's TrialSource
 
@@ -105,7 +112,7 @@ class StudyRunner:
         A trial that someone enqueued beyond the budget is failed with the reason, before anything is loaded for it.
         """
         with self._recorded():
-            self._catch_up()
+            self._deliveries.catch_up()
             while not self.stop_requested():
                 if (held := self._storage.ask(self._claim, None)) is None:
                     return None
@@ -116,23 +123,30 @@ class StudyRunner:
     def _claim(self) -> Held | None:
         """Claim a trial and settle its configuration: all that needs the study."""
         with self.leases.queue(self.stop) as mine:
-            held = {name: each.attempts for name, each in self._held.items()}
+            held = {name: each.attempts for name, each in self._deliveries.held.items()}
             trial = claim(self.study, self.leases, held) if mine else None
         if trial is None:
             return None
-        quest, name = self.quest, trial_name(trial.number)
+        name = trial_name(trial.number)
         baseline = bool(trial.user_attrs.get(study_keys.BASELINE))
         attempts = int(trial.user_attrs.get(study_keys.ATTEMPTS, 0))
         held_trial = Held(
             name,
             trial,
             baseline,
-            Journal(self.folder / name),
             attempts=attempts + 1,
             checkpoint_step=int(trial.user_attrs.get(study_keys.CHECKPOINT, 0)),
         )
         try:
-            spec = self._configuration(trial, baseline)
+            return self._configured(held_trial, attempts)
+        except UpdateFinishedTrialError:  # somebody else took it over and ended it, while this process was away
+            self.leases.release(name)
+            return None
+
+    def _configured(self, held_trial: Held, attempts: int) -> Held:
+        trial, quest = held_trial.trial, self.quest
+        try:
+            spec = self._configuration(trial, held_trial.baseline)
         except ValueError as error:  # Optuna's, of a value that someone enqueued
             held_trial.fault = End("FAILED", reason=f"enqueued with a value that no trial can have: {error}")
             return held_trial
@@ -154,7 +168,7 @@ class StudyRunner:
 
     def _plan(self, held: Held) -> TrialPlan | None:
         """What the engine is to train; None where the trial has ended before it starts."""
-        self._held[held.name] = held
+        self._deliveries.admit(held)
         quest, spec = self.quest, held.spec
         label = f"{spec or 'enqueued by hand'}{' (baseline)' if held.baseline and spec else ''}"
         self.screen.trial_started(held.name, label, quest.total_steps)
@@ -168,7 +182,7 @@ class StudyRunner:
                 held.fault = End("FAILED", reason=str(error))
         if held.fault is not None and held.journal.end is None:
             held.journal.finish(held.fault)
-        self._deliver(held)
+        self._deliveries.deliver(held)
         if held.journal.end is not None:  # an earlier process ended it, and could not tell
             return None
         assert spec is not None
@@ -178,8 +192,8 @@ class StudyRunner:
         """The newest sound checkpoint that can be had: here, else from the run's artifacts."""
         folder, known = self.folder / held.name, held.checkpoint_step
         found = checkpoints.newest(folder)
-        if known and (found is None or checkpoints.step_of(found) < known) and held.opened:
-            self._runs.deliver(partial(self.tracker.fetch_checkpoints, held.name, folder))
+        if known and (found is None or checkpoints.step_of(found) < known):
+            self._deliveries.fetch_checkpoints(held)
             found = checkpoints.newest(folder)
         if known and found is None:
             self.screen.message(
@@ -195,133 +209,45 @@ class StudyRunner:
 
     def logged(self, points: Sequence[TrainPoint]) -> None:
         with self._recorded():
-            self._note(points)
             self.screen.logged(points)
-            self._catch_up()
+            self._deliveries.note(points)
 
     def evaluated(self, points: Sequence[EvalPoint]) -> Sequence[Verdict]:
         """All points are reported before the first is judged: some pruners depend on the order."""
         with self._recorded():
-            self._note(points)
             self.screen.evaluated(points)
-            self._catch_up()
+            self._deliveries.note(points)
             return [self._judge(point) for point in points]
-
-    def _note(self, points: Sequence[TrainPoint | EvalPoint]) -> None:
-        for point in points:
-            self._held[point.trial].journal.add([point])
 
     def _judge(self, point: EvalPoint) -> Verdict:
         """Where the study cannot be asked, the trial goes on, to be judged at its next evaluation."""
-        held = self._held[point.trial]
+        held = self._deliveries.held[point.trial]
         if point.final or held.baseline or held.study_is_behind:
             return Verdict.CONTINUE
         return Verdict.PRUNE if self._storage.ask(held.trial.should_prune, False) else Verdict.CONTINUE
 
     def checkpointed(self, trial: str, step: int, path: Path) -> None:
         with self._recorded():
-            held = self._held[trial]
+            held = self._deliveries.held[trial]
             if step > held.checkpoint_step:
                 held.checkpoint_step, held.attempts = step, 0
-            self._deliver(held)
-            if held.opened and not held.study_is_behind and self._is_mine(held):
-                self._runs.deliver(partial(self._keep, held, path))
-
-    def _keep(self, held: Held, checkpoint: Path) -> None:
-        """Keep a checkpoint for other machines: who goes on from it has no points before it but the stores' own."""
-        held.to_run(self.tracker)
-        self.tracker.keep_checkpoint(held.name, checkpoint)
+            self._deliveries.keep_checkpoint(held, path)
 
     def finished(self, result: TrialResult) -> None:
         with self._recorded():
             if result.final is None:
                 reason = f"below the median of all other trials at step {result.steps} of {result.total_steps}"
-                self._finish(result.trial, End("PRUNED", result, reason))
+                self._deliveries.finish(result.trial, End("PRUNED", result, reason))
             else:
-                self._finish(result.trial, End("COMPLETE", result))
+                self._deliveries.finish(result.trial, End("COMPLETE", result))
 
     def failed(self, trial: str, error: Exception) -> None:
         with self._recorded():
             report = "".join(traceback.format_exception(error))
-            self._finish(trial, End("FAILED", None, str(error) or type(error).__name__, report))
+            self._deliveries.finish(trial, End("FAILED", None, str(error) or type(error).__name__, report))
 
     def stop_requested(self) -> bool:
-        return self.stop() or self._loss is not None or bool(self.leases.lost)
-
-    # Delivering
-
-    @property
-    def _loss(self) -> Exception | None:
-        return self._storage.loss or self._runs.loss
-
-    def _finish(self, name: str, end: End) -> None:
-        held = self._held[name]
-        held.journal.finish(end)
-        self._deliver(held)
-
-    def _catch_up(self) -> None:
-        for held in list(self._held.values()):
-            self._deliver(held)
-
-    def _deliver(self, held: Held) -> None:
-        """Bring run and study up to the trial's journal; once it has ended and both know all, the trial is told.
-
-        While this process cannot be sure that the trial is still its own, nothing is: somebody else may go on with it.
-        """
-        if not self._is_mine(held):
-            return
-        if held.run_is_behind:
-            self._runs.deliver(partial(held.to_run, self.tracker))
-        if held.study_is_behind:
-            self._storage.deliver(held.to_study)
-        end, is_behind = held.journal.end, held.run_is_behind or held.study_is_behind
-        if end and not is_behind and self._storage.deliver(partial(self._settle, held)):
-            self._drop(held, end)
-
-    def _is_mine(self, held: Held) -> bool:
-        return self.leases.sure() and held.name not in self.leases.lost
-
-    def _settle(self, held: Held) -> None:
-        held.tell(self.study)
-        self.leases.release(held.name)
-
-    def _drop(self, held: Held, end: End) -> None:
-        del self._held[held.name]
-        shutil.rmtree(self.folder / held.name, ignore_errors=True)  # what is kept of an ended trial is in its run
-        state = "FAIL" if end.state == "FAILED" else end.state
-        self.screen.trial_ended(held.name, state, held.accuracy, end.reason)
-
-    def close(self) -> None:
-        """Give back to the study what did not end, to go on from its checkpoint, and close its runs."""
-        self._storage.retry()
-        self._runs.retry()
-        self._storage.deliver(self.leases.beat)
-        for name in self.leases.lost:
-            self.leases.forget(name)
-            if self._held.pop(name, None):
-                self.screen.trial_ended(name, "INTERRUPTED", None, "another process goes on with it: this one was away")
-        try:
-            self._catch_up()
-        finally:
-            left = list(self._held.values())
-            for held in left:
-                self._storage.deliver(partial(self._put_back, held))
-            for held in left:
-                self._interrupt(held)
-
-    def _interrupt(self, held: Held) -> None:
-        step = held.checkpoint_step
-        reason = f"goes on from {f'checkpoint-{step}' if step else 'its first step'} at the next start"
-        if held.opened and held.journal.end is None and self.leases.sure():
-            end = End("INTERRUPTED", reason=f"stopped; {reason}")
-            self._runs.deliver(partial(self.tracker.finish_trial, held.name, end))
-        self.screen.trial_ended(held.name, "INTERRUPTED", None, reason)
-        del self._held[held.name]
-
-    def _put_back(self, held: Held) -> None:
-        held.trial.set_user_attr(study_keys.ATTEMPTS, 0)
-        give_back(self.study, held.trial._trial_id)
-        self.leases.release(held.name)
+        return self.stop() or self._deliveries.loss is not None or bool(self.leases.lost)
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:

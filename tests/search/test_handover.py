@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
 from agnews_lora.errors import StoreAway
+from agnews_lora.search import lines
 from agnews_lora.training import checkpoints
 from agnews_lora.training.contracts import EvalPoint, TrainPoint
 from tests.search.scripted import EVAL_EVERY, LOG_EVERY, RecordingTracker, ScriptedEngine, Session
@@ -40,7 +43,10 @@ def test_who_goes_on_elsewhere_finds_every_point_up_to_the_checkpoint(tmp_path: 
     require_all_before(tracker)
 
 
-def test_nothing_is_kept_that_is_ahead_of_a_run_which_cannot_take_points(tmp_path: Path) -> None:
+def test_nothing_is_kept_that_is_ahead_of_a_run_which_cannot_take_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "RETRY_SECONDS", 0.0)
     tracker = KeepingTracker()
 
     def away() -> None:
@@ -48,7 +54,6 @@ def test_nothing_is_kept_that_is_ahead_of_a_run_which_cannot_take_points(tmp_pat
 
     def back() -> None:
         tracker.away = False
-        tracker.session.runner._runs.retry()
 
     engine = ScriptedEngine(script={("t0000", 8): away, ("t0000", 25): back})
     tracker.session = Session(tmp_path, trials=1, tracker=tracker, engine=engine)

@@ -734,17 +734,18 @@ def test_a_storage_that_is_away_for_a_while_gets_everything_afterwards(
     monkeypatch.setattr("agnews_lora.search.lines.RETRY_SECONDS", 0.0)
     monkeypatch.setattr("agnews_lora.search.runner.IDLE_SECONDS", 0.01)
     session = Session(tmp_path, 5, pruner=PeerMedianPruner(1, 0), engine=ScriptedEngine(2))
-    database, moved = tmp_path / "optuna.db", tmp_path / "moved.db"
+    database, moved, other = (tmp_path / name for name in ("optuna.db", "moved.db", "other.db"))
+    other.write_text("This is no database." * 100)
 
     def leave() -> None:
-        session.leases._engine.dispose()
         database.rename(moved)
-        database.mkdir()  # so that no new database is made in its place
+        other.rename(database)
+        session.leases._engine.dispose()  # what is open would still reach the file that was moved
         threading.Timer(0.5, come_back).start()
 
     def come_back() -> None:
-        database.rmdir()
-        moved.rename(database)
+        moved.replace(database)
+        session.leases._engine.dispose()
 
     monkeypatch.setattr("agnews_lora.search.lines._FINAL_CODES", set())
     session.engine.script["t0001", 9] = leave

@@ -1,6 +1,7 @@
 """A study replayed: the sweep's own runner, sampler and pruner, over trials whose accuracies come from a table."""
 
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,19 @@ import numpy as np
 import optuna
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.trial import FrozenTrial
+from sqlalchemy import create_engine
+from sqlalchemy.pool import StaticPool
 
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.errors import TrainingError
 from agnews_lora.search import space as search_space
+from agnews_lora.search.claims import set_quota
+from agnews_lora.search.journal import End
+from agnews_lora.search.leases import Leases, create_table
 from agnews_lora.search.pruner import PeerMedianPruner, peer_accuracies
 from agnews_lora.search.queue import enqueue_baseline
-from agnews_lora.search.runner import Quest, RunState, StudyRunner
+from agnews_lora.search.runner import Quest, StudyRunner
 from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.search.study import best_of, standings
 from agnews_lora.training.contracts import (
@@ -120,13 +126,19 @@ class Nowhere:
 
     def log_points(self, trial: str, points: Sequence[TrainPoint | EvalPoint]) -> None: ...
 
-    def finish_trial(self, trial: str, state: RunState, result: TrialResult | None, reason: str | None) -> None: ...
+    def finish_trial(self, trial: str, end: End) -> None: ...
+
+    def keep_checkpoint(self, trial: str, checkpoint: Path) -> None: ...
+
+    def fetch_checkpoints(self, trial: str, folder: Path) -> None: ...
 
     def trial_started(self, trial: str, label: str, total_steps: int) -> None: ...
 
     def logged(self, points: Sequence[TrainPoint]) -> None: ...
 
     def evaluated(self, points: Sequence[EvalPoint]) -> None: ...
+
+    def message(self, text: str) -> None: ...
 
     def trial_ended(self, trial: str, state: str, accuracy: float | None, reason: str | None) -> None: ...
 
@@ -152,12 +164,20 @@ def replay_study(
     study = optuna.create_study(sampler=sampler, pruner=pruner, direction="maximize")
     baseline = sweep.experiment.spec
     enqueue_baseline(study, baseline, sweep.space, shape, sweep.budget)
-    quest = Quest(sweep.space, shape, sweep.budget, TRIALS, seed, baseline, sweep.experiment.seed, table.total_steps)
-    runner = StudyRunner(study, quest, Nowhere(), Nowhere(), Path("replayed"), lambda: False)
+    set_quota(study, TRIALS)
+    quest = Quest(sweep.space, shape, sweep.budget, seed, baseline, sweep.experiment.seed, table.total_steps)
     engine = TableEngine(table, num_slots, backwards)
-    engine.run(runner, runner)
+    with tempfile.TemporaryDirectory() as folder:
+        StudyRunner(study, _alone(), quest, Nowhere(), Nowhere(), Path(folder), lambda: False).work(engine)
     rows = standings(study)
     winner = best_of(rows)
     assert winner is not None and winner.accuracy is not None, "the baseline is never pruned"
     saved = 1 - engine.num_steps / (TRIALS * table.total_steps)
     return Outcome(winner.accuracy, saved, frozenset(row.number for row in rows if row.state == "PRUNED"))
+
+
+def _alone() -> Leases:
+    """Leases in memory, for a study that nobody else works on: their clock stands still, so that they need no heart."""
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    create_table(engine)
+    return Leases(engine, 0, "replay", clock=lambda: 0.0)

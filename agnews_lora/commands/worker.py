@@ -8,10 +8,11 @@ from agnews_lora.commands import study as studies
 from agnews_lora.commands.interrupts import Supervisor, orderly_stop
 from agnews_lora.commands.places import STORES
 from agnews_lora.commands.stage import prepare
-from agnews_lora.commands.work import log_data, train
+from agnews_lora.commands.work import log_data, train, work_folder
 from agnews_lora.config.sweep import load_sweep
 from agnews_lora.reporting.progress import Progress
 from agnews_lora.search.leases import Leases
+from agnews_lora.search.runner import tidy
 from agnews_lora.search.study import IDENTITY, answering
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
@@ -37,6 +38,7 @@ def run(
             with runs.reaching():
                 runs.join_parent(study.study_name, study.user_attrs[IDENTITY])
                 log_data(runs, sweep, stage)
+            tidy(study, work_folder(sweep, study))
             owner = supervisor.owner if supervisor else f"worker/{uuid4().hex}"
             leases = Leases.of(study, owner)
             train(

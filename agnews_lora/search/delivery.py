@@ -121,9 +121,10 @@ class Deliveries:
         self.screen.trial_ended(held.name, state, held.accuracy, end.reason)
 
     def close(self) -> None:
-        """Give back to the study what did not end, to go on from its checkpoint, and close its runs."""
-        self.storage.retry()
-        self.runs.retry()
+        """Give back to the study what did not end, to go on from its checkpoint, and close its runs.
+
+        A store that is known to be away is not waited for: the next start delivers what it lacks.
+        """
         self.storage.deliver(self.leases.beat)
         for name in self.leases.lost:
             self.leases.forget(name)

@@ -70,10 +70,6 @@ class Line:
         self._away_since, self._retry_seconds, self._next_try = None, RETRY_SECONDS, float("-inf")
         return answer
 
-    def retry(self) -> None:
-        """Let the next delivery be tried at once."""
-        self._next_try = float("-inf")
-
     @property
     def loss(self) -> StorageError | None:
         """What to tell the user once the store is lost: away for longer than the patience, or for good."""

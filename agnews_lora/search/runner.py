@@ -195,14 +195,17 @@ class StudyRunner:
         if known and (found is None or checkpoints.step_of(found) < known):
             self._deliveries.fetch_checkpoints(held)
             found = checkpoints.newest(folder)
-        if known and found is None:
+        step = checkpoints.step_of(found) if found else 0
+        if found is None and known:
             self.screen.message(
                 f"{held.name} starts again from step 0: its checkpoint of step {known} can be had neither here nor "
-                "from its run"
+                f"from its run{'' if self._deliveries.runs.up else ', which cannot be reached'}"
             )
-        elif known and found is not None and checkpoints.step_of(found) < known:
-            self.screen.message(f"{held.name} goes on from {found.name}: its checkpoint of step {known} is not sound")
-        held.checkpoint_step = checkpoints.step_of(found) if found else 0
+        elif found is not None and step < known:
+            self.screen.message(
+                f"{held.name} goes on from {found.name}: the one of step {known} is damaged or elsewhere"
+            )
+        held.checkpoint_step = step
         return found
 
     # The engine's Observer

@@ -1,4 +1,4 @@
-"""A disk that runs full in mid-sweep: a clear end, the study intact, and the same command goes on once there is room."""
+"""A disk that runs full in mid-sweep: a clear end, the study intact, and the same command goes on with room again."""
 
 import importlib.util
 import os

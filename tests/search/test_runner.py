@@ -365,7 +365,7 @@ def test_a_checkpoint_that_is_not_sound_is_not_gone_on_from(tmp_path: Path) -> N
     second.engine.script["t0001", 12] = second.stop
     study = second.run()
     assert [(plan.trial, plan.checkpoint) for plan in second.engine.plans] == [("t0001", folder / "checkpoint-10")]
-    assert second.screen.lines[1] == "t0001 goes on from checkpoint-10: its checkpoint of step 14 is not sound"
+    assert second.screen.lines[1] == "t0001 goes on from checkpoint-10: the one of step 14 is damaged or elsewhere"
     assert study.trials[1].user_attrs[keys.CHECKPOINT] == 12
     shutil.rmtree(folder)
     third = Session(tmp_path, 2, pruner=NopPruner())

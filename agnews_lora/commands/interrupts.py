@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
-ORPHAN_SECONDS: Final = 4.0
+ORPHAN_SECONDS: Final = 3.0
 
 
 class StopRequest:

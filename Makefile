@@ -10,7 +10,7 @@ STAMP := $(VENV)/.agnews-lora-installed
 AGNEWS := $(BIN)/agnews-lora
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep train ui promote predict test lint bench clean
+.PHONY: help setup sweep train ui promote predict test lint bench chaos clean
 
 help:  ## show what each target is for
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ lint: $(STAMP)  ## check style and types
 bench: $(STAMP)  ## measure the embedded sweep and the engines' throughput, and write benchmarks/results/
 	@$(BIN)/python -m benchmarks.sweep
 	@$(BIN)/python -m benchmarks.throughput
+
+chaos: $(STAMP)  ## kill sweeps (-9) again and again, judge what they left, and write benchmarks/results/
+	@$(BIN)/python -m benchmarks.chaos
 
 clean:  ## remove the environment, caches and builds; never mlruns/
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -44,7 +44,8 @@ class Crew:
     def __enter__(self) -> Self:
         job = self.job
         Path(job.folder).mkdir(parents=True, exist_ok=True)
-        self.study = open_study(open_storage(job.storage), job.name, {}, job.sampler, job.pruner, new=False)
+        self._storage = open_storage(job.storage)
+        self.study = open_study(self._storage, job.name, {}, job.sampler, job.pruner, new=False)
         enqueue_baseline(self.study, OUTSIDE, SPACE, SHAPE, BUDGET)
         set_quota(self.study, self.trials)
         if job.runs is not None:
@@ -62,6 +63,8 @@ class Crew:
         for process in self.processes:
             process.kill()
             process.wait()
+        self._storage.remove_session()
+        self._storage.engine.dispose()
 
     def _open_runs(self, folder: Path) -> None:
         from agnews_lora.tracking.runs import SweepRuns

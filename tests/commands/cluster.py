@@ -20,6 +20,8 @@ import optuna
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
 
 from agnews_lora.search.study import open_storage
 from agnews_lora.tracking.store import open_client
@@ -57,8 +59,20 @@ class Stores:
     def client(self) -> MlflowClient:
         return open_client(self.mlflow.url)
 
-    def study(self, name: str) -> optuna.Study:
-        return optuna.load_study(study_name=name, storage=open_storage(self.postgres.url, create=False))
+    @contextmanager
+    def storage(self) -> Iterator[RDBStorage]:
+        """The studies' storage, whose connections are closed afterwards."""
+        opened = open_storage(self.postgres.url, create=False)
+        try:
+            yield opened
+        finally:
+            opened.remove_session()
+            opened.engine.dispose()
+
+    def trials(self, name: str) -> list[FrozenTrial]:
+        """All trials of a study."""
+        with self.storage() as storage:
+            return optuna.load_study(study_name=name, storage=storage).trials
 
     def runs(self, name: str) -> list[Run]:
         """All runs of the MLflow experiment of a sweep, which has the sweep's name."""

@@ -13,7 +13,6 @@ import pytest
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from sqlalchemy import text
 
-from agnews_lora.search.study import open_storage
 from agnews_lora.tracking import runs as tracking_runs
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.training import checkpoints
@@ -133,13 +132,13 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 def leases(stores: Stores) -> list[str]:
     """What somebody holds."""
-    with open_storage(stores.postgres.url, create=False).engine.connect() as connection:
+    with stores.storage() as storage, storage.engine.connect() as connection:
         return [name for (name,) in connection.execute(text("SELECT name FROM agnews_lora_leases"))]
 
 
 def handed_on(stores: Stores, trial: str) -> bool:
     """Whether a trial has left a checkpoint with its run, and come further."""
-    evaluations = stores.study("handed").trials[int(trial[1:])].intermediate_values
+    evaluations = stores.trials("handed")[int(trial[1:])].intermediate_values
     return bool(stores.checkpoints("handed", trial) and evaluations)
 
 
@@ -151,11 +150,11 @@ def delete_checkpoints(stores: Stores, trial: str) -> None:
 
 def require_complete(stores: Stores, name: str, steps: int, trials: int) -> None:
     """All trials have ended, their runs have every point once, and no checkpoint is kept any more."""
-    assert [trial.state.name for trial in stores.study(name).trials] == ["COMPLETE"] * trials
+    assert [trial.state.name for trial in stores.trials(name)] == ["COMPLETE"] * trials
     runs = stores.runs(name)
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert len(runs) == trials + 1
-    for trial in stores.study(name).trials:
+    for trial in stores.trials(name):
         for metric, every in (("eval/accuracy", EVAL_EVERY), ("train/loss", LOG_EVERY)):
             history = stores.client.get_metric_history(trial.user_attrs["run_id"], metric)
             assert sorted(point.step for point in history) == list(range(every, steps + 1, every))

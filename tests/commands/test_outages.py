@@ -122,7 +122,7 @@ def started(start: Callable[[], None], due: float) -> float:
 
 def require_complete(stores: Stores, name: str, trials: int) -> None:
     """Study and runs have all that was to be trained, in order, and nothing twice."""
-    ended = stores.study(name).trials
+    ended = stores.trials(name)
     assert [trial.state.name for trial in ended] == ["COMPLETE"] * trials
     for trial in ended:
         assert sorted(trial.intermediate_values) == EXPECTED["eval/accuracy"]
@@ -139,7 +139,7 @@ def require_complete(stores: Stores, name: str, trials: int) -> None:
 
 def timestamps(stores: Stores, name: str) -> list[float]:
     """When each training loss was measured, in seconds since 1970."""
-    trials = stores.study(name).trials
+    trials = stores.trials(name)
     histories = [stores.client.get_metric_history(trial.user_attrs["run_id"], "train/loss") for trial in trials]
     return [point.timestamp / 1000 for history in histories for point in history]
 

@@ -2,10 +2,8 @@
 
 import math
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import optuna
@@ -14,12 +12,10 @@ from optuna.trial import FrozenTrial
 from sqlalchemy import create_engine
 from sqlalchemy.pool import StaticPool
 
-from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.errors import TrainingError
 from agnews_lora.search import space as search_space
 from agnews_lora.search.claims import set_quota
-from agnews_lora.search.journal import End
 from agnews_lora.search.leases import Leases, create_table
 from agnews_lora.search.pruner import PeerMedianPruner, peer_accuracies
 from agnews_lora.search.queue import enqueue_baseline
@@ -29,11 +25,11 @@ from agnews_lora.search.study import best_of, standings
 from agnews_lora.training.contracts import (
     EvalPoint,
     Observer,
-    TrainPoint,
     TrialResult,
     TrialSource,
     Verdict,
 )
+from benchmarks.nowhere import Nowhere
 from benchmarks.pruning_table import Row, Table
 
 TRIALS = 30  # of a study
@@ -116,31 +112,6 @@ class TableEngine:
                 del slots[point.trial]
                 final = point if point.final else None
                 observer.finished(TrialResult(point.trial, point.step, total, final, None, 0, 0, 0.0, 0.0, 0))
-
-
-class Nowhere:
-    """Tracker and screen of a replay: nothing is recorded beside the study."""
-
-    def start_trial(self, trial: str, spec: TrialSpec, facts: dict[str, Any], run_id: str | None) -> str:
-        return trial
-
-    def log_points(self, trial: str, points: Sequence[TrainPoint | EvalPoint]) -> None: ...
-
-    def finish_trial(self, trial: str, end: End) -> None: ...
-
-    def keep_checkpoint(self, trial: str, checkpoint: Path) -> None: ...
-
-    def fetch_checkpoints(self, trial: str, folder: Path) -> None: ...
-
-    def trial_started(self, trial: str, label: str, total_steps: int) -> None: ...
-
-    def logged(self, points: Sequence[TrainPoint]) -> None: ...
-
-    def evaluated(self, points: Sequence[EvalPoint]) -> None: ...
-
-    def message(self, text: str) -> None: ...
-
-    def trial_ended(self, trial: str, state: str, accuracy: float | None, reason: str | None) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,18 @@ from uuid import uuid4
 import optuna
 import sqlalchemy
 
-from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.search import leases as lease_times
 from agnews_lora.search import runner as runner_module
 from agnews_lora.search import space as search_space
 from agnews_lora.search.held import Held, Tracker
-from agnews_lora.search.journal import End, Journal, Point
+from agnews_lora.search.journal import Journal
 from agnews_lora.search.leases import Heart, Leases
 from agnews_lora.search.pruner import PeerMedianPruner
 from agnews_lora.search.runner import Quest, StudyRunner
 from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.search.study import IDENTITY, join_study, open_storage
 from agnews_lora.training.contracts import EvalPoint, Observer, TrainPoint, TrialPlan, TrialResult, TrialSource, Verdict
+from benchmarks.nowhere import Nowhere
 from tests.search.scripted import BUDGET, OUTSIDE, SHAPE, SPACE, TOTAL_STEPS, ScriptedEngine
 
 SEED = 7
@@ -79,31 +79,6 @@ class Job:
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
-
-
-class Nowhere:
-    """Implements `Tracker` and `Screen`; keeps nothing."""
-
-    def start_trial(self, trial: str, spec: TrialSpec, facts: dict[str, Any], run_id: str | None) -> str:
-        return run_id or f"run-of-{trial}"
-
-    def log_points(self, trial: str, points: Sequence[Point]) -> None: ...
-
-    def finish_trial(self, trial: str, end: End) -> None: ...
-
-    def keep_checkpoint(self, trial: str, checkpoint: Path) -> None: ...
-
-    def fetch_checkpoints(self, trial: str, folder: Path) -> None: ...
-
-    def trial_started(self, trial: str, label: str, total_steps: int) -> None: ...
-
-    def logged(self, points: Sequence[TrainPoint]) -> None: ...
-
-    def evaluated(self, points: Sequence[EvalPoint]) -> None: ...
-
-    def message(self, text: str) -> None: ...
-
-    def trial_ended(self, trial: str, state: str, accuracy: float | None, reason: str | None) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from agnews_lora.commands.stage import Stage
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
 from agnews_lora.reporting.progress import Progress
-from agnews_lora.search.leases import Heart, Leases
+from agnews_lora.search.leases import Leases
 from agnews_lora.search.runner import Quest, StudyRunner
 from agnews_lora.tracking.runs import SweepRuns
 
@@ -33,6 +33,8 @@ def train(
 ) -> float:
     """Train until no trial is left or running anywhere, or a stop is due; the seconds that recording took.
 
+    leases: whose heart beats meanwhile.
+
     Raises:
         StorageError: a store was away for longer than `patience` seconds; nothing is lost.
     """
@@ -47,7 +49,7 @@ def train(
     )
     shared = {"experiment": sweep.experiment.name, "base": stage.base.hub_id, "budget": sweep.budget}
     engine = stage.engine(sweep.engine, sweep.slots)
-    with Heart(leases), progress:
+    with progress:
         runner = StudyRunner(
             study=study,
             leases=leases,

@@ -11,7 +11,7 @@ from agnews_lora.commands.stage import prepare
 from agnews_lora.commands.work import log_data, train, work_folder
 from agnews_lora.config.sweep import load_sweep
 from agnews_lora.reporting.progress import Progress
-from agnews_lora.search.leases import Leases
+from agnews_lora.search.leases import Heart, Leases
 from agnews_lora.search.runner import tidy
 from agnews_lora.search.study import IDENTITY, answering
 from agnews_lora.tracking.runs import SweepRuns
@@ -41,16 +41,17 @@ def run(
             tidy(study, work_folder(sweep, study))
             owner = supervisor.owner if supervisor else f"worker/{uuid4().hex}"
             leases = Leases.of(study, owner)
-            train(
-                sweep,
-                stage,
-                study,
-                leases,
-                runs,
-                Progress(console=Console(highlight=False, force_terminal=None if supervisor is None else False)),
-                lambda: bool(request) or (supervisor is not None and supervisor.is_gone),
-                patience,
-            )
+            with Heart(leases):
+                train(
+                    sweep,
+                    stage,
+                    study,
+                    leases,
+                    runs,
+                    Progress(console=Console(highlight=False, force_terminal=None if supervisor is None else False)),
+                    lambda: bool(request) or (supervisor is not None and supervisor.is_gone),
+                    patience,
+                )
     if request:
         return request.exit_code
     if supervisor is None:

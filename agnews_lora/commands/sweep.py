@@ -4,24 +4,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import optuna
-from mlflow.artifacts import download_artifacts
 from rich.console import Console
 
 from agnews_lora.adapters.bases import shape_of
-from agnews_lora.commands import board
 from agnews_lora.commands import study as studies
+from agnews_lora.commands.conclusion import Conclusion
 from agnews_lora.commands.interrupts import StopRequest, orderly_stop
 from agnews_lora.commands.places import STORES, WORK
 from agnews_lora.commands.stage import Stage, prepare
 from agnews_lora.commands.supervisor import Crew, devices
 from agnews_lora.commands.work import log_data, train, work_folder
 from agnews_lora.config.sweep import Sweep, load_sweep
-from agnews_lora.data import sources
 from agnews_lora.errors import StudyError
 from agnews_lora.reporting.progress import Progress
 from agnews_lora.reporting.summary import SweepSummary, print_summary
@@ -30,10 +26,9 @@ from agnews_lora.search.leases import SUPERVISOR, Heart, Leases
 from agnews_lora.search.lines import Line
 from agnews_lora.search.place import Place, exclusive
 from agnews_lora.search.runner import tidy
-from agnews_lora.search.study import IDENTITY, Standing, answering, best_of, standings
-from agnews_lora.serving.registration import Winner, register
+from agnews_lora.search.study import IDENTITY, answering, best_of, standings
 from agnews_lora.tracking.provenance import provenance
-from agnews_lora.tracking.registry import Registry, Version
+from agnews_lora.tracking.registry import Version
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
 
@@ -209,36 +204,8 @@ class _Session:
         return [self.name, *(word for key, value in given.items() if value for word in (key, value))]
 
     def _conclude(self) -> Version | None:
-        """Leaderboard, figures and the winner's registration; the version, or None without a winner."""
-        rows = standings(self.study)
-        winner = best_of(rows)
-        version = self._register(winner) if winner else None
-        trials = board.trials_frame(rows)
-        self.runs.log_leaderboard(board.leaderboard(trials))
-        best = {"best/accuracy": winner.accuracy} if winner and winner.accuracy is not None else {}
-        with TemporaryDirectory() as folder:
-            artifacts = board.draw(
-                self.study, trials, self.runs, self.sweep.budget, self.stage.corpus.best_accuracy, Path(folder)
-            )
-            self.runs.close_parent(
-                "COMPLETE",
-                metrics={"record_seconds": self.record_seconds, **best},
-                tags={"best_trial": winner.trial, "best_run": str(winner.run_id)} if winner else {},
-                artifacts=artifacts,
-            )
-        return version
-
-    def _register(self, winner: Standing) -> Version:
-        assert winner.run_id is not None, "a trial that ended has its run"
-        client = self.runs.client
-        adapter = download_artifacts(run_id=winner.run_id, artifact_path="adapter", tracking_uri=client.tracking_uri)
-        return register(
-            Registry(client, self.sweep.experiment.name),
-            Winner(winner.run_id, Path(adapter), self.sweep.name, self.study.study_name, self.sweep.budget),
-            self.stage.base,
-            self.stage.corpus,
-            sources.describe(self.sweep.experiment.data_settings),
-        )
+        conclusion = Conclusion(self.sweep, self.stage, self.study, self.runs)
+        return conclusion.draw({"record_seconds": self.record_seconds})
 
     def _say_how_to_go_on(self) -> None:
         ended = Line("the studies' storage").ask(lambda: num_ended(self.study), None)

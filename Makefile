@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 SWEEP ?= embedded
+PORT := 5001
+MERGED :=
 EXPERIMENT ?= seed
 TEXT ?= Shares of the chip maker rose after it raised its forecast for the quarter.
 
@@ -10,7 +12,7 @@ STAMP := $(VENV)/.agnews-lora-installed
 AGNEWS := $(BIN)/agnews-lora
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep train ui promote predict test lint bench chaos clean
+.PHONY: help setup sweep train ui report promote predict serve test lint bench chaos clean
 
 help:  ## show what each target is for
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -35,11 +37,17 @@ train: $(STAMP)  ## train one experiment: make train [EXPERIMENT=embedded]
 ui: $(STAMP)  ## browse the runs in the MLflow UI
 	@$(AGNEWS) ui
 
+report: $(STAMP)  ## write what a sweep found to reports/, as HTML and PDF: make report [SWEEP=agnews]
+	@$(AGNEWS) report $(SWEEP)
+
 promote: $(STAMP)  ## put the sweep's candidate through the gate and make it champion: make promote [SWEEP=agnews]
 	@$(AGNEWS) promote $(SWEEP)
 
 predict: $(STAMP)  ## ask the champion: make predict TEXT="…" [SWEEP=agnews]
 	@$(AGNEWS) predict --sweep $(SWEEP) "$(TEXT)"
+
+serve: $(STAMP)  ## answer over HTTP with the champion: make serve [SWEEP=agnews] [MERGED=1] [PORT=5002]
+	@$(AGNEWS) serve $(SWEEP) --port $(PORT) $(if $(MERGED),--merged)
 
 test: $(STAMP)  ## run the tests
 	@$(BIN)/python -m pytest -m "not slow"
@@ -50,9 +58,10 @@ lint: $(STAMP)  ## check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(STAMP)  ## measure the embedded sweep and the engines' throughput, and write benchmarks/results/
+bench: $(STAMP)  ## measure the embedded sweep, the engines' throughput and the server, and write benchmarks/results/
 	@$(BIN)/python -m benchmarks.sweep
 	@$(BIN)/python -m benchmarks.throughput
+	@$(BIN)/python -m benchmarks.serving
 
 chaos: $(STAMP)  ## kill sweeps (-9) again and again, judge what they left, and write benchmarks/results/
 	@$(BIN)/python -m benchmarks.chaos

@@ -10,6 +10,9 @@ from pathlib import Path
 import agnews_lora
 from agnews_lora.errors import AgnewsLoraError
 
+Run = Callable[[argparse.Namespace], int]
+Add = Callable[[str, Run, str, str], argparse.ArgumentParser]
+
 # Set before any library is imported, unless the user did. None of it changes a result.
 ENVIRONMENT = {
     # Threads that wait for work sleep. OpenMP's default lets them spin, and two processes that train on the same cores
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")
-    command: Callable[[argparse.Namespace], int] = options.command
+    command: Run = options.command
     try:
         return command(options)
     except AgnewsLoraError as error:
@@ -56,13 +59,27 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=agnews_lora.__version__)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], summary: str, example: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=summary, description=summary, epilog=f"example: agnews-lora {example}")
+    def add(name: str, run: Run, summary: str, example: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  agnews-lora {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # an example is to be copied: it must not be wrapped
+        )
         command.set_defaults(command=run)
         return command
 
+    _add_training(add)
+    _add_using(add)
+    _add_looking(add)
+    return top
+
+
+def _add_training(add: Add) -> None:
     train = add("train", _train, "train one experiment", "train embedded")
     train.add_argument("experiment", nargs="?", default="seed", metavar="EXPERIMENT", help="name or path (seed)")
+    _name_output(train)
 
     sweep = add("sweep", _sweep, "search for the best adapter; goes on where it stopped", "sweep embedded --trials 20")
     _name_sweep(sweep)
@@ -73,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
         "--workers", type=_count, default=1, metavar="N", help="processes that train: one a GPU, or N on the CPU (1)"
     )
     _name_stores(sweep)
+    _name_output(sweep)
 
     worker = add(
         "worker",
@@ -82,18 +100,18 @@ def parser() -> argparse.ArgumentParser:
     )
     _name_sweep(worker)
     _name_stores(worker)
+    worker.add_argument("--quiet", action="store_true", help="show nothing but warnings and errors")
     worker.add_argument("--supervised", metavar="OWNER", help=argparse.SUPPRESS)  # by the sweep that starts it
 
-    budget = add("budget", _budget, "show the largest rank of each preset that fits", "budget agnews --json")
-    _name_sweep(budget)
-    budget.add_argument("--json", action="store_true", help="as JSON")
 
+def _add_using(add: Add) -> None:
     promote = add("promote", _promote, "put the candidate through the gate and make it champion", "promote embedded")
     _name_sweep(promote)
     which = promote.add_mutually_exclusive_group()
     which.add_argument("--version", type=_count, metavar="N", help="this version instead of the candidate")
     which.add_argument("--rollback", action="store_true", help="make the previous champion champion again")
     _name_tracking(promote)
+    promote.add_argument("--json", action="store_true", help="as JSON")
 
     predict = add("predict", _predict, "ask the champion", 'predict "Shares of the chip maker rose."')
     predict.add_argument("texts", nargs="*", metavar="TEXT", help="texts; none: a line each from standard input")
@@ -102,26 +120,48 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--json", action="store_true", help="as JSON, an object a line")
     _name_tracking(predict)
 
+    _name_serving(
+        add("serve", _serve, "answer over HTTP with the champion, by MLflow's scoring server", "serve --merged")
+    )
+
     export = add("export", _export, "write the champion as a PEFT folder", "export --to exported")
     _name_sweep(export)
     export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
     _name_tracking(export)
+    export.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_looking(add: Add) -> None:
+    budget = add("budget", _budget, "show the largest rank of each preset that fits", "budget agnews --json")
+    _name_sweep(budget)
+    budget.add_argument("--json", action="store_true", help="as JSON")
+
+    report = add("report", _report, "write what a sweep found, as HTML and PDF", "report embedded --to reports")
+    _name_sweep(report)
+    report.add_argument("--to", type=Path, metavar="DIR", help="where the files go (reports/)")
+    _name_storage(report)
+    _name_tracking(report)
+    report.add_argument("--json", action="store_true", help="as JSON")
 
     ui = add("ui", _ui, "browse the runs in the MLflow UI", "ui --port 5001")
     ui.add_argument("--port", type=_port, default=5000, metavar="PORT", help="on loopback (5000)")
 
-    add("doctor", _doctor, "show device, versions, stores, and what can be reached", "doctor")
-    return top
+    doctor = add("doctor", _doctor, "show device, versions, stores, and what can be reached", "doctor")
+    doctor.add_argument("--json", action="store_true", help="as JSON")
 
 
 def _name_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("sweep", nargs="?", default="embedded", metavar="SWEEP", help="name or path (embedded)")
 
 
-def _name_stores(command: argparse.ArgumentParser) -> None:
+def _name_storage(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--storage", metavar="URL", help="the study's database, sqlite:///… or postgresql://… (mlruns/optuna.db)"
     )
+
+
+def _name_stores(command: argparse.ArgumentParser) -> None:
+    _name_storage(command)
     _name_tracking(command)
     command.add_argument(
         "--patience",
@@ -132,8 +172,24 @@ def _name_stores(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _name_serving(command: argparse.ArgumentParser) -> None:
+    _name_sweep(command)
+    command.add_argument("--version", type=_count, metavar="N", help="this version instead of the champion")
+    command.add_argument(
+        "--merged", action="store_true", help="with the adapter merged into the base's weights: faster"
+    )
+    command.add_argument("--port", type=_port, default=5001, metavar="PORT", help="on loopback (5001)")
+    _name_tracking(command)
+
+
 def _name_tracking(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tracking", metavar="URL", help="the MLflow server, http://… (mlruns/)")
+
+
+def _name_output(command: argparse.ArgumentParser) -> None:
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--quiet", action="store_true", help="show the result alone, without the progress")
+    how.add_argument("--json", action="store_true", help="show the result alone, as JSON")
 
 
 def _count(text: str) -> int:
@@ -162,7 +218,7 @@ def _seconds(text: str) -> float:
 def _train(options: argparse.Namespace) -> int:
     from agnews_lora.commands import train
 
-    return train.run(options.experiment)
+    return train.run(options.experiment, options.quiet, options.json)
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -176,6 +232,8 @@ def _sweep(options: argparse.Namespace) -> int:
         storage=options.storage,
         tracking=options.tracking,
         patience=options.patience,
+        quiet=options.quiet,
+        json=options.json,
     )
     return sweep.run(options.sweep, given)
 
@@ -187,7 +245,7 @@ def _worker(options: argparse.Namespace) -> int:
     supervisor = Supervisor(options.supervised) if options.supervised else None
     from agnews_lora.commands import worker
 
-    return worker.run(options.sweep, options.storage, options.tracking, options.patience, supervisor)
+    return worker.run(options.sweep, options.storage, options.tracking, options.patience, options.quiet, supervisor)
 
 
 def _budget(options: argparse.Namespace) -> int:
@@ -200,8 +258,8 @@ def _promote(options: argparse.Namespace) -> int:
     from agnews_lora.commands import promote
 
     if options.rollback:
-        return promote.rollback(options.sweep, options.tracking)
-    return promote.run(options.sweep, options.version, options.tracking)
+        return promote.rollback(options.sweep, options.tracking, options.json)
+    return promote.run(options.sweep, options.version, options.tracking, options.json)
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -210,10 +268,22 @@ def _predict(options: argparse.Namespace) -> int:
     return predict.run(options.sweep, options.texts, options.file, options.json, options.tracking)
 
 
+def _serve(options: argparse.Namespace) -> int:
+    from agnews_lora.commands import serve
+
+    return serve.run(options.sweep, options.version, options.merged, options.port, options.tracking)
+
+
 def _export(options: argparse.Namespace) -> int:
     from agnews_lora.commands import export
 
-    return export.run(options.sweep, options.to, options.tracking)
+    return export.run(options.sweep, options.to, options.tracking, options.json)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from agnews_lora.commands import report
+
+    return report.run(options.sweep, options.to, options.tracking, options.storage, options.json)
 
 
 def _ui(options: argparse.Namespace) -> int:
@@ -225,4 +295,4 @@ def _ui(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from agnews_lora.commands import doctor
 
-    return doctor.run()
+    return doctor.run(options.json)

@@ -117,7 +117,10 @@ def at_once(work: Path) -> Part:
 def project(folder: Path, experiment: dict[str, dict[str, Any]], sweep: dict[str, Any]) -> None:
     """Write the shipped experiment and sweep into a project's folder, with some keys set."""
     yaml = YAML()
-    for kind, changes in (("experiments", [EXPERIMENT, experiment]), ("sweeps", [{"trials": TRIALS}, sweep])):
+    for kind, changes in (
+        ("experiments", [EXPERIMENT, experiment]),
+        ("sweeps", [{"trials": TRIALS, "confirmation": None}, sweep]),
+    ):
         document = yaml.load(ROOT / kind / f"{SWEEP}.yaml")
         for change in changes:
             for key, value in change.items():

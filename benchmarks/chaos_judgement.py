@@ -20,8 +20,10 @@ from agnews_lora.adapters.checkpoint import load_with_peft, recount
 from agnews_lora.commands.places import STORES
 from agnews_lora.commands.stage import Stage, prepare
 from agnews_lora.config.sweep import Sweep, load_sweep
-from agnews_lora.search.study import RUN_ID, SPEC, TRAINABLE, open_storage, trial_name
-from agnews_lora.tracking.runs import METRICS, RUN_STATUS
+from agnews_lora.search.standings import trial_name
+from agnews_lora.search.study import RUN_ID, SPEC, TRAINABLE, open_storage
+from agnews_lora.tracking.points import METRICS
+from agnews_lora.tracking.runs import RUN_STATUS
 from agnews_lora.tracking.store import open_client, tracking_uri
 from benchmarks.chaos_harness import Chaos, Kill
 

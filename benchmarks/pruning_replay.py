@@ -18,10 +18,11 @@ from agnews_lora.search import space as search_space
 from agnews_lora.search.claims import set_quota
 from agnews_lora.search.leases import Leases, create_table
 from agnews_lora.search.pruner import PeerMedianPruner, peer_accuracies
+from agnews_lora.search.quest import Search
 from agnews_lora.search.queue import enqueue_baseline
-from agnews_lora.search.runner import Quest, StudyRunner
+from agnews_lora.search.runner import StudyRunner
 from agnews_lora.search.sampler import TrialSeededTPE
-from agnews_lora.search.study import best_of, standings
+from agnews_lora.search.standings import best_of, standings
 from agnews_lora.training.contracts import (
     EvalPoint,
     Observer,
@@ -136,7 +137,7 @@ def replay_study(
     baseline = sweep.experiment.spec
     enqueue_baseline(study, baseline, sweep.space, shape, sweep.budget)
     set_quota(study, TRIALS)
-    quest = Quest(sweep.space, shape, sweep.budget, seed, baseline, sweep.experiment.seed, table.total_steps)
+    quest = Search(sweep.space, shape, sweep.budget, seed, baseline, sweep.experiment.seed, table.total_steps)
     engine = TableEngine(table, num_slots, backwards)
     with tempfile.TemporaryDirectory() as folder:
         StudyRunner(study, _alone(), quest, Nowhere(), Nowhere(), Path(folder), lambda: False).work(engine)

@@ -31,7 +31,9 @@ from agnews_lora.config.sweep import load_sweep
 from agnews_lora.data.corpus import prepare_test
 from agnews_lora.data.splits import Rows
 from agnews_lora.data.tokens import TokenTable
-from agnews_lora.search.study import Standing, best_of, open_storage, standings
+from agnews_lora.search.confirmation import confirmed, find_round
+from agnews_lora.search.standings import Standing, standings
+from agnews_lora.search.study import open_storage
 from agnews_lora.serving import fresh
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.store import open_client, tracking_uri
@@ -102,15 +104,19 @@ def measure(began: float, ended: float) -> dict[str, str]:
     study = optuna.load_study(study_name=SWEEP, storage=open_storage(STORES))
     trials = standings(study)
     client = open_client(STORES)
-    metrics = [client.get_run(str(trial.run_id)).data.metrics for trial in trials]
+    repeated = find_round(study)
+    repeats = standings(repeated) if repeated else []
+    metrics = [client.get_run(str(trial.run_id)).data.metrics for trial in [*trials, *repeats]]
     train_seconds = sum(each["train_seconds"] for each in metrics)
     eval_seconds = sum(each["eval_seconds"] for each in metrics)
     samples = sum(each["rows_seen"] for each in metrics)
     started = min(trial.datetime_start for trial in study.trials if trial.datetime_start).timestamp()
     neither = (ended - started) - train_seconds - eval_seconds
-    unpruned = [each["rows_seen"] for trial, each in zip(trials, metrics, strict=True) if trial.state == "COMPLETE"]
+    complete = [trial for trial in trials if trial.state == "COMPLETE"]
+    unpruned = [each["rows_seen"] for trial, each in zip(trials, metrics, strict=False) if trial in complete]
     table = {
-        "trials ended (complete, pruned)": f"{len(trials)} ({len(unpruned)}, {len(trials) - len(unpruned)})",
+        "repetitions of the best, to confirm them": f"{len(repeats)}",
+        "trials ended (complete, pruned)": f"{len(trials)} ({len(complete)}, {len(trials) - len(complete)})",
         "training rows of all trials": f"{samples:,.0f}",
         "training rows of an unpruned trial, at least": f"{min(unpruned):,.0f}",
         WALL: f"{ended - began:.0f} s",
@@ -123,17 +129,17 @@ def measure(began: float, ended: float) -> dict[str, str]:
             "neither, after start-up": f"{neither:.0f} s = {neither / (ended - started):.1%}",
             "samples/s while training": f"{samples / train_seconds:.0f}",
         }
-    return table | compare(stage, trials)
+    winner = confirmed(study)[0].own
+    return table | compare(stage, winner, trials)
 
 
-def compare(stage: Stage, trials: list[Standing]) -> dict[str, str]:
+def compare(stage: Stage, winner: Standing, trials: list[Standing]) -> dict[str, str]:
     """Accuracy on the test split: winner, baseline, TF-IDF + logistic regression, and the best possible."""
     experiment = stage.experiment
     rows, table = prepare_test(
         experiment.data_settings, experiment.seed, stage.base.folder, experiment.settings.max_length, TOKENS
     )
-    winner, baseline = best_of(trials), next(trial for trial in trials if trial.baseline)
-    assert winner is not None, "a sweep that was run to its end has a winner"
+    baseline = next(trial for trial in trials if trial.baseline)
     return {
         "test rows": f"{len(rows):,}",
         "winner": f"{winner.trial}: {winner.spec}",

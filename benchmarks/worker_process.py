@@ -26,7 +26,8 @@ from agnews_lora.search.held import Held, Tracker
 from agnews_lora.search.journal import Journal
 from agnews_lora.search.leases import Heart, Leases
 from agnews_lora.search.pruner import PeerMedianPruner
-from agnews_lora.search.runner import Quest, StudyRunner
+from agnews_lora.search.quest import Search
+from agnews_lora.search.runner import StudyRunner
 from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.search.study import IDENTITY, join_study, open_storage
 from agnews_lora.training.contracts import EvalPoint, Observer, TrainPoint, TrialPlan, TrialResult, TrialSource, Verdict
@@ -215,7 +216,7 @@ def work(job: Job, number: int, ready: Callable[[], None]) -> dict[str, float]:
         storage.engine.dispose()
     study = join_study(storage, job.name, {}, job.sampler, job.pruner)
     leases = Leases.of(study, f"worker-{number}/{uuid4().hex}")
-    quest = Quest(SPACE, SHAPE, BUDGET, SEED, OUTSIDE, 42, TOTAL_STEPS)
+    quest = Search(SPACE, SHAPE, BUDGET, SEED, OUTSIDE, 42, TOTAL_STEPS)
     tracker = tracker_of(job, study.study_name, study.user_attrs[IDENTITY])
     engine = ScriptedEngine(each_step=lambda: time.sleep(job.step_seconds))
     ready()

@@ -19,6 +19,7 @@ from agnews_lora.search import study as study_keys
 from agnews_lora.search.claims import set_quota
 from agnews_lora.search.leases import Leases
 from agnews_lora.search.queue import enqueue_baseline
+from agnews_lora.search.standings import trial_name
 from agnews_lora.search.study import IDENTITY, open_storage, open_study
 from benchmarks.worker_process import Job
 from tests.search.scripted import BUDGET, EVAL_EVERY, OUTSIDE, SHAPE, SPACE, TOTAL_STEPS, accuracy
@@ -135,7 +136,7 @@ class Crew:
         twice = {trial for trial, count in starts.items() if count > 1}
         for number in disturbed:
             twice -= set(by_worker[number])
-        missing = {study_keys.trial_name(number) for number in range(self.trials)} - starts.keys()
+        missing = {trial_name(number) for number in range(self.trials)} - starts.keys()
         return [f"trial {trial} was started {starts[trial]} times" for trial in sorted(twice | missing)]
 
 

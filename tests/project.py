@@ -23,6 +23,7 @@ SWEEP: dict[str, Any] = {
     "budget": 100_000,
     "space": {"learning_rate": {"low": 1e-3, "high": 5e-3}},
     "trials": 3,
+    "confirmation": None,
     "seed": 13,
 }
 

@@ -46,26 +46,44 @@ def test_the_command_line_is_the_designs() -> None:
     }
     words = {name: [word for word in given if word not in ("-h", "--help")] for name, given in words.items()}
     assert words == {
-        "train": ["experiment"],
-        "sweep": ["--new", "--patience", "--storage", "--timeout", "--tracking", "--trials", "--workers", "sweep"],
-        "worker": ["--patience", "--storage", "--supervised", "--tracking", "sweep"],
+        "train": ["--json", "--quiet", "experiment"],
+        "sweep": [
+            "--json",
+            "--new",
+            "--patience",
+            "--quiet",
+            "--storage",
+            "--timeout",
+            "--tracking",
+            "--trials",
+            "--workers",
+            "sweep",
+        ],
+        "worker": ["--patience", "--quiet", "--storage", "--supervised", "--tracking", "sweep"],
         "budget": ["--json", "sweep"],
-        "promote": ["--rollback", "--tracking", "--version", "sweep"],
+        "promote": ["--json", "--rollback", "--tracking", "--version", "sweep"],
         "predict": ["--file", "--json", "--sweep", "--tracking", "texts"],
-        "export": ["--to", "--tracking", "sweep"],
+        "serve": ["--merged", "--port", "--tracking", "--version", "sweep"],
+        "export": ["--json", "--to", "--tracking", "sweep"],
+        "report": ["--json", "--storage", "--to", "--tracking", "sweep"],
         "ui": ["--port"],
-        "doctor": [],
+        "doctor": ["--json"],
     }
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "sweep", "worker", "budget", "promote", "predict", "export", "ui", "doctor"]
+    "command",
+    ["", "train", "sweep", "worker", "budget", "promote", "predict", "serve", "export", "report", "ui", "doctor"],
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"] if command else ["--help"])
     assert ended.value.code == 0
-    assert f"agnews-lora {command}".strip() in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"agnews-lora {command}".strip() in shown
+    if command:
+        [example] = re.findall(r"^example:\n  agnews-lora (.+)$", shown, flags=re.MULTILINE)
+        assert parser().parse_args(shlex.split(example)).command
 
 
 @pytest.mark.parametrize(
@@ -81,6 +99,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         ["sweep", "--patience", "-1"],
         ["promote", "--version", "1", "--rollback"],
         ["ui", "--port", "70000"],
+        ["sweep", "--quiet", "--json"],
         ["export"],
     ],
 )
@@ -244,22 +263,6 @@ def test_promote_without_a_candidate(folder: Path, capsys: pytest.CaptureFixture
     tiny_base(folder / "base", "bert")
     write_project(folder, experiment={"base": "base"})
     assert "agnews-lora sweep" in refused(capsys, "promote", "small")
-
-
-def test_the_shipped_files_and_commands_of_the_makefile_exist() -> None:
-    root = Path(__file__).resolve().parent.parent
-    makefile = (root / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z-]+):.*## ", makefile, flags=re.MULTILINE))
-    assert targets >= {"setup", "sweep", "train", "ui", "promote", "predict", "test", "lint", "bench", "clean"}
-    [commands] = [action.choices for action in parser()._actions if action.choices]
-    assert set(re.findall(r"\$\(AGNEWS\) ([a-z]+)", makefile)) <= set(commands)
-    readme = (root / "README.md").read_text()
-    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", readme, flags=re.MULTILINE))
-    assert {"sweep", "test"} <= named <= targets
-    lines = re.findall(r"^agnews-lora (.+)$", readme, flags=re.MULTILINE)
-    assert lines
-    for line in lines:
-        parser().parse_args(shlex.split(line))
 
 
 def test_clean_never_touches_the_stores(tmp_path: Path) -> None:

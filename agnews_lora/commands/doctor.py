@@ -1,5 +1,6 @@
 """`agnews-lora doctor`: what this machine has, and what it can reach."""
 
+import json
 import platform
 import sqlite3
 from collections.abc import Callable
@@ -22,24 +23,35 @@ from agnews_lora.errors import AgnewsLoraError, NetworkError
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "evaluate", "optuna", "mlflow", "pandas")
 
 
-def run() -> int:
+def run(as_json: bool) -> int:
     """Print device, versions, stores, and whether hub, base models and data can be reached."""
+    found = _found()
+    if as_json:
+        print(json.dumps(found))
+        return 0
+    view = Table(show_header=False, box=None, padding=(0, 2))
+    for what, value in found.items():
+        view.add_row(what, value)
+    Console(highlight=False, markup=False).print(view)
+    return 0
+
+
+def _found() -> dict[str, str]:
     from agnews_lora.training.device import device_name, has_bf16, training_device
 
     device = training_device()
-    view = Table(show_header=False, box=None, padding=(0, 2))
-    view.add_row("device", f"{device_name(device)}, trains in {'bf16' if has_bf16(device) else 'fp32'}")
-    view.add_row("versions", f"agnews-lora {agnews_lora.__version__}, Python {platform.python_version()}")
-    for some in (LIBRARIES[:4], LIBRARIES[4:]):
-        view.add_row("", ", ".join(f"{library} {version(library)}" for library in some))
-    for store in (STORES / "mlflow.db", STORES / "optuna.db"):
-        view.add_row(f"store {store}", _store(store))
-    view.add_row(f"cache {TOKENS}", "there" if TOKENS.is_dir() else "made when needed")
-    view.add_row("hub", "can be reached" if hub.reachable() else "cannot be reached")
-    for path in sorted(experiments.FOLDER.glob("*.yaml")):
-        view.add_row(f"experiment {path.stem}", _reach(path))
-    Console(highlight=False, markup=False).print(view)
-    return 0
+    libraries = [f"{library} {version(library)}" for library in LIBRARIES]
+    lines = [f"agnews-lora {agnews_lora.__version__}, Python {platform.python_version()}"]
+    lines += [", ".join(some) for some in (libraries[:4], libraries[4:])]
+    stores = {f"store {store}": _store(store) for store in (STORES / "mlflow.db", STORES / "optuna.db")}
+    return {
+        "device": f"{device_name(device)}, trains in {'bf16' if has_bf16(device) else 'fp32'}",
+        "versions": "\n".join(lines),
+        **stores,
+        f"cache {TOKENS}": "there" if TOKENS.is_dir() else "made when needed",
+        "hub": "can be reached" if hub.reachable() else "cannot be reached",
+        **{f"experiment {path.stem}": _reach(path) for path in sorted(experiments.FOLDER.glob("*.yaml"))},
+    }
 
 
 def _store(path: Path) -> str:

@@ -1,5 +1,6 @@
 """`agnews-lora export`: the champion as a folder that stands alone."""
 
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client, reaching
 
 
-def run(sweep: str, to: Path, tracking: str | None) -> int:
+def run(sweep: str, to: Path, tracking: str | None, as_json: bool) -> int:
     """Write the sweep's champion to a folder.
 
     Raises:
@@ -23,7 +24,10 @@ def run(sweep: str, to: Path, tracking: str | None) -> int:
     registry = Registry(client, load_sweep(sweep).experiment.name)
     with reaching(client):
         version = champion(registry)
-        export(registry, version, to)
+        written = export(registry, version, to)
+    if as_json:
+        print(json.dumps({"model": version.model, "version": version.number, "folder": str(written)}))
+        return 0
     Console(highlight=False, markup=False).print(
         f"{version} is in {to}: PEFT's files, the tokenizer and a model card (README.md)", soft_wrap=True
     )

@@ -1,18 +1,27 @@
 """`agnews-lora promote`: a registered version through the gate, or the way back."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from mlflow import MlflowClient
 from rich.console import Console
 from rich.markup import escape
 
+from agnews_lora.commands.cards import version_card
 from agnews_lora.commands.places import STORES, TOKENS
 from agnews_lora.commands.stage import prepare
 from agnews_lora.config.sweep import load_sweep
 from agnews_lora.data.corpus import prepare_test
 from agnews_lora.serving import gate
+from agnews_lora.tracking.pages import page_of
 from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client, reaching
 
 
-def run(name: str, version: int | None, tracking: str | None) -> int:
+def run(name: str, version: int | None, tracking: str | None, as_json: bool) -> int:
     """Judge the sweep's candidate, or a version, and make it champion. tracking: URL, or None for the project's own.
 
     Raises:
@@ -22,15 +31,19 @@ def run(name: str, version: int | None, tracking: str | None) -> int:
     experiment = load_sweep(name).experiment
     client = open_client(tracking or STORES)
     stage = prepare(experiment)
-    with reaching(client):
+    registry = Registry(client, experiment.name)
+    with reaching(client), _described(client, registry, version):
         promotion = gate.promote(
-            Registry(client, experiment.name),
+            registry,
             stage.corpus,
             lambda: prepare_test(
                 experiment.data_settings, experiment.seed, stage.base.folder, experiment.settings.max_length, TOKENS
             ),
             version,
         )
+    if as_json:
+        print(json.dumps(_as_dict(promotion)))
+        return 0
     console = Console(highlight=False)
     for finding in promotion.findings:
         console.print(f"[green]passed[/]  {escape(finding.rule)}: {escape(finding.found)}", soft_wrap=True)
@@ -40,7 +53,30 @@ def run(name: str, version: int | None, tracking: str | None) -> int:
     return 0
 
 
-def rollback(name: str, tracking: str | None) -> int:
+@contextmanager
+def _described(client: MlflowClient, registry: Registry, number: int | None) -> Iterator[None]:
+    """Lets the version that is judged say in the UI how it was judged, also where it is refused."""
+    judged = registry.version(number) if number is not None else registry.waiting()
+    try:
+        yield
+    finally:
+        if judged is not None:
+            page = page_of(client, judged.run_id)
+            registry.describe(judged, version_card(registry.version(judged.number), page, page.parent()))
+
+
+def _as_dict(promotion: gate.Promotion) -> dict[str, Any]:
+    return {
+        "model": promotion.version.model,
+        "champion": promotion.version.number,
+        "previous": promotion.replaced,
+        "checks": [{"rule": finding.rule, "found": finding.found} for finding in promotion.findings],
+        "test": asdict(promotion.score),
+        "scored_before": promotion.scored_before,
+    }
+
+
+def rollback(name: str, tracking: str | None, as_json: bool) -> int:
     """Make the previous champion champion again.
 
     Raises:
@@ -49,5 +85,9 @@ def rollback(name: str, tracking: str | None) -> int:
     client = open_client(tracking or STORES)
     with reaching(client):
         outcome = gate.rollback(Registry(client, load_sweep(name).experiment.name))
+    if as_json:
+        numbers = {"champion": outcome.champion.number, "previous": outcome.previous.number}
+        print(json.dumps({"model": outcome.champion.model, **numbers}))
+        return 0
     Console(highlight=False).print(f"{outcome.champion} is champion again; {outcome.previous} is previous")
     return 0

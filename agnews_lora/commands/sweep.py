@@ -1,32 +1,40 @@
 """`agnews-lora sweep`: open or resume the study, train its trials, register the winner, say what was found."""
 
+import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import optuna
 from rich.console import Console
 
 from agnews_lora.adapters.bases import shape_of
+from agnews_lora.commands import report
 from agnews_lora.commands import study as studies
 from agnews_lora.commands.conclusion import Conclusion
 from agnews_lora.commands.interrupts import StopRequest, orderly_stop
 from agnews_lora.commands.places import STORES, WORK
+from agnews_lora.commands.result import Result
 from agnews_lora.commands.stage import Stage, prepare
 from agnews_lora.commands.supervisor import Crew, devices
-from agnews_lora.commands.work import log_data, train, work_folder
+from agnews_lora.commands.watch import Watch
+from agnews_lora.commands.work import Work, log_data, tidy_up
 from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.errors import StudyError
 from agnews_lora.reporting.progress import Progress
-from agnews_lora.reporting.summary import SweepSummary, print_summary
+from agnews_lora.reporting.summary import print_summary
+from agnews_lora.search import confirmation
 from agnews_lora.search.claims import num_ended
 from agnews_lora.search.leases import SUPERVISOR, Heart, Leases
 from agnews_lora.search.lines import Line
 from agnews_lora.search.place import Place, exclusive
-from agnews_lora.search.runner import tidy
-from agnews_lora.search.study import IDENTITY, answering, best_of, standings
+from agnews_lora.search.standings import best_of, standings
+from agnews_lora.search.study import IDENTITY, TRIALS, answering
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.registry import Version
 from agnews_lora.tracking.runs import SweepRuns
@@ -42,6 +50,7 @@ class Options:
     trials: how many are to have ended in all, instead of what the file says. timeout: seconds of training after which
     running trials are put back, to go on at the next start. new: start another study. workers: processes that train.
     storage, tracking: URLs of the stores, instead of the project's own. patience: seconds that they may be away.
+    quiet: show the result alone. json: show it as JSON, and nothing else.
     """
 
     trials: int | None
@@ -51,6 +60,8 @@ class Options:
     storage: str | None
     tracking: str | None
     patience: float
+    quiet: bool
+    json: bool
 
 
 def run(name: str, options: Options) -> int:
@@ -72,7 +83,8 @@ def run(name: str, options: Options) -> int:
             leases = Leases.of(study, place.new_owner())
             leases.revoke(f"{place.id}/")  # whoever held this folder is dead
             if leases.holder(SUPERVISOR):
-                print("Another sweep holds this study: waiting for half a minute whether it gives a sign of life.")
+                waiting = "another sweep holds this study: waiting for half a minute whether it gives a sign of life"
+                print(f"agnews-lora: {waiting}", file=sys.stderr)
             if not leases.contend(SUPERVISOR):
                 raise StudyError(
                     f"study {study.study_name} is being run by a sweep on another machine; add to it with "
@@ -98,6 +110,7 @@ class _Session:
     trials: int
     place: Place
     devices: list[str | None]
+    parent_run: str = ""
     record_seconds: float = 0.0
 
     def run(self) -> int:
@@ -109,7 +122,7 @@ class _Session:
             try:
                 with Heart(self.leases):
                     self._train(request)
-                    if request or num_ended(self.study) < self.trials:
+                    if request or self._num_left():
                         self._say_how_to_go_on()
                         return request.exit_code if request else 0
                     version = self._patiently(self._conclude, request)
@@ -117,7 +130,7 @@ class _Session:
             finally:
                 if state == "INTERRUPTED":
                     Line("the run store", 0).deliver(self._interrupt_parent)
-        print_summary(Console(highlight=False), self._summary(version, time.perf_counter() - began))
+        self._say_what_was_found(version, time.perf_counter() - began)
         return 0 if version else 1
 
     def _interrupt_parent(self) -> None:
@@ -130,23 +143,19 @@ class _Session:
         Raises:
             StorageError: it was away for too long.
         """
-        line, outcomes = Line("a store", self.options.patience), list[Outcome]()
 
-        def attempt() -> None:
+        def attempt() -> tuple[Outcome]:
             with self.runs.reaching():
-                outcomes.append(step())
+                return (step(),)
 
-        while not line.deliver(attempt):
-            if line.loss:
-                raise line.loss
-            if request:
-                raise KeyboardInterrupt
-            time.sleep(1.0)
-        return outcomes[0]
+        outcome = Line("a store", self.options.patience).insist(attempt, lambda: bool(request))
+        if outcome is None:
+            raise KeyboardInterrupt
+        return outcome[0]
 
     def _open_runs(self) -> None:
         sweep = self.sweep
-        self.runs.open_parent(
+        self.parent_run = self.runs.open_parent(
             self.study.study_name,
             identity=self.study.user_attrs[IDENTITY],
             params={
@@ -173,10 +182,10 @@ class _Session:
         try:
             self._let_train(request)
         finally:
-            Line("the studies' storage").deliver(partial(tidy, self.study, work_folder(self.sweep, self.study)))
+            Line("the studies' storage").deliver(partial(tidy_up, self.sweep, self.study))
 
     def _let_train(self, request: StopRequest) -> None:
-        if num_ended(self.study) >= self.trials:
+        if not self._num_left():
             return
         options = self.options
         deadline = time.monotonic() + options.timeout if options.timeout else float("inf")
@@ -185,18 +194,34 @@ class _Session:
             return bool(request) or time.monotonic() > deadline
 
         if self.devices:
-            Crew(self._worker_arguments(), self.place, self.leases, self.study, self.devices).work(stop)
+            watch = Watch(self.study, self._screen, self.stage.total_steps)
+            Crew(self._worker_arguments(), self.place, self.leases, self.study, self.devices, watch).work(stop)
             return
-        best = best_of(standings(self.study))
-        progress = Progress(
-            total_trials=self.trials,
-            ended=num_ended(self.study),
+        work = Work(self.sweep, self.stage, self.study, self.leases, self.runs, stop, options.patience)
+        work.run(self._screen)
+        self.record_seconds = work.record_seconds
+
+    def _screen(self, study: optuna.Study) -> Progress:
+        """What shows how the trials of the study, or of its confirmation round, get on."""
+        best = best_of(standings(study)) if study is self.study else None
+        screen = Progress(
+            total_trials=study.user_attrs[TRIALS],
+            ended=num_ended(study),
             best=best.accuracy if best else None,
             best_trial=best.trial if best else None,
+            confirms=study is not self.study,
+            quiet=self.options.quiet or self.options.json,
         )
-        self.record_seconds = train(
-            self.sweep, self.stage, self.study, self.leases, self.runs, progress, stop, options.patience
-        )
+        if study is not self.study:
+            screen.announce("Confirming the best trials: each is trained again with other seeds.")
+        return screen
+
+    def _num_left(self) -> int:
+        """Trials that are still to end: those of the search, then those that confirm its best."""
+        if (left := self.trials - num_ended(self.study)) > 0:
+            return left
+        settings = self.sweep.confirmation
+        return confirmation.num_missing(self.study, settings.trials, settings.seeds) if settings else 0
 
     def _worker_arguments(self) -> list[str]:
         options = self.options
@@ -205,39 +230,26 @@ class _Session:
 
     def _conclude(self) -> Version | None:
         conclusion = Conclusion(self.sweep, self.stage, self.study, self.runs)
-        return conclusion.draw({"record_seconds": self.record_seconds})
+        version = conclusion.draw({"record_seconds": self.record_seconds})
+        with TemporaryDirectory() as folder:
+            report.write(self.runs.client, self.parent_run, self.study.user_attrs, Path(folder))
+        return version
 
     def _say_how_to_go_on(self) -> None:
-        ended = Line("the studies' storage").ask(lambda: num_ended(self.study), None)
-        left = "trials" if ended is None else f"{self.trials - ended} of {self.trials} trials"
+        left = Line("the studies' storage").ask(self._num_left, None)
+        if self.options.json:
+            print(json.dumps({"study": self.study.study_name, "state": "INTERRUPTED", "trials_left": left}))
+            return
+        trials = "trials" if left is None else f"{left} trial{'' if left == 1 else 's'}"
         Console(highlight=False).print(
-            f"Stopped with {left} to go; nothing is lost. "
+            f"Stopped with {trials} to go; nothing is lost. "
             f"[bold]agnews-lora sweep {self.sweep.name}[/] goes on where this start ended.",
             soft_wrap=True,
         )
 
-    def _summary(self, version: Version | None, seconds: float) -> SweepSummary:
-        rows = standings(self.study)
-        winner = best_of(rows)
-        baseline = next((row for row in rows if row.baseline and row.state == "COMPLETE"), None)
-        counts = {state: sum(row.state == state for row in rows) for state in ("COMPLETE", "PRUNED", "FAIL")}
-        named = "" if self.sweep.name == "embedded" else f" SWEEP={self.sweep.name}"
-        return SweepSummary(
-            study=self.study.study_name,
-            num_complete=counts["COMPLETE"],
-            num_pruned=counts["PRUNED"],
-            num_failed=counts["FAIL"],
-            winner=winner.trial if winner else None,
-            configuration=str(winner.spec) if winner else None,
-            accuracy=winner.accuracy if winner else None,
-            trainable_parameters=winner.trainable_parameters if winner else None,
-            budget=self.sweep.budget,
-            baseline_accuracy=baseline.accuracy if baseline else None,
-            bound=self.stage.corpus.best_accuracy,
-            wall_seconds=seconds,
-            registered=f"{version} as {', '.join(version.aliases) or 'a version'}" if version else None,
-            next_commands=(
-                ("make ui", "browse the runs"),
-                (f"make promote{named}", "put the winner through the gate, and make it champion"),
-            ),
-        )
+    def _say_what_was_found(self, version: Version | None, seconds: float) -> None:
+        result = Result.of(self.sweep, self.stage, self.study, version, seconds)
+        if self.options.json:
+            print(json.dumps(result.as_dict()))
+        else:
+            print_summary(Console(highlight=False), result.summary())

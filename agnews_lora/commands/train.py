@@ -1,5 +1,6 @@
 """`agnews-lora train`: one experiment, trained once, kept as a folder with checkpoint and tokenizer."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from agnews_lora.commands.interrupts import StopRequest, orderly_stop
 from agnews_lora.commands.places import STORES, TRAINED, WORK
 from agnews_lora.commands.records import Records
 from agnews_lora.commands.stage import Stage, prepare
-from agnews_lora.config.experiment import load_experiment
+from agnews_lora.config.experiment import Experiment, load_experiment
 from agnews_lora.data.tokens import load_tokenizer
 from agnews_lora.reporting.progress import Progress
 from agnews_lora.search.journal import End
@@ -26,47 +27,72 @@ from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrialPlan, Tri
 TRIAL = "train"
 
 
-def run(name: str) -> int:
+def run(name: str, quiet: bool, as_json: bool) -> int:
     """Train an experiment and give the exit code: 0, 1 where the training failed, 128 + signal when stopped.
 
     Writes `trained_models/final_model/`, `accuracy_curve.png` and `loss_curve.png`, and a run in MLflow.
+
+    quiet: show the result alone. as_json: show it as JSON, and nothing else.
 
     Raises:
         AgnewsLoraError: anything that the user can mend.
     """
     experiment = load_experiment(name)
-    shape = shape_of(experiment.base)
     stage = prepare(experiment)
     runs = SweepRuns(open_client(STORES), experiment.name, experiment.name)
     records = Records(runs, {"experiment": experiment.name, "base": stage.base.hub_id}, provenance())
     with (
         TemporaryDirectory(dir=_made(WORK)) as folder,
         orderly_stop() as request,
-        Progress(total_trials=1) as progress,
+        Progress(total_trials=1, quiet=quiet or as_json) as progress,
     ):
         training = _Solo(stage, Path(folder) / TRIAL, records, progress, request)
         stage.engine("trainer").run(training, training)
         if training.result is not None:
             _keep(training.result, stage, records)
-    console = Console(highlight=False)
     if training.result is None:
         training.close()
-        console.print(
-            training.failure or "Stopped. Nothing is kept of an unfinished training; start it again.", markup=False
-        )
+        _say_unfinished(experiment.name, training.failure, as_json)
         return 1 if training.failure else request.exit_code
-    final = training.result.final
+    _say_finished(experiment, training.result, as_json)
+    return 0
+
+
+def _say_unfinished(experiment: str, failure: str | None, as_json: bool) -> None:
+    if as_json:
+        state = "FAILED" if failure else "INTERRUPTED"
+        print(json.dumps({"experiment": experiment, "state": state, "reason": failure}))
+        return
+    stopped = "Stopped. Nothing is kept of an unfinished training; start it again."
+    Console(highlight=False, markup=False).print(failure or stopped)
+
+
+def _say_finished(experiment: Experiment, result: TrialResult, as_json: bool) -> None:
+    final, spec, written = result.final, experiment.spec, TRAINED / "final_model"
     assert final is not None, "nothing prunes a single training"
-    spec = experiment.spec
+    if as_json:
+        found = {
+            "experiment": experiment.name,
+            "state": "COMPLETE",
+            "configuration": spec.as_dict(),
+            "accuracy": final.accuracy,
+            "macro_f1": final.macro_f1,
+            "loss": final.loss,
+            "validation_rows": final.rows,
+            "trainable_parameters": result.trainable_parameters,
+            "folder": str(written),
+        }
+        print(json.dumps(found))
+        return
+    shape = shape_of(experiment.base)
     head = head_parameters(spec.head, shape)
-    console.print(
+    Console(highlight=False).print(
         f"\n[bold]{experiment.name}[/]: {spec}\n"
         f"validation accuracy   {final.accuracy:.2%}  (macro-F1 {final.macro_f1:.4f}, {final.rows:,} rows)\n"
-        f"trainable parameters  {training.result.trainable_parameters:,}"
+        f"trainable parameters  {result.trainable_parameters:,}"
         f"  ({head:,} head + {trainable_parameters(spec, shape) - head:,} adapter)\n"
-        f"written               {TRAINED / 'final_model'}/  accuracy_curve.png  loss_curve.png"
+        f"written               {written}/  accuracy_curve.png  loss_curve.png"
     )
-    return 0
 
 
 def _made(folder: Path) -> Path:

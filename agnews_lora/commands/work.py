@@ -1,7 +1,10 @@
-"""What one process does for a study: claims its trials, trains them through an engine, and takes down what they did."""
+"""What one process does for a sweep: claims trials, trains them through an engine, and takes down what they did."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import optuna
 
@@ -11,57 +14,107 @@ from agnews_lora.commands.stage import Stage
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
 from agnews_lora.reporting.progress import Progress
+from agnews_lora.search import confirmation
+from agnews_lora.search.claims import is_done
 from agnews_lora.search.leases import Leases
-from agnews_lora.search.runner import Quest, StudyRunner
+from agnews_lora.search.lines import Line
+from agnews_lora.search.quest import Quest, Search
+from agnews_lora.search.runner import StudyRunner, tidy
 from agnews_lora.tracking.runs import SweepRuns
+
+if TYPE_CHECKING:
+    from agnews_lora.training.contracts import Engine
 
 
 def work_folder(sweep: Sweep, study: optuna.Study) -> Path:
-    """Where the trials of a study have their work folders."""
+    """Where the trials of a study, and those that confirm them, have their work folders."""
     return WORK / sweep.name / study.study_name
 
 
-def train(
-    sweep: Sweep,
-    stage: Stage,
-    study: optuna.Study,
-    leases: Leases,
-    runs: SweepRuns,
-    progress: Progress,
-    stop: Callable[[], bool],
-    patience: float,
-) -> float:
-    """Train until no trial is left or running anywhere, or a stop is due; the seconds that recording took.
+def tidy_up(sweep: Sweep, study: optuna.Study) -> None:
+    """Remove the work folders of trials that have ended: a kill may have come between the two."""
+    folder = work_folder(sweep, study)
+    for each in (study, confirmation.find_round(study)):
+        if each is not None:
+            tidy(each, folder)
 
-    leases: whose heart beats meanwhile.
 
-    Raises:
-        StorageError: a store was away for longer than `patience` seconds; nothing is lost.
+@dataclass
+class Work:
+    """The part of a sweep's work that this process takes.
+
+    leases: whose heart beats meanwhile. stop: polled; once true, nothing is started any more. patience: seconds that a
+    store may be away. record_seconds: wall time that recording has taken.
     """
-    quest = Quest(
-        space=sweep.space,
-        shape=stage.base.shape,
-        budget=sweep.budget,
-        seed=sweep.seed,
-        baseline=sweep.experiment.spec,
-        baseline_seed=sweep.experiment.seed,
-        total_steps=stage.total_steps,
-    )
-    shared = {"experiment": sweep.experiment.name, "base": stage.base.hub_id, "budget": sweep.budget}
-    engine = stage.engine(sweep.engine, sweep.slots)
-    with progress:
-        runner = StudyRunner(
-            study=study,
-            leases=leases,
-            quest=quest,
-            tracker=Records(runs, shared, {"study": study.study_name}),
-            screen=progress,
-            folder=work_folder(sweep, study),
-            stop=stop,
-            patience=patience,
+
+    sweep: Sweep
+    stage: Stage
+    study: optuna.Study
+    leases: Leases
+    runs: SweepRuns
+    stop: Callable[[], bool]
+    patience: float
+    record_seconds: float = field(default=0.0, init=False)
+
+    def run(self, screen: Callable[[optuna.Study], Progress]) -> None:
+        """Search, then confirm, until no trial is left or running anywhere, or a stop is due.
+
+        screen: for a study, what shows how its trials get on.
+
+        Raises:
+            StorageError: a store was away for longer than `patience` seconds; nothing is lost.
+        """
+        storage = Line("the studies' storage", self.patience)
+        if not storage.insist(lambda: is_done(self.study), self.stop):
+            self._train(self.study, self._search(), screen(self.study))
+        if self.stop() or self.sweep.confirmation is None:
+            return
+        repeated = storage.insist(self._open_round, self.stop)
+        if repeated is not None and not is_done(repeated):
+            quest = confirmation.Repeats(self.stage.base.shape, self.sweep.budget, self.stage.total_steps)
+            self._train(repeated, quest, screen(repeated))
+
+    def _search(self) -> Search:
+        sweep = self.sweep
+        return Search(
+            space=sweep.space,
+            shape=self.stage.base.shape,
+            budget=sweep.budget,
+            seed=sweep.seed,
+            baseline=sweep.experiment.spec,
+            baseline_seed=sweep.experiment.seed,
+            total_steps=self.stage.total_steps,
         )
-        runner.work(engine)
-    return runner.record_seconds
+
+    def _open_round(self) -> optuna.Study | None:
+        settings = self.sweep.confirmation
+        assert settings is not None
+        with self.leases.queue(self.stop) as mine:
+            if not mine:
+                return None
+            return confirmation.open_round(self.study, settings.trials, settings.seeds, self.sweep.seed)
+
+    def _train(self, study: optuna.Study, quest: Quest, progress: Progress) -> None:
+        sweep = self.sweep
+        shared = {"experiment": sweep.experiment.name, "base": self.stage.base.hub_id, "budget": sweep.budget}
+        with progress:
+            runner = StudyRunner(
+                study=study,
+                leases=self.leases,
+                quest=quest,
+                tracker=Records(self.runs, shared, {"study": self.study.study_name}),
+                screen=progress,
+                folder=work_folder(sweep, self.study),
+                stop=self.stop,
+                patience=self.patience,
+            )
+            runner.work(self._engine)
+        self.record_seconds += runner.record_seconds
+
+    @cached_property
+    def _engine(self) -> "Engine":
+        """One for both, so that the base is loaded once."""
+        return self.stage.engine(self.sweep.engine, self.sweep.slots)
 
 
 def log_data(runs: SweepRuns, sweep: Sweep, stage: Stage) -> None:

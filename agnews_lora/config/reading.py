@@ -82,7 +82,7 @@ def load(model: type[DocumentT], path: Path) -> DocumentT:
         )
     text = _read(path)
     try:
-        document = model.model_validate(_parse(text, path), context={"path": path})
+        document = model.model_validate(parse(text, path), context={"path": path})
     except ValidationError as error:
         schema = model.model_json_schema()
         faults = [_fault(schema, details) for details in error.errors(include_url=False)]
@@ -139,7 +139,12 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path}: must be UTF-8, but byte {error.start + 1} is not; is it the right file?") from error
 
 
-def _parse(text: str, path: Path) -> Any:
+def parse(text: str, path: Path) -> Any:
+    """What a YAML text says. path: for the messages.
+
+    Raises:
+        ConfigError: it is not YAML, or not YAML that is accepted.
+    """
     reader = YAML(typ="safe", pure=True)
     reader.Composer = _PlainComposer
     try:
@@ -207,7 +212,8 @@ def _resolved(schema: dict[str, Any], node: dict[str, Any]) -> Any:
     if "$ref" in node:
         return schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
     if "anyOf" in node:
-        return next(branch for branch in node["anyOf"] if branch.get("type") != "null")
+        there = next(branch for branch in node["anyOf"] if branch.get("type") != "null")
+        return {**_resolved(schema, there), "optional": True}
     return node
 
 
@@ -220,6 +226,8 @@ def _rule(schema: dict[str, Any], node: dict[str, Any]) -> str:
             rule = str(name)
         case {"discriminator": {"propertyName": key, "mapping": choices}}:
             rule = f"a mapping whose key {key} is one of {', '.join(choices)}"
+        case {"type": "object", "properties": keys, "optional": True}:
+            rule = f"a mapping with the keys {', '.join(keys)}, or null"
         case {"type": "object", "properties": keys}:
             rule = f"a mapping with the keys {', '.join(keys)}"
         case {"type": "array", "items": entry}:

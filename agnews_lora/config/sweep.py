@@ -95,6 +95,15 @@ class Pruner(Settings):
     """Steps of a trial before which it is not judged."""
 
 
+class Confirmation(Settings):
+    """The best trials are trained again, and the winner is the one with the best mean."""
+
+    trials: Count = 3
+    """How many of the best trials are repeated."""
+    seeds: Annotated[int, Field(ge=2), AfterValidator(at_most(100))] = 3
+    """Runs of each, the sweep's own counted in, every one with a seed of its own."""
+
+
 def _load_named(value: object, info: ValidationInfo) -> object:
     """The experiment that a sweep file names, looked for in `experiments/` and beside the folder of the sweep file."""
     if isinstance(value, Experiment):
@@ -134,6 +143,8 @@ class Sweep(Document):
     """What trains the trials: many at once through one base; or Hugging Face Trainer and PEFT, one after another."""
     slots: Count | None = Field(default=None, validate_default=True)
     """Trials at once, with multilora; as many as fit the device, unless given."""
+    confirmation: Confirmation | None = Confirmation()
+    """The round after the search; null for none: the winner is then the best single run."""
 
     @field_validator("trials")
     @classmethod

@@ -4,14 +4,16 @@ Lines stay where they are (what started, what ended); the table below them shows
 anything: it is told of events and keeps just enough to show them.
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal, Self
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderResult
 from rich.live import Live
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +23,7 @@ REFRESHES_PER_SECOND: Final = 2
 # The table's columns, and how wide a terminal must be to show each.
 COLUMNS: Final = {"trial": 0, "configuration": 78, "step": 0, "loss": 50, "accuracy": 0, "best": 42, "left": 65}
 COLUMN_SIDES: Final[dict[str, Literal["left"]]] = {"trial": "left", "configuration": "left"}
+LINES_BESIDE: Final = 4  # of a terminal's height: the two headers, how many more there are, and the cursor
 GAP: Final = 2
 SURE_SHARE: Final = 0.05  # of the work: before that, an estimate of the time left would jump about
 END_WORDS: Final = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "FAILED": "failed"}
@@ -54,11 +57,32 @@ class _Running:
         return max(0.0, (self.total_steps - self.step) * (now - self.began) / done)
 
 
+class _LiveTable(Live):
+    """A live display that stays in place when the terminal is made narrower.
+
+    What is on it then is wrapped by the terminal and takes more lines than rich has drawn, and would clear.
+    """
+
+    _width = 0
+    _line_widths: tuple[int, ...] = ()
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        with self._lock:
+            width = self.console.width
+            if self._live_render._shape is not None and width < self._width:
+                height = sum(max(1, -(-line // width)) for line in self._line_widths)
+                self._live_render._shape = (width, height)
+            lines = self.console.render_lines(self.get_renderable(), pad=False)
+            self._width, self._line_widths = width, tuple(map(Segment.get_line_length, lines))
+        return super().process_renderables(renderables)
+
+
 class Progress:
     """The screen of a study (or of one training) while it runs. Use it as a context manager.
 
     total_trials: how many are to end in all; None for a worker, which does not know the others' trials. ended: those
-    that had before. best, best_trial: the best complete one so far. console: the standard output unless given. clock:
+    that had before. best, best_trial: the best complete one so far. confirms: whether they are repetitions, among
+    which no best is looked for. console: the standard output unless given. clock:
     seconds.
     """
 
@@ -69,6 +93,7 @@ class Progress:
         ended: int = 0,
         best: float | None = None,
         best_trial: str | None = None,
+        confirms: bool = False,
         console: Console | None = None,
         quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -81,12 +106,12 @@ class Progress:
         self._ended = ended
         self._best = best
         self._best_trial = best_trial
+        self._confirms = confirms
         self._clock = clock
         self._began = clock()
         self._running: dict[str, _Running] = {}
-        self._live = Live(
-            self, console=self._console, refresh_per_second=REFRESHES_PER_SECOND, transient=True
-        )  # its thread redraws a few lines twice a second, so that times go on while nothing happens
+        # Its thread redraws a few lines twice a second, so that times go on while nothing happens.
+        self._live = _LiveTable(self, console=self._console, refresh_per_second=REFRESHES_PER_SECOND, transient=True)
 
     def __enter__(self) -> Self:
         if self.mode == "live":
@@ -130,7 +155,8 @@ class Progress:
         label = self._running.pop(trial).label
         if state != "INTERRUPTED":
             self._ended += 1
-        best = state == "COMPLETE" and accuracy is not None and (self._best is None or accuracy > self._best)
+        better = accuracy is not None and (self._best is None or accuracy > self._best)
+        best = state == "COMPLETE" and better and not self._confirms
         if best:
             self._best, self._best_trial = accuracy, trial
         word = END_WORDS.get(state, state.lower())
@@ -144,9 +170,16 @@ class Progress:
             line.append(f"  [{self._ended}/{self._total_trials}]")
         self._line(line)
 
-    def message(self, text: str) -> None:
-        """Any other line."""
+    def announce(self, text: str) -> None:
+        """A line that says what comes next."""
         self._line(text)
+
+    def message(self, text: str) -> None:
+        """A warning: what did not go as it should. A quiet screen passes it on to the standard error."""
+        if self.mode == "quiet":
+            print(f"agnews-lora: {text}", file=sys.stderr, flush=True)
+        else:
+            self._line(text)
 
     def _line(self, line: str | Text) -> None:
         if self.mode != "quiet":
@@ -158,12 +191,15 @@ class Progress:
         now = self._clock()
         running = list(self._running.items())  # the drawing thread is another one
         yield self._header(now, [trial for _, trial in running])
+        shown = running[: max(1, options.size.height - LINES_BESIDE)]
         if running:
-            yield self._table(running, options.max_width, now)
+            yield self._table(shown, options.max_width, now)
+        if hidden := len(running) - len(shown):
+            yield Text(f"and {hidden} more", style="dim")
 
     def _header(self, now: float, running: Sequence[_Running]) -> RenderableType:
         of_all = "" if self._total_trials is None else f"/{self._total_trials}"
-        parts = [f"trials {self._ended}{of_all}"]
+        parts = [f"{'confirmation' if self._confirms else 'trials'} {self._ended}{of_all}"]
         if self._best is not None:
             parts.append(f"best {self._best:.2%}" + (f" ({self._best_trial})" if self._best_trial else ""))
         parts.append(f"elapsed {duration(now - self._began)}")

@@ -15,7 +15,8 @@ from agnews_lora.reporting.progress import duration
 class SweepSummary:
     """What a sweep found. What is None is unknown and not shown.
 
-    winner: id of the best trial; configuration: its adapter. accuracy, baseline_accuracy, bound: shares of the
+    winner: id of the best trial; configuration: its adapter. mean_accuracy, std_accuracy: of its runs with `num_seeds`
+    seeds, the sweep's own (`accuracy`) among them. accuracy, baseline_accuracy, bound: shares of the
     validation split, the bound being the best that is possible by construction of the data. trainable_parameters,
     budget: counts, head included. wall_seconds: of this start of the sweep. registered: model and version.
     next_commands: (what to type, what it does).
@@ -28,6 +29,9 @@ class SweepSummary:
     winner: str | None = None
     configuration: str | None = None
     accuracy: float | None = None
+    mean_accuracy: float | None = None
+    std_accuracy: float | None = None
+    num_seeds: int | None = None
     trainable_parameters: int | None = None
     budget: int | None = None
     baseline_accuracy: float | None = None
@@ -61,6 +65,8 @@ def _rows(summary: SweepSummary) -> Iterator[tuple[Text, Text]]:
         yield row("winner", f"{summary.winner}  {summary.configuration or ''}".rstrip(), "bold")
     if summary.accuracy is not None:
         yield row("accuracy", f"{summary.accuracy:.2%}", "bold green")
+    if summary.mean_accuracy is not None:
+        yield row("confirmed", _confirmation(summary))
     if summary.baseline_accuracy is not None:
         yield row("baseline", f"{summary.baseline_accuracy:.2%}{_gain(summary)}")
     if summary.bound is not None:
@@ -73,6 +79,12 @@ def _rows(summary: SweepSummary) -> Iterator[tuple[Text, Text]]:
         yield row("wall time", duration(summary.wall_seconds))
     if summary.registered is not None:
         yield row("registered", summary.registered)
+
+
+def _confirmation(summary: SweepSummary) -> str:
+    spread = "" if summary.std_accuracy is None else f" ± {100 * summary.std_accuracy:.2f}"
+    seeds = f"{summary.num_seeds} seeds" if summary.num_seeds != 1 else "1 seed"
+    return f"{summary.mean_accuracy:.2%}{spread}  (mean of {seeds})"
 
 
 def _gain(summary: SweepSummary) -> str:

@@ -7,7 +7,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from agnews_lora.search.leases import Leases
-from agnews_lora.search.study import ATTEMPTS, ENDED, TRIALS, trial_name
+from agnews_lora.search.standings import name_of
+from agnews_lora.search.study import ATTEMPTS, ENDED, TRIALS
 
 MAX_ATTEMPTS: Final = 5
 SUSPECT_ATTEMPTS: Final = 2  # from then on a trial is trained alone, so that it takes no other with it
@@ -41,9 +42,9 @@ def claim(study: optuna.Study, leases: Leases, held: Mapping[str, int]) -> optun
     holders = leases.holders()
     trials = study.get_trials(deepcopy=False)
     for trial in trials:
-        holder = holders.get(trial_name(trial.number))
+        holder = holders.get(name_of(trial))
         # This process's own, though it is not held: the storage went away in the midst of an earlier claim.
-        free = holder is None or (holder == leases.owner and trial_name(trial.number) not in held)
+        free = holder is None or (holder == leases.owner and name_of(trial) not in held)
         if trial.state is TrialState.RUNNING and free and not (held and _is_suspect(trial)):
             study._thread_local.cached_all_trials = None  # as `ask` does: the sampler sees what there is now
             return _leased(optuna.Trial(study, trial._trial_id), leases)
@@ -59,7 +60,7 @@ def claim(study: optuna.Study, leases: Leases, held: Mapping[str, int]) -> optun
 
 def _leased(trial: optuna.Trial, leases: Leases) -> optuna.Trial | None:
     """The trial, if it is this process's alone now, and has not ended while this process was away."""
-    name = trial_name(trial.number)
+    name = name_of(trial)
     # Where somebody died between giving it back and letting go of it, its lease goes stale first.
     if not leases.take(name):
         return None

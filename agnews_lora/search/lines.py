@@ -10,6 +10,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from agnews_lora.errors import StorageError, StoreAway
 
+POLL_SECONDS: Final = 0.5
 RETRY_SECONDS: Final = 2.0
 LONGEST_RETRY_SECONDS: Final = 15.0
 PATIENCE_SECONDS: Final = 300.0
@@ -69,6 +70,21 @@ class Line:
             return otherwise
         self._away_since, self._retry_seconds, self._next_try = None, RETRY_SECONDS, float("-inf")
         return answer
+
+    def insist(self, question: Callable[[], Answer], give_up: Callable[[], bool]) -> Answer | None:
+        """The store's answer, waited for while it is away; None once `give_up` says so.
+
+        Raises:
+            StorageError: the store is lost.
+        """
+        answers: list[Answer] = []
+        while not self.deliver(lambda: answers.append(question())):
+            if self.loss:
+                raise self.loss
+            if give_up():
+                return None
+            time.sleep(POLL_SECONDS)
+        return answers[0]
 
     @property
     def loss(self) -> StorageError | None:

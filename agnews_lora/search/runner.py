@@ -18,10 +18,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 
 from agnews_lora.adapters.budget import require_within_budget, trainable_parameters
-from agnews_lora.adapters.spec import ModelShape, TrialSpec
-from agnews_lora.config.sweep import Space
 from agnews_lora.errors import BudgetError
-from agnews_lora.search import space as search_space
 from agnews_lora.search import study as study_keys
 from agnews_lora.search.claims import MAX_ATTEMPTS, claim, is_done
 from agnews_lora.search.delivery import Deliveries
@@ -29,29 +26,13 @@ from agnews_lora.search.held import Held, Screen, Tracker
 from agnews_lora.search.journal import End
 from agnews_lora.search.leases import Leases
 from agnews_lora.search.lines import PATIENCE_SECONDS, Line
-from agnews_lora.search.sampler import derived_seed
-from agnews_lora.search.study import ENDED, trial_name
+from agnews_lora.search.quest import Quest, is_baseline
+from agnews_lora.search.standings import name_of
+from agnews_lora.search.study import ENDED
 from agnews_lora.training import checkpoints
 from agnews_lora.training.contracts import Engine, EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
 
 IDLE_SECONDS: Final = 1.0  # between two looks for a trial, where others still train theirs
-
-
-@dataclass(frozen=True)
-class Quest:
-    """What is searched: the space under the budget.
-
-    total_steps: training steps of a trial that is not pruned.
-    baseline_seed: the experiment's own seed, so that the baseline is the very run that `train` makes.
-    """
-
-    space: Space
-    shape: ModelShape
-    budget: int
-    seed: int
-    baseline: TrialSpec
-    baseline_seed: int
-    total_steps: int
 
 
 @dataclass
@@ -127,13 +108,12 @@ class StudyRunner:
             trial = claim(self.study, self.leases, held) if mine else None
         if trial is None:
             return None
-        name = trial_name(trial.number)
-        baseline = bool(trial.user_attrs.get(study_keys.BASELINE))
+        name = name_of(trial)
         attempts = int(trial.user_attrs.get(study_keys.ATTEMPTS, 0))
         held_trial = Held(
             name,
             trial,
-            baseline,
+            is_baseline(trial),
             attempts=attempts + 1,
             checkpoint_step=int(trial.user_attrs.get(study_keys.CHECKPOINT, 0)),
         )
@@ -146,11 +126,12 @@ class StudyRunner:
     def _configured(self, held_trial: Held, attempts: int) -> Held:
         trial, quest = held_trial.trial, self.quest
         try:
-            spec = self._configuration(trial, held_trial.baseline)
+            spec = quest.configuration(trial)
         except ValueError as error:  # Optuna's, of a value that someone enqueued
             held_trial.fault = End("FAILED", reason=f"enqueued with a value that no trial can have: {error}")
             return held_trial
         trial.set_user_attr(study_keys.SPEC, spec.as_dict())
+        trial.set_user_attr(study_keys.SEED, quest.seed_of(trial))
         trial.set_user_attr(study_keys.TRAINABLE, trainable_parameters(spec, quest.shape))
         held_trial.spec = spec
         if attempts >= MAX_ATTEMPTS:
@@ -159,21 +140,14 @@ class StudyRunner:
             trial.set_user_attr(study_keys.ATTEMPTS, attempts + 1)
         return held_trial
 
-    def _configuration(self, trial: optuna.Trial, baseline: bool) -> TrialSpec:
-        """What the trial is to train; a baseline from outside the space is not asked from it."""
-        quest = self.quest
-        if baseline and search_space.outside(quest.baseline, quest.space, quest.shape, quest.budget):
-            return quest.baseline
-        return search_space.suggest(trial, quest.space, quest.shape, quest.budget)
-
     def _plan(self, held: Held) -> TrialPlan | None:
         """What the engine is to train; None where the trial has ended before it starts."""
         self._deliveries.admit(held)
         quest, spec = self.quest, held.spec
         label = f"{spec or 'enqueued by hand'}{' (baseline)' if held.baseline and spec else ''}"
         self.screen.trial_started(held.name, label, quest.total_steps)
-        seed = quest.baseline_seed if held.baseline else derived_seed(quest.seed, held.trial.number)
-        held.facts = {"seed": seed, "baseline": held.baseline, "study_trial": held.trial.number}
+        seed = quest.seed_of(held.trial)
+        held.facts = {"seed": seed, "baseline": held.baseline, **quest.facts_of(held.trial)}
         if spec is not None:
             held.facts["trainable_parameters"] = trainable_parameters(spec, quest.shape)
             try:
@@ -273,7 +247,7 @@ def _exhausted(held: Held) -> End:
 
 def tidy(study: optuna.Study, folder: Path) -> None:
     """Remove the work folders of trials that have ended: a kill may have come between the two."""
-    ended = {trial_name(trial.number) for trial in study.get_trials(deepcopy=False, states=ENDED)}
+    ended = {name_of(trial) for trial in study.get_trials(deepcopy=False, states=ENDED)}
     for left in folder.glob("t*"):
         if left.name in ended:
             shutil.rmtree(left, ignore_errors=True)

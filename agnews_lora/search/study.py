@@ -1,11 +1,9 @@
 """The study in storage: opened or resumed by name, with the fingerprint of what it searches."""
 
 import json
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.errors import StorageError, StudyError
 from agnews_lora.search.leases import create_table
 from agnews_lora.search.lines import STORAGE_FAULTS, brief
@@ -30,6 +27,9 @@ IDENTITY = "identity"
 FINGERPRINT = "fingerprint"
 TRIALS = "trials"
 BASELINE = "baseline"
+NAME = "name"
+CONFIRMS = "confirms"
+SEED = "seed"
 SPEC = "spec"
 RUN_ID = "run_id"
 CHECKPOINT = "checkpoint_step"
@@ -238,62 +238,3 @@ def differences(stored: Any, present: Any, path: str = "") -> list[str]:
     if stored == present:
         return []
     return [f"{path}: {json.dumps(stored, ensure_ascii=False)} -> {json.dumps(present, ensure_ascii=False)}"]
-
-
-@dataclass(frozen=True)
-class Standing:
-    """One trial of a study as a reader wants it. accuracy: final, or the last reported one of a pruned trial."""
-
-    trial: str
-    number: int
-    state: str
-    spec: TrialSpec | None
-    baseline: bool
-    accuracy: float | None
-    loss: float | None
-    macro_f1: float | None
-    trainable_parameters: int | None
-    run_id: str | None
-    reason: str | None
-
-
-def trial_name(number: int) -> str:
-    """`t0007`."""
-    return f"t{number:04d}"
-
-
-def standings(study: optuna.Study) -> list[Standing]:
-    """All trials that were ever started, by number."""
-    rows = []
-    for trial in study.get_trials(deepcopy=False):
-        attributes = trial.user_attrs
-        if SPEC not in attributes and trial.state is TrialState.WAITING:
-            continue
-        reported = trial.intermediate_values
-        value = trial.value if trial.state is TrialState.COMPLETE else reported[max(reported)] if reported else None
-        rows.append(
-            Standing(
-                trial=trial_name(trial.number),
-                number=trial.number,
-                state=trial.state.name,
-                spec=TrialSpec(**attributes[SPEC]) if SPEC in attributes else None,
-                baseline=bool(attributes.get(BASELINE)),
-                accuracy=value,
-                loss=attributes.get(LOSS),
-                macro_f1=attributes.get(MACRO_F1),
-                trainable_parameters=attributes.get(TRAINABLE),
-                run_id=attributes.get(RUN_ID),
-                reason=attributes.get(REASON),
-            )
-        )
-    return rows
-
-
-def best_of(rows: list[Standing]) -> Standing | None:
-    """The finished trial with the highest final accuracy; ties go to the lower loss, then to the earlier trial."""
-
-    def rank(row: Standing) -> tuple[float, float, int]:
-        assert row.accuracy is not None, "Optuna completes no trial without a value"
-        return -row.accuracy, math.inf if row.loss is None or math.isnan(row.loss) else row.loss, row.number
-
-    return min((row for row in rows if row.state == "COMPLETE"), key=rank, default=None)

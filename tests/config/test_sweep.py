@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from agnews_lora.adapters.spec import PRESETS
-from agnews_lora.config.sweep import Range, Space, Sweep, load_sweep
+from agnews_lora.config.sweep import Confirmation, Range, Space, Sweep, load_sweep
 from agnews_lora.errors import ConfigError
 from tests.config.conftest import Write
 
@@ -36,6 +36,7 @@ def test_defaults_make_a_whole_sweep(write: Write) -> None:
     assert (sweep.experiment.name, sweep.experiment.source_text) == ("mine", EXPERIMENT)
     assert (sweep.budget, sweep.trials, sweep.startup_trials, sweep.seed) == (1_000_000, 12, 4, 42)
     assert (sweep.pruner.startup_trials, sweep.pruner.warmup_steps, sweep.engine) == (4, 0, "multilora")
+    assert sweep.confirmation == Confirmation(trials=3, seeds=3)
     assert sweep.space == Space(
         targets=tuple(PRESETS),
         heads=("full",),
@@ -46,8 +47,8 @@ def test_defaults_make_a_whole_sweep(write: Write) -> None:
 
 
 def test_the_keys_are_those_of_the_design() -> None:
-    keys = ["experiment", "budget", "space", "sampler", "pruner", "trials", "seed", "engine", "slots"]
-    assert list(Sweep.model_fields) == keys
+    keys = "experiment budget space sampler pruner trials seed engine slots confirmation"
+    assert list(Sweep.model_fields) == keys.split()
 
 
 def test_what_a_file_says_arrives(write: Write) -> None:
@@ -62,6 +63,18 @@ def test_what_a_file_says_arrives(write: Write) -> None:
     assert (sweep.pruner.startup_trials, sweep.pruner.warmup_steps) == (3, 40)
     assert (sweep.space.targets, sweep.space.heads) == (("qv", "ffn"), ("out_proj", "full"))
     assert (sweep.space.dropout.high, sweep.space.learning_rate.high) == (0.0, 1.0)
+
+
+def test_a_confirmation_is_made_smaller_or_left_out(write: Write) -> None:
+    write("sweeps/wide", SMALLEST + "confirmation: {trials: 1}\n")
+    assert load_sweep("wide").confirmation == Confirmation(trials=1, seeds=3)
+    write("sweeps/wide", SMALLEST + "confirmation: null\n")
+    assert load_sweep("wide").confirmation is None
+    for value, rule in (("1", "at least 2"), ("101", "at most 100"), ("two", "whole number")):
+        [fault] = faults(write, SMALLEST + f"confirmation: {{seeds: {value}}}\n")
+        assert fault.startswith("confirmation.seeds: ") and rule in fault
+    [fault] = faults(write, SMALLEST + "confirmation: off\n")
+    assert fault == "confirmation: must be a mapping with the keys trials, seeds, or null, but got the text 'off'"
 
 
 @pytest.mark.parametrize(("trials", "startup"), [(1, 1), (2, 1), (5, 1), (6, 2), (48, 16)])
@@ -102,7 +115,7 @@ def test_every_fault_is_reported_at_once(write: Write) -> None:
         "seed: must be a whole number from 0 to 4_294_967_295, but got -1",
         "engine: must be one of trainer, multilora, but got the text 'multi' (did you mean multilora?)",
         "trails: unknown key (did you mean trials?); "
-        "the keys here are experiment, budget, space, sampler, pruner, trials, seed, engine, slots",
+        "the keys here are experiment, budget, space, sampler, pruner, trials, seed, engine, slots, confirmation",
     ]
 
 

@@ -50,7 +50,7 @@ def scored(trial: str, step: int, accuracy: float, *, final: bool = False) -> li
 
 
 def one_study(progress: Progress) -> None:
-    progress.message("study embedded: 12 trials")
+    progress.announce("study embedded: 12 trials")
     progress.trial_started("t0000", "qk r=4 (baseline)", 100)
     progress.logged(trained("t0000", 50, 0.9))
     progress.evaluated(scored("t0000", 50, 0.7))
@@ -137,6 +137,53 @@ def test_quiet_says_nothing(console: Callable[[], Console]) -> None:
     with Progress(total_trials=12, console=made, quiet=True) as progress:
         one_study(progress)
     assert output(made) == ""
+
+
+def test_quiet_passes_warnings_on_to_the_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    console = pipe()
+    Progress(console=console, quiet=True).message("a worker died by SIGKILL")
+    assert output(console) == ""
+    assert capsys.readouterr() == ("", "agnews-lora: a worker died by SIGKILL\n")
+
+
+def test_among_repetitions_no_best_is_looked_for() -> None:
+    console = pipe()
+    progress = Progress(total_trials=4, confirms=True, console=console)
+    progress.trial_started("t0007-s2", "qv r=8", 100)
+    assert screen(progress)[0].startswith("confirmation 0/4")
+    progress.trial_ended("t0007-s2", "COMPLETE", 0.9, None)
+    assert "best" not in output(console)
+    assert output(console).splitlines()[-1] == "t0007-s2 complete  accuracy 90.00%  [1/4]"
+
+
+@pytest.mark.parametrize("width", [99, 60, 31])
+def test_a_terminal_made_narrower_is_cleared_of_all_that_it_wrapped(width: int) -> None:
+    console = terminal()
+    with Progress(total_trials=12, console=console) as progress:
+        for number in range(3):
+            progress.trial_started(f"t{number:04d}", "all-linear r=2 alpha=16 dropout=0.169 lr=0.00147", 100)
+        progress._live.refresh()
+        drawn = screen(progress)
+        wrapped = sum(-(-len(line) // width) for line in drawn)
+        console.size = (width, 25)
+        before = len(output(console))
+        progress._live.refresh()
+        redrawn = output(console)[before:]
+    assert redrawn.count("\x1b[1A") == wrapped - 1  # from the frame's last line up to its first
+    assert all(len(line) <= width for line in re.sub(r"\x1b\[\??[0-9;]*[a-zA-Z]", "", redrawn).splitlines())
+
+
+@pytest.mark.parametrize(("height", "shown"), [(50, 40), (24, 20), (10, 6), (3, 1)])
+def test_more_trials_than_lines(height: int, shown: int) -> None:
+    progress = Progress(total_trials=100, console=pipe())
+    for number in range(40):
+        progress.trial_started(f"t{number:04d}", "qv r=8", 100)
+    console = Console(file=StringIO(), width=80, height=height, color_system=None)
+    console.print(progress)
+    lines = output(console).splitlines()
+    assert sum(line.startswith("t0") for line in lines) == shown
+    assert (lines[-1].strip() == f"and {40 - shown} more") == (shown < 40)
+    assert len(lines) <= max(height - 1, 4)
 
 
 def test_table_shows_what_runs_and_the_best_so_far() -> None:

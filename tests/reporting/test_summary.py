@@ -13,6 +13,9 @@ FULL = SweepSummary(
     winner="t0007",
     configuration="qv r=8 alpha=16 dropout=0.09 lr=0.001",
     accuracy=0.8912,
+    mean_accuracy=0.8871,
+    std_accuracy=0.0031,
+    num_seeds=3,
     trainable_parameters=75_268,
     budget=100_000,
     baseline_accuracy=0.8231,
@@ -41,6 +44,7 @@ def test_summary_says_what_was_found_and_what_to_type_next() -> None:
     assert rows(FULL) == {
         "winner": "t0007  qv r=8 alpha=16 dropout=0.09 lr=0.001",
         "accuracy": "89.12%",
+        "confirmed": "88.71% ± 0.31  (mean of 3 seeds)",
         "baseline": "82.31%  (gain +6.81 points)",
         "best possible": "94.50%",
         "parameters": "75,268 trainable, 75.3% of the budget of 100,000",
@@ -60,6 +64,11 @@ def test_summary_leaves_out_what_is_not_known() -> None:
         "parameters": "5 trainable",
         "trials": "1 complete, 0 pruned, 0 failed",
     }
+
+
+def test_one_seed_has_no_spread() -> None:
+    alone = SweepSummary("agnews", 1, 0, 0, winner="t0000", accuracy=0.9, mean_accuracy=0.9, num_seeds=1)
+    assert rows(alone)["confirmed"] == "90.00%  (mean of 1 seed)"
 
 
 def test_summary_without_a_winner_says_so() -> None:

@@ -22,8 +22,9 @@ from agnews_lora.search.claims import set_quota
 from agnews_lora.search.journal import End, RunState
 from agnews_lora.search.leases import Leases
 from agnews_lora.search.pruner import PeerMedianPruner
+from agnews_lora.search.quest import Search
 from agnews_lora.search.queue import enqueue_baseline
-from agnews_lora.search.runner import Quest, StudyRunner
+from agnews_lora.search.runner import StudyRunner
 from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.search.study import open_storage, open_study
 from agnews_lora.training import checkpoints
@@ -249,7 +250,7 @@ class Session:
         self.runner = StudyRunner(
             study=self.study,
             leases=self.leases,
-            quest=Quest(
+            quest=Search(
                 space=self.space,
                 shape=SHAPE,
                 budget=BUDGET,

@@ -29,7 +29,7 @@ from agnews_lora.search.leases import Leases
 from agnews_lora.search.pruner import PeerMedianPruner
 from agnews_lora.search.sampler import derived_seed
 from agnews_lora.search.space import parameters_of
-from agnews_lora.search.study import standings
+from agnews_lora.search.standings import Standing, standings
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
 from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrialPlan
@@ -622,7 +622,7 @@ def test_with_the_real_tracker_a_study_and_its_runs_agree(tmp_path: Path) -> Non
     assert {run.info.run_id for run in children} == {row.run_id for row in recorded}
 
 
-def check_run(client: MlflowClient, run_id: str | None, row: keys.Standing, end: tuple[str, str]) -> None:
+def check_run(client: MlflowClient, run_id: str | None, row: Standing, end: tuple[str, str]) -> None:
     assert run_id is not None
     assert row.spec is not None
     run = client.get_run(run_id)

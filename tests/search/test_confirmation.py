@@ -1,0 +1,235 @@
+"""The confirmation round: what it repeats, how it is resumed, and what it says of each trial."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.trial import TrialState
+
+from agnews_lora.errors import TrainingError
+from agnews_lora.search import study as keys
+from agnews_lora.search.claims import is_done
+from agnews_lora.search.confirmation import (
+    Confirmed,
+    Repeats,
+    confirmed,
+    find_round,
+    num_missing,
+    open_round,
+)
+from agnews_lora.search.runner import StudyRunner
+from agnews_lora.search.standings import Standing, best_first, name_of, standings
+from tests.search.scripted import BUDGET, SHAPE, TOTAL_STEPS, ScriptedEngine, Session
+from tests.search.test_study import SPEC
+
+SEED = 7
+
+
+@dataclass
+class Round:
+    """One start of the confirmation of a session's study."""
+
+    session: Session
+    trials: int = 2
+    seeds: int = 3
+    engine: ScriptedEngine = field(default_factory=ScriptedEngine)
+
+    def __post_init__(self) -> None:
+        session = self.session
+        opened = open_round(session.study, self.trials, self.seeds, SEED)
+        assert opened is not None
+        self.study = opened
+        self.runner = StudyRunner(
+            study=opened,
+            leases=session.leases,
+            quest=Repeats(SHAPE, BUDGET, TOTAL_STEPS),
+            tracker=session.tracker,
+            screen=session.screen,
+            folder=session.root / "work",
+            stop=lambda: session.stopped,
+        )
+
+    def run(self) -> optuna.Study:
+        self.runner.work(self.engine)
+        return self.study
+
+
+@pytest.fixture
+def searched(tmp_path: Path) -> Session:
+    session = Session(tmp_path, trials=8)
+    session.run()
+    return session
+
+
+def names(study: optuna.Study) -> list[str]:
+    return [name_of(trial) for trial in study.get_trials(deepcopy=False)]
+
+
+def test_the_best_are_repeated_with_other_seeds_and_the_same_configuration(searched: Session) -> None:
+    first, second = best_first(standings(searched.study))[:2]
+    engine = ScriptedEngine()
+    repeated = Round(searched, engine=engine).run()
+    assert names(repeated) == [f"{row.trial}-s{number}" for number in (2, 3) for row in (first, second)]
+    assert is_done(repeated)
+    by_name = {plan.trial: plan for plan in engine.plans}
+    for row in (first, second):
+        plans = [by_name[f"{row.trial}-s{number}"] for number in (2, 3)]
+        assert [plan.spec for plan in plans] == [row.spec, row.spec]
+        own = searched.tracker.trials[row.trial].facts["seed"]
+        assert len({own, *(plan.seed for plan in plans)}) == 3
+    facts = searched.tracker.trials[f"{first.trial}-s2"].facts
+    assert facts["confirms"] == first.trial and not facts["baseline"]
+
+
+def test_the_seeds_depend_on_the_sweeps_seed_and_the_trial_alone(tmp_path: Path) -> None:
+    def seeds(folder: str, trials: int) -> dict[str, int]:
+        session = Session(tmp_path / folder, trials=6)
+        session.run()
+        opened = open_round(session.study, trials, 3, SEED)
+        assert opened is not None
+        return {name_of(trial): trial.user_attrs[keys.SEED] for trial in opened.get_trials(deepcopy=False)}
+
+    few, many = seeds("a", 1), seeds("b", 3)
+    assert few.items() <= many.items()
+    assert len(set(many.values())) == 6
+
+
+def test_the_search_learns_nothing_from_the_round(searched: Session) -> None:
+    before = [(trial.state, trial.params, trial.value) for trial in searched.study.trials]
+    Round(searched).run()
+    assert [(trial.state, trial.params, trial.value) for trial in searched.study.trials] == before
+
+
+def test_nothing_is_pruned_however_bad_it_is(tmp_path: Path) -> None:
+    session = Session(tmp_path, trials=8)
+    session.run()
+    assert any(row.state == "PRUNED" for row in standings(session.study)), "the pruner of the search is awake"
+    repeated = Round(session, trials=8, seeds=4, engine=ScriptedEngine(num_slots=4)).run()
+    assert {trial.state for trial in repeated.trials} == {TrialState.COMPLETE}
+    assert all(max(trial.intermediate_values) == TOTAL_STEPS for trial in repeated.trials)
+
+
+def test_a_round_that_was_stopped_goes_on_where_it_ended(searched: Session, tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    best = best_first(standings(searched.study))[0].trial
+    engine.script[f"{best}-s3", 15] = searched.stop
+    Round(searched, engine=engine).run()
+    assert num_missing(searched.study, 2, 3) == 2
+    again = Session(tmp_path, trials=8)
+    rest = ScriptedEngine()
+    study = Round(again, engine=rest).run()
+    assert num_missing(again.study, 2, 3) == 0 and is_done(study)
+    assert rest.plans[0].trial == f"{best}-s3" and rest.plans[0].checkpoint is not None
+    assert len(names(study)) == 4
+
+
+def test_opening_it_twice_enqueues_nothing_twice(searched: Session) -> None:
+    assert num_missing(searched.study, 2, 3) == 4
+    Round(searched)
+    assert names(Round(searched).study) == names(Round(searched).study)
+    assert num_missing(searched.study, 2, 3) == 4
+
+
+def test_a_longer_search_repeats_only_what_is_new(searched: Session, tmp_path: Path) -> None:
+    Round(searched).run()
+    more = Session(tmp_path, trials=30)
+    more.run()
+    best = {row.trial for row in best_first(standings(more.study))[:2]}
+    engine = ScriptedEngine()
+    Round(more, engine=engine).run()
+    repeated = {plan.trial.split("-")[0] for plan in engine.plans}
+    assert repeated <= best and repeated, "thirty trials find better ones than eight"
+    assert num_missing(more.study, 2, 3) == 0
+
+
+def test_a_repetition_that_fails_puts_its_trial_behind(searched: Session) -> None:
+    first, second = (row.trial for row in best_first(standings(searched.study))[:2])
+    engine = ScriptedEngine()
+    engine.script[f"{first}-s2", 10] = fail
+    Round(searched, engine=engine).run()
+    rows = confirmed(searched.study)
+    assert [row.own.trial for row in rows] == [second, first]
+    assert [row.num_failed for row in rows] == [0, 1]
+    assert [len(row.runs) for row in rows] == [3, 2]
+    assert num_missing(searched.study, 2, 3) == 0
+
+
+def fail() -> None:
+    raise TrainingError("the loss is not finite")
+
+
+def test_without_a_complete_trial_there_is_no_round(tmp_path: Path) -> None:
+    session = Session(tmp_path, trials=1)
+    session.engine.script["t0000", 3] = fail
+    session.run()
+    assert open_round(session.study, 3, 3, SEED) is None
+    assert find_round(session.study) is None
+    assert num_missing(session.study, 3, 3) == 0
+    assert confirmed(session.study) == []
+
+
+# The choice --------------------------------------------------------------------------------------------------
+
+
+def tell(study: optuna.Study, luck: Callable[[str], float], losses: Mapping[str, float] | None = None) -> None:
+    """End all trials of a round, each with an accuracy by name."""
+    for _ in study.get_trials(deepcopy=False):
+        trial = study.ask()
+        trial.set_user_attr(keys.LOSS, (losses or {}).get(name_of(trial), 0.5))
+        study.tell(trial, luck(name_of(trial)))
+
+
+def test_the_mean_chooses_and_not_the_lucky_run(searched: Session) -> None:
+    lucky, steady = best_first(standings(searched.study))[:2]
+    assert lucky.accuracy is not None and steady.accuracy is not None
+    opened = open_round(searched.study, 2, 3, SEED)
+    assert opened is not None
+    tell(opened, lambda name: 0.1 if name.startswith(lucky.trial) else 0.999)
+    best, other = confirmed(searched.study)
+    assert (best.own.trial, other.own.trial) == (steady.trial, lucky.trial)
+    assert other.mean_accuracy == pytest.approx((lucky.accuracy + 0.2) / 3)
+    assert other.drop == pytest.approx(lucky.accuracy - other.mean_accuracy)
+    assert best.drop < 0 < other.drop
+
+
+def test_ties_go_to_the_lower_mean_loss(searched: Session) -> None:
+    rows = best_first(standings(searched.study))[:2]
+    assert all(row.accuracy is not None for row in rows)
+    opened = open_round(searched.study, 2, 2, SEED)
+    assert opened is not None
+    # Each repetition makes up for its own run's accuracy, so that both means are the same.
+    accuracy = {f"{row.trial}-s2": 1 - float(row.accuracy or 0) for row in rows}
+    tell(opened, accuracy.__getitem__, {f"{rows[0].trial}-s2": 0.9, f"{rows[1].trial}-s2": 0.01})
+    assert [row.own.trial for row in confirmed(searched.study)] == [rows[1].trial, rows[0].trial]
+
+
+def standing(accuracy: float, state: str = "COMPLETE") -> Standing:
+    return Standing("t0000", 0, state, SPEC, False, accuracy, 0.5, 0.5, 1000, "run", None)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=9))
+def test_mean_spread_and_drop(accuracies: list[float]) -> None:
+    row = Confirmed(standing(accuracies[0]), tuple(map(standing, accuracies[1:])))
+    assert row.mean_accuracy == pytest.approx(mean(accuracies))
+    assert row.std_accuracy == pytest.approx(stdev(accuracies))
+    assert row.drop == pytest.approx(accuracies[0] - mean(accuracies))
+
+
+def test_one_run_alone_has_no_spread() -> None:
+    row = Confirmed(standing(0.5), (standing(math.nan, "FAIL"),))
+    assert row.std_accuracy is None and row.mean_accuracy == 0.5 and row.num_failed == 1
+
+
+def test_a_round_belongs_to_one_study(tmp_path: Path) -> None:
+    sessions: list[Any] = [Session(tmp_path / name, trials=3) for name in "ab"]
+    for session in sessions:
+        session.run()
+    Round(sessions[0]).run()
+    assert find_round(sessions[1].study) is None

@@ -41,7 +41,10 @@ HOMES = {
     "evaluate": {"training"},
     "optuna": {"search", "commands"},  # `commands` joins the rooms: it hands a study and a client from one to another
     "mlflow": {"tracking", "serving", "commands"},
+    "uvicorn": {"commands.serve"},
     "matplotlib": {"reporting"},
+    "jinja2": {"reporting"},
+    "typst": {"reporting"},
     "rich": {"reporting", "commands"},
 }
 

@@ -123,8 +123,9 @@ def verify(folder: Path, tensors: Mapping[str, "torch.Tensor"]) -> None:
     """
     written = read_tensors(folder)
     if written.keys() != tensors.keys():
+        different = ", ".join(sorted(written.keys() ^ tensors.keys()))
         raise AdapterError(
-            f"{folder.name}: the file holds other tensors than the model: {written.keys() ^ tensors.keys()}"
+            f"{folder.name}: the file must hold the model's tensors, but differs in {different}; is the disk sound?"
         )
     for name, tensor in tensors.items():
         if not _same_bits(written[name], tensor.detach().cpu()):

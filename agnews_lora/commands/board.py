@@ -1,16 +1,39 @@
 """A study as data frames, and its figures drawn from them."""
 
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from math import isfinite
 from pathlib import Path
+from statistics import median
+from typing import Final
 
 import optuna
 import pandas as pd
 
+from agnews_lora.commands.markdown import THUMBNAILS
 from agnews_lora.reporting import figures
-from agnews_lora.search.study import Standing
+from agnews_lora.reporting.canvas import thumbnail
+from agnews_lora.reporting.occupancy import slot_occupancy
+from agnews_lora.search.confirmation import Confirmed
+from agnews_lora.search.standings import Standing
 from agnews_lora.tracking.runs import SweepRuns
 
 DIMENSIONS = ("targets", "lora_r", "lora_alpha", "lora_dropout", "learning_rate")
 MIN_TRIALS_FOR_IMPORTANCE = 4
+
+# Figures of a study, by file name, with what they show.
+FIGURES: Final = {
+    "optimization_history.png": "Optimisation history",
+    "accuracy_against_parameters.png": "Accuracy against size",
+    "learning_curves.png": "Learning curves",
+    "parallel_coordinates.png": "Configurations",
+    "parameter_importance.png": "What matters",
+    "slot_occupancy.png": "Slots over time",
+}
+# A trial gives a sign at least every few seconds; one that gave none for longer was stopped meanwhile.
+PAUSE_SECONDS: Final = 30.0
+PAUSE_FACTOR: Final = 10.0
 
 
 def trials_frame(rows: list[Standing]) -> pd.DataFrame:
@@ -40,6 +63,63 @@ def trials_frame(rows: list[Standing]) -> pd.DataFrame:
     )
 
 
+def confirmation_frame(rounds: list[Confirmed]) -> pd.DataFrame:
+    """One row a confirmed trial, the chosen one first. runs: JSON, a list of `{trial, seed, accuracy}`."""
+    return pd.DataFrame(
+        [
+            {
+                "trial": row.own.trial,
+                "seeds": len(row.runs),
+                "failed": row.num_failed,
+                "own_accuracy": row.own.accuracy,
+                "mean_accuracy": row.mean_accuracy,
+                "std_accuracy": row.std_accuracy,
+                "drop": row.drop,
+                "chosen": place == 0,
+                "runs": json.dumps(
+                    [{"trial": run.trial, "seed": run.seed, "accuracy": run.accuracy} for run in row.runs]
+                ),
+            }
+            for place, row in enumerate(rounds)
+        ]
+    )
+
+
+def confirmation_metrics(chosen: Confirmed) -> dict[str, float]:
+    """What the parent run says of the chosen trial's repetitions."""
+    spread = {} if chosen.std_accuracy is None else {"confirmation/std_accuracy": chosen.std_accuracy}
+    return {"confirmation/mean_accuracy": chosen.mean_accuracy, "confirmation/drop": chosen.drop, **spread}
+
+
+def result_metrics(rows: Sequence[Standing], winner: Standing | None) -> dict[str, float]:
+    """What the parent run says of its trials: counts by state, the best one's scores, the baseline's, and the gain."""
+    states = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
+    found: dict[str, float | None] = {
+        f"trials/{word}": sum(row.state == state for row in rows) for word, state in states.items()
+    }
+    baseline = next((row.accuracy for row in rows if row.baseline and row.state == "COMPLETE"), None)
+    if winner is not None and winner.accuracy is not None:
+        found |= {
+            "best/accuracy": winner.accuracy,
+            "best/macro_f1": winner.macro_f1,
+            "best/loss": winner.loss,
+            "best/trainable_parameters": winner.trainable_parameters,
+            "baseline/accuracy": baseline,
+            "best/gain": None if baseline is None else winner.accuracy - baseline,
+        }
+    return {name: value for name, value in found.items() if value is not None and isfinite(value)}
+
+
+def confirmation_tags(chosen: Confirmed) -> dict[str, str]:
+    """What a registered version says of the repetitions of its trial."""
+    spread = {} if chosen.std_accuracy is None else {"confirmation_std_accuracy": str(chosen.std_accuracy)}
+    return {
+        "confirmation_seeds": str(len(chosen.runs)),
+        "confirmation_mean_accuracy": str(chosen.mean_accuracy),
+        **spread,
+    }
+
+
 def leaderboard(trials: pd.DataFrame) -> pd.DataFrame:
     """The trials, the best first: complete ones by accuracy and loss, then pruned ones, then the rest."""
     order = {"COMPLETE": 0, "PRUNED": 1}
@@ -49,36 +129,64 @@ def leaderboard(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(
-    study: optuna.Study, trials: pd.DataFrame, runs: SweepRuns, budget: int, bound: float | None, folder: Path
+    study: optuna.Study,
+    trials: pd.DataFrame,
+    repeats: Sequence[Standing],
+    runs: SweepRuns,
+    budget: int,
+    bound: float | None,
+    folder: Path,
 ) -> dict[str, Path]:
-    """The study's figures as files in `folder`, by artifact name."""
+    """The study's figures as files in `folder`, by artifact name: those of `FIGURES`. repeats: of the confirmation."""
     name = study.study_name
-    drawn = {
-        figure: folder / f"{figure}.png"
-        for figure in (
-            "optimization_history",
-            "accuracy_against_parameters",
-            "learning_curves",
-            "parallel_coordinates",
-            "parameter_importance",
-        )
-    }
+    drawn = {figure: folder / figure for figure in FIGURES}
     baseline = trials.loc[trials["baseline"] & (trials["state"] == "COMPLETE"), "accuracy"]
     figures.optimization_history(
         trials,
         f"{name}: optimisation history",
-        drawn["optimization_history"],
+        drawn["optimization_history.png"],
         baseline=float(baseline.iloc[0]) if len(baseline) else None,
         bound=bound,
     )
     figures.accuracy_against_parameters(
-        trials, budget, f"{name}: accuracy against size", drawn["accuracy_against_parameters"]
+        trials, budget, f"{name}: accuracy against size", drawn["accuracy_against_parameters.png"]
     )
     points = pd.concat([runs.curve(trial) for trial in trials["trial"]], ignore_index=True)
-    figures.learning_curves(points, trials, f"{name}: learning curves", drawn["learning_curves"])
-    figures.parallel_coordinates(trials, DIMENSIONS, f"{name}: configurations", drawn["parallel_coordinates"])
-    figures.parameter_importance(_importances(study), f"{name}: what matters", drawn["parameter_importance"])
-    return {path.name: path for path in drawn.values()}
+    figures.learning_curves(points, trials, f"{name}: learning curves", drawn["learning_curves.png"])
+    figures.parallel_coordinates(trials, DIMENSIONS, f"{name}: configurations", drawn["parallel_coordinates.png"])
+    figures.parameter_importance(_importances(study), f"{name}: what matters", drawn["parameter_importance.png"])
+    states = dict(zip(trials["trial"], trials["state"], strict=True)) | {row.trial: row.state for row in repeats}
+    intervals = stretches({trial: runs.times(trial) for trial in states}, states)
+    slot_occupancy(intervals, f"{name}: which trials trained when", drawn["slot_occupancy.png"])
+    return drawn
+
+
+def thumbnails(drawn: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """Small copies of figures, made in `folder`, by artifact name."""
+    small = {f"{THUMBNAILS}/{name}": folder / THUMBNAILS / name for name in drawn}
+    for (name, path), to in zip(drawn.items(), small.values(), strict=True):
+        assert name.endswith(".png")
+        thumbnail(path, to)
+    return small
+
+
+def stretches(times: Mapping[str, Sequence[float]], states: Mapping[str, str]) -> pd.DataFrame:
+    """When trials trained, in the columns that `reporting.occupancy` reads.
+
+    times: when each gave a sign, ascending, in seconds. A long silence divides a trial: it was stopped, and went on
+    later.
+    """
+    rows = []
+    for trial, signs in times.items():
+        if not signs:
+            continue
+        gaps = [later - earlier for earlier, later in pairwise(signs)]
+        longest = max(PAUSE_SECONDS, PAUSE_FACTOR * median(gaps)) if gaps else PAUSE_SECONDS
+        breaks = [index + 1 for index, gap in enumerate(gaps) if gap > longest]
+        for start, end in zip([0, *breaks], [*breaks, len(signs)], strict=True):
+            state = states[trial] if end == len(signs) else "STOPPED"
+            rows.append({"trial": trial, "began": signs[start], "ended": signs[end - 1], "state": state})
+    return pd.DataFrame(rows, columns=["trial", "began", "ended", "state"])
 
 
 def _importances(study: optuna.Study) -> dict[str, float]:

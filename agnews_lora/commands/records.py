@@ -1,13 +1,17 @@
 """The tracker that a study's runner is handed: what a trial did, as its run in MLflow, with its curves as pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from agnews_lora.adapters.spec import TrialSpec
+from agnews_lora.commands.board import thumbnails
+from agnews_lora.commands.cards import trial_card
 from agnews_lora.reporting import figures
 from agnews_lora.search.journal import End
+from agnews_lora.tracking.pages import RunPage, description
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.training.contracts import EvalPoint, TrainPoint
 
@@ -24,6 +28,8 @@ class Records:
         self._shared = shared
         self._tags = tags
         self._names: dict[str, str] = {}
+        self._cards: dict[str, Callable[[RunPage | None, End | None], str]] = {}
+        self._run_ids: dict[str, str] = {}
 
     def start_trial(self, trial: str, spec: TrialSpec, facts: dict[str, Any], run_id: str | None) -> str:
         self._names[trial] = f"{trial}-{spec.targets}-r{spec.rank}"
@@ -38,22 +44,26 @@ class Records:
             **self._shared,
         }
         tags = {**self._tags, "baseline": str(facts["baseline"]).lower()}
-        if "study_trial" in facts:
-            tags["study_trial"] = str(facts["study_trial"])
+        tags |= {key: str(facts[key]) for key in ("study_trial", "confirms") if key in facts}
+        self._cards[trial] = partial(trial_card, spec, facts, self._shared.get("budget"))
         with self.runs.reaching():
-            return self.runs.start_trial(trial, self._names[trial], params, tags, run_id)
+            tags |= description(self._cards[trial](None, None))
+            self._run_ids[trial] = self.runs.start_trial(trial, self._names[trial], params, tags, run_id)
+            return self._run_ids[trial]
 
     def log_points(self, trial: str, points: Sequence[TrainPoint | EvalPoint]) -> None:
         with self.runs.reaching():
             self.runs.log_points(trial, points)
 
     def finish_trial(self, trial: str, end: End) -> None:
+        card = description(self._cards[trial](self.runs.page(self._run_ids[trial]), end))
         with self.runs.reaching(), TemporaryDirectory() as folder:
             if end.result is None:
                 error = (end.report or end.reason) if end.state == "FAILED" else None
                 tags = {} if end.state == "FAILED" else {"reason": end.reason or ""}
-                self.runs.finish_trial(trial, end.state, tags=tags, error=error)
+                self.runs.finish_trial(trial, end.state, tags=tags | card, error=error)
                 return
+            curves = self.curves(trial, Path(folder))
             self.runs.finish_trial(
                 trial,
                 end.state,
@@ -63,9 +73,9 @@ class Records:
                     "eval_seconds": end.result.eval_seconds,
                     "peak_memory_bytes": end.result.peak_memory_bytes,
                 },
-                tags={"reason": end.reason or ""},  # an earlier interruption may have left its own
+                tags={"reason": end.reason or "", **card},  # an earlier interruption may have left its own reason
                 adapter=end.result.adapter,
-                figures=self.curves(trial, Path(folder)),
+                figures=curves | thumbnails(curves, Path(folder)),
             )
 
     def keep_checkpoint(self, trial: str, checkpoint: Path) -> None:

@@ -74,8 +74,8 @@ class Result:
             registered=f"{version} as {', '.join(version.aliases) or 'a version'}" if version else None,
             next_commands=(
                 ("make ui", "browse the runs"),
-                (f"make report{named}", "write what was found as a page and a PDF"),
                 (f"make promote{named}", "put the winner through the gate, and make it champion"),
+                (f"make report{named}", "write what was found as a page and a PDF"),
             ),
         )
 

@@ -21,6 +21,7 @@ from agnews_lora.commands.interrupts import StopRequest, orderly_stop
 from agnews_lora.commands.places import STORES, WORK
 from agnews_lora.commands.result import Result
 from agnews_lora.commands.stage import Stage, prepare
+from agnews_lora.commands.story import opening
 from agnews_lora.commands.supervisor import Crew, devices
 from agnews_lora.commands.watch import Watch
 from agnews_lora.commands.work import Work, log_data, tidy_up
@@ -83,7 +84,7 @@ def run(name: str, options: Options) -> int:
             leases = Leases.of(study, place.new_owner())
             leases.revoke(f"{place.id}/")  # whoever held this folder is dead
             if leases.holder(SUPERVISOR):
-                waiting = "another sweep holds this study: waiting for half a minute whether it gives a sign of life"
+                waiting = "another sweep holds this study: waiting half a minute for a sign of life from it"
                 print(f"agnews-lora: {waiting}", file=sys.stderr)
             if not leases.contend(SUPERVISOR):
                 raise StudyError(
@@ -176,6 +177,7 @@ class _Session:
             },
         )
         log_data(self.runs, sweep, self.stage)
+        self.runs.page().describe(opening(sweep, self.stage))
 
     def _train(self, request: StopRequest) -> None:
         """Train in this process, or let workers do it, until enough trials have ended or a stop is due."""

@@ -91,7 +91,8 @@ def _say_finished(experiment: Experiment, result: TrialResult, as_json: bool) ->
         f"validation accuracy   {final.accuracy:.2%}  (macro-F1 {final.macro_f1:.4f}, {final.rows:,} rows)\n"
         f"trainable parameters  {result.trainable_parameters:,}"
         f"  ({head:,} head + {trainable_parameters(spec, shape) - head:,} adapter)\n"
-        f"written               {written}/  accuracy_curve.png  loss_curve.png"
+        f"written               {written}/  accuracy_curve.png  loss_curve.png",
+        soft_wrap=True,
     )
 
 

@@ -6,9 +6,11 @@ import sys
 
 from agnews_lora.commands.places import STORES
 from agnews_lora.errors import StorageError
+from agnews_lora.tracking.pages import newest_sweeps
 from agnews_lora.tracking.store import open_client, tracking_uri
 
 HOST = "127.0.0.1"
+LAYOUT = "workflowType=machine_learning"  # without it the UI shows what language-model applications need
 
 
 def run(port: int) -> int:
@@ -17,13 +19,15 @@ def run(port: int) -> int:
     Raises:
         StorageError: the run store cannot be opened, or the port is taken.
     """
-    open_client(STORES)
+    sweeps = newest_sweeps(open_client(STORES))
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
             raise StorageError(f"port {port} cannot be used ({error.strerror}); take another with --port") from error
-    print(f"Runs: http://{HOST}:{port}  (Ctrl-C ends it)", flush=True)
+    print(f"Runs: http://{HOST}:{port}/#/experiments?{LAYOUT}  (Ctrl-C ends it)", flush=True)
+    for study, page in sweeps.items():
+        print(f"{study}: http://{HOST}:{port}/{page.url}?{LAYOUT}", flush=True)
     command = ["mlflow", "server", "--backend-store-uri", tracking_uri(STORES), "--host", HOST, "--port", str(port)]
     os.execv(sys.executable, [sys.executable, "-m", *command, "--workers", "1"])

@@ -84,13 +84,18 @@ def load(model: type[DocumentT], path: Path) -> DocumentT:
     try:
         document = model.model_validate(parse(text, path), context={"path": path})
     except ValidationError as error:
-        schema = model.model_json_schema()
-        faults = [_fault(schema, details) for details in error.errors(include_url=False)]
-        heading = f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''}"
-        raise ConfigError("\n".join([heading, *(textwrap.indent(fault, "  ") for fault in faults)])) from error
+        raise ConfigError(faults_of(model, path, error)) from error
     document._path = path
     document._source_text = text
     return document
+
+
+def faults_of(model: type[BaseModel], path: Path, error: ValidationError) -> str:
+    """Every fault that a model found in a file, a line each, in the words of this module."""
+    schema = model.model_json_schema()
+    faults = [_fault(schema, details) for details in error.errors(include_url=False)]
+    heading = f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''}"
+    return "\n".join([heading, *(textwrap.indent(fault, "  ") for fault in faults)])
 
 
 def locate(kind: str, name: str, folders: Sequence[Path], beside: Path = Path()) -> Path:

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from pydantic import ValidationError
 
 from agnews_lora.config.experiment import Experiment
-from agnews_lora.config.reading import load, parse
+from agnews_lora.config.reading import faults_of, load, parse
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.errors import ConfigError
 
@@ -36,4 +36,4 @@ def read_sweep(name: str, text: str, experiment: Experiment) -> Sweep:
     try:
         return Sweep.model_validate(document | {"experiment": experiment}, context={"path": path})
     except ValidationError as error:
-        raise ConfigError(f"{path}: is not a sweep that this version accepts: {error}") from error
+        raise ConfigError(faults_of(Sweep, path, error)) from error

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from PIL import Image  # matplotlib's own reader of pictures
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE: Final = "#0072B2"
@@ -28,10 +29,12 @@ PALE: Final = "#D0D0D0"
 # 1000 x 600 pixels, with type large enough for a thumbnail.
 WIDTH_INCHES: Final = 10.0
 HEIGHT_INCHES: Final = 6.0
-DPI: Final = 100
-TITLE_SIZE: Final = 19
-LABEL_SIZE: Final = 16
-TICK_SIZE: Final = 14
+DPI: Final = 150
+THUMBNAIL_PIXELS: Final = 330
+TITLE_SIZE: Final = 22
+LABEL_SIZE: Final = 18
+TICK_SIZE: Final = 16
+SMALL_SIZE: Final = 15
 
 
 def new_figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
@@ -40,13 +43,28 @@ def new_figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=TITLE_SIZE, loc="left", pad=14)
+    _dress(axes, x_label, y_label)
+    return figure, axes
+
+
+def panel_below(figure: Figure, axes: Axes, x_label: str, y_label: str) -> Axes:
+    """More axes below the figure's own, a third as high, over the same x axis, which is labelled there alone."""
+    grid = figure.add_gridspec(2, 1, height_ratios=(3, 1))
+    axes.set_subplotspec(grid[0])
+    axes.tick_params(labelbottom=False)
+    below = figure.add_subplot(grid[1])
+    _dress(below, x_label, y_label)
+    figure.align_ylabels([axes, below])
+    return below
+
+
+def _dress(axes: Axes, x_label: str, y_label: str) -> None:
     axes.set_xlabel(x_label, fontsize=LABEL_SIZE)
     axes.set_ylabel(y_label, fontsize=LABEL_SIZE)
     axes.tick_params(labelsize=TICK_SIZE)
     axes.grid(color="#E3E3E3", linewidth=1)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -55,6 +73,14 @@ def save(figure: Figure, path: Path) -> None:
     beside = path.with_name(f".{path.name}.part")
     figure.savefig(beside, format="png")
     beside.replace(path)
+
+
+def thumbnail(path: Path, to: Path) -> None:
+    """A third of a picture's size, for a page that shows many; its folder is created."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with Image.open(path) as image:
+        size = (THUMBNAIL_PIXELS, round(image.height * THUMBNAIL_PIXELS / image.width))
+        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(to, format="PNG", optimize=True)
 
 
 def accuracy_axis(axes: Axes, values: Sequence[float] | pd.Series) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of a study and of its trials: data frames in, PNG files out.
+"""Pictures of a study and of its trials: data frames in, PNG files out. One with nothing to show yet says so.
 
 points: what trials reported, one row a (trial, step), NaN where a metric was not measured. Columns `trial` (id),
 `step`, `train/loss`, `eval/accuracy`, `eval/loss` (more are ignored): as `SweepRuns.curve` gives them.
@@ -6,8 +6,7 @@ points: what trials reported, one row a (trial, step), NaN where a metric was no
 trials: one row a trial. Columns `trial` (id), `number` (int), `state` (Optuna's: `COMPLETE`, `PRUNED`, `FAIL`, …),
 `accuracy` (share; of a pruned trial the last reported one; NaN where there is none), `baseline` (bool),
 `trainable_parameters` (int), `targets` (preset) and, for the parallel coordinates, one column a dimension of the space.
-
-A picture that has nothing to show yet says so.
+`winner` (bool), where there is one, marks the trial that was chosen; without it the best by accuracy stands out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,6 +46,7 @@ PRESET_STYLES: Final = dict(  # colour and marker
 STATE_LABELS: Final = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
 LOG_SPAN: Final = 20.0  # a positive dimension whose values span more than this is drawn on a logarithmic axis
 NUM_TICKS: Final = 4
+BOX: Final = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}  # behind texts on lines
 TICK_SPACING: Final = 0.06  # share of an axis' height below which two tick labels would overlap
 
 
@@ -153,7 +153,7 @@ def accuracy_against_parameters(trials: pd.DataFrame, budget: int, title: str, p
     front = pareto_front(scored[scored["state"] == "COMPLETE"])
     if not front.empty:
         sizes, best = [*front["trainable_parameters"], budget], [*front["accuracy"], front["accuracy"].iloc[-1]]
-        axes.step(sizes, best, where="post", color=GREY, linewidth=2.5, zorder=1, label="best for its size")
+        axes.step(sizes, best, where="post", color=GREY, linewidth=2.5, zorder=1, label="Pareto front")
     for preset, (color, marker) in PRESET_STYLES.items():
         of_preset = scored[scored["targets"] == preset]
         for state, face in (("COMPLETE", color), ("PRUNED", "none")):
@@ -202,7 +202,7 @@ def parallel_coordinates(trials: pd.DataFrame, columns: Sequence[str], title: st
     figure, axes = new_figure(title, "", "")
     axes.grid(visible=False)
     axes.spines[["left", "bottom"]].set_visible(False)
-    scored = _scored(trials).sort_values("accuracy", kind="stable")
+    scored, best = _scored(trials).sort_values("accuracy", kind="stable"), _best(trials)
     if scored.empty:
         say(axes, "no trial has ended yet")
         return save(figure, path)
@@ -214,8 +214,8 @@ def parallel_coordinates(trials: pd.DataFrame, columns: Sequence[str], title: st
         axes.plot(positions, line, color=PALE, linewidth=1.5, zorder=1, label="pruned")
     for line in heights[complete]:
         axes.plot(positions, line, color=colormaps["viridis_r"](0.05 + 0.95 * line[-1]), linewidth=2.5, zorder=2)
-    if complete.any():
-        axes.plot(positions, heights[complete][-1], color=ORANGE, linewidth=5, zorder=3, label="best")
+    for line in heights[(scored["trial"] == best).to_numpy()]:
+        axes.plot(positions, line, color=ORANGE, linewidth=5, zorder=3, label=f"winner: {best}")
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08), "ncols": 2}
@@ -246,11 +246,10 @@ def _dimension(axes: Axes, position: int, values: pd.Series) -> npt.NDArray[np.f
         return (scale(number) - scale(low)) / (scale(high) - scale(low))
 
     axes.axvline(position, color=BLACK, linewidth=1.5, zorder=0)
-    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     below = -1.0
     for place, label in zip(height(marks), labels, strict=True):
         if place - below >= TICK_SPACING:
-            axes.text(position + 0.04, place, label, fontsize=TICK_SIZE - 1, va="center", zorder=5, bbox=box)
+            axes.text(position + 0.04, place, label, fontsize=TICK_SIZE - 1, va="center", zorder=5, bbox=BOX)
             below = place
     return height(numbers)
 
@@ -271,7 +270,7 @@ def _is_logarithmic(low: float, high: float) -> bool:
 
 def _curve_style(state: str, *, baseline: bool, best: bool, trial: str) -> dict[str, Any]:
     if best:
-        return {"color": ORANGE, "linewidth": 4, "label": f"best: {trial}{' (baseline)' if baseline else ''}"}
+        return {"color": ORANGE, "linewidth": 4, "label": f"winner: {trial}{' (baseline)' if baseline else ''}"}
     if baseline:
         return {"color": BLACK, "linewidth": 3, "linestyle": "--", "label": "baseline"}
     color = SKY if state == "COMPLETE" else GREY
@@ -279,9 +278,10 @@ def _curve_style(state: str, *, baseline: bool, best: bool, trial: str) -> dict[
 
 
 def _best(trials: pd.DataFrame) -> str | None:
-    scored = _scored(trials)
-    complete = scored[scored["state"] == "COMPLETE"]
-    return None if complete.empty else str(complete.loc[complete["accuracy"].idxmax(), "trial"])
+    complete = _scored(trials).query("state == 'COMPLETE'")
+    chosen = complete[complete["winner"]] if "winner" in complete else complete.iloc[:0]
+    best = chosen if len(chosen) else complete.nlargest(1, "accuracy")
+    return str(best["trial"].iloc[0]) if len(best) else None
 
 
 def _measured(points: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -295,5 +295,5 @@ def _scored(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def _label(axes: Axes, x: float, y: float, text: str, offset: tuple[float, float], **alignment: Any) -> None:
-    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": LABEL_SIZE, "fontweight": "bold"}
+    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": LABEL_SIZE, "fontweight": "bold", "bbox": BOX}
     axes.annotate(text, (x, y), xytext=offset, **style, **alignment)

@@ -51,7 +51,7 @@ def exclusive(folder: Path, study: str) -> Iterator[Place]:
         while not _locked(file.fileno()):
             if time.monotonic() > deadline:
                 raise StudyError(
-                    f"study {study} is being run by another process; wait for it to end, or stop it, and start again "
+                    f"sweep {study} is being run by another process; wait for it to end, or stop it, and start again "
                     f"(to add a worker to it: agnews-lora worker {study})"
                 )
             time.sleep(_POLL_SECONDS)

@@ -67,7 +67,21 @@ def _results(version: Version, score: TestScore | None) -> str:
         f"{int(version.tags['validation_rows']):,} rows. It chose this adapter among others, so it is optimistic."
     )
     test = score_line(score) if score else "not scored: this version has not been promoted."
-    return f"- Test split, scored once: {test}\n{validation}"
+    lines = [f"- Test split, scored once: {test}", validation]
+    if mean := confirmed_mean(version):
+        lines.append(f"- Validation split, the same configuration trained from several seeds: {mean}.")
+    return "\n".join(lines)
+
+
+def confirmed_mean(version: Version) -> str | None:
+    """Mean and spread over the seeds that the winner was confirmed with, in words; None where it was not."""
+    tags = version.tags
+    if "confirmation_mean_accuracy" not in tags:
+        return None
+    spread = tags.get("confirmation_std_accuracy")
+    deviation = f" (standard deviation {100 * float(spread):.2f} points)" if spread else ""
+    mean, seeds = float(tags["confirmation_mean_accuracy"]), int(tags["confirmation_seeds"])
+    return f"mean accuracy {mean:.2%} over {seeds} seeds{deviation}"
 
 
 def _loading(record: AdapterRecord) -> str:

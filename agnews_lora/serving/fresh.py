@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from agnews_lora.adapters.bases import BaseModel, resolve
 from agnews_lora.adapters.checkpoint import load_with_peft, read_record
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import AgnewsLoraError, GateError
+from agnews_lora.serving.rows import read_table, write_table
 from agnews_lora.training.evaluation import predict_logits
 
 BATCH_SIZE: Final = 64
@@ -58,29 +59,18 @@ def reload(adapter: Path, base: str, table: TokenTable) -> npt.NDArray[np.float3
     Raises:
         GateError: the new process could not load the adapter or compute; the message is its own.
     """
+    from safetensors.numpy import load_file
+
     with tempfile.TemporaryDirectory() as folder:
         rows, answers = Path(folder, "rows.safetensors"), Path(folder, "logits.safetensors")
-        _write_table(table, rows)
+        write_table(table, rows)
         command = [sys.executable, "-m", __name__, "--", str(adapter), base, str(rows), str(answers)]
         offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
         process = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
         if process.returncode != 0:
             last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
             raise GateError(f"the adapter must load in a new process, but that one ended with: {last_line}")
-        return _read(answers)["logits"]
-
-
-def _write_table(table: TokenTable, path: Path) -> None:
-    from safetensors.numpy import save_file
-
-    arrays = {"ids": table.ids, "offsets": table.offsets, "labels": table.labels, "pad_id": np.asarray([table.pad_id])}
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
-
-
-def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
-    from safetensors.numpy import load_file
-
-    return load_file(path)
+        return load_file(answers)["logits"]
 
 
 def main() -> int:
@@ -93,10 +83,8 @@ def main() -> int:
     arguments = parser.parse_args()
     adapter = Path(arguments.adapter)
     try:
-        arrays = _read(Path(arguments.rows))
-        pad_id = int(arrays.pop("pad_id")[0])
         base = resolve(arguments.base, num_labels=len(read_record(adapter).labels))
-        answers = logits(adapter, base, TokenTable(**arrays, pad_id=pad_id, digest=""))
+        answers = logits(adapter, base, read_table(Path(arguments.rows)))
     except AgnewsLoraError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2

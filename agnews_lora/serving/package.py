@@ -111,7 +111,8 @@ def write_package(
         path=str(folder),
         mlflow_model=identity,
         python_model=str(Path(__file__).with_name("pyfunc.py")),
-        model_config={"base": base, "sha256": hashes(artifacts)},
+        # `merged` is there to be overridden: MLflow takes no key at loading that was not saved.
+        model_config={"base": base, "sha256": hashes(artifacts), "merged": False},
         artifacts={name: str(path) for name, path in artifacts.items()},
         signature=ModelSignature(
             inputs=Schema([ColSpec(DataType.string, "text")]),

@@ -12,7 +12,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 
 class NewsClassifier(PythonModel):
-    """Labels texts with a registered adapter.
+    """Labels texts with a registered adapter, which `model_config={"merged": True}` merges into the base's weights.
 
     The base is found by `model_config["base"]`. Where it has moved, `mlflow.pyfunc.load_model` takes another one:
     `model_config={"base": ...}`. Whoever serves it has no version whose tags could be asked, so the hashes of its files
@@ -32,12 +32,13 @@ class NewsClassifier(PythonModel):
                 "another version"
             )
         base = resolve(context.model_config["base"])
-        self._classifier = Classifier(artifacts["adapter"], artifacts["tokenizer"], base)
+        merged = context.model_config["merged"]
+        self.classifier = Classifier(artifacts["adapter"], artifacts["tokenizer"], base, merged)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        predictions = self._classifier.predict(model_input["text"].tolist())
+        predictions = self.classifier.predict(model_input["text"].tolist())
         return pd.DataFrame([{"label": each.label, **each.probabilities} for each in predictions])
 
 

@@ -1,6 +1,7 @@
 """The gate's yardstick: what an adapter's exported weights answered on the validation split when it was registered.
 
-Kept as `gate_record.json` (where the numbers come from) and `gate_record.safetensors` (the numbers).
+Kept as `gate_record.json` (where the numbers come from) and `gate_record.safetensors` (the numbers). The tokens of the
+fixed rows lie beside them in `gate_rows.safetensors`, for those who have the version but not the sweep's data.
 """
 
 import hashlib
@@ -15,10 +16,12 @@ import numpy.typing as npt
 
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import RegistryError
+from agnews_lora.serving.rows import read_table, write_table
 
 NUM_ROWS: Final = 64
 RECORD: Final = "gate_record.json"
 TENSORS: Final = "gate_record.safetensors"
+FIXED_ROWS: Final = "gate_rows.safetensors"
 
 
 @dataclass(frozen=True)
@@ -97,4 +100,27 @@ def read_gate_record(folder: Path) -> GateRecord:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RegistryError(
             f"a registered version must hold {RECORD} and {TENSORS}, but {folder} does not ({error}); register another"
+        ) from error
+
+
+def write_fixed_rows(table: TokenTable, folder: Path) -> None:
+    """Write the tokens of the fixed rows of a whole token table to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(table.take(fixed_rows(len(table))), folder / FIXED_ROWS)
+
+
+def read_fixed_rows(folder: Path) -> TokenTable:
+    """The fixed rows in a folder, in the order of `GateRecord.logits`.
+
+    Raises:
+        RegistryError: they are not there, or not whole.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        return read_table(folder / FIXED_ROWS)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RegistryError(
+            "a version must hold the rows that it is asked again before it is served, but "
+            f"{folder / FIXED_ROWS} is not there or not whole; register another with `agnews-lora sweep --new`"
         ) from error

@@ -4,21 +4,24 @@ import importlib.metadata
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from agnews_lora.adapters.bases import BaseModel
 from agnews_lora.adapters.budget import breach
 from agnews_lora.adapters.checkpoint import AdapterRecord, read_record, recount
 from agnews_lora.data.corpus import Corpus
-from agnews_lora.data.tokens import load_tokenizer
+from agnews_lora.data.tokens import TokenTable, load_tokenizer
 from agnews_lora.errors import BudgetError
 from agnews_lora.serving import fresh
 from agnews_lora.serving.checks import compare_reload, require_all
 from agnews_lora.serving.package import ADAPTER, GATE, TOKENIZER, Package, locator, write_package
-from agnews_lora.serving.record import GateRecord, record_of, write_record
+from agnews_lora.serving.record import GateRecord, record_of, write_fixed_rows, write_record
 from agnews_lora.tracking.registry import CANDIDATE, Registry, Version
 from agnews_lora.training.evaluation import accuracy
 
@@ -40,10 +43,18 @@ class Winner:
     budget: int
 
 
-def register(registry: Registry, winner: Winner, base: BaseModel, corpus: Corpus, data: Mapping[str, str]) -> Version:
+def register(
+    registry: Registry,
+    winner: Winner,
+    base: BaseModel,
+    corpus: Corpus,
+    data: Mapping[str, str],
+    logits: Callable[[], npt.NDArray[np.float32]] | None = None,
+) -> Version:
     """The winner as a new version under the alias `candidate`; the version that its run already has, where it has one.
 
-    data: where the rows come from, in words, for the model card.
+    data: where the rows come from, in words, for the model card. logits: gives `fresh.logits` of the adapter on the
+    validation split, where the caller has a use for them too; else they are computed here.
 
     Raises:
         BudgetError: its file holds more trainable parameters than the budget.
@@ -57,11 +68,12 @@ def register(registry: Registry, winner: Winner, base: BaseModel, corpus: Corpus
     count = recount(winner.adapter)
     if count > winner.budget:
         raise BudgetError(breach(record.spec, record.shape, winner.budget, count))
-    answers = record_of(fresh.logits(winner.adapter, base, corpus.validation), corpus.validation)
+    found = logits() if logits else fresh.logits(winner.adapter, base, corpus.validation)
+    answers = record_of(found, corpus.validation)
     reloaded = fresh.reload(winner.adapter, locator(base), corpus.validation)
     require_all(compare_reload(answers, reloaded), f"{record.trial} of {winner.study} cannot be registered")
     with tempfile.TemporaryDirectory() as folder:
-        artifacts = _artifacts(Path(folder), winner.adapter, base, answers)
+        artifacts = _artifacts(Path(folder), winner.adapter, base, answers, corpus.validation)
         tags = _tags(winner, record, base, corpus, answers) | {"data": json.dumps(data)}
 
         def write(path: Path, identity: "Model") -> Mapping[str, str]:
@@ -81,13 +93,16 @@ def _waiting(registry: Registry, version: Version) -> Version:
     return registry.version(version.number)
 
 
-def _artifacts(folder: Path, adapter: Path, base: BaseModel, answers: GateRecord) -> dict[str, Path]:
+def _artifacts(
+    folder: Path, adapter: Path, base: BaseModel, answers: GateRecord, validation: TokenTable
+) -> dict[str, Path]:
     """The folders that a registered model holds, by name; MLflow keeps a folder's own name, so it must be the same."""
     adapter, tokenizer, gate = shutil.copytree(adapter, folder / ADAPTER), folder / TOKENIZER, folder / GATE
     # Saved again rather than copied: the base's own files may need its configuration beside them.
     load_tokenizer(base.folder).save_pretrained(str(tokenizer))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     write_record(answers, gate, versions)
+    write_fixed_rows(validation, gate)
     return {ADAPTER: adapter, TOKENIZER: tokenizer, GATE: gate}
 
 

@@ -5,19 +5,20 @@ one before it.
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import mlflow.artifacts
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from agnews_lora.errors import RegistryError
+from agnews_lora.tracking.datasets import MAX_DIGEST_LENGTH
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -55,6 +56,10 @@ class Registry:
         number = self._aliases().get(alias)
         return self.version(int(number)) if number is not None else None
 
+    def waiting(self) -> Version | None:
+        """What a promotion without a number judges: the candidate, or where none waits the champion."""
+        return self.aliased(CANDIDATE) or self.aliased(CHAMPION)
+
     def version(self, number: int) -> Version:
         """A version by its number.
 
@@ -68,7 +73,7 @@ class Registry:
                 raise
             found = self._client.search_model_versions(f"name = '{self.model}'")
             known = ", ".join(str(each) for each in sorted(int(version.version) for version in found))
-            remedy = f"there is {known}" if known else "a finished `agnews-lora sweep` registers its winner"
+            remedy = f"the versions are {known}" if known else "a finished `agnews-lora sweep` registers its winner"
             raise RegistryError(f"version {number} of {self.model} is not registered; {remedy}") from error
 
     def of_run(self, run_id: str) -> Version | None:
@@ -126,6 +131,56 @@ class Registry:
     def log_report(self, version: Version, folder: Path) -> None:
         """Keep the files of a folder with the version's run, under `gate/v<number>/`."""
         self._client.log_artifacts(version.run_id, str(folder), f"gate/v{version.number}")
+
+    def introduce(self, markdown: str) -> None:
+        """Replace the description of the model, which has a version."""
+        self._client.update_registered_model(self.model, markdown)
+
+    def describe(self, version: Version, markdown: str) -> None:
+        """Replace the description of a version."""
+        self._client.update_model_version(version.model, str(version.number), markdown)
+
+    def link(
+        self, version: Version, parent: str, params: Sequence[str], metrics: Sequence[str], data: tuple[str, str]
+    ) -> None:
+        """Show, of a version's logged model, what its run has: params, and the last point of metrics, by name.
+
+        parent: id of the run that the model is an output of as well. data: name and digest of the data set that the
+        metrics were measured on. The version's own run is not changed.
+        """
+        run = self._client.get_run(version.run_id)
+        # The registry of a database does not keep the model's id.
+        source = self._client.get_model_version(version.model, str(version.number)).source
+        models = self._client.search_logged_models([run.info.experiment_id], f"source_run_id = '{version.run_id}'")
+        model = next((each for each in models if each.artifact_location == source), None)
+        if model is None:  # somebody deleted it
+            return
+        model_id, known = model.model_id, model.params or {}
+        new = {key: run.data.params[key] for key in params if key in run.data.params and key not in known}
+        if new:
+            self._client.log_model_params(model_id, new)
+        last = [
+            max(self._client.get_metric_history(version.run_id, key), key=lambda point: (point.step, point.timestamp))
+            for key in metrics
+            if key in run.data.metrics
+        ]
+        # The run's own points, told again with their model: same value, step and time, which MLflow keeps once.
+        told = [
+            Metric(
+                point.key,
+                point.value,
+                point.timestamp,
+                point.step,
+                model_id=model_id,
+                dataset_name=data[0],
+                dataset_digest=data[1][:MAX_DIGEST_LENGTH],
+            )
+            for point in last
+        ]
+        self._client.log_batch(version.run_id, metrics=told)
+        outputs = self._client.get_run(parent).outputs
+        if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
+            self._client.log_outputs(parent, [LoggedModelOutput(model_id, step=0)])
 
     def run_params(self, version: Version) -> dict[str, str]:
         """Params of the run that trained a version."""

@@ -7,27 +7,24 @@ Delivering anything twice changes nothing: a point is known by (metric, step), a
 trial or study that is started again goes on in the run it already has.
 """
 
-import json
-import re
-import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import pandas as pd
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, Run, RunTag
+from mlflow.entities import DatasetInput, LifecycleStage, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.store.artifact.artifact_repo import ArtifactRepository
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from agnews_lora.errors import StorageError
-from agnews_lora.tracking.store import experiment_id, is_server, reaching
+from agnews_lora.tracking.datasets import dataset_input
+from agnews_lora.tracking.kept import KeptCheckpoints
+from agnews_lora.tracking.pages import RunPage
+from agnews_lora.tracking.points import RecordedRun, metrics_of
+from agnews_lora.tracking.store import experiment_id, reaching
 from agnews_lora.training.contracts import EvalPoint, TrainPoint
 
 State = Literal["COMPLETE", "PRUNED", "FAILED", "INTERRUPTED"]
@@ -39,40 +36,8 @@ RUN_STATUS: Final[dict[State, str]] = {
     "FAILED": "FAILED",
     "INTERRUPTED": "KILLED",
 }
-METRICS: Final = ("train/loss", "train/learning_rate", "eval/accuracy", "eval/macro_f1", "eval/loss")
-CHECKPOINTS: Final = "checkpoints"  # artifact folder of a trial that has not ended
-KEPT_CHECKPOINTS: Final = 2
-SECONDS_BETWEEN_CHECKPOINTS: Final = 60.0
 MAX_METRICS_PER_BATCH: Final = 1000  # MLflow's limit
-MAX_DIGEST_LENGTH: Final = 36  # MLflow's limit
-_CHECKPOINT: Final = re.compile(rf"{CHECKPOINTS}/checkpoint-\d+")
 ERROR_TAG_LENGTH: Final = 500
-DATASET_SCHEMA: Final = json.dumps(
-    {
-        "mlflow_colspec": [
-            {"type": "string", "name": "text", "required": True},
-            {"type": "long", "name": "label", "required": True},
-        ]
-    }
-)
-
-
-@dataclass
-class _OpenRun:
-    """A run being written. points: every (metric, step) it has, and its value; buffer: those not yet in the store.
-
-    checkpointed: when a checkpoint was last kept with it, in seconds of a monotonic clock.
-    """
-
-    run_id: str
-    points: dict[tuple[str, int], float] = field(default_factory=dict)
-    buffer: list[Metric] = field(default_factory=list)
-    checkpointed: float = float("-inf")
-
-    def add(self, key: str, value: float, step: int, timestamp: int) -> None:
-        if (key, step) not in self.points:
-            self.points[key, step] = value
-            self.buffer.append(Metric(key, value, timestamp, step))
 
 
 class SweepRuns:
@@ -89,7 +54,9 @@ class SweepRuns:
         self._experiment_id = experiment_id(client, experiment_name)
         self._sweep_name = sweep_name
         self._parent: str | None = None
-        self._trials: dict[str, _OpenRun] = {}
+        self._trials: dict[str, RecordedRun] = {}
+        self._ended: dict[str, RecordedRun] = {}
+        self._kept = KeptCheckpoints(client)
         self._datasets: list[DatasetInput] = []
 
     def reaching(self) -> AbstractContextManager[None]:
@@ -137,23 +104,11 @@ class SweepRuns:
     def log_dataset(
         self, name: str, digest: str, *, num_rows: int, profile: Mapping[str, Any], source: str, context: str
     ) -> None:
-        """Log a data set as input of the parent run, and of every trial that starts from now on.
-
-        digest: ours, of all rows, cut to MLflow's length (MLflow's own samples rows). profile: numbers to show beside
-        `num_rows`. source: where the rows come from, in words. context: what they are for (`training`, `validation`).
-        """
-        dataset = Dataset(
-            name=name,
-            digest=digest[:MAX_DIGEST_LENGTH],
-            source_type="code",
-            source=json.dumps({"tags": {"source": source}}),
-            schema=DATASET_SCHEMA,
-            profile=json.dumps({"num_rows": num_rows, **profile}),
-        )
-        dataset_input = DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])
-        self._datasets.append(dataset_input)
+        """Log a data set as input of the parent run, and of every trial that starts from now on; see `datasets`."""
+        used = dataset_input(name, digest, num_rows=num_rows, profile=profile, source=source, context=context)
+        self._datasets.append(used)
         if self._parent is not None:
-            self.client.log_inputs(self._parent, [dataset_input])
+            self.client.log_inputs(self._parent, [used])
 
     def start_trial(
         self, trial: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str], run_id: str | None = None
@@ -169,7 +124,7 @@ class SweepRuns:
             if self._parent is not None:
                 own[MLFLOW_PARENT_RUN_ID] = self._parent
             run = self.client.create_run(self._experiment_id, run_name=name, tags=own)
-        self._trials[trial] = _OpenRun(run.info.run_id, self._read_points(run))
+        self._trials[trial] = RecordedRun.read(self.client, run)
         self._start(run, params, tags)
         if self._datasets:
             self.client.log_inputs(run.info.run_id, self._datasets)
@@ -179,7 +134,7 @@ class SweepRuns:
         """Log points of a trial by step, with their own timestamps. Known ones are skipped."""
         run = self._trials[trial]
         for point in points:
-            for key, value in _metrics_of(point).items():
+            for key, value in metrics_of(point).items():
                 run.add(key, value, point.step, point.timestamp)
         self._flush(run)
 
@@ -206,9 +161,9 @@ class SweepRuns:
         self._flush(run)
         if adapter is not None:
             self.client.log_artifacts(run.run_id, str(adapter), "adapter")
-        self._log_files(run.run_id, figures or {})
-        if state != "INTERRUPTED" and is_server(self.client) and self._kept(run.run_id):
-            self._artifacts(run.run_id).delete_artifacts(CHECKPOINTS)
+        self.page(run.run_id).log_files(figures or {})
+        if state != "INTERRUPTED":
+            self._kept.drop(run.run_id)
         own = {}
         if error is not None:
             self.client.log_text(run.run_id, error, "error.txt")
@@ -216,40 +171,12 @@ class SweepRuns:
         self._end(run.run_id, state, {**own, **(tags or {})})
 
     def keep_checkpoint(self, trial: str, checkpoint: Path) -> None:
-        """Keep the newest two checkpoints among the run's artifacts, for whoever goes on with the trial elsewhere.
-
-        Only where the store is a server, and at most once a minute: on one machine the work folder is enough.
-        """
-        run = self._trials[trial]
-        if not is_server(self.client) or time.monotonic() - run.checkpointed < SECONDS_BETWEEN_CHECKPOINTS:
-            return
-        self.client.log_artifacts(run.run_id, str(checkpoint), f"{CHECKPOINTS}/{checkpoint.name}")
-        run.checkpointed = time.monotonic()
-        for old in self._kept(run.run_id)[:-KEPT_CHECKPOINTS]:
-            self._artifacts(run.run_id).delete_artifacts(old)
+        """Keep the newest checkpoints with the run, for whoever goes on with the trial elsewhere; see `kept`."""
+        self._kept.keep(self._trials[trial].run_id, checkpoint)
 
     def fetch_checkpoints(self, trial: str, folder: Path) -> None:
         """Download the checkpoints that were kept into a folder, beside those that are there."""
-        run = self._trials[trial]
-        if not is_server(self.client):
-            return
-        for kept in self._kept(run.run_id):
-            there = folder / Path(kept).name
-            if not there.exists():
-                with tempfile.TemporaryDirectory(dir=folder, suffix=".partial") as beside:
-                    Path(self.client.download_artifacts(run.run_id, kept, beside)).replace(there)
-
-    def _kept(self, run_id: str) -> list[str]:
-        """Artifact paths of the kept checkpoints, the oldest first."""
-        found = [item.path for item in self.client.list_artifacts(run_id, CHECKPOINTS) if item.is_dir]
-        return sorted(
-            (path for path in found if _CHECKPOINT.fullmatch(path)), key=lambda path: int(path.split("-")[-1])
-        )
-
-    def _artifacts(self, run_id: str) -> ArtifactRepository:
-        """The client has no call that removes an artifact; its repository has."""
-        uri = self.client.get_run(run_id).info.artifact_uri
-        return get_artifact_repository(uri, tracking_uri=self.client.tracking_uri)
+        self._kept.fetch(self._trials[trial].run_id, folder)
 
     def close_parent(
         self,
@@ -260,30 +187,46 @@ class SweepRuns:
         artifacts: Mapping[str, Path] | None = None,
     ) -> None:
         """End the parent run. metrics: the study's results. artifacts: files by artifact name."""
-        parent = self._require_parent()
-        self._log_files(parent, artifacts or {})
-        values = [Metric(key, value, _now(), 0) for key, value in (metrics or {}).items()]
-        self.client.log_batch(parent, metrics=values)
-        self._end(parent, state, tags or {})
+        page = self.page()
+        page.log_files(artifacts or {})
+        page.log_metrics(metrics or {})
+        self._end(page.run_id, state, tags or {})
 
-    def log_leaderboard(self, table: pd.DataFrame) -> None:
-        """Save the trials' table on the parent run, as `leaderboard.csv` and as the table MLflow's UI shows."""
-        parent = self._require_parent()
-        self.client.log_text(parent, table.to_csv(index=False), "leaderboard.csv")
-        # `log_table` would append to the rows of an earlier session.
-        self.client.log_text(parent, table.to_json(orient="split", index=False), "leaderboard.json")
-        shown = json.dumps([{"path": "leaderboard.json", "type": "table"}])
-        self.client.set_tag(parent, MLFLOW_LOGGED_ARTIFACTS, shown)
+    def page(self, run_id: str | None = None) -> RunPage:
+        """What people see of a run; without an id, of the parent run."""
+        return RunPage(self.client, self._experiment_id, run_id or self._require_parent())
+
+    def is_there(self, run_id: str) -> bool:
+        """Whether a run can still be written: nobody has deleted it."""
+        return self._active_run(run_id) is not None
+
+    def children(self) -> dict[str, dict[str, str]]:
+        """Tags of every run below the parent run, by run id."""
+        found: dict[str, dict[str, str]] = {}
+        token: str | None = None
+        while token != "":
+            runs = self.client.search_runs(
+                [self._experiment_id],
+                f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self._require_parent()}'",
+                page_token=token,
+            )
+            found |= {run.info.run_id: dict(run.data.tags) for run in runs}
+            token = runs.token or ""
+        return found
 
     def curve(self, trial: str) -> pd.DataFrame:
         """Points of a trial so far: one row a step, ascending, with columns `trial`, `step` and the names in `METRICS`.
 
         NaN where a metric was not measured at a step; no rows where the trial has no run.
         """
-        points = self._trials[trial].points if trial in self._trials else self._stored_points(trial)
-        steps = sorted({step for key, step in points if key in METRICS})
-        columns = {key: [points.get((key, step), float("nan")) for step in steps] for key in METRICS}
-        return pd.DataFrame({"trial": [trial] * len(steps), "step": steps, **columns})
+        return self._known(trial).curve(trial)
+
+    def times(self, trial: str) -> list[float]:
+        """When a trial gave a sign: its run's beginning and its points, ascending, in seconds since 1970.
+
+        Empty where the trial has no run.
+        """
+        return self._known(trial).times()
 
     def _require_parent(self) -> str:
         assert self._parent is not None, "open_parent comes first"
@@ -319,31 +262,23 @@ class SweepRuns:
         self.client.log_batch(run_id, tags=_run_tags({**tags, "state": state}))
         self.client.set_terminated(run_id, RUN_STATUS[state])
 
-    def _flush(self, run: _OpenRun) -> None:
+    def _flush(self, run: RecordedRun) -> None:
         for start in range(0, len(run.buffer), MAX_METRICS_PER_BATCH):
             self.client.log_batch(run.run_id, metrics=run.buffer[start : start + MAX_METRICS_PER_BATCH])
         run.buffer.clear()
 
-    def _log_files(self, run_id: str, files: Mapping[str, Path]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, path in files.items():
-                shutil.copyfile(path, Path(folder, name))
-            self.client.log_artifacts(run_id, folder)
-
-    def _read_points(self, run: Run) -> dict[tuple[str, int], float]:
-        """All points in the store by (metric, step)."""
-        histories = [self.client.get_metric_history(run.info.run_id, key) for key in run.data.metrics]
-        return {(metric.key, metric.step): metric.value for history in histories for metric in history}
-
-    def _stored_points(self, trial: str) -> dict[tuple[str, int], float]:
-        run = self._child(trial)
-        return self._read_points(run) if run is not None else {}
-
-
-def _metrics_of(point: TrainPoint | EvalPoint) -> dict[str, float]:
-    if isinstance(point, EvalPoint):
-        return {"eval/accuracy": point.accuracy, "eval/macro_f1": point.macro_f1, "eval/loss": point.loss}
-    return {"train/loss": point.loss, "train/learning_rate": point.learning_rate}
+    def _known(self, trial: str) -> RecordedRun:
+        """A trial's run, read from the store where another process wrote it; one with no id where there is none."""
+        if trial in self._trials:
+            return self._trials[trial]
+        if trial not in self._ended:
+            run = self._child(trial)
+            if run is None:
+                return RecordedRun("", 0)
+            if run.info.status == "RUNNING":
+                return RecordedRun.read(self.client, run)
+            self._ended[trial] = RecordedRun.read(self.client, run)
+        return self._ended[trial]
 
 
 def _run_tags(tags: Mapping[str, str]) -> list[RunTag]:

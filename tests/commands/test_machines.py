@@ -13,7 +13,7 @@ import pytest
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from sqlalchemy import text
 
-from agnews_lora.tracking import runs as tracking_runs
+from agnews_lora.tracking import kept
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.training import checkpoints
 from tests.commands.cluster import PATIENCE_SECONDS, Command, Stores, both_stores, missing
@@ -61,14 +61,14 @@ def test_a_trial_of_a_dead_machine_goes_on_from_the_checkpoint_that_its_run_has(
             first.kill()
             second.kill()
             died = time.monotonic()
-            [kept] = stores.checkpoints("handed", "t0000")
+            [newest] = stores.checkpoints("handed", "t0000")
             delete_checkpoints(stores, "t0001")
             sweep.wait_for("t0000 started: ")
             assert time.monotonic() - died < TAKEN_OVER_SECONDS
             assert sweep.end() == 0, sweep.report()
 
     assert {trial for worker in (first, second) for trial, _ in worker.evaluated} == {"t0000", "t0001"}
-    step = int(kept.removeprefix("checkpoint-"))
+    step = int(newest.removeprefix("checkpoint-"))
     expected = list(range(EVAL_EVERY, steps + 1, EVAL_EVERY))
     evaluated = {name: [step for trial, step in sweep.evaluated if trial == name] for name in ("t0000", "t0001")}
     assert evaluated["t0000"] == [each for each in expected if each >= step], "the checkpoint is older than its score"
@@ -81,7 +81,7 @@ def test_a_trial_of_a_dead_machine_goes_on_from_the_checkpoint_that_its_run_has(
 def test_the_newest_two_checkpoints_are_kept_until_the_trial_ends(
     stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking_runs, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(kept, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     runs = SweepRuns(stores.client, "kept", "kept")
     run_id = runs.start_trial("t0000", "t0000-qv-r4", {}, {})
     for step in (3, 6, 12):

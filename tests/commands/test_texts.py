@@ -87,6 +87,7 @@ def test_the_ui_is_served_to_this_machine_alone(folder: Path, monkeypatch: pytes
     started: list[list[str]] = []
     monkeypatch.setattr(ui.os, "execv", lambda program, command: started.append(command))
     monkeypatch.setattr(ui, "open_client", lambda place: None)
+    monkeypatch.setattr(ui, "newest_sweeps", lambda client: {})
     ui.run(5001)
     [command] = started
     assert command[command.index("--host") + 1] == "127.0.0.1"

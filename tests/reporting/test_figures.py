@@ -103,7 +103,7 @@ def test_every_figure_of_every_study_is_one_whole_picture(
     draw(points_of(trials), trials, path)
     assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
     with Image.open(path) as image:
-        assert image.size == (1000, 600)
+        assert image.size == (1500, 900)
         assert image.format == "PNG"
 
 

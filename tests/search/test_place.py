@@ -35,7 +35,7 @@ def test_a_folder_is_held_until_its_process_ends_however_it_ends(
                 patched.setattr(place, "ORPHANS_SECONDS", 0.3)
                 assert another.id != identity
                 with (
-                    pytest.raises(StudyError, match="study embedded is being run by another process; wait for it"),
+                    pytest.raises(StudyError, match="sweep embedded is being run by another process; wait for it"),
                     exclusive(folder, "embedded"),
                 ):
                     pytest.fail("two processes hold one folder")

@@ -1,18 +1,22 @@
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from agnews_lora.adapters.bases import resolve
+from agnews_lora.adapters.spec import Family
 from agnews_lora.data.splits import LABELS
 from agnews_lora.errors import AdapterError, DataError, RegistryError
 from agnews_lora.serving.gate import promote
 from agnews_lora.serving.package import Package
 from agnews_lora.serving.predict import Classifier, load_champion
 from agnews_lora.tracking.registry import Registry, Version
-from tests.serving.conftest import World
-from tests.tiny import tiny_base
+from tests.serving.conftest import SPEC, World, write_adapter
+from tests.tiny import SENTENCES, tiny_base
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +60,6 @@ def test_empty_texts_are_named(classifier: Classifier) -> None:
 
 
 def test_another_base_is_refused(world: World, tmp_path: Path) -> None:
-    from agnews_lora.adapters.bases import resolve
-
     other = resolve(str(tiny_base(tmp_path / "other", "bert", seed=1)))
     with pytest.raises(AdapterError, match=r"give the base it was trained on"):
         Classifier(world.good, world.base.folder, other)
@@ -75,3 +77,30 @@ def test_the_champion_answers(registry: Registry, world: World, enter: Callable[
     shutil.copyfile(world.worse / weights.name, weights)
     with pytest.raises(RegistryError, match=r"but adapter/adapter_model.safetensors changed since; .*--rollback"):
         load_champion(registry)
+
+
+@pytest.mark.parametrize(("family", "head"), [("bert", "full"), ("roberta", "full"), ("roberta", "out_proj")])
+def test_merged_it_is_a_plain_model_with_the_same_answers(tmp_path: Path, family: Family, head: str) -> None:
+    base = resolve(str(tiny_base(tmp_path / "base", family)))
+    adapter = write_adapter(tmp_path / "adapter", base, replace(SPEC, targets="all-linear", alpha=16, head=head))
+    apart, merged = (Classifier(adapter, base.folder, base, merged) for merged in (False, True))
+    assert not [name for name, _ in merged._model.named_modules() if "lora" in name or "modules_to_save" in name]
+    table = apart._tokenise(SENTENCES)
+    assert np.abs(merged.logits(table) - apart.logits(table)).max() < 1e-4
+    assert [each.label for each in merged.predict(SENTENCES)] == [each.label for each in apart.predict(SENTENCES)]
+
+
+def test_threads_take_turns(classifier: Classifier, world: World) -> None:
+    texts = world.test[0].texts[:60]
+    expected = [classifier.predict([text])[0] for text in texts]
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda text: classifier.predict([text])[0], texts))
+    assert [each.label for each in answers] == [each.label for each in expected]
+    probabilities = [[list(each.probabilities.values()) for each in predictions] for predictions in (answers, expected)]
+    assert np.allclose(*probabilities, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["\x00\x1b", "\u200b\u202e", "\ufeff \x7f"])
+def test_what_does_not_show_is_empty(classifier: Classifier, text: str) -> None:
+    with pytest.raises(DataError, match=r"nothing is left of text 0"):
+        classifier.predict([text])

@@ -58,7 +58,7 @@ def test_versions_are_counted_and_keep_run_tags_and_files(registry: Registry, ne
     assert first.run_id == run_id and first.tags == TAGS and first.aliases == ()
     folder = registry.folder(first)
     assert (folder / "data.txt").read_text() == "something" and folder != registry.folder(second)
-    with pytest.raises(RegistryError, match=r"version 7 of .* is not registered; there is 1, 2"):
+    with pytest.raises(RegistryError, match=r"version 7 of .* is not registered; the versions are 1, 2"):
         registry.version(7)
 
 
@@ -161,3 +161,50 @@ def test_a_report_is_kept_with_the_versions_run(
     (tmp_path / "gate_report.md").write_text("passed")
     registry.log_report(version, tmp_path)
     assert [file.path for file in client.list_artifacts(version.run_id, "gate/v1")] == ["gate/v1/gate_report.md"]
+
+
+def test_model_and_version_are_described(registry: Registry, client: MlflowClient, new_run: Callable[[], str]) -> None:
+    version = registry.register(new_run(), write)
+    registry.introduce("of **a** sweep")
+    registry.describe(version, "first")
+    registry.describe(version, "passed")
+    assert client.get_registered_model(registry.model).description == "of **a** sweep"
+    assert client.get_model_version(registry.model, "1").description == "passed"
+
+
+def test_a_logged_model_shows_what_its_run_measured_and_the_run_stays_as_it_was(
+    registry: Registry, client: MlflowClient, new_run: Callable[[], str]
+) -> None:
+    run_id, parent = new_run(), new_run()
+    client.log_param(run_id, "lora_r", "8")
+    for step, value in ((10, 0.7), (20, 0.8)):
+        client.log_metric(run_id, "eval/accuracy", value, timestamp=1_000 + step, step=step)
+    version = registry.register(run_id, write)
+    for _ in range(2):  # told twice, it is known once
+        registry.link(version, parent, ["lora_r", "absent"], ["eval/accuracy", "absent"], ("newswire", "ab" * 32))
+    (output,) = client.get_run(run_id).outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert model.params == {"lora_r": "8"}
+    measured = [(each.key, each.value, each.step, each.dataset_name, each.dataset_digest) for each in model.metrics]
+    assert measured == [("eval/accuracy", 0.8, 20, "newswire", "ab" * 18)]
+    assert [point.step for point in client.get_metric_history(run_id, "eval/accuracy")] == [10, 20]
+    assert [each.model_id for each in client.get_run(parent).outputs.model_outputs] == [output.model_id]
+
+
+def test_a_version_whose_logged_model_was_deleted_is_left_alone(
+    registry: Registry, client: MlflowClient, new_run: Callable[[], str]
+) -> None:
+    version, parent = registry.register(new_run(), write), new_run()
+    (output,) = client.get_run(version.run_id).outputs.model_outputs
+    client.delete_logged_model(output.model_id)
+    registry.link(version, parent, [], [], ("newswire", "ab" * 32))
+    assert not client.get_run(parent).outputs.model_outputs
+
+
+def test_what_a_promotion_judges(registry: Registry, new_run: Callable[[], str]) -> None:
+    assert registry.waiting() is None
+    first, second = (registry.register(new_run(), write) for _ in range(2))
+    registry.set_alias(CHAMPION, first)
+    assert registry.waiting() == registry.version(1)
+    registry.set_alias(CANDIDATE, second)
+    assert registry.waiting() == registry.version(2)

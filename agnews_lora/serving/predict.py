@@ -136,8 +136,8 @@ def champion(registry: "Registry") -> "Version":
     version = registry.aliased(CHAMPION)
     if version is None:
         raise RegistryError(
-            f"a champion of {registry.model} is needed, but there is none; `agnews-lora sweep` registers a candidate, "
-            "and `agnews-lora promote` makes it champion if it passes the gate"
+            f"a champion of {registry.model} is needed, but there is none; `agnews-lora sweep SWEEP` registers a candidate, "
+            "and `agnews-lora promote SWEEP` makes it champion if it passes the gate"
         )
     return version
 
@@ -153,6 +153,6 @@ def verified_package(registry: "Registry", version: "Version") -> Package:
     if changed:
         raise RegistryError(
             f"the files of {version} must be those that were registered, but {', '.join(changed)} changed since; put "
-            "them back, or go back with `agnews-lora promote --rollback`"
+            "them back, or go back with `agnews-lora promote SWEEP --rollback`"
         )
     return package

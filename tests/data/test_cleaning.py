@@ -38,6 +38,8 @@ from agnews_lora.data.cleaning import clean
         ("be true  #151; at least; Ch&#225;vez, &#x201C;x&#8221;", "be true — at least; Chávez, “x”"),
         ("two\n lines\tand  spaces ", "two lines and spaces"),
         ("double &amp;lt;i&amp;gt;escapes&amp;lt;/i&amp;gt;", "double escapes"),
+        ("R&amp;amp;#38;#x26;D &amp;#39;s", "R&D 's"),
+        ("&" + 50_000 * "amp;" + "lt;b&gt;deep" + 50_000 * "&amp;", "deep" + 50_000 * "&"),
     ],
 )
 def test_what_ag_news_broke_is_mended(raw, cleaned):

@@ -49,7 +49,7 @@ def test_every_study_is_one_whole_picture(intervals: pd.DataFrame, tmp_path: Pat
     slot_occupancy(intervals, "embedded: which trials trained when", path)
     assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
     with Image.open(path) as image:
-        assert image.size == (1000, 600) and image.format == "PNG"
+        assert image.size == (1500, 900) and image.format == "PNG"
 
 
 def test_how_a_trial_ended_shows(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_every_figure_is_one_whole_picture(
     draw(answers(num_rows, 1) if num_rows else predictions([], []), "t0007 on the validation rows", path)
     assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
     with Image.open(path) as image:
-        assert image.size == (1000, 600) and image.format == "PNG"
+        assert image.size == (1500, 900) and image.format == "PNG"
 
 
 def test_classes_are_the_columns_after_the_facts_in_their_order() -> None:

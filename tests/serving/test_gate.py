@@ -104,12 +104,14 @@ def test_there_is_nothing_to_roll_back_to(registry: Registry, world: World, ente
         rollback(registry)
     enter(world.good)
     promote(registry, world.corpus, lambda: world.test)
-    with pytest.raises(RegistryError, match=r"there is no previous; `agnews-lora promote --version N`"):
+    with pytest.raises(RegistryError, match=r"there is no previous; `agnews-lora promote SWEEP --version N`"):
         rollback(registry)
 
 
 def test_there_is_nothing_to_promote(registry: Registry, world: World) -> None:
-    with pytest.raises(RegistryError, match=r"a candidate of .* is needed, but there is none; `agnews-lora sweep`"):
+    with pytest.raises(
+        RegistryError, match=r"a candidate of .* is needed, but there is none; `agnews-lora sweep SWEEP`"
+    ):
         promote(registry, world.corpus, never)
     with pytest.raises(RegistryError, match=r"version 4 of .* is not registered"):
         promote(registry, world.corpus, never, version=4)

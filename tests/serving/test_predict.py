@@ -66,7 +66,9 @@ def test_another_base_is_refused(world: World, tmp_path: Path) -> None:
 
 
 def test_the_champion_answers(registry: Registry, world: World, enter: Callable[[Path], Version]) -> None:
-    with pytest.raises(RegistryError, match=r"a champion of .* is needed, but there is none; .*`agnews-lora promote`"):
+    with pytest.raises(
+        RegistryError, match=r"a champion of .* is needed, but there is none; .*`agnews-lora promote SWEEP`"
+    ):
         load_champion(registry)
     champion = enter(world.good)
     promote(registry, world.corpus, lambda: world.test)

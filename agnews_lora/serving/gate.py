@@ -110,7 +110,8 @@ def rollback(registry: Registry) -> Rollback:
     if champion is None or previous is None:
         raise RegistryError(
             f"a rollback of {registry.model} needs a champion and one before it, but there is no "
-            f"{CHAMPION if champion is None else PREVIOUS}; `agnews-lora promote SWEEP --version N` promotes any version"
+            f"{CHAMPION if champion is None else PREVIOUS}; `agnews-lora promote SWEEP --version N` promotes any "
+            "version"
         )
     registry.set_alias(CHAMPION, previous)
     registry.set_alias(PREVIOUS, champion)
@@ -144,7 +145,8 @@ def _waiting(registry: Registry) -> Version:
     version = registry.aliased(CANDIDATE) or registry.aliased(CHAMPION)
     if version is None:
         raise RegistryError(
-            f"a candidate of {registry.model} is needed, but there is none; `agnews-lora sweep SWEEP` registers its winner"
+            f"a candidate of {registry.model} is needed, but there is none; `agnews-lora sweep SWEEP` registers its "
+            "winner"
         )
     return version
 

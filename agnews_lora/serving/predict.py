@@ -136,8 +136,8 @@ def champion(registry: "Registry") -> "Version":
     version = registry.aliased(CHAMPION)
     if version is None:
         raise RegistryError(
-            f"a champion of {registry.model} is needed, but there is none; `agnews-lora sweep SWEEP` registers a candidate, "
-            "and `agnews-lora promote SWEEP` makes it champion if it passes the gate"
+            f"a champion of {registry.model} is needed, but there is none; `agnews-lora sweep SWEEP` registers a "
+            "candidate, and `agnews-lora promote SWEEP` makes it champion if it passes the gate"
         )
     return version
 

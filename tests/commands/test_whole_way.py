@@ -56,6 +56,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     states = [trial.state.name for trial in study(folder).trials]
     assert states == ["COMPLETE", "WAITING"]
     assert {run.info.status for run in runs(folder)} == {"FINISHED", "KILLED"}
+    [parent] = [run for run in runs(folder) if run.data.tags.get("kind") == "sweep"]
+    assert parent.data.tags["mlflow.note.content"].startswith("**Under way, or stopped on it:**")
     second = agnews_lora(folder, "sweep", "small")
     assert second.returncode == 0, second.stderr
     return folder, second.stdout
@@ -151,9 +153,12 @@ def test_the_parent_run_tells_the_story(swept: tuple[Path, str]) -> None:
     folder, _ = swept
     [parent] = [run for run in runs(folder) if run.data.tags.get("kind") == "sweep"]
     assert parent.info.status == "FINISHED"
+    told = parent.data.tags["mlflow.note.content"]
+    assert "Under way" not in told and "**Budget:**" in told and "agnews-lora promote small" in told
     names = {item.path for item in client(folder).list_artifacts(parent.info.run_id)}
     assert {"leaderboard.csv", "leaderboard.json", "small.yaml", "experiment-small.yaml"} <= names
     assert {"optimization_history.png", "accuracy_against_parameters.png", "learning_curves.png"} <= names
+    assert {"slot_occupancy.png", "confusion_matrix.png", "calibration.png", "report.html", "report.pdf"} <= names
     assert {dataset.tags[0].value for dataset in parent.inputs.dataset_inputs} == {"training", "validation"}
 
 

@@ -105,7 +105,7 @@ class Crew:
         else:  # cores are shared out: more threads than cores would wait for each other
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(self.devices))))
         worker.process = subprocess.Popen(
-            [sys.executable, "-m", "agnews_lora", "worker", *self.arguments, "--quiet", "--supervised", worker.owner],
+            [sys.executable, "-m", "agnews_lora", "worker", *self.arguments, "--supervised", worker.owner],
             stdin=subprocess.PIPE,  # ends when this process does, however it ends
             stderr=subprocess.PIPE if self.watch.is_live else None,  # else it would write across the table
             env=environment,

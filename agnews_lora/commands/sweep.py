@@ -196,7 +196,7 @@ class _Session:
             return bool(request) or time.monotonic() > deadline
 
         if self.devices:
-            watch = Watch(self.study, self._screen, self.stage.total_steps)
+            watch = Watch(self.study, self._overview, self.stage.total_steps)
             Crew(self._worker_arguments(), self.place, self.leases, self.study, self.devices, watch).work(stop)
             return
         work = Work(self.sweep, self.stage, self.study, self.leases, self.runs, stop, options.patience)
@@ -218,6 +218,14 @@ class _Session:
             screen.announce("Confirming the best trials: each is trained again with other seeds.")
         return screen
 
+    def _overview(self, study: optuna.Study) -> Progress:
+        """The screen of trials that workers train: a table, or none where they print lines of their own."""
+        return Progress(quiet=True) if self._workers_speak else self._screen(study)
+
+    @property
+    def _workers_speak(self) -> bool:
+        return not (self.options.quiet or self.options.json) and Progress().mode == "lines"
+
     def _num_left(self) -> int:
         """Trials that are still to end: those of the search, then those that confirm its best."""
         if (left := self.trials - num_ended(self.study)) > 0:
@@ -228,7 +236,8 @@ class _Session:
     def _worker_arguments(self) -> list[str]:
         options = self.options
         given = {"--storage": options.storage, "--tracking": options.tracking, "--patience": f"{options.patience:g}"}
-        return [self.name, *(word for key, value in given.items() if value for word in (key, value))]
+        words = [word for key, value in given.items() if value for word in (key, value)]
+        return [self.name, *words, *([] if self._workers_speak else ["--quiet"])]
 
     def _conclude(self) -> Version | None:
         conclusion = Conclusion(self.sweep, self.stage, self.study, self.runs)

@@ -1,4 +1,4 @@
-"""What a sweep with workers shows: it trains nothing itself, and reads from the study how the trials get on."""
+"""What a sweep with workers shows on a terminal: it trains nothing itself, and reads how trials get on in the study."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,7 +42,8 @@ class _View:
             spec = TrialSpec(**trial.user_attrs[SPEC])
             label = f"{spec}{' (baseline)' if trial.user_attrs.get(BASELINE) else ''}"
             self.screen.trial_started(name, label, self.total_steps)
-            self.shown[name] = -1
+            # Of what it reported before, the newest: the time it has left is told from here on.
+            self.shown[name] = max(sorted(trial.intermediate_values)[:-1], default=-1)
         if name not in self.shown:
             return
         values = trial.intermediate_values

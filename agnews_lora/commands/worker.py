@@ -57,6 +57,6 @@ def run(
                 ).run(lambda _: Progress(quiet=quiet))
     if request:
         return request.exit_code
-    if not quiet:
+    if not quiet and supervisor is None:
         Console(highlight=False).print(f"No trial of study {study.study_name} is left to train.")
     return 0

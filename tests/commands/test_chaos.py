@@ -59,7 +59,7 @@ def test_two_workers_end_every_trial_once_whoever_is_killed(killed: tuple[Stores
     assert judge(stores, chaos, code).faults == []
     assert [kill.blow for kill in chaos.kills] == BLOWS
     assert chaos.kills[-1].orphans_seconds is not None, "there were workers to look at"
-    said = "".join(output.read_text() for output, _ in chaos.starts)
+    said = "".join(errors.read_text() for _, errors in chaos.starts)
     assert said.count("a worker died by SIGKILL; it is started again") == 2
 
 

@@ -89,9 +89,9 @@ STUDIES = {
 
 
 def shows(path: Path, colour: str) -> bool:
-    """Whether a pixel has this colour, or nearly: thin lines are drawn paler."""
+    """Whether more than a few pixels have this colour, or nearly: thin lines are drawn paler, and so are edges."""
     pixels = np.asarray(Image.open(path).convert("RGB"), dtype=int)
-    return bool((np.abs(pixels - 255 * np.array(to_rgb(colour))).max(axis=-1) <= 40).any())
+    return bool((np.abs(pixels - 255 * np.array(to_rgb(colour))).max(axis=-1) <= 40).sum() > 20)
 
 
 @pytest.mark.parametrize("trials", STUDIES.values(), ids=STUDIES.keys())

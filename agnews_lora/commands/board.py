@@ -16,7 +16,7 @@ from agnews_lora.reporting import figures
 from agnews_lora.reporting.canvas import thumbnail
 from agnews_lora.reporting.occupancy import slot_occupancy
 from agnews_lora.search.confirmation import Confirmed
-from agnews_lora.search.standings import Standing
+from agnews_lora.search.standings import Standing, baseline_of, count_ended
 from agnews_lora.tracking.runs import SweepRuns
 
 DIMENSIONS = ("targets", "lora_r", "lora_alpha", "lora_dropout", "learning_rate")
@@ -93,11 +93,8 @@ def confirmation_metrics(chosen: Confirmed) -> dict[str, float]:
 
 def result_metrics(rows: Sequence[Standing], winner: Standing | None) -> dict[str, float]:
     """What the parent run says of its trials: counts by state, the best one's scores, the baseline's, and the gain."""
-    states = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
-    found: dict[str, float | None] = {
-        f"trials/{word}": sum(row.state == state for row in rows) for word, state in states.items()
-    }
-    baseline = next((row.accuracy for row in rows if row.baseline and row.state == "COMPLETE"), None)
+    found: dict[str, float | None] = {f"trials/{word}": count for word, count in count_ended(rows).items()}
+    baseline = row.accuracy if (row := baseline_of(rows)) else None
     if winner is not None and winner.accuracy is not None:
         found |= {
             "best/accuracy": winner.accuracy,

@@ -18,7 +18,7 @@ from agnews_lora.commands.story import Story, arithmetic
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
 from agnews_lora.search.confirmation import Confirmed, confirmed, winner_of
-from agnews_lora.search.standings import Standing, standings
+from agnews_lora.search.standings import Standing, baseline_of, standings
 from agnews_lora.serving.registration import Winner, register
 from agnews_lora.tracking.registry import Registry, Version
 from agnews_lora.tracking.runs import SweepRuns
@@ -41,9 +41,8 @@ class Conclusion:
         metrics: of this start of the sweep, for the parent run.
         """
         rows = standings(self.study)
-        confirms = self.sweep.confirmation is not None
-        winner = winner_of(self.study, confirms)
-        rounds = confirmed(self.study) if confirms else []
+        rounds = confirmed(self.study) if self.sweep.confirmation else []
+        winner = winner_of(rows, rounds)
         answers = Answers(self.runs, self.stage)
         version = self._register(winner, answers, rounds) if winner else None
         trials = board.trials_frame(rows)
@@ -76,7 +75,7 @@ class Conclusion:
         self, rows: list[Standing], winner: Standing | None, answers: Answers, folder: Path
     ) -> dict[str, Path]:
         """Predictions of the winner and of the baseline go to their runs; the winner's figures."""
-        baseline = next((row for row in rows if row.baseline and row.state == "COMPLETE"), None)
+        baseline = baseline_of(rows)
         if baseline is not None and baseline.run_id is not None and self.runs.is_there(baseline.run_id):
             answers.of_run(baseline.run_id)
         if winner is None:

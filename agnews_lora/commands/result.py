@@ -9,7 +9,7 @@ from agnews_lora.commands.stage import Stage
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.reporting.summary import SweepSummary
 from agnews_lora.search.confirmation import Confirmed, confirmed, winner_of
-from agnews_lora.search.standings import Standing, standings
+from agnews_lora.search.standings import Standing, baseline_of, count_ended, standings
 from agnews_lora.tracking.registry import Version
 
 
@@ -29,13 +29,12 @@ class Result:
     @classmethod
     def of(cls, sweep: Sweep, stage: Stage, study: optuna.Study, version: Version | None, seconds: float) -> "Result":
         """Read it from the study."""
-        confirms = sweep.confirmation is not None
-        rounds = confirmed(study) if confirms else []
+        rows, rounds = standings(study), confirmed(study) if sweep.confirmation else []
         return cls(
             sweep,
             study.study_name,
-            standings(study),
-            winner_of(study, confirms),
+            rows,
+            winner_of(rows, rounds),
             rounds[0] if rounds else None,
             stage.corpus.best_accuracy,
             version,
@@ -43,23 +42,20 @@ class Result:
         )
 
     @property
-    def _counts(self) -> dict[str, int]:
-        return {state: sum(row.state == state for row in self.rows) for state in ("COMPLETE", "PRUNED", "FAIL")}
-
-    @property
     def _baseline_accuracy(self) -> float | None:
-        return next((row.accuracy for row in self.rows if row.baseline and row.state == "COMPLETE"), None)
+        baseline = baseline_of(self.rows)
+        return baseline.accuracy if baseline else None
 
     def summary(self) -> SweepSummary:
         """For the last screen."""
-        winner, counts, confirmation = self.winner, self._counts, self.confirmation
+        winner, counts, confirmation = self.winner, count_ended(self.rows), self.confirmation
         named = "" if self.sweep.name == "embedded" else f" SWEEP={self.sweep.name}"
         version = self.version
         return SweepSummary(
             study=self.study,
-            num_complete=counts["COMPLETE"],
-            num_pruned=counts["PRUNED"],
-            num_failed=counts["FAIL"],
+            num_complete=counts["complete"],
+            num_pruned=counts["pruned"],
+            num_failed=counts["failed"],
             winner=winner.trial if winner else None,
             configuration=str(winner.spec) if winner else None,
             accuracy=winner.accuracy if winner else None,
@@ -81,11 +77,11 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """For scripts: plain values, accuracies as shares."""
-        counts, version = self._counts, self.version
+        version = self.version
         return {
             "study": self.study,
             "state": "COMPLETE",
-            "trials": {"complete": counts["COMPLETE"], "pruned": counts["PRUNED"], "failed": counts["FAIL"]},
+            "trials": count_ended(self.rows),
             "winner": self._winner(),
             "baseline_accuracy": self._baseline_accuracy,
             "best_possible_accuracy": self.bound,

@@ -7,16 +7,15 @@ import sys
 from types import FrameType
 from typing import Final
 
+from agnews_lora.commands.loopback import HOST, bound
 from agnews_lora.commands.places import STORES
 from agnews_lora.config.sweep import load_sweep
-from agnews_lora.errors import StorageError
 from agnews_lora.serving.front import INVOCATIONS
 from agnews_lora.serving.predict import champion, verified_package
 from agnews_lora.serving.served import Served, serve
 from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client, reaching
 
-HOST: Final = "127.0.0.1"
 IDLE_SECONDS: Final = 60  # a client that asks again after a while finds its connection still open
 LEAVE_SECONDS: Final = 2  # for answers that are on their way when the server is told to end
 EXAMPLE: Final = """-H 'Content-Type: application/json' -d '{"inputs": ["Oil prices rose to a record."]}'"""
@@ -31,7 +30,7 @@ def run(sweep: str, version: int | None, merged: bool, port: int, tracking: str 
         GateError: it does not answer as when it was registered.
     """
     experiment = load_sweep(sweep).experiment
-    with _bound(port) as listener:
+    with bound(port) as listener:
         client = open_client(tracking or STORES)
         registry = Registry(client, experiment.name)
         with reaching(client):
@@ -45,19 +44,6 @@ def run(sweep: str, version: int | None, merged: bool, port: int, tracking: str 
         )
         _answer(served, listener)
     return 0
-
-
-def _bound(port: int) -> socket.socket:
-    """The port, taken but not answering yet: who connects while the model loads is refused at once."""
-    # With its protocol named, asyncio sends an answer's parts at once; else each waits 40 ms for the one before.
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((HOST, port))
-    except OSError as error:
-        listener.close()
-        raise StorageError(f"port {port} cannot be used ({error.strerror}); take another with --port") from error
-    return listener
 
 
 def _answer(served: Served, listener: socket.socket) -> None:

@@ -13,7 +13,7 @@ from agnews_lora.commands.predictions import ANSWERS
 from agnews_lora.commands.stage import Stage
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.search.confirmation import Confirmed
-from agnews_lora.search.standings import Standing, best_first
+from agnews_lora.search.standings import Standing, baseline_of, best_first, count_ended
 from agnews_lora.serving.markdown import code
 from agnews_lora.tracking.pages import RunPage
 from agnews_lora.tracking.registry import Version
@@ -72,7 +72,7 @@ class Story:
         assert winner.spec is not None and winner.run_id is not None, "a trial that was completed has both"
         name = f"{winner.trial}-{winner.spec.targets}-r{winner.spec.rank}"
         found = f"**{accuracy} by {link(name, self.runs.page(winner.run_id).url)}**"
-        baseline, bound = self._baseline(), self.stage.corpus.best_accuracy
+        baseline, bound = baseline_of(self.rows), self.stage.corpus.best_accuracy
         against = [f"seed baseline {percent(baseline.accuracy)}"] if baseline else []
         against += [f"best possible {percent(bound)}"] if bound is not None else []
         return found + (f" ({', '.join(against)})" if against else "")
@@ -88,7 +88,7 @@ class Story:
         return f"**Next:** {command} puts {link(version, version_url(version))} through the gate"
 
     def _results(self, winner: Standing) -> str:
-        baseline, bound = self._baseline(), self.stage.corpus.best_accuracy
+        baseline, bound = baseline_of(self.rows), self.stage.corpus.best_accuracy
         rows = [("winner", winner), *([("seed baseline", baseline)] if baseline else [])]
         lines = [
             [name, self._link(row), percent(row.accuracy), percent(row.macro_f1), _loss(row), _count(row)]
@@ -118,8 +118,7 @@ class Story:
         return table(header, lines)
 
     def _counts(self) -> str:
-        named = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
-        counts = [f"{sum(row.state == state for row in self.rows)} {word}" for state, word in named.items()]
+        counts = [f"{count} {word}" for word, count in count_ended(self.rows).items()]
         return f"Trials: {', '.join(counts)}."
 
     def _links(self, page: RunPage) -> str:
@@ -140,9 +139,6 @@ class Story:
                 f"- {code(f'agnews-lora sweep {name} --trials N')}: more trials in this study",
             ]
         )
-
-    def _baseline(self) -> Standing | None:
-        return next((row for row in self.rows if row.baseline and row.state == "COMPLETE"), None)
 
     def _link(self, row: Standing) -> str:
         return link(row.trial, self.runs.page(row.run_id).url) if row.run_id else plain(row.trial)

@@ -1,15 +1,13 @@
 """`agnews-lora ui`: the MLflow UI over the project's runs, on loopback."""
 
 import os
-import socket
 import sys
 
+from agnews_lora.commands.loopback import HOST, bound
 from agnews_lora.commands.places import STORES
-from agnews_lora.errors import StorageError
 from agnews_lora.tracking.pages import newest_sweeps
 from agnews_lora.tracking.store import open_client, tracking_uri
 
-HOST = "127.0.0.1"
 LAYOUT = "workflowType=machine_learning"  # without it the UI shows what language-model applications need
 
 
@@ -20,12 +18,7 @@ def run(port: int) -> int:
         StorageError: the run store cannot be opened, or the port is taken.
     """
     sweeps = newest_sweeps(open_client(STORES))
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise StorageError(f"port {port} cannot be used ({error.strerror}); take another with --port") from error
+    bound(port).close()  # MLflow would say that it is taken in a traceback
     print(f"Runs: http://{HOST}:{port}/#/experiments?{LAYOUT}  (Ctrl-C ends it)", flush=True)
     for study, page in sweeps.items():
         print(f"{study}: http://{HOST}:{port}/{page.url}?{LAYOUT}", flush=True)

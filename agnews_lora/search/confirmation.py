@@ -142,10 +142,9 @@ def confirmed(study: optuna.Study) -> list[Confirmed]:
     return sorted(rows, key=lambda row: (row.num_failed, -row.mean_accuracy, _mean_loss(row.runs), row.own.number))
 
 
-def winner_of(study: optuna.Study, confirms: bool) -> Standing | None:
-    """The trial whose adapter is the study's result. confirms: whether the sweep has a round to choose it by."""
-    rounds = confirmed(study) if confirms else []
-    return rounds[0].own if rounds else best_of(standings(study))
+def winner_of(rows: list[Standing], rounds: list[Confirmed]) -> Standing | None:
+    """The trial whose adapter is the study's result. rounds: as `confirmed` gives them; none without a confirmation."""
+    return rounds[0].own if rounds else best_of(rows)
 
 
 def _wanted(study: optuna.Study, num_trials: int, num_seeds: int) -> list[tuple[Standing, int]]:

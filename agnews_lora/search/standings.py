@@ -1,6 +1,7 @@
 """How the trials of a study stand, as a reader wants it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import optuna
@@ -77,6 +78,17 @@ def standings(study: optuna.Study) -> list[Standing]:
             )
         )
     return rows
+
+
+def baseline_of(rows: Sequence[Standing]) -> Standing | None:
+    """The experiment's own configuration, where it has finished."""
+    return next((row for row in rows if row.baseline and row.state == "COMPLETE"), None)
+
+
+def count_ended(rows: Sequence[Standing]) -> dict[str, int]:
+    """How many trials ended how: `complete`, `pruned` and `failed`."""
+    states = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
+    return {word: sum(row.state == state for row in rows) for word, state in states.items()}
 
 
 def best_first(rows: list[Standing]) -> list[Standing]:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import kendalltau
 
-from agnews_lora.adapters.bases import EMBEDDED, resolve
+from agnews_lora.adapters.base_models import EMBEDDED, resolve
 from agnews_lora.adapters.budget import require_within_budget
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.cli import ENVIRONMENT

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from agnews_lora.adapters.bases import BaseModel
+from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data.corpus import Corpus, prepare
-from agnews_lora.data.csv_rows import read_csv
+from agnews_lora.data.rows import read_csv
 from agnews_lora.data.sources import DataSettings
 from agnews_lora.data.splits import LABELS
-from agnews_lora.training.contracts import (
+from agnews_lora.training.interface import (
     EvalPoint,
     TrainPoint,
     TrainSettings,
@@ -21,7 +21,7 @@ from agnews_lora.training.contracts import (
 )
 
 if TYPE_CHECKING:
-    from agnews_lora.training.contracts import Engine
+    from agnews_lora.training.interface import Engine
 
 BUDGET: Final = 100_000
 SLOTS: Final = 4  # so that unlike trials share the base
@@ -140,7 +140,7 @@ def predictions(adapter: Path, base: BaseModel, corpus: Corpus) -> list[int]:
     """Labels that an exported adapter gives the validation rows: plain PEFT, fp32."""
     import torch
 
-    from agnews_lora.adapters.checkpoint import load_with_peft
+    from agnews_lora.adapters.adapter_files import load_with_peft
     from agnews_lora.training.evaluation import predict_logits
 
     rows = range(len(corpus.validation))
@@ -154,7 +154,7 @@ def build_engine(name: str, base: BaseModel, corpus: Corpus) -> "Engine":
         from agnews_lora.training.multilora.engine import MultiLoraEngine
 
         return MultiLoraEngine(base, corpus, SETTINGS, LABELS, slots=SLOTS)
-    from agnews_lora.training.trainer import TrainerEngine
+    from agnews_lora.training.hf_trainer import TrainerEngine
 
     return TrainerEngine(base, corpus, SETTINGS, LABELS)
 

@@ -16,10 +16,10 @@ from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from optuna.trial import FrozenTrial, TrialState
 
-from agnews_lora.adapters.checkpoint import load_with_peft, recount
-from agnews_lora.commands.places import STORES
+from agnews_lora.adapters.adapter_files import load_with_peft, recount
 from agnews_lora.commands.stage import Stage, prepare
 from agnews_lora.config.sweep import Sweep, load_sweep
+from agnews_lora.paths import STORES
 from agnews_lora.search.standings import trial_name
 from agnews_lora.search.study import RUN_ID, SPEC, TRAINABLE, open_storage
 from agnews_lora.tracking.points import METRICS

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, cast
 
-from agnews_lora.search.journal import FILE
+from agnews_lora.search.trial_log import FILE
 
 Mark = tuple[str, str]  # (trial, `step 6`, `checkpoint-6`, `evaluation 6`, `adapter` or `end`): something was reached
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from agnews_lora.adapters.spec import TrialSpec
-from agnews_lora.search.journal import End, Point
-from agnews_lora.training.contracts import EvalPoint, TrainPoint
+from agnews_lora.search.trial_log import End, Point
+from agnews_lora.training.interface import EvalPoint, TrainPoint
 
 
 class Nowhere:

@@ -23,7 +23,7 @@ from agnews_lora.search.queue import enqueue_baseline
 from agnews_lora.search.runner import StudyRunner
 from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.search.standings import best_of, standings
-from agnews_lora.training.contracts import (
+from agnews_lora.training.interface import (
     EvalPoint,
     Observer,
     TrialResult,

@@ -18,7 +18,7 @@ from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.data.splits import LABELS
 from agnews_lora.search import space as search_space
 from agnews_lora.search.sampler import derived_seed
-from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
+from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from agnews_lora.adapters.bases import resolve
+from agnews_lora.adapters.base_models import resolve
 from agnews_lora.cli import ENVIRONMENT
-from agnews_lora.commands.places import STORES
 from agnews_lora.data import newswire
+from agnews_lora.paths import STORES
 from agnews_lora.serving.package import Package
 from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client

@@ -25,16 +25,16 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from agnews_lora.commands.places import STORES, TOKENS
 from agnews_lora.commands.stage import Stage, prepare
 from agnews_lora.config.sweep import load_sweep
 from agnews_lora.data.corpus import prepare_test
 from agnews_lora.data.splits import Rows
 from agnews_lora.data.tokens import TokenTable
+from agnews_lora.paths import STORES, TOKENS
 from agnews_lora.search.confirmation import confirmed, find_round
 from agnews_lora.search.standings import Standing, standings
 from agnews_lora.search.study import open_storage
-from agnews_lora.serving import fresh
+from agnews_lora.serving import reload
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.store import open_client, tracking_uri
 
@@ -153,7 +153,7 @@ def compare(stage: Stage, winner: Standing, trials: list[Standing]) -> dict[str,
 def accuracy(stage: Stage, trial: Standing, test: TokenTable) -> float:
     """Accuracy of a trial's adapter, loaded by plain PEFT, in fp32."""
     adapter = download_artifacts(run_id=trial.run_id, artifact_path="adapter", tracking_uri=tracking_uri(STORES))
-    logits = fresh.logits(Path(adapter), stage.base, test)
+    logits = reload.logits(Path(adapter), stage.base, test)
     return float(np.mean(logits.argmax(axis=-1) == test.labels))
 
 

@@ -23,14 +23,14 @@ from agnews_lora.search import leases as lease_times
 from agnews_lora.search import runner as runner_module
 from agnews_lora.search import space as search_space
 from agnews_lora.search.held import Held, Tracker
-from agnews_lora.search.journal import Journal
 from agnews_lora.search.leases import Heart, Leases
 from agnews_lora.search.pruner import PeerMedianPruner
 from agnews_lora.search.quest import Search
 from agnews_lora.search.runner import StudyRunner
 from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.search.study import IDENTITY, join_study, open_storage
-from agnews_lora.training.contracts import EvalPoint, Observer, TrainPoint, TrialPlan, TrialResult, TrialSource, Verdict
+from agnews_lora.search.trial_log import Journal
+from agnews_lora.training.interface import EvalPoint, Observer, TrainPoint, TrialPlan, TrialResult, TrialSource, Verdict
 from benchmarks.nowhere import Nowhere
 from tests.search.scripted import BUDGET, OUTSIDE, SHAPE, SPACE, TOTAL_STEPS, ScriptedEngine
 

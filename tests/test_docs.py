@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from ruamel.yaml import YAML
 
-from agnews_lora.adapters.bases import KNOWN
+from agnews_lora.adapters.base_models import KNOWN
 from agnews_lora.adapters.budget import feasible_ranks, require_within_budget
 from agnews_lora.cli import parser
 from agnews_lora.config import experiment, sweep

@@ -53,8 +53,8 @@ STARTS_LIGHT = [
     "agnews_lora.commands.budget",
     "agnews_lora.adapters.spec",
     "agnews_lora.adapters.budget",
-    "agnews_lora.adapters.bases",
-    "agnews_lora.training.contracts",
+    "agnews_lora.adapters.base_models",
+    "agnews_lora.training.interface",
     "agnews_lora.data.sources",
     *(module for module in MODULES if module.startswith("agnews_lora.config.")),
 ]

@@ -5,7 +5,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-from agnews_lora.adapters.bases import shape_of
+from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import head_parameters, max_rank, parameters_per_rank
 from agnews_lora.adapters.spec import ModelShape
 from agnews_lora.config.sweep import Sweep, load_sweep

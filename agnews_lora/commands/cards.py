@@ -8,8 +8,8 @@ from typing import Any, Final
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.commands.markdown import gallery, link, percent, plain, table, version_url
 from agnews_lora.commands.predictions import ANSWERS
-from agnews_lora.search.journal import End
 from agnews_lora.search.standings import Standing
+from agnews_lora.search.trial_log import End
 from agnews_lora.serving.card import confirmed_mean
 from agnews_lora.serving.gate import recorded_score, score_line
 from agnews_lora.serving.markdown import code

@@ -13,12 +13,12 @@ from rich.table import Table
 
 import agnews_lora
 from agnews_lora import hub
-from agnews_lora.adapters.bases import resolve
-from agnews_lora.commands.places import STORES, TOKENS
+from agnews_lora.adapters.base_models import resolve
 from agnews_lora.config import experiment as experiments
 from agnews_lora.config.experiment import Experiment, load_experiment
 from agnews_lora.data import sources
 from agnews_lora.errors import AgnewsLoraError, NetworkError
+from agnews_lora.paths import STORES, TOKENS
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "evaluate", "optuna", "mlflow", "pandas")
 

@@ -11,8 +11,8 @@ from typing import Any, Final
 import pandas as pd
 from mlflow import MlflowClient
 
-from agnews_lora.adapters.bases import KNOWN
-from agnews_lora.adapters.checkpoint import RECORD, read_record
+from agnews_lora.adapters.adapter_files import RECORD, read_record
+from agnews_lora.adapters.base_models import KNOWN
 from agnews_lora.adapters.spec import ModelShape
 from agnews_lora.config.experiment import Experiment
 from agnews_lora.config.stored import read_experiment, read_sweep
@@ -27,7 +27,7 @@ from agnews_lora.serving.gate import recorded_score
 from agnews_lora.tracking import reading
 from agnews_lora.tracking.reading import RunRecord, fetch
 from agnews_lora.tracking.registry import Registry
-from agnews_lora.training.contracts import TrainSettings
+from agnews_lora.training.interface import TrainSettings
 
 _PREDICTIONS: Final = "predictions.csv"
 _MISTAKES: Final = "mistakes.csv"

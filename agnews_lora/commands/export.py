@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from agnews_lora.commands.places import STORES
 from agnews_lora.config.sweep import load_sweep
+from agnews_lora.paths import STORES
 from agnews_lora.serving.export import export
 from agnews_lora.serving.predict import champion
 from agnews_lora.tracking.registry import Registry

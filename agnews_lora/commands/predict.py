@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from agnews_lora.commands.places import STORES
 from agnews_lora.config.sweep import load_sweep
 from agnews_lora.errors import DataError
+from agnews_lora.paths import STORES
 from agnews_lora.serving.markdown import one_line
 from agnews_lora.serving.predict import load_champion
 from agnews_lora.tracking.registry import Registry

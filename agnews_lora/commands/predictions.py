@@ -16,7 +16,7 @@ from agnews_lora.commands.stage import Stage
 from agnews_lora.data.corpus import Corpus
 from agnews_lora.data.splits import LABELS
 from agnews_lora.reporting import winner
-from agnews_lora.serving import fresh
+from agnews_lora.serving import reload
 from agnews_lora.tracking.runs import SweepRuns
 
 PREDICTIONS: Final = "predictions.csv"
@@ -45,7 +45,7 @@ class Answers:
             uri = self.runs.client.tracking_uri
             with TemporaryDirectory() as folder:
                 adapter = download_artifacts(run_id=run_id, artifact_path="adapter", tracking_uri=uri, dst_path=folder)
-                self._logits[run_id] = fresh.logits(Path(adapter), self.stage.base, self.stage.corpus.validation)
+                self._logits[run_id] = reload.logits(Path(adapter), self.stage.base, self.stage.corpus.validation)
         return self._logits[run_id]
 
     def of_run(self, run_id: str) -> pd.DataFrame:

@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from agnews_lora.commands.dossiers import gather
-from agnews_lora.commands.places import REPORTS, STORES
 from agnews_lora.errors import StorageError, StudyError
+from agnews_lora.paths import REPORTS, STORES
 from agnews_lora.reporting.report.composition import compose
 from agnews_lora.reporting.report.dossier import Dossier
 from agnews_lora.reporting.report.page import html

@@ -8,8 +8,8 @@ from types import FrameType
 from typing import Final
 
 from agnews_lora.commands.loopback import HOST, bound
-from agnews_lora.commands.places import STORES
 from agnews_lora.config.sweep import load_sweep
+from agnews_lora.paths import STORES
 from agnews_lora.serving.front import INVOCATIONS
 from agnews_lora.serving.predict import champion, verified_package
 from agnews_lora.serving.served import Served, serve

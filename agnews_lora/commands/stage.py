@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from agnews_lora.adapters.bases import BaseModel, resolve
-from agnews_lora.commands.places import TOKENS
+from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.config.experiment import Experiment
 from agnews_lora.data import sources
 from agnews_lora.data.corpus import Corpus
 from agnews_lora.data.corpus import prepare as prepare_corpus
 from agnews_lora.data.splits import LABELS
+from agnews_lora.paths import TOKENS
 
 if TYPE_CHECKING:
-    from agnews_lora.training.contracts import Engine
+    from agnews_lora.training.interface import Engine
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Stage:
             from agnews_lora.training.multilora.engine import MultiLoraEngine
 
             return MultiLoraEngine(self.base, self.corpus, self.experiment.settings, LABELS, slots)
-        from agnews_lora.training.trainer import TrainerEngine
+        from agnews_lora.training.hf_trainer import TrainerEngine
 
         return TrainerEngine(self.base, self.corpus, self.experiment.settings, LABELS)
 

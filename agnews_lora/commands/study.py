@@ -10,10 +10,10 @@ import optuna
 
 from agnews_lora.adapters.budget import feasible_ranks, require_within_budget
 from agnews_lora.adapters.spec import ModelShape
-from agnews_lora.commands.places import STORES
 from agnews_lora.commands.stage import Stage
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.errors import BudgetError
+from agnews_lora.paths import STORES
 from agnews_lora.search import space as search_space
 from agnews_lora.search.claims import set_quota
 from agnews_lora.search.pruner import PeerMedianPruner

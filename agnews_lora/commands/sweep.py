@@ -13,12 +13,11 @@ from typing import TypeVar
 import optuna
 from rich.console import Console
 
-from agnews_lora.adapters.bases import shape_of
+from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.commands import report
 from agnews_lora.commands import study as studies
 from agnews_lora.commands.conclusion import Conclusion
 from agnews_lora.commands.interrupts import StopRequest, orderly_stop
-from agnews_lora.commands.places import STORES, WORK
 from agnews_lora.commands.result import Result
 from agnews_lora.commands.stage import Stage, prepare
 from agnews_lora.commands.story import opening
@@ -27,6 +26,7 @@ from agnews_lora.commands.watch import Watch
 from agnews_lora.commands.work import Work, log_data, tidy_up
 from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.errors import StudyError
+from agnews_lora.paths import STORES, WORK
 from agnews_lora.reporting.progress import Progress
 from agnews_lora.reporting.summary import print_summary
 from agnews_lora.search import confirmation

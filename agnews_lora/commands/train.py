@@ -9,20 +9,20 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from agnews_lora.adapters.bases import shape_of
+from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import head_parameters, trainable_parameters
 from agnews_lora.commands.interrupts import StopRequest, orderly_stop
-from agnews_lora.commands.places import STORES, TRAINED, WORK
 from agnews_lora.commands.records import Records
 from agnews_lora.commands.stage import Stage, prepare
 from agnews_lora.config.experiment import Experiment, load_experiment
 from agnews_lora.data.tokens import load_tokenizer
+from agnews_lora.paths import STORES, TRAINED, WORK
 from agnews_lora.reporting.progress import Progress
-from agnews_lora.search.journal import End
+from agnews_lora.search.trial_log import End
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
-from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
+from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
 
 TRIAL = "train"
 

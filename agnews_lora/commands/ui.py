@@ -4,7 +4,7 @@ import os
 import sys
 
 from agnews_lora.commands.loopback import HOST, bound
-from agnews_lora.commands.places import STORES
+from agnews_lora.paths import STORES
 from agnews_lora.tracking.pages import newest_sweeps
 from agnews_lora.tracking.store import open_client, tracking_uri
 

@@ -15,7 +15,7 @@ from agnews_lora.search.confirmation import find_round
 from agnews_lora.search.lines import STORAGE_FAULTS
 from agnews_lora.search.standings import name_of
 from agnews_lora.search.study import BASELINE, ENDED, REASON, SPEC
-from agnews_lora.training.contracts import EvalPoint
+from agnews_lora.training.interface import EvalPoint
 
 
 @dataclass

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import optuna
 
-from agnews_lora.commands.places import WORK
 from agnews_lora.commands.records import Records
 from agnews_lora.commands.stage import Stage
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
+from agnews_lora.paths import WORK
 from agnews_lora.reporting.progress import Progress
 from agnews_lora.search import confirmation
 from agnews_lora.search.claims import is_done
@@ -23,7 +23,7 @@ from agnews_lora.search.runner import StudyRunner, tidy
 from agnews_lora.tracking.runs import SweepRuns
 
 if TYPE_CHECKING:
-    from agnews_lora.training.contracts import Engine
+    from agnews_lora.training.interface import Engine
 
 
 def work_folder(sweep: Sweep, study: optuna.Study) -> Path:

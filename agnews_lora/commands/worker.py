@@ -6,10 +6,10 @@ from rich.console import Console
 
 from agnews_lora.commands import study as studies
 from agnews_lora.commands.interrupts import Supervisor, orderly_stop
-from agnews_lora.commands.places import STORES
 from agnews_lora.commands.stage import prepare
 from agnews_lora.commands.work import Work, log_data, tidy_up
 from agnews_lora.config.sweep import load_sweep
+from agnews_lora.paths import STORES
 from agnews_lora.reporting.progress import Progress
 from agnews_lora.search.leases import Heart, Leases
 from agnews_lora.search.study import IDENTITY, answering

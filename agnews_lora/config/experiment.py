@@ -10,9 +10,9 @@ from pydantic import AfterValidator, Field, GetPydanticSchema, model_validator
 from pydantic_core import core_schema
 
 from agnews_lora.adapters.spec import HEADS, PRESETS, TrialSpec
-from agnews_lora.config.reading import Document, Settings, load, locate, shown, text_fault
+from agnews_lora.config.yaml import Document, Settings, load, locate, shown, text_fault
 from agnews_lora.data.sources import DataSettings
-from agnews_lora.training.contracts import Precision, TrainSettings
+from agnews_lora.training.interface import Precision, TrainSettings
 
 FOLDER: Final = Path("experiments")  # below the working directory
 

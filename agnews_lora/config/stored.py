@@ -6,8 +6,8 @@ from tempfile import TemporaryDirectory
 from pydantic import ValidationError
 
 from agnews_lora.config.experiment import Experiment
-from agnews_lora.config.reading import faults_of, load, parse
 from agnews_lora.config.sweep import Sweep
+from agnews_lora.config.yaml import faults_of, load, parse
 from agnews_lora.errors import ConfigError
 
 

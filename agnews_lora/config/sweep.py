@@ -26,7 +26,7 @@ from agnews_lora.config.experiment import (
     Seed,
     at_most,
 )
-from agnews_lora.config.reading import Document, Settings, load, locate, shown
+from agnews_lora.config.yaml import Document, Settings, load, locate, shown
 from agnews_lora.errors import ConfigError
 
 FOLDER: Final = Path("sweeps")  # below the working directory

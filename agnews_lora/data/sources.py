@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from agnews_lora import hub
 from agnews_lora.data.cleaning import clean
-from agnews_lora.data.csv_rows import read_csv, require_file
+from agnews_lora.data.rows import read_csv, require_file
 from agnews_lora.data.splits import LABELS, Rows, stratified_subset
 from agnews_lora.errors import DataError
 

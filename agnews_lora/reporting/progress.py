@@ -17,7 +17,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from agnews_lora.training.contracts import EvalPoint, TrainPoint
+from agnews_lora.training.interface import EvalPoint, TrainPoint
 
 REFRESHES_PER_SECOND: Final = 2
 # The table's columns, and how wide a terminal must be to show each.

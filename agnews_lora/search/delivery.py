@@ -14,9 +14,9 @@ from agnews_lora.errors import StorageError
 from agnews_lora.search import study as study_keys
 from agnews_lora.search.claims import give_back
 from agnews_lora.search.held import Held, Screen, Tracker
-from agnews_lora.search.journal import End, FolderGone, Journal, Point
 from agnews_lora.search.leases import Leases
 from agnews_lora.search.lines import Line
+from agnews_lora.search.trial_log import End, FolderGone, Journal, Point
 
 
 @dataclass

@@ -10,8 +10,8 @@ from optuna.trial import TrialState
 
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.search import study as study_keys
-from agnews_lora.search.journal import End, Journal, Point
-from agnews_lora.training.contracts import EvalPoint, TrainPoint
+from agnews_lora.search.trial_log import End, Journal, Point
+from agnews_lora.training.interface import EvalPoint, TrainPoint
 
 MAX_WAITING_POINTS: Final = 200  # training points go to the run with the next evaluation, or when so many wait
 

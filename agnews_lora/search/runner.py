@@ -23,14 +23,14 @@ from agnews_lora.search import study as study_keys
 from agnews_lora.search.claims import MAX_ATTEMPTS, claim, is_done
 from agnews_lora.search.delivery import Deliveries
 from agnews_lora.search.held import Held, Screen, Tracker
-from agnews_lora.search.journal import End
 from agnews_lora.search.leases import Leases
 from agnews_lora.search.lines import PATIENCE_SECONDS, Line
 from agnews_lora.search.quest import Quest, is_baseline
 from agnews_lora.search.standings import name_of
 from agnews_lora.search.study import ENDED
+from agnews_lora.search.trial_log import End
 from agnews_lora.training import checkpoints
-from agnews_lora.training.contracts import Engine, EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
+from agnews_lora.training.interface import Engine, EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
 
 IDLE_SECONDS: Final = 1.0  # between two looks for a trial, where others still train theirs
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Final
 
-from agnews_lora.adapters.checkpoint import AdapterRecord
+from agnews_lora.adapters.adapter_files import AdapterRecord
 from agnews_lora.serving.gate import TestScore, recorded_score, score_line
 from agnews_lora.serving.markdown import code, text
 from agnews_lora.tracking.registry import Version
-from agnews_lora.training.contracts import TrainSettings
+from agnews_lora.training.interface import TrainSettings
 
 # The run's params that a card shows: none of them can hold a path.
 _SETTINGS: Final = ("seed", *(field.name for field in fields(TrainSettings)))

@@ -7,14 +7,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from agnews_lora.adapters.adapter_files import read_record, recount
 from agnews_lora.adapters.budget import breach
-from agnews_lora.adapters.checkpoint import read_record, recount
 from agnews_lora.data.corpus import Corpus
 from agnews_lora.errors import AgnewsLoraError, GateError, RegistryError
-from agnews_lora.serving import fresh
+from agnews_lora.serving import reload
 from agnews_lora.serving.package import Package
 from agnews_lora.serving.record import GateRecord, agreement, largest_difference, read_gate_record, token_digest
-from agnews_lora.serving.significance import worse_p_value
+from agnews_lora.serving.stats import worse_p_value
 from agnews_lora.tracking.registry import Version
 
 LARGEST_DIFFERENCE: Final = 1e-4
@@ -134,7 +134,7 @@ def _tokens(entry: Entry, corpus: Corpus) -> Finding:
 
 
 def _reload(entry: Entry, corpus: Corpus) -> list[Finding]:
-    logits = fresh.reload(entry.package.adapter, entry.version.tags["base"], corpus.validation)
+    logits = reload.reload(entry.package.adapter, entry.version.tags["base"], corpus.validation)
     return compare_reload(read_gate_record(entry.package.gate), logits)
 
 

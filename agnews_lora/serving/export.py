@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from agnews_lora.adapters.checkpoint import read_record, recount
+from agnews_lora.adapters.adapter_files import read_record, recount
 from agnews_lora.errors import StorageError
 from agnews_lora.serving.card import model_card
 from agnews_lora.serving.predict import verified_package

@@ -8,16 +8,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from agnews_lora.adapters.bases import resolve
+from agnews_lora.adapters.base_models import resolve
 from agnews_lora.data.corpus import Corpus
 from agnews_lora.data.splits import Rows
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import RegistryError
-from agnews_lora.serving import fresh
+from agnews_lora.serving import reload
 from agnews_lora.serving.checks import Entry, Finding, judge, require_all
 from agnews_lora.serving.markdown import text
 from agnews_lora.serving.package import Package
-from agnews_lora.serving.significance import accuracy_interval
+from agnews_lora.serving.stats import accuracy_interval
 from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry, Version
 from agnews_lora.training.evaluation import accuracy, macro_f1
 
@@ -152,7 +152,7 @@ def _waiting(registry: Registry) -> Version:
 
 
 def _score(entry: Entry, rows: Rows, table: TokenTable) -> TestScore:
-    predicted = fresh.logits(entry.package.adapter, resolve(entry.version.tags["base"]), table).argmax(axis=-1)
+    predicted = reload.logits(entry.package.adapter, resolve(entry.version.tags["base"]), table).argmax(axis=-1)
     low, high = accuracy_interval(int((predicted == table.labels).sum()), len(table))
     return TestScore(
         accuracy(predicted, table.labels), macro_f1(predicted, table.labels), len(table), low, high, rows.digest()

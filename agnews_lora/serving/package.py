@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from agnews_lora.adapters.bases import KNOWN, BaseModel
+from agnews_lora.adapters.base_models import KNOWN, BaseModel
 
 if TYPE_CHECKING:
     from mlflow.models import Model
@@ -21,7 +21,7 @@ ADAPTER: Final = "adapter"
 TOKENIZER: Final = "tokenizer"
 GATE: Final = "gate"
 
-# What `pyfunc.py` imports, beside this package itself, which no index has: serve in the project's own environment
+# What `mlflow_model.py` imports, beside this package itself, which no index has: serve in the project's own environment
 # (`mlflow models serve --env-manager local`).
 REQUIREMENTS: Final = ("mlflow", "torch", "transformers", "peft", "safetensors", "numpy", "pandas")
 EXAMPLE: Final = "Oil prices rose to a record as the central bank left its interest rate unchanged."
@@ -110,7 +110,7 @@ def write_package(
     mlflow.pyfunc.save_model(
         path=str(folder),
         mlflow_model=identity,
-        python_model=str(Path(__file__).with_name("pyfunc.py")),
+        python_model=str(Path(__file__).with_name("mlflow_model.py")),
         # `merged` is there to be overridden: MLflow takes no key at loading that was not saved.
         model_config={"base": base, "sha256": hashes(artifacts), "merged": False},
         artifacts={name: str(path) for name, path in artifacts.items()},

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from agnews_lora.adapters.bases import BaseModel, resolve
-from agnews_lora.adapters.checkpoint import load_with_peft, read_record
+from agnews_lora.adapters.adapter_files import load_with_peft, read_record
+from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.data.cleaning import clean
 from agnews_lora.data.tokens import TokenTable, load_tokenizer
 from agnews_lora.errors import DataError, RegistryError
-from agnews_lora.serving.fresh import full_precision
 from agnews_lora.serving.package import Package
+from agnews_lora.serving.reload import full_precision
 from agnews_lora.training.device import training_device
 from agnews_lora.training.evaluation import predict_logits
 

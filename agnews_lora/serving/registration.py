@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from agnews_lora.adapters.bases import BaseModel
+from agnews_lora.adapters.adapter_files import AdapterRecord, read_record, recount
+from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.budget import breach
-from agnews_lora.adapters.checkpoint import AdapterRecord, read_record, recount
 from agnews_lora.data.corpus import Corpus
 from agnews_lora.data.tokens import TokenTable, load_tokenizer
 from agnews_lora.errors import BudgetError
-from agnews_lora.serving import fresh
+from agnews_lora.serving import reload
 from agnews_lora.serving.checks import compare_reload, require_all
 from agnews_lora.serving.package import ADAPTER, GATE, TOKENIZER, Package, locator, write_package
 from agnews_lora.serving.record import GateRecord, record_of, write_fixed_rows, write_record
@@ -53,7 +53,7 @@ def register(
 ) -> Version:
     """The winner as a new version under the alias `candidate`; the version that its run already has, where it has one.
 
-    data: where the rows come from, in words, for the model card. logits: gives `fresh.logits` of the adapter on the
+    data: where the rows come from, in words, for the model card. logits: gives `reload.logits` of the adapter on the
     validation split, where the caller has a use for them too; else they are computed here.
 
     Raises:
@@ -68,9 +68,9 @@ def register(
     count = recount(winner.adapter)
     if count > winner.budget:
         raise BudgetError(breach(record.spec, record.shape, winner.budget, count))
-    found = logits() if logits else fresh.logits(winner.adapter, base, corpus.validation)
+    found = logits() if logits else reload.logits(winner.adapter, base, corpus.validation)
     answers = record_of(found, corpus.validation)
-    reloaded = fresh.reload(winner.adapter, locator(base), corpus.validation)
+    reloaded = reload.reload(winner.adapter, locator(base), corpus.validation)
     require_all(compare_reload(answers, reloaded), f"{record.trial} of {winner.study} cannot be registered")
     with tempfile.TemporaryDirectory() as folder:
         artifacts = _artifacts(Path(folder), winner.adapter, base, answers, corpus.validation)

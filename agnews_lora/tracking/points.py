@@ -7,7 +7,7 @@ import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 
-from agnews_lora.training.contracts import EvalPoint, TrainPoint
+from agnews_lora.training.interface import EvalPoint, TrainPoint
 
 METRICS: Final = ("train/loss", "train/learning_rate", "eval/accuracy", "eval/macro_f1", "eval/loss")
 

@@ -25,7 +25,7 @@ from agnews_lora.tracking.kept import KeptCheckpoints
 from agnews_lora.tracking.pages import RunPage
 from agnews_lora.tracking.points import RecordedRun, metrics_of
 from agnews_lora.tracking.store import experiment_id, reaching
-from agnews_lora.training.contracts import EvalPoint, TrainPoint
+from agnews_lora.training.interface import EvalPoint, TrainPoint
 
 State = Literal["COMPLETE", "PRUNED", "FAILED", "INTERRUPTED"]
 

@@ -6,7 +6,7 @@ import sys
 import torch
 
 from agnews_lora.errors import TrainingError
-from agnews_lora.training.contracts import Precision
+from agnews_lora.training.interface import Precision
 
 
 def training_device() -> torch.device:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
 from agnews_lora.data.tokens import TokenTable
-from agnews_lora.training.batches import WIDTH_STEP
+from agnews_lora.training.data_order import WIDTH_STEP
 from agnews_lora.training.evaluation import by_length
 
 

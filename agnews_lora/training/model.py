@@ -3,9 +3,9 @@
 from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
-from agnews_lora.adapters.bases import BaseModel
+from agnews_lora.adapters.adapter_files import load_base, lora_config
+from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.budget import trainable_parameters
-from agnews_lora.adapters.checkpoint import load_base, lora_config
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.errors import BudgetError
 

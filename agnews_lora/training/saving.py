@@ -8,7 +8,7 @@ from typing import Any
 
 from agnews_lora.errors import TrainingError
 from agnews_lora.training import checkpoints
-from agnews_lora.training.contracts import TrialPlan
+from agnews_lora.training.interface import TrialPlan
 from agnews_lora.training.loading import PrecutTrainer
 
 WINDOW = "window.json"

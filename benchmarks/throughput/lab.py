@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from agnews_lora.adapters.bases import BaseModel
+from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data.corpus import Corpus
 from agnews_lora.data.splits import LABELS, Rows
 from agnews_lora.data.tokens import TokenTable
-from agnews_lora.training.contracts import TrainSettings, TrialPlan
+from agnews_lora.training.interface import TrainSettings, TrialPlan
 from benchmarks.throughput.lengths import MAX_LENGTH, draw, random_table
 from benchmarks.throughput.measurement import MIXTURE_SIZE, Task
 from benchmarks.throughput.models import read_base

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, PretrainedConfig, RobertaConfig
 
-from agnews_lora.adapters.bases import BaseModel, shape_of
+from agnews_lora.adapters.base_models import BaseModel, shape_of
 from agnews_lora.adapters.spec import PRESETS, ModelShape, module_shape
 from agnews_lora.data.splits import LABELS
 from agnews_lora.training.device import device_name, has_bf16, training_device

@@ -17,12 +17,12 @@ import torch
 from peft import get_peft_model
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from agnews_lora.adapters.checkpoint import load_base, lora_config
+from agnews_lora.adapters.adapter_files import load_base, lora_config
 from agnews_lora.data.splits import LABELS
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import TrainingError
-from agnews_lora.training.batches import batches
-from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
+from agnews_lora.training.data_order import batches
+from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
 from agnews_lora.training.multilora.engine import MultiLoraEngine
 from benchmarks.throughput.lab import Lab
 from benchmarks.throughput.measurement import Peer

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agnews_lora.adapters.bases import shape_of
+from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import (
     feasible_ranks,
     head_parameters,

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agnews_lora.adapters.bases import EMBEDDED, shape_of
+from agnews_lora.adapters.base_models import EMBEDDED, shape_of
 from agnews_lora.adapters.budget import require_within_budget
 from agnews_lora.adapters.spec import PRESETS
-from agnews_lora.training.contracts import TrialResult
+from agnews_lora.training.interface import TrialResult
 from benchmarks.agreement import (
     Comparison,
     Pair,

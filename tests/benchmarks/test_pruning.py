@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from optuna.pruners import NopPruner
 
-from agnews_lora.adapters.bases import shape_of
+from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.config.sweep import load_sweep
 from agnews_lora.search.pruner import PeerMedianPruner
 from benchmarks.pruning import interval

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from agnews_lora.adapters.bases import EMBEDDED, resolve, shape_of
+from agnews_lora.adapters.base_models import EMBEDDED, resolve, shape_of
 from agnews_lora.adapters.budget import require_within_budget
 from agnews_lora.errors import TrainingError
-from agnews_lora.training.contracts import TrainSettings
-from agnews_lora.training.multilora.core import Core
+from agnews_lora.training.interface import TrainSettings
+from agnews_lora.training.multilora.model import Core
 from benchmarks.throughput.__main__ import main
 from benchmarks.throughput.lab import MIXTURE, Lab, corpus_of, plans
 from benchmarks.throughput.lengths import LENGTHS, draw, make, random_table

@@ -15,7 +15,7 @@ from agnews_lora.commands import report
 from agnews_lora.tracking.reading import newest_sweep
 from agnews_lora.tracking.runs import State, SweepRuns
 from agnews_lora.tracking.store import open_client
-from agnews_lora.training.contracts import EvalPoint, TrainPoint
+from agnews_lora.training.interface import EvalPoint, TrainPoint
 from tests.project import agnews_lora, write_project
 from tests.tiny import tiny_base
 

@@ -19,8 +19,8 @@ from mlflow.entities import Run
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from agnews_lora.adapters.bases import resolve
-from agnews_lora.adapters.checkpoint import load_with_peft, recount
+from agnews_lora.adapters.adapter_files import load_with_peft, recount
+from agnews_lora.adapters.base_models import resolve
 from agnews_lora.commands.stage import prepare
 from agnews_lora.config.experiment import load_experiment
 from agnews_lora.config.sweep import Sweep

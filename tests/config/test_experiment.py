@@ -12,7 +12,7 @@ from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.config.experiment import Experiment, Training, load_experiment
 from agnews_lora.data.sources import DataSettings
 from agnews_lora.errors import ConfigError
-from agnews_lora.training.contracts import TrainSettings
+from agnews_lora.training.interface import TrainSettings
 from tests.config.conftest import Write
 
 ADAPTER = "adapter: {targets: qv, rank: 8, alpha: 16, learning_rate: 1e-3}"

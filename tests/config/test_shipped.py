@@ -7,12 +7,12 @@ import pytest
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from agnews_lora.adapters.bases import shape_of
+from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import feasible_ranks, max_rank, trainable_parameters
 from agnews_lora.adapters.spec import PRESETS, TrialSpec
 from agnews_lora.config.experiment import load_experiment
 from agnews_lora.config.sweep import load_sweep
-from agnews_lora.training.contracts import TrainSettings
+from agnews_lora.training.interface import TrainSettings
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments").iterdir())

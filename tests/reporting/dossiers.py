@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from agnews_lora.adapters.bases import shape_of
+from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.config.stored import read_experiment, read_sweep

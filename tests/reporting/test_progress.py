@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from agnews_lora.reporting.progress import Progress, duration
-from agnews_lora.training.contracts import EvalPoint, TrainPoint
+from agnews_lora.training.interface import EvalPoint, TrainPoint
 
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 

@@ -19,7 +19,6 @@ from agnews_lora.config.sweep import Range, Space
 from agnews_lora.errors import TrainingError
 from agnews_lora.search import space as search_space
 from agnews_lora.search.claims import set_quota
-from agnews_lora.search.journal import End, RunState
 from agnews_lora.search.leases import Leases
 from agnews_lora.search.pruner import PeerMedianPruner
 from agnews_lora.search.quest import Search
@@ -27,8 +26,9 @@ from agnews_lora.search.queue import enqueue_baseline
 from agnews_lora.search.runner import StudyRunner
 from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.search.study import open_storage, open_study
+from agnews_lora.search.trial_log import End, RunState
 from agnews_lora.training import checkpoints
-from agnews_lora.training.contracts import (
+from agnews_lora.training.interface import (
     EvalPoint,
     Observer,
     TrainPoint,

@@ -7,7 +7,7 @@ import pytest
 from agnews_lora.errors import StoreAway
 from agnews_lora.search import lines
 from agnews_lora.training import checkpoints
-from agnews_lora.training.contracts import EvalPoint, TrainPoint
+from agnews_lora.training.interface import EvalPoint, TrainPoint
 from tests.search.scripted import EVAL_EVERY, LOG_EVERY, RecordingTracker, ScriptedEngine, Session
 
 

@@ -24,15 +24,15 @@ from agnews_lora.commands.records import Records
 from agnews_lora.errors import StorageError, StoreAway, TrainingError
 from agnews_lora.search import study as keys
 from agnews_lora.search.claims import MAX_ATTEMPTS
-from agnews_lora.search.journal import End
 from agnews_lora.search.leases import Leases
 from agnews_lora.search.pruner import PeerMedianPruner
 from agnews_lora.search.sampler import derived_seed
 from agnews_lora.search.space import parameters_of
 from agnews_lora.search.standings import Standing, standings
+from agnews_lora.search.trial_log import End
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
-from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrialPlan
+from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialPlan
 from tests.search.scripted import (
     BUDGET,
     EVAL_EVERY,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
-from agnews_lora.adapters.bases import shape_of
+from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import feasible_ranks, trainable_parameters
 from agnews_lora.adapters.spec import PRESETS, ModelShape, TrialSpec
 from agnews_lora.config.sweep import Range, Space

@@ -11,15 +11,15 @@ import torch
 from mlflow import MlflowClient
 from peft import get_peft_model
 
-from agnews_lora.adapters.bases import BaseModel, resolve
+from agnews_lora.adapters.adapter_files import AdapterRecord, load_base, lora_config, save_adapter
+from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.adapters.budget import trainable_parameters
-from agnews_lora.adapters.checkpoint import AdapterRecord, load_base, lora_config, save_adapter
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data import newswire
 from agnews_lora.data.corpus import Corpus
 from agnews_lora.data.splits import LABELS, Rows
 from agnews_lora.data.tokens import TokenTable, tokenise
-from agnews_lora.serving import fresh
+from agnews_lora.serving import reload
 from agnews_lora.serving.registration import Winner, register
 from agnews_lora.tracking.registry import Registry, Version
 from agnews_lora.tracking.store import experiment_id, open_client
@@ -88,7 +88,7 @@ class World:
 def label_by(adapter: Path, base: BaseModel, texts: tuple[str, ...], cache: Path) -> tuple[Rows, TokenTable]:
     """The texts with the labels that an adapter gives them."""
     table = tokenise(Rows(texts, (0,) * len(texts)), base.folder, MAX_LENGTH, cache)
-    labels = fresh.logits(adapter, base, table).argmax(axis=-1)
+    labels = reload.logits(adapter, base, table).argmax(axis=-1)
     return Rows(texts, tuple(labels.tolist())), replace(table, labels=labels)
 
 
@@ -149,7 +149,7 @@ def new_run(client: MlflowClient, registry: Registry) -> Callable[[], str]:
 @pytest.fixture
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reload the adapter in this process: the new one, which takes seconds to import its libraries, is tested apart."""
-    monkeypatch.setattr(fresh, "reload", lambda adapter, base, table: fresh.logits(adapter, resolve(base), table))
+    monkeypatch.setattr(reload, "reload", lambda adapter, base, table: reload.logits(adapter, resolve(base), table))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from mlflow.artifacts import load_text
 from agnews_lora.data.splits import Rows
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import GateError, RegistryError
-from agnews_lora.serving import fresh
+from agnews_lora.serving import reload
 from agnews_lora.serving.export import export
 from agnews_lora.serving.gate import promote, recorded_score, rollback
 from agnews_lora.serving.package import Package
@@ -71,7 +71,7 @@ def test_the_test_score_is_that_of_its_own_answers(registry: Registry, world: Wo
     enter(world.worse)
     rows, table = world.test
     score = promote(registry, world.corpus, lambda: world.test).score
-    right = fresh.logits(world.worse, world.base, table).argmax(axis=-1) == np.asarray(rows.labels)
+    right = reload.logits(world.worse, world.base, table).argmax(axis=-1) == np.asarray(rows.labels)
     assert score.accuracy == pytest.approx(right.mean()) and 0 < right.mean() < 0.9
     assert score.low < score.accuracy < score.high
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agnews_lora.adapters.bases import resolve
+from agnews_lora.adapters.base_models import resolve
 from agnews_lora.adapters.spec import Family
 from agnews_lora.data.splits import LABELS
 from agnews_lora.errors import AdapterError, DataError, RegistryError

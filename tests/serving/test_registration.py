@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from agnews_lora.adapters.bases import resolve
-from agnews_lora.adapters.checkpoint import read_record
+from agnews_lora.adapters.adapter_files import read_record
+from agnews_lora.adapters.base_models import resolve
 from agnews_lora.data.splits import LABELS
 from agnews_lora.errors import BudgetError, GateError
-from agnews_lora.serving import fresh
+from agnews_lora.serving import reload
 from agnews_lora.serving.package import Package
 from agnews_lora.serving.record import read_gate_record
 from agnews_lora.serving.registration import Winner, register
@@ -61,7 +61,7 @@ def test_the_winner_waits_with_all_that_is_known_of_it(registry: Registry, world
 def test_the_record_holds_what_the_exported_weights_answered(registry: Registry, world: World, enter: Enter) -> None:
     package = Package(registry.folder(enter(world.worse)))
     record = read_gate_record(package.gate)
-    logits = fresh.logits(world.worse, world.base, world.corpus.validation)
+    logits = reload.logits(world.worse, world.base, world.corpus.validation)
     assert np.array_equal(record.predicted, logits.argmax(axis=-1))
     assert np.array_equal(record.logits, logits[record.rows]) and len(record.rows) == 64
     assert json.loads((package.gate / "gate_record.json").read_text())["validation_rows"] == 200
@@ -71,12 +71,12 @@ def test_a_new_process_must_agree_before_it_is_registered(
     registry: Registry, world: World, winner: Winner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def differing(adapter: Path, base: str, table: object) -> np.ndarray:
-        answers = fresh.logits(adapter, resolve(base), table)
+        answers = reload.logits(adapter, resolve(base), table)
         answers[0, 0] += 1e-3
         answers[5:7] = answers[5:7, ::-1]
         return answers
 
-    monkeypatch.setattr(fresh, "reload", differing)
+    monkeypatch.setattr(reload, "reload", differing)
     with pytest.raises(GateError) as refusal:
         register(registry, winner, world.base, world.corpus, {"source": "newswire"})
     message = str(refusal.value)

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from agnews_lora.tracking import reading
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
-from agnews_lora.training.contracts import EvalPoint, TrainPoint
+from agnews_lora.training.interface import EvalPoint, TrainPoint
 
 
 @pytest.fixture

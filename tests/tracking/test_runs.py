@@ -14,7 +14,7 @@ from agnews_lora.tracking.points import METRICS
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client, tracking_uri
-from agnews_lora.training.contracts import EvalPoint, TrainPoint
+from agnews_lora.training.interface import EvalPoint, TrainPoint
 
 TEXTS = {"sweep.yaml": "a: 1\n"}
 PARAMS = {"targets": "qv", "lora_r": 8, "learning_rate": 2e-4}

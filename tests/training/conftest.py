@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from agnews_lora.adapters.bases import BaseModel, resolve
+from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.adapters.spec import Family, TrialSpec
 from agnews_lora.data import newswire
 from agnews_lora.data.corpus import Corpus
 from agnews_lora.data.splits import LABELS, stratified_subset
 from agnews_lora.data.tokens import tokenise
-from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrainSettings, TrialPlan, TrialResult, Verdict
+from agnews_lora.training.interface import EvalPoint, TrainPoint, TrainSettings, TrialPlan, TrialResult, Verdict
 from tests.tiny import tiny_base
 
 TRAIN_ROWS = 76  # ten batches of eight, one of them with four rows
@@ -99,7 +99,7 @@ def train(
     lab: Lab, plans: Iterable[TrialPlan], settings: TrainSettings = SETTINGS, recorder: Recorder | None = None
 ) -> Recorder:
     """What a new engine reports of some plans, to the recorder given or to a fresh one."""
-    from agnews_lora.training.trainer import TrainerEngine
+    from agnews_lora.training.hf_trainer import TrainerEngine
 
     recorder = recorder or Recorder()
     TrainerEngine(lab.base, lab.corpus, settings, LABELS).run(Plans(plans), recorder)
@@ -123,7 +123,7 @@ def losses(points: Iterable[TrainPoint]) -> list[TrainPoint]:
 @pytest.fixture(scope="package", autouse=True)
 def quick_collections() -> Iterator[None]:
     """Engines collect garbage at each trial: let them not go over a million objects of libraries each time."""
-    import agnews_lora.training.trainer  # noqa: F401
+    import agnews_lora.training.hf_trainer  # noqa: F401
 
     gc.collect()
     gc.freeze()

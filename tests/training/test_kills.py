@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agnews_lora.adapters.checkpoint import WEIGHTS
+from agnews_lora.adapters.adapter_files import WEIGHTS
 from agnews_lora.data.splits import LABELS
 from agnews_lora.errors import StorageError, TrainingError
 from agnews_lora.training import checkpoints
-from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrainSettings, TrialPlan, TrialResult, Verdict
+from agnews_lora.training.hf_trainer import TrainerEngine
+from agnews_lora.training.interface import EvalPoint, TrainPoint, TrainSettings, TrialPlan, TrialResult, Verdict
 from agnews_lora.training.multilora.engine import MultiLoraEngine
-from agnews_lora.training.trainer import TrainerEngine
 from tests.training.conftest import SETTINGS, SPEC, Lab, Plans, Recorder, plan
 
 ENGINES = ("trainer", "multilora")

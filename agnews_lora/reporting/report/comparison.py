@@ -16,7 +16,7 @@ from agnews_lora.reporting.report.document import (
 from agnews_lora.reporting.report.dossier import Dossier
 from agnews_lora.reporting.report.wording import counted, percent, points, whole
 from agnews_lora.reporting.winner import classes
-from agnews_lora.serving.significance import accuracy_interval
+from agnews_lora.serving.stats import accuracy_interval
 
 SIGNIFICANT = 0.05
 

@@ -25,7 +25,7 @@ from agnews_lora.config.sweep import Sweep
 from agnews_lora.serving.gate import TestScore
 from agnews_lora.tracking.reading import DatasetUse
 from agnews_lora.tracking.registry import Version
-from agnews_lora.training.contracts import TrainSettings
+from agnews_lora.training.interface import TrainSettings
 
 # States of trials, and what they are called.
 STATES = {

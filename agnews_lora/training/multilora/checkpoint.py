@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from agnews_lora.errors import TrainingError
 from agnews_lora.training import checkpoints
-from agnews_lora.training.contracts import TrialPlan
+from agnews_lora.training.interface import TrialPlan
 from agnews_lora.training.multilora.slots import SlotState
-from agnews_lora.training.multilora.trial import Progress
+from agnews_lora.training.multilora.trial_state import Progress
 
 TENSORS = "slot.safetensors"
 PROGRESS = "progress.json"

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from agnews_lora.adapters.bases import BaseModel
+from agnews_lora.adapters.adapter_files import load_base
+from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.budget import trainable_parameters
-from agnews_lora.adapters.checkpoint import load_base
 from agnews_lora.data.corpus import Corpus
 from agnews_lora.errors import AdapterError, BudgetError, ConfigError, StorageError, TrainingError
 from agnews_lora.training.checkpoints import folder_of
-from agnews_lora.training.contracts import (
+from agnews_lora.training.device import computes_in_bf16, peak_memory_bytes, training_device
+from agnews_lora.training.interface import (
     EvalPoint,
     Observer,
     TrainPoint,
@@ -26,15 +27,14 @@ from agnews_lora.training.contracts import (
     TrialSource,
     Verdict,
 )
-from agnews_lora.training.device import computes_in_bf16, peak_memory_bytes, training_device
 from agnews_lora.training.multilora.checkpoint import read_checkpoint, write_checkpoint
-from agnews_lora.training.multilora.core import Core
 from agnews_lora.training.multilora.encoder import Encoder
 from agnews_lora.training.multilora.export import export_adapter, fresh_weights
 from agnews_lora.training.multilora.memory import choose_slots
+from agnews_lora.training.multilora.model import Core
 from agnews_lora.training.multilora.packing import TokenStore
 from agnews_lora.training.multilora.slots import SlotState
-from agnews_lora.training.multilora.trial import Progress, Trial
+from agnews_lora.training.multilora.trial_state import Progress, Trial
 
 # What ends one trial and leaves the others sound. Everything else is a fault of the program: reported, then raised.
 TRIAL_FAULTS = (TrainingError, BudgetError, AdapterError)

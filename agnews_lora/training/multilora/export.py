@@ -6,9 +6,9 @@ from pathlib import Path
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from agnews_lora.adapters.bases import BaseModel
-from agnews_lora.adapters.checkpoint import record_of, save_adapter, verify
-from agnews_lora.training.contracts import TrialPlan
+from agnews_lora.adapters.adapter_files import record_of, save_adapter, verify
+from agnews_lora.adapters.base_models import BaseModel
+from agnews_lora.training.interface import TrialPlan
 from agnews_lora.training.model import build_model
 
 

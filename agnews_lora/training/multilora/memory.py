@@ -2,9 +2,9 @@
 
 import torch
 
-from agnews_lora.adapters.checkpoint import tensor_shapes
+from agnews_lora.adapters.adapter_files import tensor_shapes
 from agnews_lora.adapters.spec import TrialSpec
-from agnews_lora.training.multilora.core import Core, SlotBatch
+from agnews_lora.training.multilora.model import Core, SlotBatch
 from agnews_lora.training.multilora.packing import TokenStore
 from agnews_lora.training.multilora.slots import SlotState
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from agnews_lora.data.tokens import TokenTable
-from agnews_lora.training.batches import WIDTH_STEP
+from agnews_lora.training.data_order import WIDTH_STEP
 from agnews_lora.training.multilora.attention import Attention, FlatAttention, PaddedAttention
 
 # Tokens of a row that flash attention takes at once (heads of 64). The longest row in these steps launches the same

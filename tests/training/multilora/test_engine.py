@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agnews_lora.adapters.checkpoint import CONFIG, WEIGHTS, load_with_peft
+from agnews_lora.adapters.adapter_files import CONFIG, WEIGHTS, load_with_peft
 from agnews_lora.adapters.spec import HEADS, Family, TrialSpec
 from agnews_lora.data.splits import LABELS
 from agnews_lora.errors import ConfigError, TrainingError
-from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrainSettings, TrialPlan, Verdict
 from agnews_lora.training.evaluation import predict_logits
-from agnews_lora.training.multilora.core import Core
+from agnews_lora.training.interface import EvalPoint, TrainPoint, TrainSettings, TrialPlan, Verdict
 from agnews_lora.training.multilora.engine import MultiLoraEngine
+from agnews_lora.training.multilora.model import Core
 from tests.training.conftest import (
     MONITOR_ROWS,
     SETTINGS,

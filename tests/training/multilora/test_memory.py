@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from agnews_lora.adapters.checkpoint import load_base
+from agnews_lora.adapters.adapter_files import load_base
 from agnews_lora.adapters.spec import PRESETS
 from agnews_lora.training.device import peak_memory_bytes
-from agnews_lora.training.multilora.core import Core
 from agnews_lora.training.multilora.encoder import Encoder
 from agnews_lora.training.multilora.memory import (
     HEAVIEST,
@@ -16,6 +15,7 @@ from agnews_lora.training.multilora.memory import (
     heaviest_step,
     occupy,
 )
+from agnews_lora.training.multilora.model import Core
 from agnews_lora.training.multilora.packing import TokenStore
 from tests.training.conftest import Lab
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import get_linear_schedule_with_warmup
 
-from agnews_lora.adapters.checkpoint import tensor_shapes
+from agnews_lora.adapters.adapter_files import tensor_shapes
 from agnews_lora.adapters.spec import HEADS, Family, TrialSpec
 from agnews_lora.training.multilora import optimizer
 from agnews_lora.training.multilora.slots import Slots, SlotState

@@ -2,7 +2,7 @@
 
 import torch
 
-from agnews_lora.adapters.checkpoint import tensor_shapes
+from agnews_lora.adapters.adapter_files import tensor_shapes
 from agnews_lora.adapters.spec import PRESETS, TrialSpec
 from agnews_lora.training.multilora.slots import Slots, SlotState
 from tests.tiny import tiny_shape

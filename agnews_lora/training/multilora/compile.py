@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from agnews_lora.training.multilora.adaptation import GroupedUpdates
 from agnews_lora.training.multilora.attention import Attention, FlatAttention
 from agnews_lora.training.multilora.encoder import Layer, LayerFunction, LayerUpdates, encode_layer
+from agnews_lora.training.multilora.lora import GroupedUpdates
 
 # Compiled layers of one process: (3 places x 2 + 2 in scoring) for each of the sets of modules that grow as trials come
 # (6 at most), and again of a single slot or row, whose size is a constant to the compiler. Beyond: uncompiled.

@@ -16,8 +16,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from agnews_lora.adapters.bases import BaseModel, resolve
-from agnews_lora.adapters.checkpoint import load_with_peft, read_record
+from agnews_lora.adapters.adapter_files import load_with_peft, read_record
+from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import AgnewsLoraError, GateError
 from agnews_lora.serving.rows import read_table, write_table

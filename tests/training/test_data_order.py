@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agnews_lora.training.batches import CHUNK_BATCHES, batches
+from agnews_lora.training.data_order import CHUNK_BATCHES, batches
 
 lengths = st.lists(st.integers(1, 200), max_size=400)
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerState
 
-from agnews_lora.adapters.checkpoint import WEIGHTS
+from agnews_lora.adapters.adapter_files import WEIGHTS
 from agnews_lora.adapters.spec import Family
 from agnews_lora.errors import StorageError
 from agnews_lora.training import checkpoints
-from agnews_lora.training.contracts import TrialPlan
+from agnews_lora.training.interface import TrialPlan
 from tests.training.conftest import SETTINGS, SPEC, TRAIN_ROWS, Lab, Recorder, losses, plan, scores, train
 
 # Ten steps, evaluated at 4 and 8 in two batches each and at 10 in four. Dropout draws from the generators at each step.

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agnews_lora.adapters.bases import BaseModel
+from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import PRESETS, ModelShape, TrialSpec, module_shape, target_pattern
 from agnews_lora.errors import AdapterError, BaseModelError, StorageError

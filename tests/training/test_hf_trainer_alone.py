@@ -20,14 +20,14 @@ asked = []
 CALLS = {"socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"}
 sys.addaudithook(lambda event, args: asked.append(repr(args)) if event in CALLS else None)
 
-import agnews_lora.training.trainer
+import agnews_lora.training.hf_trainer
 
 STRANGERS = {"optuna", "mlflow", "pydantic", "matplotlib", "ruamel"}  # libraries of other rooms
 imported = sorted(STRANGERS & set(sys.modules))
 
 from dataclasses import replace
 
-from agnews_lora.adapters.checkpoint import load_with_peft
+from agnews_lora.adapters.adapter_files import load_with_peft
 from tests.training.conftest import SETTINGS, SPEC, Recorder, make_lab, plan, train
 
 base, folder, report = map(Path, sys.argv[1:])

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention import varlen
 
-from agnews_lora.adapters.checkpoint import load_base, tensor_shapes
+from agnews_lora.adapters.adapter_files import load_base, tensor_shapes
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
-from agnews_lora.training.multilora import compilation, optimizer
-from agnews_lora.training.multilora.core import Core, SlotBatch
+from agnews_lora.training.multilora import compile, optimizer
 from agnews_lora.training.multilora.encoder import Encoder
+from agnews_lora.training.multilora.model import Core, SlotBatch
 from agnews_lora.training.multilora.packing import TokenStore
 from agnews_lora.training.multilora.slots import SlotState
 from tests.training.conftest import SETTINGS, Lab, plan
@@ -104,8 +104,8 @@ def compiled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers traced, differentiated, decomposed and cut in two as for CUDA, but run operation by operation: no C++
     compiler is needed."""
     torch._dynamo.reset()
-    traced = compilation.compile_layer("aot_eager_decomp_partition")
-    monkeypatch.setattr(compilation, "_compiled", lambda: traced)
+    traced = compile.compile_layer("aot_eager_decomp_partition")
+    monkeypatch.setattr(compile, "_compiled", lambda: traced)
     monkeypatch.setattr(varlen, "varlen_attn", attend)
 
 
@@ -148,8 +148,8 @@ def test_training_goes_on_where_compiling_fails(
     def no_compiler(*_: object) -> Any:
         raise RuntimeError("Failed to find a C compiler")
 
-    broken = compilation.compile_layer(no_compiler)
-    monkeypatch.setattr(compilation, "_compiled", lambda: broken)
+    broken = compile.compile_layer(no_compiler)
+    monkeypatch.setattr(compile, "_compiled", lambda: broken)
     store = TokenStore(roberta.corpus.train, CPU, flat=True)
     core = core_of(roberta, 1, CPU)
     place(core, 0, SPEC)

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from agnews_lora.errors import TrainingError
-from agnews_lora.training.batches import batches
 from agnews_lora.training.checkpoints import folder_of
-from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrainSettings, TrialPlan, TrialResult, timestamp
+from agnews_lora.training.data_order import batches
 from agnews_lora.training.evaluation import accuracy, macro_f1, mean_cross_entropy
-from agnews_lora.training.multilora.core import SlotBatch
+from agnews_lora.training.interface import EvalPoint, TrainPoint, TrainSettings, TrialPlan, TrialResult, timestamp
+from agnews_lora.training.multilora.model import SlotBatch
 from agnews_lora.training.multilora.optimizer import linear_rate
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from agnews_lora.errors import StorageError
-from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrialResult
+from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialResult
 
 FILE: Final = "journal.jsonl"
 

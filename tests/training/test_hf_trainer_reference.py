@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, set_seed
 
 from agnews_lora.adapters.spec import Family
-from agnews_lora.training.batches import batches
-from agnews_lora.training.contracts import TrainPoint
+from agnews_lora.training.data_order import batches
+from agnews_lora.training.interface import TrainPoint
 from tests.training.conftest import SETTINGS, STEPS, Lab, losses, plan, train
 
 ALPHA, RANK, LEARNING_RATE, SEED = 4, 2, 1e-2, 7

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from agnews_lora.config.reading import MAX_BYTES, Document, Settings, load, locate
+from agnews_lora.config.yaml import MAX_BYTES, Document, Settings, load, locate
 from agnews_lora.errors import ConfigError
 
 

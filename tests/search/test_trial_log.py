@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agnews_lora.errors import StorageError
-from agnews_lora.search.journal import FILE, End, Journal
-from agnews_lora.training.contracts import EvalPoint, TrainPoint, TrialResult
+from agnews_lora.search.trial_log import FILE, End, Journal
+from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialResult
 
 TRAIN = TrainPoint("t0000", 10, 1.25, 1e-3, 1_000)
 EVAL = EvalPoint("t0000", 10, 0.5, 0.4, 1.1, 50, False, 1_001)

@@ -13,9 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, set_seed
 
-from agnews_lora.adapters.bases import BaseModel, resolve
-from agnews_lora.adapters.budget import trainable_parameters
-from agnews_lora.adapters.checkpoint import (
+from agnews_lora.adapters.adapter_files import (
     CONFIG,
     RECORD,
     WEIGHTS,
@@ -31,6 +29,8 @@ from agnews_lora.adapters.checkpoint import (
     tensor_shapes,
     verify,
 )
+from agnews_lora.adapters.base_models import BaseModel, resolve
+from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import HEADS, PRESETS, Family, TrialSpec
 from agnews_lora.data.splits import LABELS
 from agnews_lora.errors import AdapterError, BaseModelError

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from agnews_lora.adapters.spec import ModelShape
 from agnews_lora.training.evaluation import by_length
 from agnews_lora.training.multilora import optimizer
-from agnews_lora.training.multilora.adaptation import Adaptation
-from agnews_lora.training.multilora.compilation import Encoding
+from agnews_lora.training.multilora.compile import Encoding
 from agnews_lora.training.multilora.dropout import Draw
 from agnews_lora.training.multilora.encoder import Encoder
+from agnews_lora.training.multilora.lora import Adaptation
 from agnews_lora.training.multilora.packing import Packing, TokenStore, on_device
 from agnews_lora.training.multilora.slots import Slots
 from agnews_lora.training.multilora.threads import Threads

@@ -20,7 +20,7 @@ class NewsClassifier(PythonModel):
     """
 
     def load_context(self, context: PythonModelContext) -> None:
-        from agnews_lora.adapters.bases import resolve
+        from agnews_lora.adapters.base_models import resolve
         from agnews_lora.errors import RegistryError
         from agnews_lora.serving.package import hashes
         from agnews_lora.serving.predict import Classifier

@@ -8,12 +8,12 @@ import torch
 from peft import get_peft_model_state_dict
 from torch.nn.attention import varlen
 
-from agnews_lora.adapters.checkpoint import load_base
+from agnews_lora.adapters.adapter_files import load_base
 from agnews_lora.adapters.spec import HEADS, PRESETS, Family, TrialSpec
 from agnews_lora.errors import BaseModelError
 from agnews_lora.training.model import build_model
-from agnews_lora.training.multilora.core import Core, SlotBatch
 from agnews_lora.training.multilora.encoder import Encoder
+from agnews_lora.training.multilora.model import Core, SlotBatch
 from agnews_lora.training.multilora.packing import TokenStore, in_one_copy
 from agnews_lora.training.multilora.slots import Slots, SlotState
 from agnews_lora.training.multilora.threads import Threads

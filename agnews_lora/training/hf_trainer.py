@@ -22,13 +22,15 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from agnews_lora.adapters.bases import BaseModel
-from agnews_lora.adapters.checkpoint import record_of, save_adapter
+from agnews_lora.adapters.adapter_files import record_of, save_adapter
+from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.data.corpus import Corpus
 from agnews_lora.errors import AdapterError, BudgetError, StorageError, TrainingError
 from agnews_lora.training import checkpoints
-from agnews_lora.training.batches import batches
-from agnews_lora.training.contracts import (
+from agnews_lora.training.data_order import batches
+from agnews_lora.training.device import computes_in_bf16, peak_memory_bytes, training_device
+from agnews_lora.training.evaluation import mean_cross_entropy
+from agnews_lora.training.interface import (
     EvalPoint,
     Observer,
     TrainPoint,
@@ -39,8 +41,6 @@ from agnews_lora.training.contracts import (
     Verdict,
     timestamp,
 )
-from agnews_lora.training.device import computes_in_bf16, peak_memory_bytes, training_device
-from agnews_lora.training.evaluation import mean_cross_entropy
 from agnews_lora.training.loading import TableRows
 from agnews_lora.training.metric import AccuracyAndMacroF1
 from agnews_lora.training.model import build_model, recount

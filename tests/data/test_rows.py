@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agnews_lora.data.cleaning import clean
-from agnews_lora.data.csv_rows import read_csv
+from agnews_lora.data.rows import read_csv
 from agnews_lora.data.splits import Rows
 from agnews_lora.errors import DataError
 

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import AutoModelForSequenceClassification
 
-from agnews_lora.adapters.bases import resolve
-from agnews_lora.adapters.checkpoint import WEIGHTS, load_with_peft
+from agnews_lora.adapters.adapter_files import WEIGHTS, load_with_peft
+from agnews_lora.adapters.base_models import resolve
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data.splits import LABELS
 from agnews_lora.errors import BudgetError, TrainingError
 from agnews_lora.training import device
-from agnews_lora.training.contracts import EvalPoint
 from agnews_lora.training.evaluation import mean_cross_entropy, predict_logits
-from agnews_lora.training.trainer import TrainerEngine
+from agnews_lora.training.hf_trainer import TrainerEngine
+from agnews_lora.training.interface import EvalPoint
 from tests.training.conftest import (
     MONITOR_ROWS,
     SETTINGS,

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from agnews_lora.adapters.bases import resolve
+from agnews_lora.adapters.base_models import resolve
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data import newswire
 from agnews_lora.data.splits import Rows
 from agnews_lora.data.tokens import tokenise
 from agnews_lora.errors import GateError
-from agnews_lora.serving import fresh
+from agnews_lora.serving import reload
 from tests.serving.conftest import MAX_LENGTH, write_adapter
 from tests.tiny import tiny_base
 
@@ -22,8 +22,8 @@ def test_a_new_process_answers_as_this_one(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", base, spec)
     rows = Rows(newswire.generate(80, "train", seed=3).texts, (0,) * 80)
     table = tokenise(rows, base.folder, MAX_LENGTH, tmp_path / "cache")
-    here = fresh.logits(adapter, base, table)
-    there = fresh.reload(adapter, base.name, table)
+    here = reload.logits(adapter, base, table)
+    there = reload.reload(adapter, base.name, table)
     assert there.shape == here.shape == (80, 4)
     assert here.std() > 0.1
     assert np.abs(there - here).max() <= 1e-5
@@ -31,14 +31,14 @@ def test_a_new_process_answers_as_this_one(tmp_path: Path) -> None:
 
 def test_what_the_new_process_cannot_do_it_says_in_one_line(tmp_path: Path, world) -> None:
     with pytest.raises(GateError, match=r"ended with: base model 'nowhere' must be one of .* it is neither"):
-        fresh.reload(world.good, "nowhere", world.corpus.validation)
+        reload.reload(world.good, "nowhere", world.corpus.validation)
 
 
 def test_full_precision_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        with fresh.full_precision():
+        with reload.full_precision():
             assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == "medium"
     finally:

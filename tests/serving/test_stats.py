@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from agnews_lora.serving.significance import accuracy_interval, worse_p_value
+from agnews_lora.serving.stats import accuracy_interval, worse_p_value
 
 
 def right(text: str) -> np.ndarray:

@@ -38,6 +38,7 @@ TRAINABLE = "trainable_parameters"
 LOSS = "loss"
 MACRO_F1 = "macro_f1"
 REASON = "reason"
+COSTS = "costs"
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 

@@ -1,0 +1,364 @@
+"""The sweep result: the one value that screen, `--json`, MLflow's pages, figures and the report are made from.
+
+It is computed from the study once, written as `result.json`, and read back from there. Nothing else ranks trials.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Final, Self
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from agnews_lora.adapters.spec import ModelShape, TrialSpec
+from agnews_lora.search import study as study_keys
+
+FORMAT: Final = 1  # of `result.json`
+MIN_TRIALS_FOR_IMPORTANCE: Final = 4
+ENDED_STATES: Final = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
+
+
+def trial_name(trial: optuna.Trial | FrozenTrial) -> str:
+    """`t0007`, or the name that the confirmation gave the trial (`t0007-s2`)."""
+    return str(trial.user_attrs.get(study_keys.NAME) or f"t{trial.number:04d}")
+
+
+@dataclass(frozen=True)
+class TrialSummary:
+    """One trial of a study.
+
+    state: Optuna's. accuracy: final, or the last reported one of a pruned trial. steps: the last that was evaluated.
+    rows_seen, train_seconds, eval_seconds, peak_memory_bytes: its costs; None until it has ended.
+    """
+
+    trial: str
+    number: int
+    state: str
+    baseline: bool
+    spec: TrialSpec | None
+    accuracy: float | None
+    macro_f1: float | None
+    loss: float | None
+    trainable_parameters: int | None
+    seed: int | None
+    run_id: str | None
+    reason: str | None
+    steps: int
+    rows_seen: int | None = None
+    train_seconds: float | None = None
+    eval_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+
+    @classmethod
+    def from_trial(cls, trial: FrozenTrial) -> Self:
+        """Read it from a trial of a study."""
+        attributes, reported = trial.user_attrs, trial.intermediate_values
+        value = trial.value if trial.state is TrialState.COMPLETE else reported[max(reported)] if reported else None
+        return cls(
+            trial=trial_name(trial),
+            number=trial.number,
+            state=trial.state.name,
+            baseline=bool(attributes.get(study_keys.BASELINE)),
+            spec=TrialSpec(**attributes[study_keys.SPEC]) if study_keys.SPEC in attributes else None,
+            accuracy=value,
+            macro_f1=attributes.get(study_keys.MACRO_F1),
+            loss=attributes.get(study_keys.LOSS),
+            trainable_parameters=attributes.get(study_keys.TRAINABLE),
+            seed=attributes.get(study_keys.SEED),
+            run_id=attributes.get(study_keys.RUN_ID),
+            reason=attributes.get(study_keys.REASON),
+            steps=max(reported, default=0),
+            **attributes.get(study_keys.COSTS, {}),
+        )
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """A trial of the search, with its repetitions over other seeds that have ended."""
+
+    own: TrialSummary
+    repeats: tuple[TrialSummary, ...]
+
+    @property
+    def runs(self) -> list[TrialSummary]:
+        """The runs that were completed, the search's own first."""
+        return [self.own, *(row for row in self.repeats if row.state == "COMPLETE")]
+
+    @property
+    def num_failed(self) -> int:
+        return len(self.repeats) + 1 - len(self.runs)
+
+    @property
+    def accuracies(self) -> list[float]:
+        return [row.accuracy for row in self.runs if row.accuracy is not None]
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Over the completed runs, the search's own included."""
+        return fmean(self.accuracies)
+
+    @property
+    def std_accuracy(self) -> float | None:
+        """Of a sample (n - 1); None with a single run."""
+        return stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+    @property
+    def drop(self) -> float:
+        """How far the mean lies below the search's own accuracy."""
+        return self.accuracies[0] - self.mean_accuracy
+
+
+@dataclass(frozen=True)
+class SweepFacts:
+    """What a result says of its sweep beside the trials.
+
+    base: the hub's id. bound: the best possible accuracy, where the data's construction tells. settings: of
+    `TrainSettings`. space: as `search.space.describe` gives it. data: the source in words. texts: the YAML files, word
+    for word, by file name. provenance: code, versions and device.
+    """
+
+    sweep: str
+    experiment: str
+    base: str
+    base_revision: str
+    shape: ModelShape
+    budget: int
+    engine: str
+    seed: int
+    planned_trials: int
+    total_steps: int
+    num_train_rows: int
+    num_validation_rows: int
+    data_digest: str
+    labels: tuple[str, ...]
+    bound: float | None
+    settings: Mapping[str, Any]
+    space: Mapping[str, Any]
+    data: Mapping[str, Any]
+    texts: Mapping[str, str]
+    provenance: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Registration:
+    """The winner in the model registry. checks: `{rule, found, passed}` each, of its last promotion.
+
+    test: `{accuracy, low, high, macro_f1, rows}` on the test split, scored once; None before.
+    """
+
+    model: str
+    version: int
+    aliases: tuple[str, ...]
+    checks: tuple[Mapping[str, Any], ...] = ()
+    test: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How the winner answers on the validation split.
+
+    confusion: counts [label][predicted]. calibration: bins `{low, count, confidence, accuracy}`. mistakes:
+    `{row, label, predicted, confidence, text}`, the surest first. against_baseline: rows by who answers them rightly,
+    `{both, only_winner, only_baseline, neither}`; None without a baseline.
+    """
+
+    confusion: tuple[tuple[int, ...], ...]
+    calibration: tuple[Mapping[str, Any], ...]
+    mistakes: tuple[Mapping[str, Any], ...]
+    against_baseline: Mapping[str, int] | None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep found, finished or not.
+
+    state: `COMPLETE`, or `INTERRUPTED`. study_id: the study's identity. run_id: of the parent run. trials: by number.
+    confirmed: the best first. importances: by parameter; empty where too few trials tell. wall_seconds,
+    record_seconds: of this start of the sweep, the latter spent in study, tracker and screen.
+    """
+
+    facts: SweepFacts
+    study: str
+    study_id: str
+    state: str
+    trials: tuple[TrialSummary, ...]
+    confirmed: tuple[Confirmed, ...]
+    importances: Mapping[str, float]
+    run_id: str | None = None
+    wall_seconds: float | None = None
+    record_seconds: float | None = None
+    registration: Registration | None = None
+    answers: Answers | None = None
+    format: int = field(default=FORMAT)
+
+    @classmethod
+    def from_study(cls, study: optuna.Study, rounds: optuna.Study | None, facts: SweepFacts, **others: Any) -> Self:
+        """Compute the result. rounds: the study of the confirmation, where there is one."""
+        trials = summaries(study)
+        return cls(
+            facts=facts,
+            study=study.study_name,
+            study_id=str(study.user_attrs.get(study_keys.IDENTITY, "")),
+            trials=tuple(trials),
+            confirmed=tuple(confirmed(trials, rounds)),
+            importances=_importances(study),
+            **others,
+        )
+
+    @property
+    def winner(self) -> TrialSummary | None:
+        """The trial whose adapter is the result: the best mean over seeds, or without a confirmation the best trial."""
+        return self.confirmed[0].own if self.confirmed else next(iter(best_first(self.trials)), None)
+
+    @property
+    def confirmation(self) -> Confirmed | None:
+        """The winner's."""
+        return self.confirmed[0] if self.confirmed else None
+
+    @property
+    def baseline(self) -> TrialSummary | None:
+        """The experiment's own configuration, where it has finished."""
+        return next((row for row in self.trials if row.baseline and row.state == "COMPLETE"), None)
+
+    @property
+    def gain(self) -> float | None:
+        """The winner's accuracy less the baseline's, a share."""
+        winner, baseline = self.winner, self.baseline
+        if winner is None or baseline is None or winner.accuracy is None or baseline.accuracy is None:
+            return None
+        return winner.accuracy - baseline.accuracy
+
+    @property
+    def ranking(self) -> list[TrialSummary]:
+        """All trials: confirmed ones by mean, then complete ones by accuracy, then pruned ones, then the rest."""
+        first = [row.own for row in self.confirmed]
+        first += [row for row in best_first(self.trials) if row not in first]
+        order = {"PRUNED": 0}
+        rest = [row for row in self.trials if row not in first]
+        rest.sort(key=lambda row: (order.get(row.state, 1), -(row.accuracy or 0.0), row.number))
+        return first + rest
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many trials ended how: `complete`, `pruned`, `failed`."""
+        return {word: sum(row.state == state for row in self.trials) for word, state in ENDED_STATES.items()}
+
+    def registered(self, registration: Registration) -> Self:
+        """The same result, with its registration."""
+        return replace(self, registration=registration)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: every field, and what follows from them for those who read it without this package."""
+        winner, baseline, mean = self.winner, self.baseline, self.confirmation
+        derived = {
+            "winner": winner.trial if winner else None,
+            "baseline": baseline.trial if baseline else None,
+            "accuracy": winner.accuracy if winner else None,
+            "baseline_accuracy": baseline.accuracy if baseline else None,
+            "confirmed_accuracy": mean.mean_accuracy if mean else None,
+            "ranking": [row.trial for row in self.ranking],
+            "counts": self.counts,
+        }
+        return {**derived, **asdict(self)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: not a result, or one of another format.
+        """
+        try:
+            read = json.loads(text)
+            if read["format"] != FORMAT:
+                raise ValueError(f"format {FORMAT} is read, but this is {read['format']}")
+            names = cls.__dataclass_fields__
+            found = {name: value for name, value in read.items() if name in names}
+            facts, answers, registration = found["facts"], found["answers"], found["registration"]
+            found["facts"] = SweepFacts(
+                **{**facts, "shape": ModelShape(**facts["shape"]), "labels": tuple(facts["labels"])}
+            )
+            found["trials"] = tuple(map(_summary, found["trials"]))
+            found["confirmed"] = tuple(
+                Confirmed(_summary(row["own"]), tuple(map(_summary, row["repeats"]))) for row in found["confirmed"]
+            )
+            if registration is not None:
+                parts = {name: tuple(registration[name]) for name in ("aliases", "checks")}
+                found["registration"] = Registration(**{**registration, **parts})
+            if answers is not None:
+                parts = {name: tuple(answers[name]) for name in ("calibration", "mistakes")}
+                found["answers"] = Answers(**{**answers, **parts, "confusion": tuple(map(tuple, answers["confusion"]))})
+            return cls(**found)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a sweep result: {error!r}") from error
+
+    def write(self, path: Path) -> None:
+        """Write `result.json`, beside and renamed."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.partial")
+        beside.write_text(self.to_json(), encoding="utf-8")
+        beside.replace(path)
+
+
+def summaries(study: optuna.Study) -> list[TrialSummary]:
+    """All trials of a study that were ever started, by number."""
+    return [
+        TrialSummary.from_trial(trial)
+        for trial in study.get_trials(deepcopy=False)
+        if study_keys.SPEC in trial.user_attrs or trial.state is not TrialState.WAITING
+    ]
+
+
+def best_first(rows: Sequence[TrialSummary]) -> list[TrialSummary]:
+    """The finished trials by final accuracy; ties go to the lower loss, then to the earlier trial."""
+
+    def rank(row: TrialSummary) -> tuple[float, float, int]:
+        assert row.accuracy is not None, "Optuna completes no trial without a value"
+        return -row.accuracy, math.inf if row.loss is None or math.isnan(row.loss) else row.loss, row.number
+
+    return sorted((row for row in rows if row.state == "COMPLETE"), key=rank)
+
+
+def confirmed(trials: Sequence[TrialSummary], rounds: optuna.Study | None) -> list[Confirmed]:
+    """The trials that have repetitions, the best first: by mean accuracy, then by lower mean loss, then the earlier.
+
+    One with a repetition that failed comes after those without: the mean of what is left may hide a bad seed.
+    """
+    if rounds is None:
+        return []
+    own = {row.trial: row for row in trials}
+    repeats: dict[str, list[TrialSummary]] = {}
+    for trial in rounds.get_trials(deepcopy=False):
+        if trial.state.is_finished():
+            repeats.setdefault(trial.user_attrs[study_keys.CONFIRMS], []).append(TrialSummary.from_trial(trial))
+    found = [Confirmed(own[name], tuple(rows)) for name, rows in repeats.items()]
+    return sorted(found, key=lambda row: (row.num_failed, -row.mean_accuracy, _mean_loss(row.runs), row.own.number))
+
+
+def _mean_loss(rows: Sequence[TrialSummary]) -> float:
+    losses = [row.loss for row in rows if row.loss is not None]
+    mean = fmean(losses) if losses else math.inf
+    return math.inf if math.isnan(mean) else mean
+
+
+def _importances(study: optuna.Study) -> dict[str, float]:
+    """Of the parameters that all finished trials share; empty where too few trials tell."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    asked = [trial for trial in complete if trial.params]
+    if len(asked) < MIN_TRIALS_FOR_IMPORTANCE:
+        return {}
+    shared = set.intersection(*(set(trial.params) for trial in asked))
+    if len({trial.value for trial in complete}) == 1 or not shared:
+        return {}
+    return optuna.importance.get_param_importances(study, params=sorted(shared))
+
+
+def _summary(read: dict[str, Any]) -> TrialSummary:
+    return TrialSummary(**{**read, "spec": TrialSpec(**read["spec"]) if read["spec"] else None})

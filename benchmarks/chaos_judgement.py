@@ -22,8 +22,7 @@ from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.paths import STORES
 from agnews_lora.search.standings import trial_name
 from agnews_lora.search.study import RUN_ID, SPEC, TRAINABLE, open_storage
-from agnews_lora.tracking.points import METRICS
-from agnews_lora.tracking.runs import RUN_STATUS
+from agnews_lora.tracking.runs import METRICS, RUN_STATUS
 from agnews_lora.tracking.store import open_client, tracking_uri
 from benchmarks.chaos_harness import Chaos, Kill
 

@@ -10,7 +10,7 @@ from agnews_lora.data.splits import LABELS
 from agnews_lora.search.sampler import derived_seed
 from agnews_lora.search.standings import trial_name
 from agnews_lora.search.study import BASELINE, SPEC
-from agnews_lora.tracking.points import METRICS
+from agnews_lora.tracking.runs import METRICS
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
 from agnews_lora.training.multilora.engine import MultiLoraEngine
 from benchmarks.chaos_judgement import Stores

@@ -13,8 +13,8 @@ from agnews_lora.search.trial_log import End
 from agnews_lora.serving.card import confirmed_mean
 from agnews_lora.serving.gate import recorded_score, score_line
 from agnews_lora.serving.markdown import code
-from agnews_lora.tracking.pages import RunPage
 from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, Version
+from agnews_lora.tracking.runs import RunPage
 
 CURVES: Final = {"accuracy_curve.png": "Validation accuracy", "loss_curve.png": "Loss"}
 # What a logged model shows of the run that trained it.

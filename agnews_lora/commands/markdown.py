@@ -7,8 +7,8 @@ from typing import Final
 from urllib.parse import quote
 
 from agnews_lora.serving.markdown import text
-from agnews_lora.tracking.pages import RunPage
 from agnews_lora.tracking.registry import Version
+from agnews_lora.tracking.runs import RunPage
 
 _ENTITIES: Final = {"@": "&#64;", ":": "&#58;", "www.": "www&#46;"}
 _ROOM: Final = "&emsp;"

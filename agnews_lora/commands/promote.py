@@ -16,8 +16,8 @@ from agnews_lora.config.sweep import load_sweep
 from agnews_lora.data.corpus import prepare_test
 from agnews_lora.paths import STORES, TOKENS
 from agnews_lora.serving import gate
-from agnews_lora.tracking.pages import page_of
 from agnews_lora.tracking.registry import Registry
+from agnews_lora.tracking.runs import page_of
 from agnews_lora.tracking.store import open_client, reaching
 
 

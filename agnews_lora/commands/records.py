@@ -11,8 +11,7 @@ from agnews_lora.commands.board import thumbnails
 from agnews_lora.commands.cards import trial_card
 from agnews_lora.reporting import figures
 from agnews_lora.search.trial_log import End
-from agnews_lora.tracking.pages import RunPage, description
-from agnews_lora.tracking.runs import SweepRuns
+from agnews_lora.tracking.runs import RunPage, SweepRuns, description
 from agnews_lora.training.interface import EvalPoint, TrainPoint
 
 

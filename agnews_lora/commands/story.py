@@ -15,9 +15,8 @@ from agnews_lora.config.sweep import Sweep
 from agnews_lora.search.confirmation import Confirmed
 from agnews_lora.search.standings import Standing, baseline_of, best_first, count_ended
 from agnews_lora.serving.markdown import code
-from agnews_lora.tracking.pages import RunPage
 from agnews_lora.tracking.registry import Version
-from agnews_lora.tracking.runs import SweepRuns
+from agnews_lora.tracking.runs import RunPage, SweepRuns
 
 NUM_TOP = 5
 MAX_COMPARED = 60  # run ids that the link to the comparison can name

@@ -5,7 +5,7 @@ import sys
 
 from agnews_lora.commands.loopback import HOST, bound
 from agnews_lora.paths import STORES
-from agnews_lora.tracking.pages import newest_sweeps
+from agnews_lora.tracking.runs import newest_sweeps
 from agnews_lora.tracking.store import open_client, tracking_uri
 
 LAYOUT = "workflowType=machine_learning"  # without it the UI shows what language-model applications need

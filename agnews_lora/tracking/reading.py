@@ -11,7 +11,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 
-from agnews_lora.tracking.points import METRICS
+from agnews_lora.tracking.runs import METRICS
 
 PAGE = 1000  # runs that are asked for at once
 

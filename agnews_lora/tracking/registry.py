@@ -18,7 +18,7 @@ from mlflow.models import Model
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from agnews_lora.errors import RegistryError
-from agnews_lora.tracking.datasets import MAX_DIGEST_LENGTH
+from agnews_lora.tracking.runs import MAX_DIGEST_LENGTH
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

@@ -7,25 +7,212 @@ Delivering anything twice changes nothing: a point is known by (metric, step), a
 trial or study that is started again goes on in the run it already has.
 """
 
+import json
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
+from urllib.parse import quote, urlencode
 
 import pandas as pd
 from mlflow import MlflowClient
-from mlflow.entities import DatasetInput, LifecycleStage, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_DATASET_CONTEXT,
+    MLFLOW_LOGGED_ARTIFACTS,
+    MLFLOW_PARENT_RUN_ID,
+    MLFLOW_RUN_NOTE,
+)
 
 from agnews_lora.errors import StorageError
-from agnews_lora.tracking.datasets import dataset_input
 from agnews_lora.tracking.kept import KeptCheckpoints
-from agnews_lora.tracking.pages import RunPage
-from agnews_lora.tracking.points import RecordedRun, metrics_of
 from agnews_lora.tracking.store import experiment_id, reaching
 from agnews_lora.training.interface import EvalPoint, TrainPoint
+
+MAX_DIGEST_LENGTH: Final = 36  # MLflow's limit
+SCHEMA: Final = json.dumps(
+    {
+        "mlflow_colspec": [
+            {"type": "string", "name": "text", "required": True},
+            {"type": "long", "name": "label", "required": True},
+        ]
+    }
+)
+
+
+def dataset_input(
+    name: str, digest: str, *, num_rows: int, profile: Mapping[str, Any], source: str, context: str
+) -> DatasetInput:
+    """A data set as input of a run.
+
+    digest: ours, of all rows, cut to MLflow's length (MLflow's own samples rows). profile: numbers to show beside
+    `num_rows`. source: where the rows come from, in words. context: what they are for (`training`, `validation`).
+    """
+    dataset = Dataset(
+        name=name,
+        digest=digest[:MAX_DIGEST_LENGTH],
+        source_type="code",
+        source=json.dumps({"tags": {"source": source}}),
+        schema=SCHEMA,
+        profile=json.dumps({"num_rows": num_rows, **profile}),
+    )
+    return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])
+
+
+METRICS: Final = ("train/loss", "train/learning_rate", "eval/accuracy", "eval/macro_f1", "eval/loss")
+
+
+@dataclass
+class RecordedRun:
+    """A run being written, or read. began: in ms since 1970. points: all it has; buffer: those not yet in the store."""
+
+    run_id: str
+    began: int
+    points: dict[tuple[str, int], Metric] = field(default_factory=dict)
+    buffer: list[Metric] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, client: MlflowClient, run: Run) -> "RecordedRun":
+        """A run with all points that are in the store."""
+        histories = [client.get_metric_history(run.info.run_id, key) for key in run.data.metrics]
+        points = {(metric.key, metric.step): metric for history in histories for metric in history}
+        return cls(run.info.run_id, run.info.start_time, points)
+
+    def add(self, key: str, value: float, step: int, timestamp: int) -> None:
+        """Take a point down, unless it is known."""
+        if (key, step) not in self.points:
+            self.points[key, step] = Metric(key, value, timestamp, step)
+            self.buffer.append(self.points[key, step])
+
+    def curve(self, trial: str) -> pd.DataFrame:
+        """One row a step, ascending, with columns `trial`, `step` and those of `METRICS`; NaN: not measured."""
+        steps = sorted({step for key, step in self.points if key in METRICS})
+        columns = {key: [_value(self.points.get((key, step))) for step in steps] for key in METRICS}
+        return pd.DataFrame({"trial": [trial] * len(steps), "step": steps, **columns})
+
+    def times(self) -> list[float]:
+        """The run's beginning and the time of every point of `METRICS`, ascending, in seconds since 1970."""
+        stamps = {point.timestamp for (key, _), point in self.points.items() if key in METRICS}
+        return [stamp / 1000 for stamp in sorted({self.began, *stamps})] if self.run_id else []
+
+
+def metrics_of(point: TrainPoint | EvalPoint) -> dict[str, float]:
+    """What a point measured, by MLflow's names."""
+    if isinstance(point, EvalPoint):
+        return {"eval/accuracy": point.accuracy, "eval/macro_f1": point.macro_f1, "eval/loss": point.loss}
+    return {"train/loss": point.loss, "train/learning_rate": point.learning_rate}
+
+
+def _value(point: Metric | None) -> float:
+    return float("nan") if point is None else point.value
+
+
+MAX_DESCRIPTION: Final = 8000  # characters: MLflow's limit of a tag
+
+
+def description(markdown: str) -> dict[str, str]:
+    """The tag that is a run's description. What is beyond MLflow's length is cut off at the end of a line."""
+    if len(markdown) > MAX_DESCRIPTION:
+        markdown = markdown[:MAX_DESCRIPTION].rpartition("\n")[0]
+    return {MLFLOW_RUN_NOTE: markdown}
+
+
+def page_of(client: MlflowClient, run_id: str) -> "RunPage":
+    """The page of a run, wherever it is in the store."""
+    return RunPage(client, client.get_run(run_id).info.experiment_id, run_id)
+
+
+def newest_sweeps(client: MlflowClient) -> dict[str, "RunPage"]:
+    """The page of the newest parent run of every sweep, by the study's name."""
+    found: dict[str, RunPage] = {}
+    for experiment in client.search_experiments():
+        order = ["attributes.start_time DESC"]
+        runs = client.search_runs([experiment.experiment_id], "tags.kind = 'sweep'", max_results=1, order_by=order)
+        found |= {str(run.info.run_name): RunPage(client, experiment.experiment_id, run.info.run_id) for run in runs}
+    return found
+
+
+class RunPage:
+    """One run's page. Writing anything twice leaves it as if it was written once, but for a metric's time."""
+
+    def __init__(self, client: MlflowClient, experiment_id: str, run_id: str) -> None:
+        self.run_id = run_id
+        self._client = client
+        self.experiment_id = experiment_id
+
+    def parent(self) -> "RunPage | None":
+        """The page of the run above this one, where there is one."""
+        above = self._client.get_run(self.run_id).data.tags.get(MLFLOW_PARENT_RUN_ID)
+        return RunPage(self._client, self.experiment_id, above) if above else None
+
+    def describe(self, markdown: str) -> None:
+        """Replace the description."""
+        self.set_tags(description(markdown))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags, all at once."""
+        self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Log single values of the whole run."""
+        now = time.time_ns() // 1_000_000
+        self._client.log_batch(self.run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
+
+    def log_table(self, name: str, table: pd.DataFrame) -> None:
+        """Save a table as `<name>.csv`, and as `<name>.json`, which the UI shows as a table."""
+        self._client.log_text(self.run_id, table.to_csv(index=False), f"{name}.csv")
+        # `MlflowClient.log_table` would append to the rows of an earlier session.
+        self._client.log_text(self.run_id, table.to_json(orient="split", index=False), f"{name}.json")
+        entry = {"path": f"{name}.json", "type": "table"}
+        listed = json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        if entry not in listed:
+            self._client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*listed, entry]))
+
+    def log_files(self, files: Mapping[str, Path]) -> None:
+        """Save files under their artifact names, which may have folders."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, path in files.items():
+                there = Path(folder, name)
+                there.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, there)
+            self._client.log_artifacts(self.run_id, folder)
+
+    def read_text(self, name: str) -> str | None:
+        """Content of a text artifact at the top of the run, or None where it has none of that name."""
+        if all(item.path != name for item in self._client.list_artifacts(self.run_id)):
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(self._client.download_artifacts(self.run_id, name, folder)).read_text(encoding="utf-8")
+
+    @property
+    def url(self) -> str:
+        """Of the page, relative to the UI that shows a description."""
+        return f"#/experiments/{self.experiment_id}/runs/{self.run_id}"
+
+    @property
+    def children_url(self) -> str:
+        """Of the runs below this one as charts, best accuracy first."""
+        query = {
+            "searchFilter": f"tags.mlflow.parentRunId = '{self.run_id}'",
+            "orderByKey": "metrics.`eval/accuracy`",
+            "orderByAsc": "false",
+            "compareRunsMode": "CHART",
+        }
+        return f"#/experiments/{self.experiment_id}/runs?{urlencode(query, quote_via=quote)}"
+
+    def artifact_url(self, name: str) -> str:
+        """Of the page that shows an artifact."""
+        return f"{self.url}/artifacts/{quote(name)}"
+
+    def image_url(self, name: str) -> str:
+        """Of an artifact's bytes, for a picture in a description."""
+        return f"get-artifact?path={quote(name, safe='')}&run_uuid={self.run_id}"
+
 
 State = Literal["COMPLETE", "PRUNED", "FAILED", "INTERRUPTED"]
 

@@ -6,8 +6,8 @@ from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.commands.cards import model_card, trial_card, version_card, winner_card
 from agnews_lora.search.standings import Standing
 from agnews_lora.search.trial_log import End
-from agnews_lora.tracking.pages import RunPage
 from agnews_lora.tracking.registry import Version
+from agnews_lora.tracking.runs import RunPage
 from agnews_lora.training.interface import EvalPoint, TrialResult
 
 SPEC = TrialSpec("ffn", 4, 4.0, 0.142, 0.00356)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agnews_lora.commands.markdown import comparison_url, gallery, link, percent, plain, table
-from agnews_lora.tracking.pages import RunPage
+from agnews_lora.tracking.runs import RunPage
 
 
 @pytest.mark.parametrize(

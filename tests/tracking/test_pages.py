@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from agnews_lora.tracking.pages import MAX_DESCRIPTION, RunPage, description, newest_sweeps, page_of
-from agnews_lora.tracking.runs import SweepRuns
+from agnews_lora.tracking.runs import MAX_DESCRIPTION, RunPage, SweepRuns, description, newest_sweeps, page_of
 from agnews_lora.tracking.store import open_client
 from agnews_lora.training.interface import EvalPoint
 

@@ -10,9 +10,8 @@ import pytest
 from mlflow import MlflowClient
 
 from agnews_lora.errors import StorageError
-from agnews_lora.tracking.points import METRICS
 from agnews_lora.tracking.provenance import provenance
-from agnews_lora.tracking.runs import SweepRuns
+from agnews_lora.tracking.runs import METRICS, SweepRuns
 from agnews_lora.tracking.store import open_client, tracking_uri
 from agnews_lora.training.interface import EvalPoint, TrainPoint
 

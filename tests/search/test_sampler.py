@@ -15,7 +15,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.config.sweep import Space
-from agnews_lora.search.claims import give_back
 from agnews_lora.search.queue import enqueue_baseline
 from agnews_lora.search.sampler import TrialSeededTPE, derived_seed
 from agnews_lora.search.space import shared, suggest
@@ -45,7 +44,7 @@ def opened(root: Path, space: Space) -> optuna.Study:
     study = open_study(open_storage(root), "sampled", {}, sampler(space), pruner, new=False)
     enqueue_baseline(study, OUTSIDE, space, SHAPE, BUDGET)
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        give_back(study, trial._trial_id)
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
     return study
 
 

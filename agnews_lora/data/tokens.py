@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from agnews_lora.data.splits import Rows
+from agnews_lora.data.rows import Rows
 from agnews_lora.errors import BaseModelError, StorageError
 
 _VOCABULARIES: Final = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from agnews_lora.data import tokens
-from agnews_lora.data.splits import Rows
+from agnews_lora.data.rows import Rows
 from agnews_lora.data.tokens import TokenTable, load_tokenizer, tokenise, tokenizer_digest
 from agnews_lora.errors import BaseModelError, StorageError
 from tests.tiny import SENTENCES, tiny_base
@@ -142,7 +142,7 @@ def test_a_table_outlives_its_entry(bert, tmp_path):
 def test_processes_that_race_get_the_same_table(bert, tmp_path):
     script = f"""
 from pathlib import Path
-from agnews_lora.data.splits import Rows
+from agnews_lora.data.rows import Rows
 from agnews_lora.data.tokens import tokenise
 table = tokenise(Rows(*{(ROWS.texts, ROWS.labels)!r}), Path({str(bert)!r}), 128, Path({str(tmp_path)!r}))
 print(table.digest, table.ids.tolist())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from agnews_lora.errors import StorageError
 from agnews_lora.search.trial_log import FILE, TrialLog
-from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialResult
+from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialEnd, TrialResult
 
 TRAIN = TrainPoint("t0000", 10, 1.25, 1e-3, 1_000)
 EVAL = EvalPoint("t0000", 10, 0.5, 0.4, 1.1, 50, False, 1_001)
@@ -19,7 +19,8 @@ RESULT = TrialResult("t0000", 30, 30, replace(EVAL, final=True), None, 5_000, 48
 def test_points_and_the_end_are_read_again(tmp_path: Path) -> None:
     folder = tmp_path / "t0000"
     log = TrialLog(folder)
-    assert log.append([TRAIN, EVAL]) == [TRAIN, EVAL]
+    log.append([TRAIN, EVAL])
+    assert log.points == [TRAIN, EVAL]
     log.finish(TrialEnd("COMPLETE", replace(RESULT, adapter=folder / "adapter")))
     again = TrialLog(folder)
     assert again.points == [TRAIN, EVAL]

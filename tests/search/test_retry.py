@@ -70,8 +70,8 @@ def test_it_is_lost_when_it_was_away_for_longer_than_the_patience() -> None:
     retry.succeeds(raising(AWAY))
     assert retry.loss is None
     clock.now = 61
-    assert str(retry.loss).startswith("the store must take what the trials report, but it has not for 61 s (the run")
-    assert "Connection refused" in str(retry.loss) and "start again" in str(retry.loss)
+    assert str(retry.loss).startswith("Cannot write to the store for 61 s: ")
+    assert "Connection refused" in str(retry.loss) and "start the same command again" in str(retry.loss)
     assert retry.succeeds(lambda: None)
     assert retry.loss is None, "it came back after all"
     clock.now = 1_000

@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
 from agnews_lora.commands import report
-from agnews_lora.commands.stage import Stage
+from agnews_lora.commands.prepare import Prepared
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
 from agnews_lora.data.corpus import Corpus
@@ -62,7 +62,7 @@ Logits = npt.NDArray[np.float32]  # [validation rows, classes]
 
 def finish(
     sweep: Sweep,
-    prepared: Stage,
+    prepared: Prepared,
     study: optuna.Study,
     rounds: optuna.Study | None,
     runs: SweepRuns,
@@ -139,7 +139,7 @@ def refresh(client: MlflowClient, version: Version, checks: Sequence[Mapping[str
         report.write(client, parent.run_id, {}, Path(folder))
 
 
-def facts_of(sweep: Sweep, prepared: Stage, planned_trials: int) -> SweepFacts:
+def facts_of(sweep: Sweep, prepared: Prepared, planned_trials: int) -> SweepFacts:
     """What a result says of its sweep beside the trials."""
     experiment, base, corpus = sweep.experiment, prepared.base, prepared.corpus
     return SweepFacts(
@@ -214,7 +214,7 @@ def write(result: SweepResult) -> Path:
 # The winner ----------------------------------------------------------------------------------------------------------
 
 
-def _logits(client: MlflowClient, prepared: Stage, folder: Path, run_id: str) -> Logits:
+def _logits(client: MlflowClient, prepared: Prepared, folder: Path, run_id: str) -> Logits:
     """Of the adapter that a run has, on the validation split, by plain PEFT in fp32."""
     return reload.logits(_adapter(client, folder, run_id), prepared.base, prepared.corpus.validation)
 
@@ -229,7 +229,7 @@ def _adapter(client: MlflowClient, folder: Path, run_id: str) -> Path:
 def _register(
     result: SweepResult,
     sweep: Sweep,
-    prepared: Stage,
+    prepared: Prepared,
     runs: SweepRuns,
     folder: Path,
     logits: Callable[[str], Logits],

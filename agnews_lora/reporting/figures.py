@@ -204,7 +204,7 @@ def loss_curve(points: pd.DataFrame, title: str, path: Path) -> None:
 def trial_curves(points: pd.DataFrame, title: str, folder: Path) -> dict[str, Path]:
     """Draw both curves of one trial, and their thumbnails, into a folder; the files by artifact name."""
     drawn = {"accuracy_curve.png": accuracy_curve, "loss_curve.png": loss_curve}
-    files = {}
+    files: dict[str, Path] = {}
     for name, curve in drawn.items():
         files |= {name: folder / name, f"thumbnails/{name}": folder / "thumbnails" / name}
         curve(points, title, files[name])

@@ -1,8 +1,8 @@
 """The driver: hands out the trials of a study, and records what is reported of them.
 
-It is the engine's `TrialSource` and `Observer`, and the only writer of study, runs and screen. A point goes to the trial
-log on disk first, then to the study and to the run that the tracker keeps (`sync`). Either store may be away for a
-while: training goes on, and sync catches up.
+It is the engine's `TrialSource` and `Observer`, and the only writer of study, runs and screen. A point goes to the
+trial log on disk first, then to the study and to the run that the tracker keeps (`sync`). Either store may be away for
+a while: training goes on, and sync catches up.
 """
 
 import shutil
@@ -116,9 +116,9 @@ class Search:
 class ActiveTrial:
     """A trial that a worker trains, and how far its study and its run are behind its log.
 
-    spec: None where it has no configuration that could train. fault: why it cannot train. attempts: begun since its last new checkpoint, this one
-    included. logged, reported: points of the log that the run and the study have. opened, closed: its run. detached:
-    somebody else has ended it in the study.
+    spec: None where it has no configuration that could train. fault: why it cannot train. attempts: begun since its
+    last new checkpoint, this one included. logged, reported: points of the log that the run and the study have.
+    opened, closed: its run. detached: somebody else has ended it in the study.
     """
 
     name: str
@@ -177,7 +177,8 @@ class ActiveTrial:
             self.reported += 1
 
     def _new_attributes(self) -> dict[str, Any]:
-        known, present = self.trial.user_attrs, {}
+        known: dict[str, Any] = self.trial.user_attrs
+        present: dict[str, Any] = {}
         if self.checkpoint_step > known.get(keys.CHECKPOINT, 0):
             present[keys.ATTEMPTS] = self.attempts
         if self.checkpoint_step != known.get(keys.CHECKPOINT, 0):

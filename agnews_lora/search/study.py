@@ -189,8 +189,7 @@ def sole_driver_of(study: optuna.Study) -> Iterator[None]:
         yield
         return
     key = int.from_bytes(bytes.fromhex(study.user_attrs[IDENTITY])[:8], "big", signed=True)
-    with engine.connect() as connection:
-        connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         _wait_for(lambda: connection.execute(select(func.pg_try_advisory_lock(key))).scalar(), study.study_name)
         yield
 

@@ -101,8 +101,8 @@ class TrialLog:
 
     def _fault(self, error: OSError) -> StorageError:
         return StorageError(
-            f"Cannot write the trial log {self.path}: {error.strerror}. Free space or fix the folder's permissions, and "
-            "start again: the trial resumes from its last checkpoint."
+            f"Cannot write the trial log {self.path}: {error.strerror}. Free space or fix the folder's permissions, "
+            "and start again: the trial resumes from its last checkpoint."
         )
 
 

@@ -198,7 +198,9 @@ def gallery(page: RunPage, figures: Mapping[str, str]) -> Markdown:
         for name, caption in figures.items()
     ]
     captions = list(figures.values())
-    rows = [part for start in range(0, len(shown), 2) for part in (captions[start : start + 2], shown[start : start + 2])]
+    rows = [
+        part for start in range(0, len(shown), 2) for part in (captions[start : start + 2], shown[start : start + 2])
+    ]
     header, *rest = [[*row, ""][:2] for row in rows]
     # The UI sets cells without any room between them: a space makes it.
     lines = [header, ["---"] * 2, *([f"{cell}&emsp;" for cell in row] for row in rest)]

@@ -247,7 +247,7 @@ class SweepRuns:
     Without `open_parent` the trials are runs of their own: so is a single training.
 
     Args:
-        shared: params that every trial's run carries beside its own.
+        params, tags: what every trial's run carries beside its own.
         draw: draws a trial's curves, given its points and name, into a folder; returns them by artifact name.
         describe: the description of a trial's run, from its configuration, facts, page and end (the last two are None
             while it trains).
@@ -261,14 +261,15 @@ class SweepRuns:
         client: MlflowClient,
         experiment_name: str,
         sweep_name: str,
-        shared: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
         draw: Callable[[pd.DataFrame, str, Path], Mapping[str, Path]] = lambda curve, name, folder: {},
         describe: Callable[[TrialSpec, Mapping[str, Any], "RunPage | None", TrialEnd | None], str] = lambda *_: "",
     ) -> None:
         self.client = client
         self._experiment_id = experiment_id(client, experiment_name)
         self._sweep_name = sweep_name
-        self._shared = dict(shared or {})
+        self._params, self._tags = dict(params or {}), dict(tags or {})
         self._draw = draw
         self._describe = describe
         self._parent: str | None = None
@@ -325,13 +326,13 @@ class SweepRuns:
         """
         with self.reaching():
             run = (self._active_run(run_id) if run_id else None) or self._child(trial)
-            name = f"{trial}-{spec.targets}-r{spec.rank}"
+            name, known = f"{trial}-{spec.targets}-r{spec.rank}", {**facts, "budget": self._params.get("budget")}
             if run is None:
                 own = {"kind": "trial", "trial": trial, "sweep": self._sweep_name}
                 if self._parent is not None:
                     own[MLFLOW_PARENT_RUN_ID] = self._parent
                 run = self.client.create_run(self._experiment_id, run_name=name, tags=own)
-            self._trials[trial] = TrialRun.read(self.client, run, name, spec, facts)
+            self._trials[trial] = TrialRun.read(self.client, run, name, spec, known)
             params = {
                 "targets": spec.targets,
                 "lora_r": spec.rank,
@@ -340,10 +341,10 @@ class SweepRuns:
                 "learning_rate": spec.learning_rate,
                 "head": spec.head,
                 **{key: facts[key] for key in ("trainable_parameters", "seed") if key in facts},
-                **self._shared,
+                **self._params,
             }
-            tags = {key: str(facts[key]) for key in ("study_trial", "confirms") if key in facts}
-            tags |= {"baseline": str(facts["baseline"]).lower(), **description(self._describe(spec, facts, None, None))}
+            tags = self._tags | {key: str(facts[key]) for key in ("study_trial", "confirms") if key in facts}
+            tags |= {"baseline": str(facts["baseline"]).lower(), **description(self._describe(spec, known, None, None))}
             tags |= {"study": self._study_name} if self._study_name else {}
             self._start(run, params, tags)
             if self._datasets:

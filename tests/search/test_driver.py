@@ -370,9 +370,7 @@ def test_a_checkpoint_that_is_not_sound_is_not_gone_on_from(tmp_path: Path) -> N
     third = Session(tmp_path, 2, pruner=NopPruner())
     study = third.run()
     assert third.engine.plans[0].checkpoint is None
-    assert third.screen.lines[1] == (
-        "t0001 starts again from step 0: its checkpoint of step 12 is damaged or missing"
-    )
+    assert third.screen.lines[1] == ("t0001 starts again from step 0: its checkpoint of step 12 is damaged or missing")
     assert study.trials[1].intermediate_values.keys() == {10, 20, 30}
     assert study.trials[1].user_attrs[keys.CHECKPOINT] == 30
 

@@ -27,7 +27,9 @@ def test_points_and_the_end_are_read_again(tmp_path: Path) -> None:
     assert again.end == TrialEnd("COMPLETE", replace(RESULT, adapter=folder / "adapter"))
 
 
-@pytest.mark.parametrize("end", [TrialEnd("PRUNED", replace(RESULT, final=None), "below"), TrialEnd("FAILED", None, "nan", "…")])
+@pytest.mark.parametrize(
+    "end", [TrialEnd("PRUNED", replace(RESULT, final=None), "below"), TrialEnd("FAILED", None, "nan", "…")]
+)
 def test_ends_without_an_adapter(tmp_path: Path, end: TrialEnd) -> None:
     TrialLog(tmp_path).finish(end)
     assert TrialLog(tmp_path).end == end

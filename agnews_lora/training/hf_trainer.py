@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from agnews_lora.adapters.adapter_files import record_of, save_adapter
 from agnews_lora.adapters.base_models import BaseModel
-from agnews_lora.data.corpus import Corpus
+from agnews_lora.data.sources import Corpus
 from agnews_lora.errors import AdapterError, BudgetError, StorageError, TrainingError
 from agnews_lora.training import checkpoints
 from agnews_lora.training.data_order import batches

@@ -220,14 +220,14 @@ def _loaded_sweep(options: argparse.Namespace) -> "Sweep":
 def _train(options: argparse.Namespace) -> int:
     from agnews_lora.config.experiment import load_experiment
 
-    load_experiment(options.experiment)
+    experiment = load_experiment(options.experiment)
     from agnews_lora.commands import train
 
-    return train.run(options.experiment, options.quiet, options.json)
+    return train.run(experiment, options.quiet, options.json)
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    _loaded_sweep(options)
+    loaded = _loaded_sweep(options)
     from agnews_lora.commands import sweep
 
     given = sweep.Options(
@@ -242,7 +242,7 @@ def _sweep(options: argparse.Namespace) -> int:
         quiet=options.quiet,
         json=options.json,
     )
-    return sweep.run(options.sweep, given)
+    return sweep.run(loaded, given)
 
 
 def _budget(options: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from agnews_lora.adapters.spec import ModelShape
 from agnews_lora.commands.finish import finish, opening
 from agnews_lora.commands.interrupts import StopRequest, orderly_stop
 from agnews_lora.commands.prepare import Prepared, prepare
-from agnews_lora.config.sweep import Sweep, load_sweep
+from agnews_lora.config.sweep import Sweep
 from agnews_lora.errors import BudgetError
 from agnews_lora.paths import STORES, WORK
 from agnews_lora.reporting.figures import trial_curves
@@ -68,13 +68,12 @@ class Options:
     json: bool = False
 
 
-def run(name: str, options: Options) -> int:
+def run(sweep: Sweep, options: Options) -> int:
     """Run a sweep and return the exit code: 0 finished or out of time, 1 without a winner, 128 + signal when stopped.
 
     Raises:
         AgnewsLoraError: anything that the user can fix; the study is as it was before.
     """
-    sweep = load_sweep(name)
     with keys.answering():
         require_feasible(sweep, shape_of(sweep.experiment.base), options.storage, options.new)
         client = open_client(options.tracking) if options.tracking else None

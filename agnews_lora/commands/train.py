@@ -15,7 +15,7 @@ from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import head_parameters, trainable_parameters
 from agnews_lora.commands.interrupts import orderly_stop
 from agnews_lora.commands.prepare import Prepared, prepare
-from agnews_lora.config.experiment import Experiment, load_experiment
+from agnews_lora.config.experiment import Experiment
 from agnews_lora.config.sweep import Range, Space
 from agnews_lora.data.tokens import load_tokenizer
 from agnews_lora.paths import STORES, TRAINED, WORK
@@ -32,7 +32,7 @@ from agnews_lora.tracking.store import open_client
 TRIAL: Final = "train"
 
 
-def run(name: str, quiet: bool, as_json: bool) -> int:
+def run(experiment: Experiment, quiet: bool, as_json: bool) -> int:
     """Train an experiment and return the exit code: 0, 1 where the training failed, 128 + signal when stopped.
 
     Writes `trained_models/final_model/`, `accuracy_curve.png` and `loss_curve.png`, and a run in MLflow.
@@ -44,7 +44,6 @@ def run(name: str, quiet: bool, as_json: bool) -> int:
     Raises:
         AgnewsLoraError: anything that the user can fix.
     """
-    experiment = load_experiment(name)
     prepared = prepare(experiment)
     shared = {"experiment": experiment.name, "base": prepared.base.hub_id}
     runs = SweepRuns(

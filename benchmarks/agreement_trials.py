@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.spec import TrialSpec
-from agnews_lora.data.corpus import Corpus, prepare
-from agnews_lora.data.rows import read_csv
-from agnews_lora.data.sources import DataSettings
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS, read_csv
+from agnews_lora.data.sources import Corpus, DataSettings, prepare
 from agnews_lora.training.interface import (
     EvalPoint,
     TrainPoint,

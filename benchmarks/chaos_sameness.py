@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from agnews_lora.adapters.spec import TrialSpec
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS
 from agnews_lora.search.sampler import derived_seed
 from agnews_lora.search.standings import trial_name
 from agnews_lora.search.study import BASELINE, SPEC

@@ -15,7 +15,7 @@ from agnews_lora.adapters.budget import max_rank
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.commands.stage import Stage, prepare
 from agnews_lora.config.sweep import Sweep, load_sweep
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS
 from agnews_lora.search import space as search_space
 from agnews_lora.search.sampler import derived_seed
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict

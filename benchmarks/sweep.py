@@ -27,8 +27,8 @@ from sklearn.pipeline import make_pipeline
 
 from agnews_lora.commands.stage import Stage, prepare
 from agnews_lora.config.sweep import load_sweep
-from agnews_lora.data.corpus import prepare_test
-from agnews_lora.data.splits import Rows
+from agnews_lora.data.rows import Rows
+from agnews_lora.data.sources import prepare_test
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.paths import STORES, TOKENS
 from agnews_lora.search.confirmation import confirmed, find_round

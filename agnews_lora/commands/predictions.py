@@ -13,8 +13,8 @@ from mlflow.artifacts import download_artifacts
 
 from agnews_lora.commands import board
 from agnews_lora.commands.stage import Stage
-from agnews_lora.data.corpus import Corpus
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS
+from agnews_lora.data.sources import Corpus
 from agnews_lora.reporting import winner
 from agnews_lora.serving import reload
 from agnews_lora.tracking.runs import SweepRuns

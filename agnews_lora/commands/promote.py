@@ -13,7 +13,7 @@ from rich.markup import escape
 from agnews_lora.commands.cards import version_card
 from agnews_lora.commands.stage import prepare
 from agnews_lora.config.sweep import load_sweep
-from agnews_lora.data.corpus import prepare_test
+from agnews_lora.data.sources import prepare_test
 from agnews_lora.paths import STORES, TOKENS
 from agnews_lora.serving import gate
 from agnews_lora.tracking.registry import Registry

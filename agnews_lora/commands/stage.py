@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Literal
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.config.experiment import Experiment
 from agnews_lora.data import sources
-from agnews_lora.data.corpus import Corpus
-from agnews_lora.data.corpus import prepare as prepare_corpus
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS
+from agnews_lora.data.sources import Corpus
+from agnews_lora.data.sources import prepare as prepare_corpus
 from agnews_lora.paths import TOKENS
 
 if TYPE_CHECKING:

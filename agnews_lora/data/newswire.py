@@ -1,6 +1,6 @@
 """A generated corpus of wire copy on AG News's four topics, so that a sweep needs no download.
 
-What a story is about is told by its main clause. Around it stand asides (subordinate clauses, teasers, similes, guests
+The main clause tells the topic of a row. Around it stand asides (subordinate clauses, teasers, similes, guests
 and sponsors) in the words of another topic, and the vocabularies are wide and drawn flat, so that counting words goes
 only so far. Some stories are truly mixed: two main clauses of equal standing, from two topics. They are told in order,
 which makes the first topic the lead; a semicolon in the title marks them, and no other story has one.
@@ -12,30 +12,11 @@ and the splits have no stream in common.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.resources import files
 from random import Random
 from typing import Final
 
-from agnews_lora.data.newswire_grammar import (
-    ACTORS,
-    AFTERTHOUGHTS,
-    CLOSINGS,
-    DETAILS,
-    FRAMED_DETAILS,
-    FRAMES,
-    LINKS,
-    MIXED_BODIES,
-    NEUTRAL_DETAILS,
-    NEUTRAL_HEADLINES,
-    OPENINGS,
-    REMARKS,
-    SCENES,
-    SOURCES,
-    TEASERS,
-    THINGS,
-    Scene,
-)
-from agnews_lora.data.newswire_words import WORDS
-from agnews_lora.data.splits import LABELS, Rows
+from agnews_lora.data.rows import LABELS, Rows
 
 SPLITS: Final = ("train", "test")
 
@@ -67,6 +48,8 @@ AFTERTHOUGHT_SHARE: Final = 0.22
 OWN_DETAIL_SHARE: Final = 0.45
 NUM_FURTHER_SENTENCES: Final = (0, 0, 0, 0, 1, 1, 1, 2, 2, 2)
 
+AGENCIES: Final = ("", "", "Reuters - ", "AP - ", "AFP - ", "{city} (Reuters) - ", "{city} (AP) - ")
+
 _SLOT: Final = re.compile(r"\{([a-z_]+)(\d?)\}")
 _ARTICLE_BEFORE_VOWEL: Final = re.compile(
     r"\b([Aa]) (?=(?!one-|Eu|eu)[aeioAEIO]|un[^i]|um|up|MP3|FA |NBA|NATO|OSCE|X-ray|\$?(?:8|11\b|18\b))"
@@ -75,6 +58,46 @@ _HEADLINE_ARTICLE: Final = re.compile(r"\b(?:an?|the) ")
 _SMALL_WORDS: Final = frozenset(
     {"a", "an", "and", "as", "at", "by", "for", "in", "of", "on", "over", "the", "to", "with"}
 )
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One event as a headline, as a main clause and as a noun phrase."""
+
+    headline: str
+    clause: str
+    phrase: str
+
+
+def _sections(name: str) -> dict[str, str]:
+    """{heading: lines below it} of one of the corpus's text files; lines that begin with # are comments."""
+    text = files(__package__).joinpath("newswire_text", name).read_text(encoding="utf-8")
+    _, *parts = re.split(r"^\[(.+)\]$", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE), flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _scene(line: str) -> Scene:
+    return Scene(*line.split(" | "))
+
+
+WORDS: Final = {
+    slot: tuple(" ".join(entry.split()) for entry in entries.split(","))
+    for slot, entries in _sections("words.txt").items()
+}
+"""Slot name to its entries. A slot in a template is the name in braces; a digit after it asks for another draw."""
+
+TEMPLATES: Final = {heading: tuple(lines.strip().splitlines()) for heading, lines in _sections("templates.txt").items()}
+"""Heading of `templates.txt` to its lines."""
+
+
+def _by_topic(name: str) -> tuple[tuple[str, ...], ...]:
+    return tuple(TEMPLATES[f"{name}: {label}"] for label in LABELS)
+
+
+SCENES: Final = tuple(tuple(map(_scene, lines)) for lines in _by_topic("scenes"))
+LINKS: Final = tuple(tuple(map(_scene, lines)) for lines in _by_topic("links"))
+FRAMES: Final = tuple(map(_scene, TEMPLATES["frames"]))
+ACTORS, THINGS, REMARKS, DETAILS = map(_by_topic, ("actors", "things", "remarks", "details"))
 
 
 @dataclass(frozen=True)
@@ -116,11 +139,11 @@ def stories(num_rows: int, split: str, seed: int) -> list[Story]:
         if not order:
             order = list(range(len(LABELS)))
             Random(f"newswire/{seed}/{split}/labels/{row}").shuffle(order)
-        written.append(_story(Random(f"newswire/{seed}/{split}/{row}"), order.pop()))
+        written.append(_write(Random(f"newswire/{seed}/{split}/{row}"), order.pop()))
     return written
 
 
-def _story(random: Random, label: int) -> Story:
+def _write(random: Random, label: int) -> Story:
     """One story that carries `label`; the law that `BEST_ACCURACY` derives from is here."""
     stranger = random.choice([topic for topic in range(len(LABELS)) if topic != label])
     if random.random() >= MIXED_SHARE:
@@ -141,9 +164,9 @@ class _Writer:
         scene = self._linked_scene(topic, stranger) if linked else self._scene(topic)
         draw = 1.0 if linked else random.random()
         if draw < OPENING_ASIDE_SHARE:
-            sentences = [self._aside(random.choice(OPENINGS), stranger, main=scene.clause)]
+            sentences = [self._aside(random.choice(TEMPLATES["openings"]), stranger, main=scene.clause)]
         elif draw < OPENING_ASIDE_SHARE + CLOSING_ASIDE_SHARE:
-            sentences = [self._aside(random.choice(CLOSINGS), stranger, main=scene.clause)]
+            sentences = [self._aside(random.choice(TEMPLATES["closings"]), stranger, main=scene.clause)]
         else:
             sentences = [f"{scene.clause}."]
         for _ in range(random.choice(NUM_FURTHER_SENTENCES)):
@@ -153,23 +176,25 @@ class _Writer:
     def _further_sentence(self, topic: int, stranger: int) -> str:
         draw = self._random.random()
         if draw < AFTERTHOUGHT_SHARE:
-            return self._aside(self._random.choice(AFTERTHOUGHTS), stranger)
+            return self._aside(self._random.choice(TEMPLATES["afterthoughts"]), stranger)
         if draw < AFTERTHOUGHT_SHARE + OWN_DETAIL_SHARE:
-            template = self._random.choice(DETAILS[topic] + FRAMED_DETAILS)
+            template = self._random.choice(DETAILS[topic] + TEMPLATES["framed_details"])
             return self._substitute(template, self._cast(template, topic))
-        return self._fill(self._random.choice(NEUTRAL_DETAILS))
+        return self._fill(self._random.choice(TEMPLATES["neutral_details"]))
 
     def mixed(self, lead: int, other: int) -> str:
         first, second = self._scene(lead), self._scene(other)
-        body = self._fill(self._random.choice(MIXED_BODIES), first_clause=first.clause, second_clause=second.clause)
+        body = self._fill(
+            self._random.choice(TEMPLATES["mixed_bodies"]), first_clause=first.clause, second_clause=second.clause
+        )
         return self._compose(f"{first.headline}; {second.headline}", [body])
 
     def _title(self, headline: str, stranger: int) -> str:
         draw = self._random.random()
         if draw < NEUTRAL_TITLE_SHARE:
-            return self._fill(self._random.choice(NEUTRAL_HEADLINES))
+            return self._fill(self._random.choice(TEMPLATES["neutral_headlines"]))
         if draw < NEUTRAL_TITLE_SHARE + TEASER_TITLE_SHARE:
-            return self._aside(self._random.choice(TEASERS), stranger, headline=headline)
+            return self._aside(self._random.choice(TEMPLATES["teasers"]), stranger, headline=headline)
         return headline
 
     def _scene(self, topic: int) -> Scene:
@@ -229,7 +254,7 @@ class _Writer:
         title = _HEADLINE_ARTICLE.sub("", title)
         if self._random.random() < 0.7:
             title = " ".join(word if word in _SMALL_WORDS else _capitalised(word) for word in title.split())
-        source = self._fill(self._random.choice(SOURCES))
+        source = self._fill(self._random.choice(AGENCIES))
         body = " ".join(_capitalised(sentence) for sentence in sentences)
         text = f"{_capitalised(title)}. {source}{re.sub(r'([.:]) ([a-z])', _raise_initial, body)}"
         return _ARTICLE_BEFORE_VOWEL.sub(r"\1n ", text)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from agnews_lora.adapters.adapter_files import read_record, recount
 from agnews_lora.adapters.budget import breach
-from agnews_lora.data.corpus import Corpus
+from agnews_lora.data.sources import Corpus
 from agnews_lora.errors import AgnewsLoraError, GateError, RegistryError
 from agnews_lora.serving import reload
 from agnews_lora.serving.package import Package

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from agnews_lora.adapters.base_models import resolve
-from agnews_lora.data.corpus import Corpus
-from agnews_lora.data.splits import Rows
+from agnews_lora.data.rows import Rows
+from agnews_lora.data.sources import Corpus
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import RegistryError
 from agnews_lora.serving import reload

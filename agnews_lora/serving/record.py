@@ -14,9 +14,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from agnews_lora.data.tokens import TokenTable
+from agnews_lora.data.tokens import TokenTable, read_table, write_table
 from agnews_lora.errors import RegistryError
-from agnews_lora.serving.rows import read_table, write_table
 
 NUM_ROWS: Final = 64
 RECORD: Final = "gate_record.json"

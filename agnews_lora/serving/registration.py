@@ -15,7 +15,7 @@ import numpy.typing as npt
 from agnews_lora.adapters.adapter_files import AdapterRecord, read_record, recount
 from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.budget import breach
-from agnews_lora.data.corpus import Corpus
+from agnews_lora.data.sources import Corpus
 from agnews_lora.data.tokens import TokenTable, load_tokenizer
 from agnews_lora.errors import BudgetError
 from agnews_lora.serving import reload

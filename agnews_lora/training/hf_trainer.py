@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from agnews_lora.adapters.adapter_files import record_of, save_adapter
 from agnews_lora.adapters.base_models import BaseModel
-from agnews_lora.data.corpus import Corpus
+from agnews_lora.data.sources import Corpus
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import AdapterError, BudgetError, StorageError, TrainingError
 from agnews_lora.training import checkpoints

@@ -8,8 +8,8 @@ import torch
 
 from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.spec import TrialSpec
-from agnews_lora.data.corpus import Corpus
-from agnews_lora.data.splits import LABELS, Rows
+from agnews_lora.data.rows import LABELS, Rows
+from agnews_lora.data.sources import Corpus
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.training.interface import TrainSettings, TrialPlan
 from benchmarks.throughput.lengths import MAX_LENGTH, draw, random_table

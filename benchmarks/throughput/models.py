@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertCon
 
 from agnews_lora.adapters.base_models import BaseModel, shape_of
 from agnews_lora.adapters.spec import PRESETS, ModelShape, module_shape
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS
 from agnews_lora.training.device import device_name, has_bf16, training_device
 from benchmarks.throughput.lengths import COLUMN
 from benchmarks.throughput.measurement import MINILM, ROBERTA_BASE, Setup

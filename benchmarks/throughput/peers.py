@@ -18,7 +18,7 @@ from peft import get_peft_model
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from agnews_lora.adapters.adapter_files import load_base, lora_config
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import TrainingError
 from agnews_lora.training.data_order import batches

@@ -13,7 +13,7 @@ from mlflow.entities import Run
 
 from agnews_lora.commands.board import FIGURES
 from agnews_lora.commands.predictions import ANSWERS
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS
 from agnews_lora.tracking.runs import MAX_DESCRIPTION
 from agnews_lora.tracking.store import open_client
 from tests.project import agnews_lora, write_project

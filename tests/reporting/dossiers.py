@@ -13,7 +13,7 @@ from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.config.stored import read_experiment, read_sweep
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS
 from agnews_lora.reporting.report.dossier import Answers, Dossier, Registered
 from agnews_lora.serving.gate import TestScore
 from agnews_lora.tracking.reading import DatasetUse

@@ -16,8 +16,8 @@ from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data import newswire
-from agnews_lora.data.corpus import Corpus
-from agnews_lora.data.splits import LABELS, Rows
+from agnews_lora.data.rows import LABELS, Rows
+from agnews_lora.data.sources import Corpus
 from agnews_lora.data.tokens import TokenTable, tokenise
 from agnews_lora.serving import reload
 from agnews_lora.serving.registration import Winner, register

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from agnews_lora.adapters.adapter_files import recount
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS
 from agnews_lora.errors import RegistryError, StorageError
 from agnews_lora.serving.export import export
 from agnews_lora.serving.gate import promote

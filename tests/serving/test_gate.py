@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.artifacts import load_text
 
-from agnews_lora.data.splits import Rows
+from agnews_lora.data.rows import Rows
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import GateError, RegistryError
 from agnews_lora.serving import reload

@@ -9,7 +9,7 @@ import pytest
 
 from agnews_lora.adapters.base_models import resolve
 from agnews_lora.adapters.spec import Family
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS
 from agnews_lora.errors import AdapterError, DataError, RegistryError
 from agnews_lora.serving.gate import promote
 from agnews_lora.serving.package import Package

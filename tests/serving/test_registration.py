@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from agnews_lora.adapters.adapter_files import read_record
 from agnews_lora.adapters.base_models import resolve
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS
 from agnews_lora.errors import BudgetError, GateError
 from agnews_lora.serving import reload
 from agnews_lora.serving.package import Package

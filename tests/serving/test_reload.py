@@ -7,7 +7,7 @@ import torch
 from agnews_lora.adapters.base_models import resolve
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data import newswire
-from agnews_lora.data.splits import Rows
+from agnews_lora.data.rows import Rows
 from agnews_lora.data.tokens import tokenise
 from agnews_lora.errors import GateError
 from agnews_lora.serving import reload

@@ -10,8 +10,8 @@ import pytest
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.adapters.spec import Family, TrialSpec
 from agnews_lora.data import newswire
-from agnews_lora.data.corpus import Corpus
-from agnews_lora.data.splits import LABELS, stratified_subset
+from agnews_lora.data.rows import LABELS, stratified_subset
+from agnews_lora.data.sources import Corpus
 from agnews_lora.data.tokens import tokenise
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrainSettings, TrialPlan, TrialResult, Verdict
 from tests.tiny import tiny_base

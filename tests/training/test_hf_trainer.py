@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from agnews_lora.adapters.adapter_files import WEIGHTS, load_with_peft
 from agnews_lora.adapters.base_models import resolve
 from agnews_lora.adapters.spec import TrialSpec
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS
 from agnews_lora.errors import BudgetError, TrainingError
 from agnews_lora.training import device
 from agnews_lora.training.hf_trainer import TrainerEngine

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from agnews_lora.adapters.adapter_files import WEIGHTS
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS
 from agnews_lora.errors import StorageError, TrainingError
 from agnews_lora.training import checkpoints
 from agnews_lora.training.hf_trainer import TrainerEngine

@@ -1,6 +1,6 @@
 """What was given: the data, and how all trials were trained."""
 
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS
 from agnews_lora.reporting.report.document import (
     Block,
     Cite,

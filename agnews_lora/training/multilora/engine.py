@@ -15,7 +15,7 @@ from agnews_lora.adapters.adapter_files import load_base, tensor_shapes
 from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import TrialSpec
-from agnews_lora.data.corpus import Corpus
+from agnews_lora.data.sources import Corpus
 from agnews_lora.errors import AdapterError, BudgetError, ConfigError, StorageError, TrainingError
 from agnews_lora.training.checkpoints import folder_of
 from agnews_lora.training.device import computes_in_bf16, peak_memory_bytes, training_device

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from agnews_lora.adapters.adapter_files import CONFIG, WEIGHTS, load_with_peft
 from agnews_lora.adapters.spec import HEADS, Family, TrialSpec
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS
 from agnews_lora.errors import ConfigError, TrainingError
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrainSettings, TrialPlan, Verdict
 from agnews_lora.training.metrics import predict_logits

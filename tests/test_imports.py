@@ -50,7 +50,7 @@ HOMES = {
 
 STARTS_LIGHT = [
     "agnews_lora.cli",
-    "agnews_lora.commands.budget",
+    "agnews_lora.commands.inspect",
     "agnews_lora.adapters.spec",
     "agnews_lora.adapters.budget",
     "agnews_lora.adapters.base_models",

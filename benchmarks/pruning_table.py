@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import optuna
-from agnews_lora.commands.prepare import Prepared, prepare
 
 from agnews_lora.adapters.budget import max_rank
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
+from agnews_lora.commands.prepare import Prepared, prepare
 from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.data.rows import LABELS
 from agnews_lora.search import space as search_space

@@ -4,15 +4,13 @@ Finishing again changes nothing but what is new.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from functools import cache, partial
-from itertools import pairwise
 from math import isfinite
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,21 +23,23 @@ from agnews_lora.commands import report
 from agnews_lora.commands.prepare import Prepared
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
-from agnews_lora.data.corpus import Corpus
-from agnews_lora.data.splits import LABELS
+from agnews_lora.data.rows import LABELS
+from agnews_lora.data.sources import Corpus
 from agnews_lora.paths import STORES
-from agnews_lora.reporting import figures
-from agnews_lora.reporting import winner as answer_figures
-from agnews_lora.reporting.canvas import thumbnail
-from agnews_lora.reporting.occupancy import slot_occupancy
-from agnews_lora.reporting.paired import count_pairs
+from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, draw, thumbnails
 from agnews_lora.search import space
-from agnews_lora.search.results import Answers, Registration, SweepFacts, SweepResult, TrialSummary
-from agnews_lora.search.study import TRIALS
+from agnews_lora.search.results import Answers, Registration, SweepFacts, SweepResult
 from agnews_lora.serving import reload
+from agnews_lora.serving.gate import recorded_score
 from agnews_lora.serving.registration import Winner, register
-from agnews_lora.tracking import descriptions
-from agnews_lora.tracking.descriptions import ANSWER_FIGURES, SWEEP_FIGURES, THUMBNAILS, Pages
+from agnews_lora.tracking.descriptions import (
+    Pages,
+    model_description,
+    opening_description,
+    sweep_description,
+    version_description,
+    winner_description,
+)
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.registry import Registry, Version
 from agnews_lora.tracking.runs import RunPage, SweepRuns, page_of
@@ -49,13 +49,21 @@ RESULT: Final = "result.json"  # artifact of the parent run
 PREDICTIONS: Final = "predictions.csv"  # artifact of the winner's run
 WINNER: Final = "winner"  # tag of a trial's run
 NUM_MISTAKES: Final = 10
-DIMENSIONS: Final = ("targets", "lora_r", "lora_alpha", "lora_dropout", "learning_rate")
+NUM_BINS: Final = 10
 # What a logged model shows of the run that trained it.
-MODEL_PARAMS: Final = (*DIMENSIONS, "head", "trainable_parameters", "budget", "seed", "base")
+MODEL_PARAMS: Final = (
+    "targets",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "learning_rate",
+    "head",
+    "trainable_parameters",
+    "budget",
+    "seed",
+    "base",
+)
 MODEL_METRICS: Final = ("eval/accuracy", "eval/macro_f1", "eval/loss")
-# A trial gives a sign at least every few seconds; one that gave none for longer was stopped meanwhile.
-PAUSE_SECONDS: Final = 30.0
-PAUSE_FACTOR: Final = 10.0
 
 Logits = npt.NDArray[np.float32]  # [validation rows, classes]
 
@@ -78,68 +86,69 @@ def finish(
     Raises:
         GateError, BudgetError, AdapterError: the winner cannot be registered; the parent run stays open.
     """
-    began, parent = time.perf_counter(), runs.page()
+    began, parent, registry = time.perf_counter(), runs.page(), Registry(runs.client, sweep.experiment.name)
     result = SweepResult.from_study(
         study,
         rounds,
-        facts_of(sweep, prepared, study.user_attrs[TRIALS]),
+        replace(facts_of(sweep, prepared), planned_trials=len(study.get_trials(deepcopy=False))),
         state="COMPLETE",
         run_id=parent.run_id,
         record_seconds=record_seconds,
     )
-    winner, version, artifacts = result.winner, None, {}
+    winner, version = result.winner, None
     with TemporaryDirectory() as name:
         folder = Path(name)
         if winner is not None:
             logits = cache(partial(_logits, runs.client, prepared, folder))
-            version = _register(result, sweep, prepared, runs, folder, logits)
-            earlier = _earlier(result)
-            answers, checks = (earlier.answers, _checks(earlier, version)) if earlier else (None, ())
-            if answers is None:
-                answers, artifacts = _answer(result, prepared.corpus, runs, folder, logits)
-            result = replace(result, answers=answers, registration=registration_of(version, checks))
-        artifacts |= draw(result, runs, folder)
-        artifacts |= thumbnails(artifacts, folder)
+            version = _register(result, sweep, prepared, runs, registry, folder, logits)
+            answers = _known_answers(result) or _answer(result, prepared.corpus, runs, folder, logits)
+            result = replace(result, answers=answers, registration=registration_of(registry, version))
         result = replace(result, wall_seconds=wall_seconds + time.perf_counter() - began)
-        artifacts[RESULT] = write(result)
-        parent.log_table("leaderboard", trials_frame(result, result.ranking))
-        _describe(result, runs.page, Registry(runs.client, sweep.experiment.name), version)
+        curves = {row.trial: runs.curve(row.trial) for row in result.trials}
+        rows = (*result.trials, *(row for each in result.confirmed for row in each.repeats))
+        drawn = draw(result, curves, folder, {row.trial: runs.times(row.trial) for row in rows})
+        if winner is not None:
+            answered = {name: drawn[name] for name in ANSWER_FIGURES}
+            runs.page(winner.run_id).log_files(answered | thumbnails(answered, folder))
+        parent.log_table("leaderboard", leaderboard(result))
+        _describe(result, runs.page, registry, version, drawn)
         _mark_winner(result, runs)
         runs.close_parent(
             "COMPLETE",
             metrics={name: round(value, 6) for name, value in metrics_of(result).items()},
             tags={"best_trial": winner.trial, "best_run": str(winner.run_id)} if winner else {},
-            artifacts=artifacts,
+            artifacts={**drawn, **thumbnails(drawn, folder), RESULT: write(result)},
         )
         report.write(runs.client, parent.run_id, study.user_attrs, folder)
     return result
 
 
-def refresh(client: MlflowClient, version: Version, checks: Sequence[Mapping[str, Any]] | None = None) -> None:
+def refresh(client: MlflowClient, version: Version) -> None:
     """Bring result, pages and report of a version's sweep up to date, after its aliases or tags have changed.
 
-    A version that is not the result of its sweep any more, or of a sweep without a result, is described alone.
-
-    Args:
-        checks: `{rule, found, passed}` each, where they were made just now.
+    A version that is not the result of its sweep any more, or whose sweep has left no result, is described alone.
     """
     registry, own = Registry(client, version.model), page_of(client, version.run_id)
     parent = own.parent()
     text = parent.read_text(RESULT) if parent else None
     result = SweepResult.from_json(text) if text else None
     if parent is None or result is None or result.winner is None or result.winner.run_id != version.run_id:
-        registry.describe(version, descriptions.version(version, own, parent))
+        registry.describe(version, version_description(version, own, parent))
         return
-    if checks is None:
-        checks = result.registration.checks if result.registration else ()
-    result = result.registered(registration_of(version, checks))
+    result = result.registered(registration_of(registry, version))
     parent.log_files({RESULT: write(result)})
-    _describe(result, partial(RunPage, client, parent.experiment_id), registry, version)
+    drawn = {item.path for item in client.list_artifacts(parent.run_id)}
+    _describe(result, partial(RunPage, client, parent.experiment_id), registry, version, drawn)
     with TemporaryDirectory() as folder:
         report.write(client, parent.run_id, {}, Path(folder))
 
 
-def facts_of(sweep: Sweep, prepared: Prepared, planned_trials: int) -> SweepFacts:
+def opening(sweep: Sweep, prepared: Prepared) -> str:
+    """The description of the parent run while the sweep is under way."""
+    return opening_description(facts_of(sweep, prepared))
+
+
+def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
     """What a result says of its sweep beside the trials."""
     experiment, base, corpus = sweep.experiment, prepared.base, prepared.corpus
     return SweepFacts(
@@ -151,7 +160,7 @@ def facts_of(sweep: Sweep, prepared: Prepared, planned_trials: int) -> SweepFact
         budget=sweep.budget,
         engine=sweep.engine,
         seed=sweep.seed,
-        planned_trials=planned_trials,
+        planned_trials=sweep.trials,
         total_steps=prepared.total_steps,
         num_train_rows=len(corpus.train),
         num_validation_rows=len(corpus.validation),
@@ -172,13 +181,12 @@ def facts_of(sweep: Sweep, prepared: Prepared, planned_trials: int) -> SweepFact
     )
 
 
-def registration_of(version: Version, checks: Sequence[Mapping[str, Any]]) -> Registration:
-    """A version as the result names it, with the test score in its tags. checks: of its last promotion."""
-    tags, test = version.tags, None
-    if "test_accuracy" in tags:
-        names = {"accuracy": "accuracy", "low": "accuracy_low", "high": "accuracy_high", "macro_f1": "macro_f1"}
-        test = {name: float(tags[f"test_{tag}"]) for name, tag in names.items()} | {"rows": int(tags["test_rows"])}
-    return Registration(version.model, version.number, version.aliases, tuple(checks), test)
+def registration_of(registry: Registry, version: Version) -> Registration:
+    score = recorded_score(version)
+    test = {name: getattr(score, name) for name in ("accuracy", "low", "high", "macro_f1")} if score else None
+    if score and test:
+        test["rows"] = score.num_rows
+    return Registration(version.model, version.number, version.aliases, (), test)
 
 
 def metrics_of(result: SweepResult) -> dict[str, float]:
@@ -202,6 +210,28 @@ def metrics_of(result: SweepResult) -> dict[str, float]:
             "confirmation/drop": mean.drop,
         }
     return {name: value for name, value in found.items() if value is not None and isfinite(value)}
+
+
+def leaderboard(result: SweepResult) -> pd.DataFrame:
+    """One row a trial, the best first."""
+    return pd.DataFrame(
+        [
+            {
+                "trial": row.trial,
+                "state": row.state,
+                "accuracy": row.accuracy,
+                "macro_f1": row.macro_f1,
+                "loss": row.loss,
+                "trainable_parameters": row.trainable_parameters,
+                **(row.spec.as_dict() if row.spec else {}),
+                "baseline": row.baseline,
+                "winner": row == result.winner,
+                "run_id": row.run_id,
+                "reason": row.reason,
+            }
+            for row in result.ranking
+        ]
+    )
 
 
 def write(result: SweepResult) -> Path:
@@ -231,12 +261,12 @@ def _register(
     sweep: Sweep,
     prepared: Prepared,
     runs: SweepRuns,
+    registry: Registry,
     folder: Path,
     logits: Callable[[str], Logits],
 ) -> Version:
     winner, mean, experiment = result.winner, result.confirmation, sweep.experiment
     assert winner is not None and winner.run_id is not None, "a trial that ended has its run"
-    registry = Registry(runs.client, experiment.name)
     version = register(
         registry,
         Winner(winner.run_id, _adapter(runs.client, folder, winner.run_id), sweep.name, result.study, sweep.budget),
@@ -255,83 +285,115 @@ def _register(
     return registry.version(version.number)
 
 
-def _earlier(result: SweepResult) -> SweepResult | None:
-    """The result of an earlier end of the same study with the same winner and baseline: what they answer stands."""
+def _known_answers(result: SweepResult) -> Answers | None:
+    """From an earlier end of the same study with the same winner and baseline."""
     try:
         found = SweepResult.from_json((RESULTS / f"{result.study}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none yet, or another version's
         return None
     old, new = ([row and row.run_id for row in (each.winner, each.baseline)] for each in (found, result))
-    return found if (found.study_id, old) == (result.study_id, new) else None
-
-
-def _checks(earlier: SweepResult, version: Version) -> tuple[Mapping[str, Any], ...]:
-    known = earlier.registration
-    return known.checks if known and (known.model, known.version) == (version.model, version.number) else ()
+    return found.answers if (found.study_id, old) == (result.study_id, new) else None
 
 
 def _answer(
     result: SweepResult, corpus: Corpus, runs: SweepRuns, folder: Path, logits: Callable[[str], Logits]
-) -> tuple[Answers, dict[str, Path]]:
-    """How the winner answers, and its figures; both are also put on its run, with every prediction."""
+) -> Answers:
+    """How the winner answers. Every prediction, and the table of mistakes, are put on its run."""
     winner, baseline = result.winner, result.baseline
     assert winner is not None and winner.run_id is not None, "a trial that ended has its run"
-    page, labels = runs.page(winner.run_id), np.asarray(corpus.validation.labels)
-    predictions = predictions_frame(logits(winner.run_id), corpus)
-    pairs = None
+    other = None
     if baseline is not None and baseline.run_id is not None and runs.is_there(baseline.run_id):
-        right, other = (logits(run_id).argmax(axis=-1) == labels for run_id in (winner.run_id, baseline.run_id))
-        both = count_pairs(right, other)
-        pairs = {
-            "both": both.both,
-            "only_winner": both.only_first,
-            "only_baseline": both.only_second,
-            "neither": both.neither,
+        other = logits(baseline.run_id).argmax(axis=-1)
+    probabilities = softmax(logits(winner.run_id))
+    answers = answers_of(probabilities, corpus, other)
+    page, names = runs.page(winner.run_id), np.asarray(LABELS)
+    predictions = pd.DataFrame(
+        {
+            "row": np.arange(len(probabilities)),
+            "label": names[corpus.validation.labels],
+            "predicted": names[probabilities.argmax(axis=-1)],
+            **dict(zip(LABELS, probabilities.T, strict=True)),
         }
-    mistakes = answer_figures.mistakes(predictions, corpus.validation_rows.texts, NUM_MISTAKES)
-    answers = Answers(
-        confusion=tuple(map(tuple, answer_figures.confusion(predictions).tolist())),
-        calibration=tuple(answer_figures.reliability(predictions).to_dict("records")),
-        mistakes=tuple(mistakes.to_dict("records")),
+    )
+    predictions.to_csv(folder / PREDICTIONS, index=False, float_format="%.6f")
+    page.log_files({PREDICTIONS: folder / PREDICTIONS})
+    page.log_table(
+        "mistakes", pd.DataFrame(answers.mistakes, columns=["row", "label", "predicted", "confidence", "text"])
+    )
+    return answers
+
+
+def softmax(logits: Logits) -> npt.NDArray[np.float64]:
+    """Probabilities [rows, classes]."""
+    exact = logits.astype(np.float64)
+    return np.exp(exact - np.logaddexp.reduce(exact, axis=-1, keepdims=True))
+
+
+def answers_of(
+    probabilities: npt.NDArray[np.float64], corpus: Corpus, other: npt.NDArray[np.int64] | None = None
+) -> Answers:
+    """Count how the winner answers.
+
+    Args:
+        probabilities: [validation rows, classes], the winner's.
+        other: [validation rows], labels that the baseline predicts.
+    """
+    labels, predicted = np.asarray(corpus.validation.labels), probabilities.argmax(axis=-1)
+    confidence, right = probabilities.max(axis=-1), predicted == labels
+    confusion = np.zeros((len(LABELS), len(LABELS)), dtype=int)
+    np.add.at(confusion, (labels, predicted), 1)
+    # The tenths as they are written: 0.3 is an edge, though 3 * 0.1 lies beyond it. An edge belongs to the bin below.
+    bins = np.searchsorted(np.arange(1, NUM_BINS) / NUM_BINS, confidence, side="left")
+    wrong = np.flatnonzero(~right)
+    surest = wrong[np.argsort(-confidence[wrong], kind="stable")][:NUM_MISTAKES]
+    pairs = None
+    if other is not None:
+        known = other == labels
+        pairs = {
+            "both": int((right & known).sum()),
+            "only_winner": int((right & ~known).sum()),
+            "only_baseline": int((~right & known).sum()),
+            "neither": int((~right & ~known).sum()),
+        }
+    return Answers(
+        confusion=tuple(map(tuple, confusion.tolist())),
+        calibration=tuple(
+            {
+                "low": int(each) / NUM_BINS,
+                "count": int((bins == each).sum()),
+                "confidence": float(confidence[bins == each].mean()),
+                "accuracy": float(right[bins == each].mean()),
+            }
+            for each in np.unique(bins)
+        ),
+        mistakes=tuple(
+            {
+                "row": int(row),
+                "label": LABELS[labels[row]],
+                "predicted": LABELS[predicted[row]],
+                "confidence": float(confidence[row]),
+                "text": corpus.validation_rows.texts[row],
+            }
+            for row in surest
+        ),
         against_baseline=pairs,
     )
-    drawn = {name: folder / name for name in ANSWER_FIGURES}
-    title = f"{winner.trial} on {len(predictions):,} validation rows"
-    answer_figures.confusion_matrix(predictions, title, drawn["confusion_matrix.png"])
-    answer_figures.calibration(predictions, winner.trial, drawn["calibration.png"])
-    predictions.to_csv(folder / PREDICTIONS, index=False, float_format="%.6f")
-    page.log_files({**drawn, **thumbnails(drawn, folder), PREDICTIONS: folder / PREDICTIONS})
-    page.log_table("mistakes", mistakes)
-    return answers, drawn
 
 
-def predictions_frame(logits: Logits, corpus: Corpus) -> pd.DataFrame:
-    """Logits as predictions: `row`, `label`, `predicted`, and the probability of each class."""
-    exact = logits.astype(np.float64)
-    probabilities = np.exp(exact - np.logaddexp.reduce(exact, axis=-1, keepdims=True))
-    names = np.asarray(LABELS)
-    return pd.DataFrame(
-        {
-            "row": np.arange(len(logits)),
-            "label": names[corpus.validation.labels],
-            "predicted": names[logits.argmax(axis=-1)],
-            **{name: probabilities[:, index] for index, name in enumerate(LABELS)},
-        }
-    )
+# Pages ---------------------------------------------------------------------------------------------------------------
 
 
-# Pages and figures ---------------------------------------------------------------------------------------------------
-
-
-def _describe(result: SweepResult, pages: Pages, registry: Registry, version: Version | None) -> None:
-    """Descriptions of the parent run, the winner's run, the model and the version."""
-    parent = pages(str(result.run_id))
-    parent.describe(descriptions.sweep(result, pages))
-    if result.winner is not None and version is not None:
+def _describe(
+    result: SweepResult, pages: Pages, registry: Registry, version: Version | None, drawn: Collection[str]
+) -> None:
+    """Describe the parent run, the winner's run, the model and the version. drawn: figures that the parent run has."""
+    parent, figures = pages(str(result.run_id)), {name: FIGURES[name] for name in FIGURES if name in drawn}
+    parent.describe(sweep_description(result, pages, figures))
+    if version is not None:
         own = pages(version.run_id)
-        own.describe(descriptions.winner(result, pages))
-        registry.introduce(descriptions.model(version.model, result.facts.sweep))
-        registry.describe(version, descriptions.version(version, own, parent))
+        own.describe(winner_description(result, pages, ANSWER_FIGURES))
+        registry.introduce(model_description(version.model, result.facts.sweep))
+        registry.describe(version, version_description(version, own, parent))
 
 
 def _mark_winner(result: SweepResult, runs: SweepRuns) -> None:
@@ -342,89 +404,4 @@ def _mark_winner(result: SweepResult, runs: SweepRuns) -> None:
         if run_id in rows and (won or tags.get(WINNER) == "true"):
             runs.page(run_id).set_tags({WINNER: str(won).lower()})
             if not won:
-                runs.page(run_id).describe(descriptions.winner(result, runs.page, rows[run_id]))
-
-
-def trials_frame(result: SweepResult, rows: Sequence[TrialSummary]) -> pd.DataFrame:
-    """One row a trial, in the columns that `reporting.figures` reads."""
-    unknown = float("nan")
-    return pd.DataFrame(
-        [
-            {
-                "trial": row.trial,
-                "number": row.number,
-                "state": row.state,
-                "baseline": row.baseline,
-                "accuracy": unknown if row.accuracy is None else row.accuracy,
-                "macro_f1": row.macro_f1,
-                "loss": row.loss,
-                "trainable_parameters": row.trainable_parameters,
-                "targets": row.spec and row.spec.targets,
-                "lora_r": row.spec and row.spec.rank,
-                "lora_alpha": row.spec and row.spec.alpha,
-                "lora_dropout": row.spec and row.spec.dropout,
-                "learning_rate": row.spec and row.spec.learning_rate,
-                "head": row.spec and row.spec.head,
-                "run_id": row.run_id,
-                "reason": row.reason,
-                "winner": row == result.winner,
-            }
-            for row in rows
-        ]
-    )
-
-
-def draw(result: SweepResult, runs: SweepRuns, folder: Path) -> dict[str, Path]:
-    """The study's figures as files in `folder`, by artifact name: those of `SWEEP_FIGURES`."""
-    name, facts, baseline = result.study, result.facts, result.baseline
-    drawn = {figure: folder / figure for figure in SWEEP_FIGURES}
-    trials = trials_frame(result, result.trials)
-    figures.optimization_history(
-        trials,
-        f"{name}: optimisation history",
-        drawn["optimization_history.png"],
-        baseline=baseline.accuracy if baseline else None,
-        bound=facts.bound,
-    )
-    figures.accuracy_against_parameters(
-        trials, facts.budget, f"{name}: accuracy against size", drawn["accuracy_against_parameters.png"]
-    )
-    points = pd.concat([runs.curve(row.trial) for row in result.trials], ignore_index=True)
-    figures.learning_curves(points, trials, f"{name}: learning curves", drawn["learning_curves.png"])
-    figures.parallel_coordinates(trials, DIMENSIONS, f"{name}: configurations", drawn["parallel_coordinates.png"])
-    figures.parameter_importance(result.importances, f"{name}: what matters", drawn["parameter_importance.png"])
-    ended = [*result.trials, *(row for each in result.confirmed for row in each.repeats)]
-    states = {row.trial: row.state for row in ended}
-    intervals = stretches({trial: runs.times(trial) for trial in states}, states)
-    slot_occupancy(intervals, f"{name}: which trials trained when", drawn["slot_occupancy.png"])
-    return drawn
-
-
-def thumbnails(drawn: Mapping[str, Path], folder: Path) -> dict[str, Path]:
-    """Small copies of figures, made in `folder`, by artifact name."""
-    small = {f"{THUMBNAILS}/{name}": folder / THUMBNAILS / name for name in drawn}
-    for path, to in zip(drawn.values(), small.values(), strict=True):
-        thumbnail(path, to)
-    return small
-
-
-def stretches(times: Mapping[str, Sequence[float]], states: Mapping[str, str]) -> pd.DataFrame:
-    """When trials trained, in the columns that `reporting.occupancy` reads.
-
-    A long silence divides a trial: it was stopped, and resumed later.
-
-    Args:
-        times: of every sign of life of a trial, ascending, in seconds.
-        states: how each trial ended.
-    """
-    rows = []
-    for trial, signs in times.items():
-        if not signs:
-            continue
-        gaps = [later - earlier for earlier, later in pairwise(signs)]
-        longest = max(PAUSE_SECONDS, PAUSE_FACTOR * median(gaps)) if gaps else PAUSE_SECONDS
-        breaks = [index + 1 for index, gap in enumerate(gaps) if gap > longest]
-        for start, end in zip([0, *breaks], [*breaks, len(signs)], strict=True):
-            state = states[trial] if end == len(signs) else "STOPPED"
-            rows.append({"trial": trial, "began": signs[start], "ended": signs[end - 1], "state": state})
-    return pd.DataFrame(rows, columns=["trial", "began", "ended", "state"])
+                runs.page(run_id).describe(winner_description(result, runs.page, ANSWER_FIGURES, rows[run_id]))

@@ -32,7 +32,6 @@ from agnews_lora.search.pruner import PeerMedianPruner
 from agnews_lora.search.results import SweepResult, best_first, summaries
 from agnews_lora.search.retry import Retry
 from agnews_lora.search.sampler import TrialSeededTPE
-from agnews_lora.tracking import descriptions
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
@@ -86,7 +85,6 @@ def run(sweep: Sweep, options: Options) -> int:
                 {"experiment": sweep.experiment.name, "base": prepared.base.hub_id, "budget": sweep.budget},
                 {},
                 trial_curves,
-                descriptions.trial,
             )
             study = open_study(sweep, prepared, options.storage, options.new)
             with keys.sole_driver_of(study):

@@ -24,7 +24,6 @@ from agnews_lora.reporting.progress import Progress
 from agnews_lora.search import study as keys
 from agnews_lora.search.driver import Driver, Search
 from agnews_lora.search.results import TrialSummary
-from agnews_lora.tracking import descriptions
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
@@ -46,9 +45,7 @@ def run(experiment: Experiment, quiet: bool, as_json: bool) -> int:
     """
     prepared = prepare(experiment)
     shared = {"experiment": experiment.name, "base": prepared.base.hub_id}
-    runs = SweepRuns(
-        open_client(STORES), experiment.name, experiment.name, shared, provenance(), trial_curves, descriptions.trial
-    )
+    runs = SweepRuns(open_client(STORES), experiment.name, experiment.name, shared, provenance(), trial_curves)
     study = optuna.create_study(pruner=NopPruner(), direction="maximize")
     keys.enqueue_named(study, TRIAL, experiment.spec, experiment.seed)
     WORK.mkdir(parents=True, exist_ok=True)

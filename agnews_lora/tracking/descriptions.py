@@ -15,26 +15,14 @@ from urllib.parse import quote
 
 from agnews_lora.adapters.budget import head_parameters, max_rank, parameters_per_rank
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
-from agnews_lora.tracking.registry import Version
-from agnews_lora.tracking.runs import RunPage
-from agnews_lora.training.interface import TrialResult
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-# Figures by artifact name, with their captions: of a sweep, of how its winner answers, and of a trial.
-SWEEP_FIGURES: Final = {
-    "optimization_history.png": "Optimisation history",
-    "accuracy_against_parameters.png": "Accuracy against size",
-    "learning_curves.png": "Learning curves",
-    "parallel_coordinates.png": "Configurations",
-    "parameter_importance.png": "What matters",
-    "slot_occupancy.png": "Slots over time",
-}
-ANSWER_FIGURES: Final = {
-    "confusion_matrix.png": "Confusion matrix of the winner",
-    "calibration.png": "Calibration of the winner",
-}
+    from agnews_lora.tracking.registry import Version
+    from agnews_lora.tracking.runs import RunPage
+
+# Figures of a trial's run, with their captions.
 TRIAL_FIGURES: Final = {"accuracy_curve.png": "Validation accuracy", "loss_curve.png": "Loss"}
 THUMBNAILS: Final = "thumbnails"  # artifact folder of a run: its figures, small enough to stand side by side
 MAX_COMPARED: Final = 60  # run ids that the link to the comparison can name
@@ -45,7 +33,7 @@ _HTML: Final = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _LINKS: Final = {"@": "&#64;", ":": "&#58;", "www.": "www&#46;"}
 _NBSP: Final = "\N{NO-BREAK SPACE}"
 
-Pages = Callable[[str], RunPage]  # the page of a run, by its id
+Pages = Callable[[str], "RunPage"]  # the page of a run, by its id
 
 
 class Markdown(str):
@@ -54,65 +42,67 @@ class Markdown(str):
     __slots__ = ()
 
 
-def opening(facts: Any) -> str:
+def opening_description(facts: Any) -> str:
     """Describe a sweep that is under way, or stopped. facts: `SweepFacts`."""
     return _render("sweep", facts=facts, result=None, highest=_highest_rank(facts))
 
 
-def sweep(result: Any, pages: Pages) -> str:
-    """Describe a sweep that has ended. result: `SweepResult`."""
+def sweep_description(result: Any, pages: Pages, figures: Mapping[str, str]) -> str:
+    """Describe a sweep that has ended.
+
+    Args:
+        result: `SweepResult`.
+        figures: that its parent run has: captions by artifact name.
+    """
     return _render(
         "sweep",
         facts=result.facts,
         result=result,
         means={row.own.trial: row for row in result.confirmed},
-        gallery=gallery(pages(result.run_id), SWEEP_FIGURES | ANSWER_FIGURES),
+        gallery=gallery(pages(result.run_id), figures),
         highest=_highest_rank(result.facts),
         **_links(result, pages),
     )
 
 
-def trial(
-    spec: TrialSpec,
-    facts: Mapping[str, Any],
-    budget: int | None,
-    page: RunPage | None = None,
-    state: str | None = None,
-    result: TrialResult | None = None,
-    reason: str | None = None,
-) -> str:
+def trial_description(spec: TrialSpec, facts: Mapping[str, Any], page: "RunPage | None" = None, end: Any = None) -> str:
     """Describe a trial's run.
 
     Args:
-        facts: `trainable_parameters`, `baseline` and `confirms` (the trial that is repeated), each where it is known.
-        budget: the sweep's, in trainable parameters.
+        facts: `trainable_parameters`, `budget`, `baseline` and `confirms` (the trial that is repeated), where known.
         page: the run's, for its curves.
-        state: how it ended, `COMPLETE`, `PRUNED`, `FAILED` or `INTERRUPTED`; None while it trains.
-        result: what the engine reported; None of a trial that failed.
-        reason: why it ended.
+        end: how it ended, with `state`, `reason` and the engine's `result`; None while it trains.
     """
-    figures = gallery(page, TRIAL_FIGURES) if page and result else None
+    figures = gallery(page, TRIAL_FIGURES) if page and end and end.result else None
+    return _render("trial", spec=spec, facts=facts, end=end, gallery=figures)
+
+
+def winner_description(result: Any, pages: Pages, figures: Mapping[str, str], row: Any = None) -> str:
+    """Describe the winner's run.
+
+    Args:
+        figures: of its answers: captions by artifact name.
+        row: `TrialSummary` of another trial, which was the winner of an earlier end.
+    """
+    row = row or result.winner
+    page = pages(row.run_id)
     return _render(
-        "trial", spec=spec, facts=facts, budget=budget, state=state, result=result, reason=reason, gallery=figures
+        "winner",
+        result=result,
+        facts=result.facts,
+        row=row,
+        gallery=gallery(page, {**TRIAL_FIGURES, **figures}),
+        mistakes=page.artifact_url("mistakes.json"),
+        **_links(result, pages),
     )
 
 
-def winner(result: Any, pages: Pages, row: Any = None) -> str:
-    """Describe the winner's run. row: another trial's `TrialSummary`, which was the winner of an earlier end."""
-    row = row or result.winner
-    page = pages(row.run_id)
-    mistakes = page.artifact_url("mistakes.json")
-    figures = gallery(page, TRIAL_FIGURES | ANSWER_FIGURES)
-    links = _links(result, pages)
-    return _render("winner", result=result, facts=result.facts, row=row, gallery=figures, mistakes=mistakes, **links)
-
-
-def model(name: str, sweep_name: str) -> str:
+def model_description(name: str, sweep_name: str) -> str:
     """Describe a registered model."""
     return _render("model", model=name, sweep=sweep_name)
 
 
-def version(registered: Version, run: RunPage, parent: RunPage | None) -> str:
+def version_description(registered: "Version", run: "RunPage", parent: "RunPage | None") -> str:
     """Describe a registered version by its tags. run: its trial's page. parent: the sweep's, where it is known."""
     tags = registered.tags
     return _render(
@@ -125,7 +115,7 @@ def version(registered: Version, run: RunPage, parent: RunPage | None) -> str:
     )
 
 
-# Escaping and parts -----------------------------------------------------------------------------------------------------
+# Escaping and parts --------------------------------------------------------------------------------------------------
 
 
 def one_line(value: object) -> str:
@@ -191,20 +181,18 @@ def arithmetic(spec: TrialSpec, shape: ModelShape, budget: int) -> Markdown:
     )
 
 
-def gallery(page: RunPage, figures: Mapping[str, str]) -> Markdown:
+def gallery(page: "RunPage", figures: Mapping[str, str]) -> Markdown:
     """Thumbnails of a run's figures, two a row, each a link to the figure. figures: captions by artifact name."""
     shown = [
         f"[![{caption}]({page.image_url(f'{THUMBNAILS}/{name}')})]({page.artifact_url(name)})"
         for name, caption in figures.items()
     ]
-    captions = list(figures.values())
-    rows = [
-        part for start in range(0, len(shown), 2) for part in (captions[start : start + 2], shown[start : start + 2])
-    ]
-    header, *rest = [[*row, ""][:2] for row in rows]
+    captions, rows = list(figures.values()), []
+    for start in range(0, len(shown), 2):
+        rows += [captions[start : start + 2], shown[start : start + 2]]
     # The UI sets cells without any room between them: a space makes it.
-    lines = [header, ["---"] * 2, *([f"{cell}&emsp;" for cell in row] for row in rest)]
-    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    lines = ["".join(f"| {cell}&emsp; " for cell in row) + "|" for row in rows]
+    return Markdown("\n".join([*lines[:1], "| --- " * len(captions[:2]) + "|", *lines[1:]]) if lines else "")
 
 
 def version_url(name: str, number: int) -> str:

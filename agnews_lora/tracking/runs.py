@@ -30,6 +30,7 @@ from mlflow.utils.mlflow_tags import (
 )
 
 from agnews_lora.adapters.spec import TrialSpec
+from agnews_lora.tracking.descriptions import trial_description
 from agnews_lora.tracking.store import experiment_id, reaching
 from agnews_lora.training.interface import EvalPoint, RunState, TrainPoint, TrialEnd
 
@@ -249,8 +250,6 @@ class SweepRuns:
     Args:
         params, tags: what every trial's run carries beside its own.
         draw: draws a trial's curves, given its points and name, into a folder; returns them by artifact name.
-        describe: the description of a trial's run, from its configuration, facts, page and end (the last two are None
-            while it trains).
 
     Raises:
         StorageError: the MLflow experiment was deleted, or its artifacts belong to another folder of stores.
@@ -264,14 +263,12 @@ class SweepRuns:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
         draw: Callable[[pd.DataFrame, str, Path], Mapping[str, Path]] = lambda curve, name, folder: {},
-        describe: Callable[[TrialSpec, Mapping[str, Any], "RunPage | None", TrialEnd | None], str] = lambda *_: "",
     ) -> None:
         self.client = client
         self._experiment_id = experiment_id(client, experiment_name)
         self._sweep_name = sweep_name
         self._params, self._tags = dict(params or {}), dict(tags or {})
         self._draw = draw
-        self._describe = describe
         self._parent: str | None = None
         self._study_name: str | None = None
         self._trials: dict[str, TrialRun] = {}
@@ -344,7 +341,7 @@ class SweepRuns:
                 **self._params,
             }
             tags = self._tags | {key: str(facts[key]) for key in ("study_trial", "confirms") if key in facts}
-            tags |= {"baseline": str(facts["baseline"]).lower(), **description(self._describe(spec, known, None, None))}
+            tags |= {"baseline": str(facts["baseline"]).lower(), **description(trial_description(spec, known))}
             tags |= {"study": self._study_name} if self._study_name else {}
             self._start(run, params, tags)
             if self._datasets:
@@ -365,7 +362,7 @@ class SweepRuns:
         run, result = self._trials[trial], end.result
         assert run.spec is not None, "start_trial comes first"
         page = self.page(run.run_id)
-        tags = {"reason": end.reason or "", **description(self._describe(run.spec, run.facts, page, end))}
+        tags = {"reason": end.reason or "", **description(trial_description(run.spec, run.facts, page, end))}
         with self.reaching(), tempfile.TemporaryDirectory() as folder:
             if end.state == "FAILED":
                 error = end.report or end.reason or ""

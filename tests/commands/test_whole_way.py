@@ -13,6 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from agnews_lora.commands.prepare import prepare
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, load_text
 from mlflow.entities import Run
@@ -21,7 +22,6 @@ from transformers import AutoModelForSequenceClassification
 
 from agnews_lora.adapters.adapter_files import load_with_peft, recount
 from agnews_lora.adapters.base_models import resolve
-from agnews_lora.commands.stage import prepare
 from agnews_lora.config.experiment import load_experiment
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.search.study import open_storage
@@ -57,7 +57,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     assert states == ["COMPLETE", "WAITING"]
     assert {run.info.status for run in runs(folder)} == {"FINISHED", "KILLED"}
     [parent] = [run for run in runs(folder) if run.data.tags.get("kind") == "sweep"]
-    assert parent.data.tags["mlflow.note.content"].startswith("**Under way, or stopped on it:**")
+    assert parent.data.tags["mlflow.note.content"].startswith("**Under way, or stopped:**")
     second = agnews_lora(folder, "sweep", "small")
     assert second.returncode == 0, second.stderr
     return folder, second.stdout

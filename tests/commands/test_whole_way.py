@@ -13,7 +13,6 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
-from agnews_lora.commands.prepare import prepare
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, load_text
 from mlflow.entities import Run
@@ -22,6 +21,7 @@ from transformers import AutoModelForSequenceClassification
 
 from agnews_lora.adapters.adapter_files import load_with_peft, recount
 from agnews_lora.adapters.base_models import resolve
+from agnews_lora.commands.prepare import prepare
 from agnews_lora.config.experiment import load_experiment
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.search.study import open_storage

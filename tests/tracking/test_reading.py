@@ -10,7 +10,8 @@ from mlflow import MlflowClient
 from agnews_lora.tracking import reading
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
-from agnews_lora.training.interface import EvalPoint, TrainPoint
+from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialEnd
+from tests.tracking.test_runs import FACTS, SPEC
 
 
 @pytest.fixture
@@ -46,10 +47,10 @@ def test_trials_with_their_points_and_data(client: MlflowClient, monkeypatch: py
     runs.log_dataset("rows", "abc", num_rows=7, profile={}, source="here", context="training")
     for number in range(5):
         trial = f"t{number:04d}"
-        runs.start_trial(trial, trial, {}, {})
+        runs.start_trial(trial, SPEC, FACTS, None)
         points = [TrainPoint(trial, 1, 0.5, 1e-3, 1), EvalPoint(trial, 2, 0.25 * number, 0.1, 0.9, 10, True, 2)]
         runs.log_points(trial, points)
-        runs.finish_trial(trial, "COMPLETE")
+        runs.finish_trial(trial, TrialEnd("COMPLETE"))
     found = reading.trials_of(client, parent)
     assert [run.tags["trial"] for run in found] == [f"t{number:04d}" for number in range(5)]
     assert [run.metrics["eval/accuracy"] for run in found] == [0.0, 0.25, 0.5, 0.75, 1.0]

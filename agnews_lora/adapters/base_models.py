@@ -252,8 +252,8 @@ def _require_whole_weights(name: str, folder: Path, shape: ModelShape) -> None:
     last = f"encoder.layer.{shape.num_layers - 1}."
     if not any(last in key for key in keys):
         raise BaseModelError(
-            f"Cannot use base model {name}: {path} does not hold the {shape.num_layers} layers of {CONFIG}: none of its "
-            f"{len(keys)} tensors is named {last}…. Take the weights that belong to this configuration."
+            f"Cannot use base model {name}: {path} does not hold the {shape.num_layers} layers of {CONFIG}: none of "
+            f"its {len(keys)} tensors is named {last}…. Take the weights that belong to this configuration."
         )
 
 

@@ -159,7 +159,7 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
             except UnicodeDecodeError as error:
                 byte = f"0x{error.object[error.start]:02X}"
                 raise _MalformedRow(
-                    f"line {reader.line_num + 1}: text should be UTF-8, but byte {error.start + 1} of the line is {byte}"
+                    f"line {reader.line_num + 1}: text should be UTF-8, but byte {error.start + 1} there is {byte}"
                 ) from error
             except csv.Error as error:
                 raise _MalformedRow(f"line {line}: in the record that starts here, {_broken(error)}") from error
@@ -188,9 +188,7 @@ def _read_row(row: list[str]) -> tuple[int, str]:
         names = ", ".join(f"{number} {name}" for number, name in zip(numbers, LABELS, strict=True))
         raise _MalformedRow(f"the class index should be one of {names}, but is {index!r}")
     if (size := len(title) + len(description)) > MAX_CHARACTERS:
-        raise _MalformedRow(
-            f"title and description should have at most {MAX_CHARACTERS:,} characters, but have {size:,}"
-        )
+        raise _MalformedRow(f"title and description may have at most {MAX_CHARACTERS:,} characters, but have {size:,}")
     text = clean(f"{title} {description}")
     if not text:
         raise _MalformedRow("title and description have no text")

@@ -184,8 +184,8 @@ def _load_hub(split: Split) -> Rows:
     for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if not text or label not in range(len(LABELS)):
             raise DataError(
-                f"Cannot use {HUB_DATASET}: {split} row {row} needs some text and a label of 0 to {len(LABELS) - 1}, but "
-                f"has {text!r} and {label!r}. Delete the data set from the local cache and start again."
+                f"Cannot use {HUB_DATASET}: {split} row {row} needs some text and a label of 0 to {len(LABELS) - 1}, "
+                f"but has {text!r} and {label!r}. Delete the data set from the local cache and start again."
             )
     return Rows(texts, labels)
 

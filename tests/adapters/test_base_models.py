@@ -123,10 +123,7 @@ def test_pickled_weights_are_never_a_way_out(folder):
 
 def test_a_name_that_is_nothing_is_answered_with_the_names_that_are(unreachable):
     message = fault("bert-base-uncased")
-    assert (
-        "Cannot find base model 'bert-base-uncased': it is neither one of roberta-base, FacebookAI/roberta-base, embedded:minilm"
-        in message
-    )
+    assert "'bert-base-uncased': it is neither one of roberta-base, FacebookAI/roberta-base, embedded:minilm" in message
     assert "nor a directory" in message
     with pytest.raises(BaseModelError, match="neither one of"):
         base_models.shape_of("bert-base-uncased")

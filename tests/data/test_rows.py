@@ -82,11 +82,11 @@ def test_what_csv_writes_is_read_back(tmp_path_factory, records, header):
         (
             f"1,a,b\n2,a,{'b' * 10_000}\n",
             2,
-            "title and description should have at most 10,000 characters, but have 10,001",
+            "title and description may have at most 10,000 characters, but have 10,001",
         ),
         (f"1,a,b\n2,a,{'b' * 200_000}\n", 2, "a field has more than 131,072 characters (is a quote never closed?)"),
-        (b"1,a,b\n2,caf\xe9,b\n", 2, "text should be UTF-8, but byte 6 of the line is 0xE9"),
-        (b'1,"two\nlines \xff",b\n', 2, "text should be UTF-8, but byte 7 of the line is 0xFF"),
+        (b"1,a,b\n2,caf\xe9,b\n", 2, "text should be UTF-8, but byte 6 there is 0xE9"),
+        (b'1,"two\nlines \xff",b\n', 2, "text should be UTF-8, but byte 7 there is 0xFF"),
     ],
 )
 def test_a_malformed_row_is_named_by_its_line(write, content, line, said):

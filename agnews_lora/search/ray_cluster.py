@@ -4,6 +4,7 @@ The only module that imports Ray, and it does so inside functions: Ray reads its
 is imported.
 """
 
+import logging
 import os
 import secrets
 import shutil
@@ -133,7 +134,7 @@ class _Actors:
     def start(self, name: str) -> _Handle:
         return _Handle(self._start_actor())
 
-    def wait(self, workers: Sequence[_Handle], seconds: float) -> list[_Handle]:
+    def wait(self, workers: Sequence[Any], seconds: float) -> list[Any]:
         import ray
 
         if not workers:
@@ -250,7 +251,7 @@ def _init_ray(address: str, **options: Any) -> None:
 
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address, logging_level="error", log_to_driver=False, **options)
+        ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
     finally:
         with suppress(ValueError):  # not in the main thread, where Ray has set none either
             signal.signal(signal.SIGTERM, handler)  # Ray's own would end the sweep without a checkpoint

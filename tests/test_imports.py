@@ -37,21 +37,21 @@ HOMES = {
     "pydantic": {"config"},
     "pydantic_core": {"config"},
     "ruamel": {"config"},
-    "datasets": {"data.sources", "training.metric"},  # `evaluate` describes the features of a metric in its terms
+    "datasets": {"data.sources", "training.hf_trainer"},  # `evaluate` describes the features of a metric in its terms
     "evaluate": {"training"},
     "optuna": {"search", "commands"},  # `commands` joins the rooms: it hands a study and a client from one to another
     "ray": {"search.ray_cluster"},
     "mlflow": {"tracking", "serving", "commands"},
     "uvicorn": {"commands.serve"},
     "matplotlib": {"reporting"},
-    "jinja2": {"reporting"},
+    "jinja2": {"reporting", "tracking"},
     "typst": {"reporting"},
     "rich": {"reporting", "commands"},
 }
 
 STARTS_LIGHT = [
     "agnews_lora.cli",
-    "agnews_lora.commands.budget",
+    "agnews_lora.commands.inspect",
     "agnews_lora.adapters.spec",
     "agnews_lora.adapters.budget",
     "agnews_lora.adapters.base_models",

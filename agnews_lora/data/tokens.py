@@ -147,8 +147,8 @@ def write_table(table: TokenTable, path: Path) -> None:
     """
     from safetensors.numpy import save
 
-    arrays = {"ids": table.ids, "offsets": table.offsets, "labels": table.labels, "pad_id": np.asarray([table.pad_id])}
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    columns = [("ids", table.ids), ("offsets", table.offsets), ("labels", table.labels), ("pad_id", [table.pad_id])]
+    arrays: dict[str, npt.NDArray[Any]] = {name: np.ascontiguousarray(column) for name, column in columns}
     path.write_bytes(save(arrays, metadata={"digest": table.digest, "checksum": _checksum(arrays)}))
 
 

@@ -19,7 +19,7 @@ from agnews_lora.serving.markdown import text
 from agnews_lora.serving.package import Package
 from agnews_lora.serving.stats import accuracy_interval
 from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry, Version
-from agnews_lora.training.evaluation import accuracy, macro_f1
+from agnews_lora.training.metrics import accuracy, macro_f1
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from agnews_lora.errors import DataError, RegistryError
 from agnews_lora.serving.package import Package
 from agnews_lora.serving.reload import full_precision
 from agnews_lora.training.device import training_device
-from agnews_lora.training.evaluation import predict_logits
+from agnews_lora.training.metrics import predict_logits
 
 if TYPE_CHECKING:
     from agnews_lora.tracking.registry import Registry, Version

@@ -23,7 +23,7 @@ from agnews_lora.serving.checks import compare_reload, require_all
 from agnews_lora.serving.package import ADAPTER, GATE, TOKENIZER, Package, locator, write_package
 from agnews_lora.serving.record import GateRecord, record_of, write_fixed_rows, write_record
 from agnews_lora.tracking.registry import CANDIDATE, Registry, Version
-from agnews_lora.training.evaluation import accuracy
+from agnews_lora.training.metrics import accuracy
 
 if TYPE_CHECKING:
     from mlflow.models import Model

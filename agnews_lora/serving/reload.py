@@ -20,7 +20,7 @@ from agnews_lora.adapters.adapter_files import load_with_peft, read_record
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.data.tokens import TokenTable, read_table, write_table
 from agnews_lora.errors import AgnewsLoraError, GateError
-from agnews_lora.training.evaluation import predict_logits
+from agnews_lora.training.metrics import predict_logits
 
 BATCH_SIZE: Final = 64
 

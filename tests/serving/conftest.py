@@ -23,7 +23,7 @@ from agnews_lora.serving import reload
 from agnews_lora.serving.registration import Winner, register
 from agnews_lora.tracking.registry import Registry, Version
 from agnews_lora.tracking.store import experiment_id, open_client
-from agnews_lora.training.evaluation import predict_logits
+from agnews_lora.training.metrics import predict_logits
 from tests.tiny import tiny_base
 
 SPEC = TrialSpec(targets="qv", rank=2, alpha=4, dropout=0.0, learning_rate=1e-3)

@@ -264,7 +264,7 @@ def _leaderboard(result: SweepResult) -> list[Block]:
     ranked = [row for row in result.ranking if row.state == "COMPLETE"]
     means = {each.own.trial: each for each in result.confirmed}
     columns = ["", "trial", "targets", "r", "alpha", "dropout", "learning rate", "trainable", "accuracy"]
-    columns += ["mean over seeds"] if means else ["95% interval"]
+    columns += ["seed mean"] if means else ["95% interval"]
     rows = []
     for place, row in enumerate(ranked, start=1):
         if place > TOP and row != result.baseline:

@@ -43,7 +43,7 @@ HOMES = {
     "mlflow": {"tracking", "serving", "commands"},
     "uvicorn": {"commands.serve"},
     "matplotlib": {"reporting"},
-    "jinja2": {"reporting"},
+    "jinja2": {"reporting", "tracking"},
     "typst": {"reporting"},
     "rich": {"reporting", "commands"},
 }

@@ -149,7 +149,7 @@ def test_files_that_no_longer_load_are_refused_and_every_other_check_is_made(
     message = refused(registry, world, digest="0" * 64)
     assert "4 of 4 checks failed" in message
     assert "changed since: adapter/adapter_model.safetensors, gate/gate_record.json" in message
-    assert "is not a whole safetensors file" in message
+    assert "it is damaged" in message
     assert "the data must be that of the sweep now (digest 000000000000)" in message
     assert "the version must hold the gate's record" in message
 

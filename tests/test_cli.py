@@ -68,7 +68,7 @@ def test_the_command_line_is_the_designs() -> None:
         "predict": ["--file", "--json", "--sweep", "--tracking", "texts"],
         "serve": ["--merged", "--port", "--tracking", "--version", "sweep"],
         "export": ["--json", "--to", "--tracking", "sweep"],
-        "report": ["--json", "--storage", "--to", "--tracking", "sweep"],
+        "report": ["--json", "--to", "--tracking", "sweep"],
         "ui": ["--port"],
         "doctor": ["--json"],
     }

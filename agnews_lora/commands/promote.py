@@ -10,14 +10,13 @@ from mlflow import MlflowClient
 from rich.console import Console
 from rich.markup import escape
 
-from agnews_lora.commands.cards import version_card
+from agnews_lora.commands.finish import refresh
 from agnews_lora.commands.stage import prepare
 from agnews_lora.config.sweep import load_sweep
 from agnews_lora.data.sources import prepare_test
 from agnews_lora.paths import STORES, TOKENS
 from agnews_lora.serving import gate
 from agnews_lora.tracking.registry import Registry
-from agnews_lora.tracking.runs import page_of
 from agnews_lora.tracking.store import open_client, reaching
 
 
@@ -32,7 +31,7 @@ def run(name: str, version: int | None, tracking: str | None, as_json: bool) -> 
     client = open_client(tracking or STORES)
     stage = prepare(experiment)
     registry = Registry(client, experiment.name)
-    with reaching(client), _described(client, registry, version):
+    with reaching(client), _refreshed(client, registry, version):
         promotion = gate.promote(
             registry,
             stage.corpus,
@@ -54,15 +53,14 @@ def run(name: str, version: int | None, tracking: str | None, as_json: bool) -> 
 
 
 @contextmanager
-def _described(client: MlflowClient, registry: Registry, number: int | None) -> Iterator[None]:
-    """Lets the version that is judged say in the UI how it was judged, also where it is refused."""
+def _refreshed(client: MlflowClient, registry: Registry, number: int | None) -> Iterator[None]:
+    """Brings the pages of the version that is judged up to date, also where it is refused."""
     judged = registry.version(number) if number is not None else registry.waiting()
     try:
         yield
     finally:
         if judged is not None:
-            page = page_of(client, judged.run_id)
-            registry.describe(judged, version_card(registry.version(judged.number), page, page.parent()))
+            refresh(client, registry.version(judged.number))
 
 
 def _as_dict(promotion: gate.Promotion) -> dict[str, Any]:

@@ -40,6 +40,7 @@ HOMES = {
     "datasets": {"data.sources", "training.hf_trainer"},  # `evaluate` describes the features of a metric in its terms
     "evaluate": {"training"},
     "optuna": {"search", "commands"},  # `commands` joins the rooms: it hands a study and a client from one to another
+    "ray": {"search.ray_cluster"},
     "mlflow": {"tracking", "serving", "commands"},
     "uvicorn": {"commands.serve"},
     "matplotlib": {"reporting"},

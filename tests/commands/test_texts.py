@@ -1,4 +1,4 @@
-"""Texts of others on the screen: shown as they are, never read as markup, and steering nothing. And who may connect."""
+"""Texts of others on the screen: shown as they are, never read as markup, and steering nothing."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agnews_lora.cli import main
-from agnews_lora.commands import predict, ui
+from agnews_lora.commands import predict
 from agnews_lora.serving.predict import Prediction
 from tests.project import write_project
 from tests.tiny import HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_LAYERS
@@ -81,13 +81,3 @@ def test_budget_and_doctor_name_a_strange_base(capsys: pytest.CaptureFixture[str
     shutil.rmtree(BASE)
     assert main(["doctor"]) == 0
     assert BASE in capsys.readouterr().out
-
-
-def test_the_ui_is_served_to_this_machine_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[list[str]] = []
-    monkeypatch.setattr(ui.os, "execv", lambda program, command: started.append(command))
-    monkeypatch.setattr(ui, "open_client", lambda place: None)
-    monkeypatch.setattr(ui, "newest_sweeps", lambda client: {})
-    ui.run(5001)
-    [command] = started
-    assert command[command.index("--host") + 1] == "127.0.0.1"

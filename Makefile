@@ -40,7 +40,7 @@ ui: $(STAMP)  ## browse the runs in the MLflow UI
 report: $(STAMP)  ## write what a sweep found to reports/, as HTML and PDF: make report [SWEEP=agnews]
 	@$(AGNEWS) report $(SWEEP)
 
-promote: $(STAMP)  ## put the sweep's candidate through the gate and make it champion: make promote [SWEEP=agnews]
+promote: $(STAMP)  ## check the sweep's candidate and make it champion: make promote [SWEEP=agnews]
 	@$(AGNEWS) promote $(SWEEP)
 
 predict: $(STAMP)  ## ask the champion: make predict TEXT="…" [SWEEP=agnews]

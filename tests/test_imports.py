@@ -41,7 +41,9 @@ HOMES = {
     "evaluate": {"training"},
     "optuna": {"search", "commands"},  # `commands` joins the rooms: it hands a study and a client from one to another
     "mlflow": {"tracking", "serving", "commands"},
-    "uvicorn": {"commands.serve"},
+    "fastapi": {"serving.server"},
+    "starlette": {"serving.server"},
+    "uvicorn": {"serving.server"},
     "matplotlib": {"reporting"},
     "jinja2": {"reporting"},
     "typst": {"reporting"},

@@ -10,9 +10,9 @@ from agnews_lora.commands.markdown import gallery, link, percent, plain, table, 
 from agnews_lora.commands.predictions import ANSWERS
 from agnews_lora.search.standings import Standing
 from agnews_lora.search.trial_log import End
-from agnews_lora.serving.card import confirmed_mean
-from agnews_lora.serving.gate import recorded_score, score_line
+from agnews_lora.serving.export import confirmed_mean
 from agnews_lora.serving.markdown import code
+from agnews_lora.serving.model_package import recorded_score
 from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, Version
 from agnews_lora.tracking.runs import RunPage
 
@@ -88,7 +88,7 @@ def model_card(model: str, sweep: str) -> str:
             f"Adapters for experiment {plain(model)}, found under a hard budget of trainable parameters by "
             f"{code(f'agnews-lora sweep {sweep}')}.",
             f"\n- {code(CHAMPION)} is in use: {code(f'agnews-lora predict --sweep {sweep} TEXT')}",
-            f"- {code(CANDIDATE)} waits at the gate: {code(f'agnews-lora promote {sweep}')}",
+            f"- {code(CANDIDATE)} waits for its promotion checks: {code(f'agnews-lora promote {sweep}')}",
             f"- {code(PREVIOUS)} is the way back: {code(f'agnews-lora promote {sweep} --rollback')}",
         ]
     )
@@ -99,15 +99,16 @@ def version_card(version: Version, run: RunPage, parent: RunPage | None) -> str:
     tags = version.tags
     count, budget = int(tags["trainable_parameters"]), int(tags["budget"])
     score = recorded_score(version)
-    gate = {"passed": "**passed**", "failed": "**refused**"}.get(tags.get("gate", ""), "not judged yet")
-    report = f", {link('report', run.artifact_url(f'gate/v{version.number}/gate_report.md'))}" if "gate" in tags else ""
+    verdict = tags.get("promotion", "")
+    checks = {"passed": "**passed**", "failed": "**refused**"}.get(verdict, "not checked yet")
+    report = f", {link('report', run.artifact_url(f'promotion/v{version.number}/report.md'))}" if verdict else ""
     study = link(tags["study"], parent.url) if parent else plain(tags["study"])
     data = "; ".join(f"{key} {value}" for key, value in json.loads(tags.get("data", "{}")).items())
     rows = [
-        ["gate", gate + report],
+        ["promotion checks", checks + report],
         [
             "test split, scored once",
-            re.sub(r"(?<=\d)%", "\N{NO-BREAK SPACE}%", score_line(score)) if score else "not scored yet",
+            re.sub(r"(?<=\d)%", "\N{NO-BREAK SPACE}%", str(score)) if score else "not scored yet",
         ],
         [
             "validation split",
@@ -121,7 +122,9 @@ def version_card(version: Version, run: RunPage, parent: RunPage | None) -> str:
         ["data", f"{plain(data)}; digest {plain(tags['data_digest'])}"],
     ]
     test = f"test accuracy {percent(score.accuracy)}, " if score else ""
-    judged = {"passed": "Passed the gate", "failed": "Refused by the gate"}.get(tags.get("gate", ""), "Not judged yet")
+    judged = {"passed": "Passed its promotion checks", "failed": "Failed its promotion checks"}.get(
+        verdict, "Not checked yet"
+    )
     return (
         f"{judged}: {test}validation accuracy {percent(float(tags['validation_accuracy']))}, {count:,} of {budget:,} "
         f"trainable parameters.\n\n{table(['', ''], rows)}"

@@ -19,7 +19,7 @@ from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
 from agnews_lora.search.confirmation import Confirmed, confirmed, winner_of
 from agnews_lora.search.standings import Standing, baseline_of, standings
-from agnews_lora.serving.registration import Winner, register
+from agnews_lora.serving.model_package import Winner, register
 from agnews_lora.tracking.registry import Registry, Version
 from agnews_lora.tracking.runs import SweepRuns
 

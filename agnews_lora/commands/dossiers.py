@@ -23,7 +23,7 @@ from agnews_lora.reporting.report import gallery
 from agnews_lora.reporting.report.dossier import Answers, Dossier, Registered
 from agnews_lora.reporting.report.drawing import draw
 from agnews_lora.search.study import FINGERPRINT, TRIALS
-from agnews_lora.serving.gate import recorded_score
+from agnews_lora.serving.model_package import recorded_score
 from agnews_lora.tracking import reading
 from agnews_lora.tracking.reading import RunRecord, fetch
 from agnews_lora.tracking.registry import Registry
@@ -196,7 +196,7 @@ def _registered(client: MlflowClient, parent: RunRecord, best_run: str | None, f
     version = Registry(client, parent.params["experiment"]).of_run(best_run)
     if version is None:
         return None
-    name = f"gate/v{version.number}/gate_report.json"
+    name = f"promotion/v{version.number}/report.json"
     found = fetch(client, version.run_id, [name], folder)
     checks = json.loads(found[name].read_text(encoding="utf-8"))["checks"] if found else []
     return Registered(version, recorded_score(version), tuple(checks))

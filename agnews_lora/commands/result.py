@@ -70,7 +70,7 @@ class Result:
             registered=f"{version} as {', '.join(version.aliases) or 'a version'}" if version else None,
             next_commands=(
                 ("make ui", "browse the runs"),
-                (f"make promote{named}", "put the winner through the gate, and make it champion"),
+                (f"make promote{named}", "check the winner, and make it champion"),
                 (f"make report{named}", "write what was found as a page and a PDF"),
             ),
         )

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from agnews_lora.commands.loopback import HOST, bound
+from agnews_lora.commands.serve import HOST, bound
 from agnews_lora.paths import STORES
 from agnews_lora.tracking.runs import newest_sweeps
 from agnews_lora.tracking.store import open_client, tracking_uri

@@ -1,6 +1,6 @@
-"""An adapter loaded as a stranger would load it: its files, plain PEFT, a freshly found base, in a process of its own.
+"""Load an adapter as a stranger would: its files, plain PEFT and a newly found base, in a new process.
 
-`reload` starts that process. It imports what loading needs and nothing else, and asks no hub.
+`reload` starts that process, which is this module run as a program. It asks no hub.
 """
 
 import argparse
@@ -8,10 +8,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,15 +19,14 @@ import numpy.typing as npt
 from agnews_lora.adapters.adapter_files import load_with_peft, read_record
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.data.tokens import TokenTable
-from agnews_lora.errors import AgnewsLoraError, GateError
-from agnews_lora.serving.rows import read_table, write_table
+from agnews_lora.errors import AgnewsLoraError, PromotionError
 from agnews_lora.training.evaluation import predict_logits
 
 BATCH_SIZE: Final = 64
 
 
 def logits(adapter: Path, base: BaseModel, table: TokenTable) -> npt.NDArray[np.float32]:
-    """Logits [rows, classes] of an adapter on all rows of a table: plain PEFT on a fresh base, in fp32.
+    """Logits [rows, classes] of an adapter on all rows of a table: plain PEFT on a new base, in fp32.
 
     Raises:
         AdapterError: the files are not an adapter, or not one of this base.
@@ -42,7 +41,7 @@ def logits(adapter: Path, base: BaseModel, table: TokenTable) -> npt.NDArray[np.
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """fp32 products in full, whatever a training in this process has allowed (TF32 keeps 10 bits of the mantissa)."""
+    """fp32 products in full, even where training in this process has allowed TF32 (10 bits of mantissa)."""
     import torch
 
     allowed = torch.get_float32_matmul_precision()
@@ -53,29 +52,44 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(allowed)
 
 
+def table_arrays(table: TokenTable) -> dict[str, npt.NDArray[Any]]:
+    """A table, all but its digest, as arrays for a safetensors file."""
+    arrays = {"ids": table.ids, "offsets": table.offsets, "labels": table.labels, "pad_id": np.asarray([table.pad_id])}
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def table_of(arrays: Mapping[str, npt.NDArray[Any]]) -> TokenTable:
+    """The table in arrays that hold at least those of `table_arrays`, without a digest.
+
+    Raises:
+        KeyError: one is missing.
+    """
+    return TokenTable(arrays["ids"], arrays["offsets"], arrays["labels"], int(arrays["pad_id"][0]), digest="")
+
+
 def reload(adapter: Path, base: str, table: TokenTable) -> npt.NDArray[np.float32]:
     """`logits`, computed in a new process that resolves the base by its name.
 
     Raises:
-        GateError: the new process could not load the adapter or compute; the message is its own.
+        PromotionError: the new process could not load the adapter or compute; the message is its own.
     """
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load_file, save_file
 
     with tempfile.TemporaryDirectory() as folder:
         rows, answers = Path(folder, "rows.safetensors"), Path(folder, "logits.safetensors")
-        write_table(table, rows)
+        save_file(table_arrays(table), rows)
         command = [sys.executable, "-m", __name__, "--", str(adapter), base, str(rows), str(answers)]
         offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
         process = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
         if process.returncode != 0:
             last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
-            raise GateError(f"the adapter must load in a new process, but that one ended with: {last_line}")
+            raise PromotionError(f"Cannot load the adapter in a new process: {last_line}")
         return load_file(answers)["logits"]
 
 
 def main() -> int:
-    """The new process: read rows, load, compute, write logits. 0, or 2 after a message of one line."""
-    from safetensors.numpy import save_file
+    """Read rows, load, compute, write logits; the exit code is 2 after a message of one line."""
+    from safetensors.numpy import load_file, save_file
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     for name in ("adapter", "base", "rows", "logits"):
@@ -84,7 +98,7 @@ def main() -> int:
     adapter = Path(arguments.adapter)
     try:
         base = resolve(arguments.base, num_labels=len(read_record(adapter).labels))
-        answers = logits(adapter, base, read_table(Path(arguments.rows)))
+        answers = logits(adapter, base, table_of(load_file(arguments.rows)))
     except AgnewsLoraError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2

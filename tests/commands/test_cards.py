@@ -28,7 +28,7 @@ TAGS = {
     "data": '{"source": "newswire", "rows": "10000"}',
 }
 SCORE = {
-    "gate": "passed",
+    "promotion": "passed",
     "test_accuracy": "0.899",
     "test_macro_f1": "0.898",
     "test_rows": "4000",
@@ -82,16 +82,18 @@ def test_a_winner_says_so_until_another_takes_its_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tags", "first", "gate"),
+    ("tags", "first", "checks"),
     [
-        ({}, "Not judged yet: validation accuracy 89.30", "not judged yet"),
-        ({"gate": "failed"}, "Refused by the gate: validation accuracy 89.30", "**refused**, [report]("),
-        (SCORE, "Passed the gate: test accuracy 89.90", "**passed**, [report]("),
+        ({}, "Not checked yet: validation accuracy 89.30", "not checked yet"),
+        ({"promotion": "failed"}, "Failed its promotion checks: validation accuracy 89.30", "**refused**, [report]("),
+        (SCORE, "Passed its promotion checks: test accuracy 89.90", "**passed**, [report]("),
     ],
 )
-def test_a_version_says_how_it_was_judged_and_where_it_comes_from(tags: dict[str, str], first: str, gate: str) -> None:
+def test_a_version_says_how_it_was_checked_and_where_it_comes_from(
+    tags: dict[str, str], first: str, checks: str
+) -> None:
     told = version_card(version(**tags), PAGE, PARENT)
-    assert told.startswith(first) and gate in told
+    assert told.startswith(first) and checks in told
     assert told.splitlines()[0].endswith("93,700 of 100,000 trainable parameters.")
     assert f"[t0011]({PAGE.url})" in told and f"[embedded]({PARENT.url})" in told
     assert "source newswire; rows 10000; digest 4aba46d1" in told

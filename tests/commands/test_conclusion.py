@@ -171,5 +171,5 @@ def test_a_promotion_is_told_by_the_version(project: Path, client: MlflowClient)
     done = agnews_lora(project, "promote", "small")
     assert done.returncode == 0, done.stderr
     told = client.get_model_version("small", "1").description
-    assert told.startswith("Passed the gate: test accuracy")
-    assert "gate/v1/gate_report.md" in told and "95 % interval" in told.replace("\N{NO-BREAK SPACE}", " ")
+    assert told.startswith("Passed its promotion checks: test accuracy")
+    assert "promotion/v1/report.md" in told and "95 % interval" in told.replace("\N{NO-BREAK SPACE}", " ")

@@ -15,7 +15,7 @@ from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.config.stored import read_experiment, read_sweep
 from agnews_lora.data.rows import LABELS
 from agnews_lora.reporting.report.dossier import Answers, Dossier, Registered
-from agnews_lora.serving.gate import TestScore
+from agnews_lora.serving.model_package import TestScore
 from agnews_lora.tracking.reading import DatasetUse
 from agnews_lora.tracking.registry import Version
 
@@ -126,7 +126,7 @@ def dossier(pictures: dict[str, Path] | None = None, **changes: Any) -> Dossier:
         "data_digest": "4aba46d1367bc0b2",
     }
     version = Version("small", 3, "run1", {}, ("champion",))
-    score = TestScore(0.8875, 0.887, 400, 0.8528, 0.9149, "16d73e3b3d0fa13f347e33bb")
+    score = TestScore(0.8875, 0.8528, 0.9149, 0.887, 400, "16d73e3b3d0fa13f347e33bb")
     check = {"rule": "the data must be the sweep's", "found": "digest 4aba46d1367b", "passed": True}
     full = Dossier(
         sweep="small",

@@ -1,6 +1,5 @@
 """The winner against the baseline, on the same rows."""
 
-from agnews_lora.reporting.paired import Pairs, count_pairs, difference_interval, two_sided_p_value
 from agnews_lora.reporting.report.document import (
     Cite,
     Code,
@@ -16,7 +15,7 @@ from agnews_lora.reporting.report.document import (
 from agnews_lora.reporting.report.dossier import Dossier
 from agnews_lora.reporting.report.wording import counted, percent, points, whole
 from agnews_lora.reporting.winner import classes
-from agnews_lora.serving.stats import accuracy_interval
+from agnews_lora.serving.stats import Pairs, accuracy_interval, count_pairs, difference_interval, two_sided_p_value
 
 SIGNIFICANT = 0.05
 

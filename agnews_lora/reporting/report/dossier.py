@@ -22,7 +22,7 @@ import pandas as pd
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.config.experiment import Experiment
 from agnews_lora.config.sweep import Sweep
-from agnews_lora.serving.gate import TestScore
+from agnews_lora.serving.model_package import TestScore
 from agnews_lora.tracking.reading import DatasetUse
 from agnews_lora.tracking.registry import Version
 from agnews_lora.training.interface import TrainSettings

@@ -1,6 +1,5 @@
 """The report's first page: title, what a reader takes away, abstract, and what is not done yet."""
 
-from agnews_lora.reporting.paired import Pairs, difference_interval, two_sided_p_value
 from agnews_lora.reporting.report.comparison import pairs_of
 from agnews_lora.reporting.report.document import Cite, Code, Strong, Text, say, sentences
 from agnews_lora.reporting.report.dossier import STATES, Dossier, spec_of
@@ -17,6 +16,7 @@ from agnews_lora.reporting.report.wording import (
     points,
     whole,
 )
+from agnews_lora.serving.stats import Pairs, difference_interval, two_sided_p_value
 
 # What became of one trial, and of several, by their state.
 _BECAME = {
@@ -170,7 +170,7 @@ def _test_score(dossier: Dossier) -> Text | None:
         "{rows} rows).",
         accuracy=percent(score.accuracy),
         range=interval(score.low, score.high),
-        rows=whole(score.num_rows),
+        rows=whole(score.rows),
     )
 
 

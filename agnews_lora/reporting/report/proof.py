@@ -122,7 +122,7 @@ def promotion(dossier: Dossier) -> list[Block]:
             accuracy=percent(score.accuracy),
             range=interval(score.low, score.high),
             f1=percent(score.macro_f1),
-            rows=whole(score.num_rows),
+            rows=whole(score.rows),
         )
     verdict = "It passed" if passed else "It did not pass"
     return [

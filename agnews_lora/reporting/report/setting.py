@@ -81,7 +81,7 @@ def _splits(dossier: Dossier) -> Table:
     score = dossier.registered.score if dossier.registered else None
     if score:
         digest = Code(score.digest[:DIGEST_LENGTH])
-        rows.append((("Test",), (whole(score.num_rows),), ("one score, at promotion",), (digest,)))
+        rows.append((("Test",), (whole(score.rows),), ("one score, at promotion",), (digest,)))
     return Table(
         "splits",
         say("The rows by what they are used for. The digest is the beginning of a SHA-256 over all rows in order."),

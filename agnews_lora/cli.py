@@ -1,4 +1,4 @@
-"""The command line. Parsing imports nothing heavy, so that `--help` answers at once; each command imports its own."""
+"""The command line: it answers `--help` and faults in a YAML file before anything heavy is imported."""
 
 import argparse
 import os
@@ -6,9 +6,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import agnews_lora
 from agnews_lora.errors import AgnewsLoraError
+
+if TYPE_CHECKING:
+    from agnews_lora.config.sweep import Sweep
 
 Run = Callable[[argparse.Namespace], int]
 Add = Callable[[str, Run, str, str], argparse.ArgumentParser]
@@ -105,9 +109,7 @@ def _add_training(add: Add) -> None:
 
 
 def _add_using(add: Add) -> None:
-    promote = add(
-        "promote", _promote, "make the candidate champion, if it passes its checks", "promote embedded"
-    )
+    promote = add("promote", _promote, "make the candidate champion, if it passes its checks", "promote embedded")
     _name_sweep(promote)
     which = promote.add_mutually_exclusive_group()
     which.add_argument("--version", type=_count, metavar="N", help="this version instead of the candidate")
@@ -215,13 +217,23 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _loaded_sweep(options: argparse.Namespace) -> "Sweep":
+    from agnews_lora.config.sweep import load_sweep
+
+    return load_sweep(options.sweep)
+
+
 def _train(options: argparse.Namespace) -> int:
+    from agnews_lora.config.experiment import load_experiment
+
+    load_experiment(options.experiment)
     from agnews_lora.commands import train
 
     return train.run(options.experiment, options.quiet, options.json)
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    _loaded_sweep(options)
     from agnews_lora.commands import sweep
 
     given = sweep.Options(
@@ -243,18 +255,21 @@ def _worker(options: argparse.Namespace) -> int:
 
     # Before anything heavy is imported: a supervisor may die at any time.
     supervisor = Supervisor(options.supervised) if options.supervised else None
+    _loaded_sweep(options)
     from agnews_lora.commands import worker
 
     return worker.run(options.sweep, options.storage, options.tracking, options.patience, options.quiet, supervisor)
 
 
 def _budget(options: argparse.Namespace) -> int:
-    from agnews_lora.commands import budget
+    sweep = _loaded_sweep(options)
+    from agnews_lora.commands import inspect
 
-    return budget.run(options.sweep, options.json)
+    return inspect.budget(sweep, options.json)
 
 
 def _promote(options: argparse.Namespace) -> int:
+    _loaded_sweep(options)
     from agnews_lora.commands import promote
 
     if options.rollback:
@@ -263,18 +278,21 @@ def _promote(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    _loaded_sweep(options)
     from agnews_lora.commands import predict
 
     return predict.run(options.sweep, options.texts, options.file, options.json, options.tracking)
 
 
 def _serve(options: argparse.Namespace) -> int:
+    _loaded_sweep(options)
     from agnews_lora.commands import serve
 
     return serve.run(options.sweep, options.version, options.merged, options.port, options.tracking)
 
 
 def _export(options: argparse.Namespace) -> int:
+    _loaded_sweep(options)
     from agnews_lora.commands import predict
 
     return predict.export(options.sweep, options.to, options.tracking, options.json)
@@ -287,12 +305,12 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _ui(options: argparse.Namespace) -> int:
-    from agnews_lora.commands import ui
+    from agnews_lora.commands import inspect
 
-    return ui.run(options.port)
+    return inspect.ui(options.port)
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from agnews_lora.commands import doctor
+    from agnews_lora.commands import inspect
 
-    return doctor.run(options.json)
+    return inspect.doctor(options.json)

@@ -139,7 +139,7 @@ def predictions(adapter: Path, base: BaseModel, corpus: Corpus) -> list[int]:
     import torch
 
     from agnews_lora.adapters.adapter_files import load_with_peft
-    from agnews_lora.training.evaluation import predict_logits
+    from agnews_lora.training.metrics import predict_logits
 
     rows = range(len(corpus.validation))
     logits = predict_logits(load_with_peft(adapter, base), corpus.validation, rows, 64, torch.device("cpu"))

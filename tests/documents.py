@@ -1,4 +1,4 @@
-"""The documents of the project, read as text: blocks of commands and examples, links, headings, tables, quotations.
+"""The documents of the project, read as text: blocks of commands and examples, links, headings, tables.
 
 A block of commands says by its fence how it is meant: ```sh runs to its end, ```sh server is started, answers at the
 address it prints, and is ended by Ctrl-C, ```sh elsewhere needs what a test has not, and is only parsed.
@@ -96,15 +96,6 @@ def anchors(page: Path) -> set[str]:
     """What a link may name behind `#`: GitHub's form of the headings."""
     words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in _HEADING.findall(prose(page)))
     return {each.replace(" ", "-") for each in words}
-
-
-def quotations(page: Path) -> list[str]:
-    """What the page quotes, a text each, on one line."""
-    found = []
-    for is_quoted, lines in groupby(prose(page).splitlines(), key=lambda line: line.startswith(">")):
-        if is_quoted:
-            found.append(" ".join(" ".join(line.removeprefix(">") for line in lines).split()))
-    return found
 
 
 def tables(page: Path) -> list[Table]:

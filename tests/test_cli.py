@@ -5,6 +5,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest
 
 from agnews_lora.cli import main, parser
 from agnews_lora.search.study import open_storage
-from tests.project import write_project
+from tests.project import environment, write_project
+from tests.test_imports import HEAVY
 from tests.tiny import tiny_base
 
 
@@ -124,20 +127,54 @@ def test_budget_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert files(folder) == {"experiments/small.yaml", "sweeps/small.yaml"}
 
 
+PROBE = """
+import resource, sys
+from agnews_lora.cli import main
+try:
+    code = main(sys.argv[2:])
+except SystemExit as ended:
+    code = ended.code
+used = resource.getrusage(resource.RUSAGE_SELF)
+print("PROBE", code, used.ru_utime + used.ru_stime, *set(sys.argv[1].split()) & set(sys.modules))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        *((words, 0) for words in ("--help", "sweep --help", "budget small", "budget small --json")),
+        *((f"{command} mistyped", 2) for command in ("sweep", "train", "worker", "budget", "promote", "serve")),
+        *((words, 2) for words in ("promote mistyped --rollback", "export mistyped --to out", "sweep absent")),
+        ("predict --sweep mistyped text", 2),
+    ],
+)
+def test_what_needs_no_training_is_answered_at_once(folder: Path, arguments: str, expected: int) -> None:
+    """Within a second of processor time, and without the libraries that take longer to import."""
+    for kind in ("experiments", "sweeps"):
+        path = folder / kind / "mistyped.yaml"
+        path.write_text((folder / kind / "small.yaml").read_text() + "budgt: 3\n")
+    command = [sys.executable, "-c", PROBE, " ".join(HEAVY), *arguments.split()]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    _, code, seconds, *imported = ended.stdout.splitlines()[-1].split()
+    assert (int(code), imported) == (expected, [])
+    assert float(seconds) < 1
+    assert expected == 0 or "absent" in arguments or "budgt: Unknown key." in ended.stderr
+
+
 BAD_FILES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
-    ({}, {"tirals": 3}, ["tirals", "unknown key", "trials"]),
-    ({}, {"trials": "three"}, ["trials", "whole number", "'three'"]),
-    ({}, {"budget": -5}, ["budget", "at least 1", "-5"]),
-    ({}, {"space.learning_rate": {"low": 1e-2, "high": 1e-3}}, ["low <= high", "0.01", "0.001"]),
-    ({}, {"space.targets": ["qkw"]}, ["space.targets[0]", "qk, qv, qkv, qkvo, ffn, all-linear", "'qkw'"]),
-    ({}, {"engine": "rocket"}, ["engine", "trainer, multilora", "'rocket'"]),
+    ({}, {"tirals": 3}, ["tirals", "Unknown key", "trials"]),
+    ({}, {"trials": "three"}, ["trials", "valid integer", "'three'"]),
+    ({}, {"budget": -5}, ["budget", "or equal to 1", "-5"]),
+    ({}, {"space.learning_rate": {"low": 1e-2, "high": 1e-3}}, ["at most high", "0.01", "0.001"]),
+    ({}, {"space.targets": ["qkw"]}, ["space.targets[0]", "'ffn' or 'all-linear'", "'qkw'"]),
+    ({}, {"engine": "rocket"}, ["engine", "'trainer' or 'multilora'", "'rocket'"]),
     ({"training.base_dropout": 0.1}, {}, ["engine", "base_dropout 0.1", "engine: trainer"]),
     ({}, {"engine": "trainer", "slots": 4}, ["slots", "one trial after another", "4", "engine: multilora"]),
-    ({}, {"slots": 0}, ["slots", "at least 1", "0"]),
-    ({}, {"experiment": "smal"}, ["no experiment named 'smal'", "did you mean small"]),
-    ({"adapter.rank": 2.5}, {}, ["adapter.rank", "whole number", "2.5"]),
-    ({"data.source": "parquet"}, {}, ["data.source", "csv, hub, newswire", "'parquet'"]),
-    ({"training.epochs": None, "data.rows": None}, {}, ["data.rows", "is missing"]),
+    ({}, {"slots": 0}, ["slots", "or equal to 1", "0"]),
+    ({}, {"experiment": "smal"}, ["Cannot find experiment 'smal'", "Did you mean small"]),
+    ({"adapter.rank": 2.5}, {}, ["adapter.rank", "valid integer", "2.5"]),
+    ({"data.source": "parquet"}, {}, ["data.source", "hub, csv, newswire", "'parquet'"]),
+    ({"training.epochs": None, "data.rows": None}, {}, ["data.rows", "Missing key"]),
 ]
 
 

@@ -1,5 +1,6 @@
-"""The documents say what is true: their commands run, their links lead somewhere, their tables and messages agree."""
+"""The documents are right: their commands run, their links lead somewhere, their tables are those of the models."""
 
+import argparse
 import importlib.util
 import json
 import re
@@ -16,13 +17,11 @@ from agnews_lora.adapters.base_models import KNOWN
 from agnews_lora.adapters.budget import feasible_ranks, require_within_budget
 from agnews_lora.cli import parser
 from agnews_lora.config import experiment, sweep
-from tests import messages
-from tests.documents import PAGES, ROOT, Block, anchors, blocks, links, prose, quotations, tables, targets
+from tests.documents import PAGES, ROOT, Block, anchors, blocks, links, prose, tables, targets
 from tests.guided import Guided, Outcome
 
 FENCES = ("sh", "sh server", "sh elsewhere")
 GUIDE = ROOT / "docs"
-TROUBLES = GUIDE / "troubleshooting.md"
 MODELS: dict[str, type[BaseModel]] = {
     "Keys of a sweep": sweep.Sweep,
     "`space`": sweep.Space,
@@ -197,43 +196,25 @@ def test_the_keys_and_defaults_are_the_models(heading: str) -> None:
             assert YAML(typ="safe").load(default.strip("`")) == plain, f"{key} is {plain} by default, not {default}"
 
 
-# Messages ------------------------------------------------------------------------------------------------------------
+# Completeness --------------------------------------------------------------------------------------------------------
 
 
-def test_every_message_is_explained() -> None:
-    explained = quotations(TROUBLES)
-    missing = [
-        f"{message.place}: {message.text}"
-        for message in messages.raised()
-        if not any(message.is_quoted_by(quotation) for quotation in explained)
-    ]
-    assert not missing, "docs/troubleshooting.md lacks\n" + "\n".join(missing)
-
-
-def test_every_explained_message_is_one_that_there_is() -> None:
-    said = set(messages.said())
-    strangers = {
-        quotation: parts
-        for quotation in quotations(TROUBLES)
-        if (parts := [part for part in quotation.split(messages.VARIES) if not in_any(part, said)])
+def test_every_command_and_option_is_documented() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    [commands] = [action.choices for action in parser()._actions if action.choices]
+    options = {
+        option
+        for command in commands.values()
+        for action in command._actions
+        if action.help != argparse.SUPPRESS
+        for option in action.option_strings
+        if option.startswith("--")
     }
-    assert not strangers
+    words = [*(f"agnews-lora {name}" for name in commands), *options]
+    assert [word for word in words if not re.search(rf"{word}\b", text)] == []
 
 
-def in_any(part: str, texts: set[str]) -> bool:
-    words = messages.normal(part)
-    return not re.search(r"[A-Za-z]{2}", words) or any(words in text for text in texts)
-
-
-def test_the_reading_of_messages_sees_all_forms() -> None:
-    texts = [message.text for message in messages.raised()]
-    for text in (
-        "… is not PEFT's configuration (…); export the adapter again",  # one f-string
-        "no adapter_config.json in …; name a folder that a trial or an export wrote",  # with a constant in it
-        "… trainable parameters > budget … (…); …",  # from a function
-        "the run store must be the URL of an MLflow server, http://HOST:PORT, but got another text",  # from a name
-        "low <= high must hold, but got low … and high …",  # a validator's
-        "must be a port, 1 to 65535, but got …",  # the command line's
-    ):
-        assert text in texts
-    assert len(messages.error_classes()) > 10
+def test_every_block_of_a_yaml_file_has_its_table() -> None:
+    schemas = [model.model_json_schema() for model in (sweep.Sweep, experiment.Experiment)]
+    models = {"Sweep", "Experiment"}.union(*(schema["$defs"] for schema in schemas))
+    assert {name for name in models if not name.startswith("Range")} == {model.__name__ for model in MODELS.values()}

@@ -37,7 +37,7 @@ HOMES = {
     "pydantic": {"config"},
     "pydantic_core": {"config"},
     "ruamel": {"config"},
-    "datasets": {"data.sources", "training.metric"},  # `evaluate` describes the features of a metric in its terms
+    "datasets": {"data.sources", "training.hf_trainer"},  # `evaluate` describes the features of a metric in its terms
     "evaluate": {"training"},
     "optuna": {"search", "commands"},  # `commands` joins the rooms: it hands a study and a client from one to another
     "mlflow": {"tracking", "serving", "commands"},
@@ -52,7 +52,7 @@ HOMES = {
 
 STARTS_LIGHT = [
     "agnews_lora.cli",
-    "agnews_lora.commands.budget",
+    "agnews_lora.commands.inspect",
     "agnews_lora.adapters.spec",
     "agnews_lora.adapters.budget",
     "agnews_lora.adapters.base_models",

@@ -2,10 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from math import isfinite
 from pathlib import Path
-from statistics import median
 from typing import Final
 
 import optuna
@@ -13,8 +11,7 @@ import pandas as pd
 
 from agnews_lora.commands.markdown import THUMBNAILS
 from agnews_lora.reporting import figures
-from agnews_lora.reporting.canvas import thumbnail
-from agnews_lora.reporting.occupancy import slot_occupancy
+from agnews_lora.reporting.figures import slot_occupancy, stretches, thumbnail
 from agnews_lora.search.confirmation import Confirmed
 from agnews_lora.search.standings import Standing, baseline_of, count_ended
 from agnews_lora.tracking.runs import SweepRuns
@@ -31,9 +28,6 @@ FIGURES: Final = {
     "parameter_importance.png": "What matters",
     "slot_occupancy.png": "Slots over time",
 }
-# A trial gives a sign at least every few seconds; one that gave none for longer was stopped meanwhile.
-PAUSE_SECONDS: Final = 30.0
-PAUSE_FACTOR: Final = 10.0
 
 
 def trials_frame(rows: list[Standing]) -> pd.DataFrame:
@@ -165,25 +159,6 @@ def thumbnails(drawn: Mapping[str, Path], folder: Path) -> dict[str, Path]:
         assert name.endswith(".png")
         thumbnail(path, to)
     return small
-
-
-def stretches(times: Mapping[str, Sequence[float]], states: Mapping[str, str]) -> pd.DataFrame:
-    """When trials trained, in the columns that `reporting.occupancy` reads.
-
-    times: when each gave a sign, ascending, in seconds. A long silence divides a trial: it was stopped, and went on
-    later.
-    """
-    rows = []
-    for trial, signs in times.items():
-        if not signs:
-            continue
-        gaps = [later - earlier for earlier, later in pairwise(signs)]
-        longest = max(PAUSE_SECONDS, PAUSE_FACTOR * median(gaps)) if gaps else PAUSE_SECONDS
-        breaks = [index + 1 for index, gap in enumerate(gaps) if gap > longest]
-        for start, end in zip([0, *breaks], [*breaks, len(signs)], strict=True):
-            state = states[trial] if end == len(signs) else "STOPPED"
-            rows.append({"trial": trial, "began": signs[start], "ended": signs[end - 1], "state": state})
-    return pd.DataFrame(rows, columns=["trial", "began", "ended", "state"])
 
 
 def _importances(study: optuna.Study) -> dict[str, float]:

@@ -14,9 +14,8 @@ from mlflow import MlflowClient
 from agnews_lora.adapters.adapter_files import RECORD, read_record
 from agnews_lora.adapters.base_models import KNOWN
 from agnews_lora.adapters.spec import ModelShape
-from agnews_lora.config.experiment import Experiment
-from agnews_lora.config.stored import read_experiment, read_sweep
-from agnews_lora.config.sweep import Sweep
+from agnews_lora.config.experiment import Experiment, read_experiment
+from agnews_lora.config.sweep import Sweep, read_sweep
 from agnews_lora.data.sources import best_accuracy
 from agnews_lora.errors import AdapterError, ConfigError
 from agnews_lora.reporting.report import gallery

@@ -1,7 +1,7 @@
 """An experiment: base model, data, training settings, and one adapter configuration. A file in `experiments/`."""
 
 import os.path
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, GetPydanticSchema, model_validator
 from pydantic_core import core_schema
 
 from agnews_lora.adapters.spec import HEADS, PRESETS, TrialSpec
-from agnews_lora.config.yaml import Document, Settings, load, locate, shown, text_fault
+from agnews_lora.config.yaml import MAX_TEXT, Document, Settings, load, locate, read, shown
 from agnews_lora.data.sources import DataSettings
 from agnews_lora.training.interface import Precision, TrainSettings
 
@@ -21,20 +21,9 @@ def _one_of(names: Iterable[str]) -> GetPydanticSchema:
     return GetPydanticSchema(lambda source, handler: core_schema.literal_schema(list(names)))
 
 
-def at_most(limit: int) -> Callable[[int], int]:
-    """Above it, a count stands for no work that could ever be done, and may not even fit the stores."""
-
-    def check(count: int) -> int:
-        if count > limit:
-            raise ValueError(f"must be at most {limit:_}, but got {shown(count)}")
-        return count
-
-    return check
-
-
-def _plain(text: str) -> str:
-    if fault := text_fault(text):
-        raise ValueError(fault)
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"Input should hold no control characters, but got {shown(text)}")
     return text
 
 
@@ -42,18 +31,18 @@ def _inside(path: str) -> str:
     """A file of rows may be sent along with an experiment; one elsewhere has to be meant."""
     if Path(os.path.normpath(path)).parts[:1] == ("..",):
         raise ValueError(
-            f"must not lead out of the working directory, but got {shown(path)}; copy the file into it, or give its "
-            "absolute path"
+            f"Input should not lead out of the working directory, but got {shown(path)}. Copy the file into it, or "
+            "give its absolute path"
         )
     return path
 
 
 Preset = Annotated[str, _one_of(PRESETS)]
 Head = Annotated[str, _one_of(HEADS)]
-Text = Annotated[str, Field(min_length=1), AfterValidator(_plain)]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_printable)]
 FilePath = Annotated[Text, AfterValidator(_inside)]
-Count = Annotated[int, Field(ge=1), AfterValidator(at_most(1_000_000_000))]
-NewswireRows = Annotated[int, Field(ge=1), AfterValidator(at_most(1_000_000))]  # written in memory, in a minute or so
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]  # above, it stands for no work that could ever be done
+NewswireRows = Annotated[int, Field(ge=1, le=1_000_000)]  # written in memory, in a minute or so
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
@@ -110,8 +99,8 @@ class NewswireData(Settings):
         left = self.rows - int(self.rows * self.validation)
         if self.train_rows is not None and self.train_rows > left:
             raise ValueError(
-                f"train_rows <= rows less the validation share must hold, but got train_rows {self.train_rows:_} and "
-                f"{left:_} rows left of {self.rows:_}; write more rows, or keep fewer"
+                f"train_rows should be at most the {left:_} of {self.rows:_} rows that validation leaves, but "
+                f"got {self.train_rows:_}. Raise rows, or lower train_rows"
             )
         return self
 
@@ -201,3 +190,12 @@ def load_experiment(name: str) -> Experiment:
         ConfigError: no such file, or one with faults: all of them.
     """
     return load(Experiment, locate("experiment", name, [FOLDER]))
+
+
+def read_experiment(name: str, text: str) -> Experiment:
+    """The experiment in the text of a stored file. name: the file's, without its ending.
+
+    Raises:
+        ConfigError: the text is not one that this version accepts.
+    """
+    return read(Experiment, text, Path(f"{name}.yaml"))

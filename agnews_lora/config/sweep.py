@@ -24,9 +24,8 @@ from agnews_lora.config.experiment import (
     Preset,
     Probability,
     Seed,
-    at_most,
 )
-from agnews_lora.config.yaml import Document, Settings, load, locate, shown
+from agnews_lora.config.yaml import Document, Settings, load, locate, read, shown
 from agnews_lora.errors import ConfigError
 
 FOLDER: Final = Path("sweeps")  # below the working directory
@@ -42,7 +41,7 @@ def _from_list(value: object) -> object:
 def _each_once(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
     twice = [str(entry) for entry, count in Counter(entries).items() if count > 1]
     if twice:
-        raise ValueError(f"must hold every entry once, but has {', '.join(twice)} more than once")
+        raise ValueError(f"Input should hold every entry once, but has {', '.join(twice)} more than once")
     return entries
 
 
@@ -60,7 +59,7 @@ class Range(Settings, Generic[Number]):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.low > self.high:  # type: ignore[operator]
-            raise ValueError(f"low <= high must hold, but got low {self.low} and high {self.high}")
+            raise ValueError(f"low should be at most high, but got low {self.low} and high {self.high}")
         return self
 
 
@@ -91,7 +90,7 @@ class Pruner(Settings):
 
     startup_trials: Count = 4
     """Other trials that must have come to a step, running ones included, before any is judged there."""
-    warmup_steps: Annotated[int, Field(ge=0), AfterValidator(at_most(1_000_000_000))] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
     """Steps of a trial before which it is not judged."""
 
 
@@ -100,17 +99,17 @@ class Confirmation(Settings):
 
     trials: Count = 3
     """How many of the best trials are repeated."""
-    seeds: Annotated[int, Field(ge=2), AfterValidator(at_most(100))] = 3
+    seeds: Annotated[int, Field(ge=2, le=100)] = 3
     """Runs of each, the sweep's own counted in, every one with a seed of its own."""
 
 
 def _load_named(value: object, info: ValidationInfo) -> object:
     """The experiment that a sweep file names, looked for in `experiments/` and beside the folder of the sweep file."""
-    if isinstance(value, Experiment):
-        return value
+    assert info.context is not None  # `read` gives the path
+    if "experiment" in info.context:
+        return info.context["experiment"]
     if not isinstance(value, str):
-        raise ValueError(f"must be the name of an experiment or the path of its file, but got {shown(value)}")
-    assert info.context is not None  # `load` gives the path
+        raise ValueError(f"Input should be the name of an experiment or the path of its file, but got {shown(value)}")
     folder = info.context["path"].parent
     try:
         neighbour = folder.parent / experiments.FOLDER
@@ -153,8 +152,8 @@ class Sweep(Document):
         startup = sampler.startup_trials if sampler else None
         if startup is not None and startup > _third(trials):
             raise ValueError(
-                f"sampler.startup_trials must be at most a third of trials, but got {startup} of {trials}; "
-                f"take {_third(trials)} at most, or at least {3 * startup} trials"
+                f"sampler.startup_trials should be at most a third of trials, but got {startup} of {trials}. "
+                f"Take {_third(trials)} at most, or at least {3 * startup} trials"
             )
         return trials
 
@@ -165,7 +164,7 @@ class Sweep(Document):
         if engine == "multilora" and experiment and experiment.training.base_dropout > 0:
             raise ValueError(
                 f"multilora trains without dropout inside the base, but experiment {experiment.name} has base_dropout "
-                f"{experiment.training.base_dropout}; set it to 0, or take `engine: trainer`"
+                f"{experiment.training.base_dropout}. Set it to 0, or take `engine: trainer`"
             )
         return engine
 
@@ -174,7 +173,7 @@ class Sweep(Document):
     def _has_slots(cls, slots: int | None, info: ValidationInfo) -> int | None:
         if slots is not None and info.data.get("engine") == "trainer":
             raise ValueError(
-                f"trainer trains one trial after another, but got {slots}; remove slots, or take `engine: multilora`"
+                f"trainer trains one trial after another, but got {slots}. Remove slots, or take `engine: multilora`"
             )
         return slots
 
@@ -195,3 +194,15 @@ def load_sweep(name: str) -> Sweep:
         ConfigError: no such file, or one with faults: all of them, and those of its experiment.
     """
     return load(Sweep, locate("sweep", name, [FOLDER]))
+
+
+def read_sweep(name: str, text: str, experiment: Experiment) -> Sweep:
+    """The sweep in the text of a stored file, over an experiment whatever the text calls it.
+
+    Args:
+        name: the file's, without its ending.
+
+    Raises:
+        ConfigError: the text is not one that this version accepts.
+    """
+    return read(Sweep, text, Path(f"{name}.yaml"), experiment=experiment)

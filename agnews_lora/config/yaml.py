@@ -1,17 +1,16 @@
 """From a YAML file to a frozen, strict model, with every fault of the file reported at once.
 
-Owns where experiments and sweeps are looked for, what is accepted as YAML (1.2, plain values only, each written out),
-and the words that a fault is reported in: its path in the file, the rule, the value given, the nearest accepted word.
+Accepts YAML 1.2 with plain values only. A fault is reported with its line, its path in the file, pydantic's message,
+the value that was met, and the nearest accepted word.
 """
 
 import re
 import reprlib
 import textwrap
-import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
@@ -19,6 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from agnews_lora.errors import ConfigError
 
@@ -26,7 +26,7 @@ MAX_BYTES: Final = 64 * 1024  # far above any real file, and still parsed within
 MAX_TEXT: Final = 4_096  # characters; Linux knows no longer path
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHORT: Final = reprlib.Repr()
-_SHORT.maxlevel = 1
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong = 1, 60, 60
 
 
 class _PlainComposer(Composer):
@@ -70,224 +70,179 @@ DocumentT = TypeVar("DocumentT", bound=Document)
 
 
 def load(model: type[DocumentT], path: Path) -> DocumentT:
-    """Read a file into its model. Validators of the model find the path in their context under `path`.
+    """Read a file into its model.
 
     Raises:
-        ConfigError: a file that cannot be read, is not YAML, or does not say something valid; names all its faults.
+        ConfigError: a file that cannot be read, is not YAML, or is not valid; names all its faults.
     """
     if not _NAME.fullmatch(path.stem):
         raise ConfigError(
-            f"{path}: runs and models are named after the file, so its name must start with a letter or digit and hold "
-            "only letters, digits, '.', '_' and '-'; rename it"
+            f"Cannot read {path}: runs and models are named after the file, so its name must start with a letter or "
+            "digit and hold only letters, digits, '.', '_' and '-'. Rename it."
         )
-    text = _read(path)
     try:
-        document = model.model_validate(parse(text, path), context={"path": path})
+        if not path.is_file():
+            raise ConfigError(f"Cannot read {path}: it is {'a folder' if path.is_dir() else 'no regular file'}.")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ConfigError(f"Cannot read {path}: it has {size:,} bytes, and at most {MAX_BYTES:,} are accepted.")
+        return read(model, path.read_bytes().decode(), path)
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"Cannot read {path}: byte {error.start + 1} is not UTF-8.") from error
+
+
+def read(model: type[DocumentT], text: str, path: Path, **context: object) -> DocumentT:
+    """The model of a file's text. Its validators find `path` and the rest of `context` in their context.
+
+    Raises:
+        ConfigError: the text is not YAML, or not valid; names all its faults.
+    """
+    reader = YAML(typ="safe", pure=True)
+    reader.Composer = _PlainComposer
+    try:
+        document = model.model_validate(reader.load(text), context={"path": path, **context})
     except ValidationError as error:
-        raise ConfigError(faults_of(model, path, error)) from error
+        root = reader.compose(text)
+        faults = sorted((_fault(model, root, details) for details in error.errors()), key=lambda fault: fault[0])
+        heading = f"Cannot read {path}: {len(faults)} fault{'s' if len(faults) > 1 else ''}"
+        raise ConfigError("\n".join([heading, *(textwrap.indent(fault, "  ") for _, fault in faults)])) from error
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"Cannot read {path}: not valid YAML{place}: {reason}") from error
+    except YAMLError as error:
+        raise ConfigError(f"Cannot read {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, LookupError, ArithmeticError) as error:  # a tag, a date or an escape that does not fit its text
+        reason = str(error).partition(";")[0]  # behind it, Python advises programmers
+        raise ConfigError(f"Cannot read {path}: a value does not fit its YAML type ({reason})") from error
+    except RecursionError as error:
+        raise ConfigError(f"Cannot read {path}: nested too deep; at most three levels are used.") from error
     document._path = path
     document._source_text = text
     return document
 
 
-def faults_of(model: type[BaseModel], path: Path, error: ValidationError) -> str:
-    """Every fault that a model found in a file, a line each, in the words of this module."""
-    schema = model.model_json_schema()
-    faults = [_fault(schema, details) for details in error.errors(include_url=False)]
-    heading = f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''}"
-    return "\n".join([heading, *(textwrap.indent(fault, "  ") for fault in faults)])
-
-
 def locate(kind: str, name: str, folders: Sequence[Path], beside: Path = Path()) -> Path:
     """The file that a name or a path stands for.
 
-    A path contains a separator or ends in `.yaml` or `.yml`, and starts from `beside`. Any other name is that of
-    `NAME.yaml` in the first of the folders that holds it.
+    Args:
+        name: a path if it contains a separator or ends in `.yaml` or `.yml`; else `NAME.yaml` in the first of the
+            folders that holds it.
+        beside: folder that a path starts from.
 
     Raises:
-        ConfigError: there is none; says where it was looked for and which names there are.
+        ConfigError: there is none; says which names there are.
     """
-    if rule := text_fault(name):
-        raise ConfigError(f"the name of the {kind} {rule}")
+    if len(name) > MAX_TEXT or not name.isprintable():
+        raise ConfigError(f"Cannot find {kind} {shown(name)}: no file can have this name.")
     if "/" in name or name.endswith((".yaml", ".yml")):
         candidates = [beside / name]
-        missing = f"no {kind} at {candidates[0]}"
         folders = [candidates[0].parent, *folders]
     else:
         candidates = [folder / f"{name}.yaml" for folder in folders]
-        missing = f"no {kind} named {name!r} in {' or '.join(f'{folder}/' for folder in folders)}"
+    missing = f"Cannot find {kind} {name!r}: there is no {' or '.join(map(str, candidates))}"
     for candidate in candidates:
         try:
             if candidate.exists():
                 return candidate
         except OSError as error:  # what names no file there could be, such as one that is too long
-            raise ConfigError(f"{missing} ({error.strerror})") from error
+            raise ConfigError(f"{missing} ({error.strerror}).") from error
     found = list(dict.fromkeys(path.stem for folder in folders for path in sorted(folder.glob("*.yaml"))))
     if not found:
-        raise ConfigError(f"{missing}, nor any other; start from the project's folder, or give the path of a file")
-    raise ConfigError(f"{missing}{_suggestion(Path(name).stem, found)}; there are: {', '.join(found)}")
-
-
-def _read(path: Path) -> str:
-    try:
-        if not path.is_file():
-            raise ConfigError(
-                f"{path}: must be a YAML file, but is {'a folder' if path.is_dir() else 'something else'}"
-            )
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise ConfigError(f"{path}: must be at most {MAX_BYTES:,} bytes, but has {size:,}; is it the right file?")
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: must be UTF-8, but byte {error.start + 1} is not; is it the right file?") from error
-
-
-def parse(text: str, path: Path) -> Any:
-    """What a YAML text says. path: for the messages.
-
-    Raises:
-        ConfigError: it is not YAML, or not YAML that is accepted.
-    """
-    reader = YAML(typ="safe", pure=True)
-    reader.Composer = _PlainComposer
-    try:
-        return reader.load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"{path}{place}: not valid YAML: {reason}") from error
-    except YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    except (ValueError, LookupError, ArithmeticError) as error:  # a tag, a date or an escape that does not fit its text
-        reason = str(error).partition(";")[0]  # behind it, Python advises programmers
-        raise ConfigError(
-            f"{path}: not valid YAML: it holds a value that its type does not allow ({reason})"
-        ) from error
-    except RecursionError as error:
-        raise ConfigError(f"{path}: nested too deep; an experiment or sweep has at most three levels") from error
-
-
-def _fault(schema: dict[str, Any], details: ErrorDetails) -> str:
-    """One fault: path in the file, rule, value given."""
-    kind, location, value = details["type"], details["loc"], details["input"]
-    if kind in ("extra_forbidden", "invalid_key"):
-        path, block = _place(schema, location[:-1])
-        key, keys = _shown_key(str(location[-1])), block["properties"]
-        where = block.get("where", "here")
-        return f"{_below(path, key)}: unknown key{_suggestion(key, keys)}; the keys {where} are {', '.join(keys)}"
-    path, node = _place(schema, location)
-    if kind.startswith("union_tag"):  # which alternative is meant is not said, or not validly
-        tag = node["discriminator"]
-        path, node = _below(path, tag["propertyName"]), {"enum": list(tag["mapping"])}
-        kind, value = (
-            ("literal_error", value[tag["propertyName"]]) if tag["propertyName"] in value else ("missing", None)
-        )
-    if kind == "missing":
-        return f"{path}: is missing; must be {_rule(schema, node)}"
-    if kind == "value_error":  # from a validator of the models, whose message says it all
-        return f"{path}: {details['ctx']['error']}"
-    suggestion = _suggestion(value, node.get("enum", []))
-    return f"{path or 'the file'}: must be {_rule(schema, node)}, but got {shown(value)}{suggestion}"
-
-
-def _place(schema: dict[str, Any], location: Sequence[int | str]) -> tuple[str, dict[str, Any]]:
-    """(path as a person writes it, JSON schema of that place) of a pydantic location."""
-    path, node = "", schema
-    for part in location:
-        if "discriminator" in node:  # pydantic names the chosen alternative in the location; the file has no such level
-            tag = node["discriminator"]
-            chosen = _resolved(schema, {"$ref": tag["mapping"][part]})
-            node = {**chosen, "where": f"where {tag['propertyName']} is {part}"}
-        elif isinstance(part, int):
-            path, node = f"{path}[{part}]", _resolved(schema, node["items"])
-        else:
-            path, node = _below(path, part), _resolved(schema, node["properties"][part])
-    return path, node
-
-
-def _below(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-def _resolved(schema: dict[str, Any], node: dict[str, Any]) -> Any:
-    """The definition that a reference stands for, and the value that an optional value has when it is there."""
-    if "$ref" in node:
-        return schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
-    if "anyOf" in node:
-        there = next(branch for branch in node["anyOf"] if branch.get("type") != "null")
-        return {**_resolved(schema, there), "optional": True}
-    return node
-
-
-def _rule(schema: dict[str, Any], node: dict[str, Any]) -> str:
-    """What a place of the schema accepts, in words."""
-    match _resolved(schema, node):
-        case {"enum": names}:
-            rule = f"one of {', '.join(names)}"
-        case {"const": name}:
-            rule = str(name)
-        case {"discriminator": {"propertyName": key, "mapping": choices}}:
-            rule = f"a mapping whose key {key} is one of {', '.join(choices)}"
-        case {"type": "object", "properties": keys, "optional": True}:
-            rule = f"a mapping with the keys {', '.join(keys)}, or null"
-        case {"type": "object", "properties": keys}:
-            rule = f"a mapping with the keys {', '.join(keys)}"
-        case {"type": "array", "items": entry}:
-            rule = f"a list of at least one entry, each {_rule(schema, entry)}"
-        case {"type": "string"}:
-            rule = "a text that is not empty"
-        case number:
-            rule = f"{'a whole number' if number['type'] == 'integer' else 'a number'}{_bounds(number)}"
-    return rule
-
-
-def _bounds(number: dict[str, Any]) -> str:
-    if "minimum" in number and "maximum" in number:
-        return f" from {number['minimum']:_} to {number['maximum']:_}"
-    words = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "up to", "exclusiveMaximum": "below"}
-    return " and".join(f" {word} {number[key]:_}" for key, word in words.items() if key in number)
-
-
-def text_fault(text: str) -> str | None:
-    """What is wrong with a text that names a file or is shown to people, as a rule with its value; None if nothing."""
-    if len(text) > MAX_TEXT:
-        return f"must be at most {MAX_TEXT:_} characters long, but got {len(text):_}"
-    if strange := next((character for character in text if unicodedata.category(character) in ("Cc", "Cs")), None):
-        return f"must hold no control characters, but got {shown(text)} with U+{ord(strange):04X}"
-    return None
-
-
-def _shown_key(key: str) -> str:
-    return key if key.isprintable() and 0 < len(key) <= 60 else shown(key)
+        raise ConfigError(f"{missing}, nor any other. Start in the project's folder, or give the path of a file.")
+    raise ConfigError(f"{missing}{_nearest(Path(name).stem, found) or '.'} There are: {', '.join(found)}.")
 
 
 def shown(value: object) -> str:
     """A value that a file gave, on one line and not too long."""
-    match value:
-        case None:
-            return "nothing"
-        case bool():
-            return str(value).lower()
-        case str():
-            return f"the text {value if len(value) <= 60 else value[:57] + '...'!r}"
-        case int() if value.bit_length() > 200:
-            return f"a number of {value.bit_length():_} bits"
-        case int() | float():
-            return str(value)
-        case _:
-            return _short(list(value) if isinstance(value, tuple) else value)
-
-
-def _short(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
     try:
         return _SHORT.repr(value)
-    except ValueError:  # a number in it that Python writes no digits of
-        return f"a {type(value).__name__} of very large numbers"
+    except ValueError:  # a number that Python writes no digits of
+        return "a very large number"
 
 
-def _suggestion(given: object, accepted: Iterable[str]) -> str:
+def _fault(model: type[BaseModel], root: Node | None, details: ErrorDetails) -> tuple[int, str]:
+    """(line in the file, the fault in words)."""
+    kind, location, value, context = details["type"], details["loc"], details["input"], details.get("ctx", {})
+    message = details["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list").replace("Tuple", "List")
+    if kind.startswith("union_tag"):  # about the key that tells alternatives apart, which pydantic does not locate
+        tag = context["discriminator"].strip("'")
+        names = [name for block in _blocks(model, location) for name in get_args(block.model_fields[tag].annotation)]
+        location, value = (*location, tag), value.get(tag)
+        kind, context = "literal_error", {"expected": str(names)}
+        message = f"Input should be one of {', '.join(names)}"
+    line, path = _place(root, location, keep_last=kind != "value_error")
+    if kind in ("extra_forbidden", "invalid_key"):
+        keys = _keys(model, location[:-1])
+        message = f"Unknown key{_nearest(location[-1], keys) or '.'} The keys here are {', '.join(keys)}"
+    elif kind == "missing":
+        [field] = {block.model_fields[str(location[-1])].description for block in _blocks(model, location[:-1])}
+        message = f"Missing key. {field}"
+    elif kind in ("model_type", "model_attributes_type"):
+        message = f"Input should be a block with the keys {', '.join(_keys(model, location))}, but got {shown(value)}"
+    elif kind not in ("value_error", "too_short"):  # the models' own messages show the value where that helps
+        accepted = re.findall(r"'([^']+)'", context.get("expected", "")) if kind == "literal_error" else []
+        message += f", but got {shown(value)}{_nearest(value, accepted)}"
+    return line, f"line {line}{', ' if path else ''}{path}: {message}"
+
+
+def _place(node: Node | None, location: Sequence[int | str], keep_last: bool) -> tuple[int, str]:
+    """(line, path in the file) of a pydantic location.
+
+    A part that the file does not have is left out, such as the tag of an alternative.
+
+    Args:
+        keep_last: name the last part even so, since it is a key: a missing one.
+    """
+    line, path = node.start_mark.line if node else 0, ""
+    for number, part in enumerate(location, 1):
+        entries: Iterable[tuple[Any, int, Node]] = []
+        if isinstance(node, MappingNode):
+            entries = ((key.value, key.start_mark.line, inner) for key, inner in node.value)
+        elif isinstance(node, SequenceNode):
+            entries = ((index, inner.start_mark.line, inner) for index, inner in enumerate(node.value))
+        in_list = isinstance(node, SequenceNode)
+        found = next((entry for entry in entries if str(entry[0]) == str(part)), None)
+        if found is not None:
+            _, line, node = found
+        elif not keep_last or number < len(location):
+            continue
+        path += f"[{part}]" if in_list else f"{'.' if path else ''}{_printable(str(part))}"
+    return line + 1, path
+
+
+def _blocks(model: type[BaseModel], location: Sequence[int | str]) -> list[type[BaseModel]]:
+    """The model of the block at a pydantic location, or each of its alternatives."""
+    blocks = [model]
+    for part in location:
+        fields = [block.model_fields[str(part)] for block in blocks if part in block.model_fields]
+        if fields:
+            blocks = list(_models(fields[0].annotation))
+        else:  # the tag of an alternative
+            blocks = [one for one in blocks if any(part in get_args(f.annotation) for f in one.model_fields.values())]
+    return blocks
+
+
+def _keys(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    return list(dict.fromkeys(key for block in _blocks(model, location) for key in block.model_fields))
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models in an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)
+
+
+def _printable(key: str) -> str:
+    return key if key.isprintable() and 0 < len(key) <= 60 else shown(key)
+
+
+def _nearest(given: object, accepted: Iterable[str]) -> str:
     close = get_close_matches(given, accepted, n=1) if isinstance(given, str) else []
-    return f" (did you mean {close[0]}?)" if close else ""
+    return f". Did you mean {close[0]}?" if close else ""

@@ -1,13 +1,12 @@
-"""Texts as token ids: tokenised once, kept on disk, memory-mapped by every trial and process."""
+"""Texts as token ids: tokenised once and kept as safetensors files."""
 
 import hashlib
-import json
-import shutil
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +16,6 @@ from agnews_lora.errors import BaseModelError, StorageError
 
 _VOCABULARIES: Final = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 _CHUNK_ROWS: Final = 10_000  # tokenised at once: bounds the memory that Python's lists of ids take
-_ENTRY: Final = "table.json"
-_IDS: Final = "ids.npy"
-_OFFSETS: Final = "offsets.npy"
 
 
 @dataclass(frozen=True)
@@ -110,10 +106,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def tokenise(rows: Rows, tokenizer_folder: Path, max_length: int, cache: Path) -> TokenTable:
-    """The token table of some rows: from `cache/<digest>/` where it lies, else made and stored there.
+    """The token table of some rows: read from `cache/<digest>.safetensors`, or made and stored there.
 
-    Rows longer than `max_length` are cut, special tokens kept. A damaged entry is made anew. Processes that make the
-    same entry at the same time do not disturb each other.
+    Rows longer than `max_length` are cut, special tokens kept. A damaged file is made anew. Processes may store the
+    same table at the same time.
 
     Raises:
         BaseModelError: a tokenizer that cannot be read.
@@ -123,34 +119,65 @@ def tokenise(rows: Rows, tokenizer_folder: Path, max_length: int, cache: Path) -
     if not len(rows):
         raise ValueError("at least one row is needed, but got none")
     digest = _sha256(rows.digest().encode(), tokenizer_digest(tokenizer_folder).encode(), str(max_length).encode())
-    labels = np.asarray(rows.labels, dtype=np.int64)
-    entry = cache / digest
-    stored = _open(entry)
-    if stored is None:
-        ids, offsets, pad_id = _encode(rows.texts, load_tokenizer(tokenizer_folder), max_length)
-        try:
-            stored = _store(entry, ids, offsets, pad_id)
-        except OSError as error:
-            raise StorageError(
-                f"the token cache {cache} must be writable, but is not ({error.strerror}); free it or make it writable"
-            ) from error
-    return TokenTable(stored.ids, stored.offsets, labels, stored.pad_id, digest)
+    path = cache / f"{digest}.safetensors"
+    with suppress(OSError, ValueError):
+        table = read_table(path)
+        if table.digest == digest:
+            return table
+    table = _encode(rows, load_tokenizer(tokenizer_folder), max_length, digest)
+    beside = cache / f"{digest}.{uuid4().hex}.partial"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        write_table(table, beside)
+        beside.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise StorageError(
+            f"the token cache {cache} must be writable, but is not ({error.strerror}); free it or make it writable"
+        ) from error
+    return table
 
 
-@dataclass(frozen=True)
-class _Stored:
-    ids: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int64]
-    pad_id: int
+def write_table(table: TokenTable, path: Path) -> None:
+    """Write a table to a safetensors file, whose header holds the table's digest and a checksum of its content.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from safetensors.numpy import save
+
+    columns = [("ids", table.ids), ("offsets", table.offsets), ("labels", table.labels), ("pad_id", [table.pad_id])]
+    arrays: dict[str, npt.NDArray[Any]] = {name: np.ascontiguousarray(column) for name, column in columns}
+    path.write_bytes(save(arrays, metadata={"digest": table.digest, "checksum": _checksum(arrays)}))
 
 
-def _encode(
-    texts: Sequence[str], tokenizer: Any, max_length: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], int]:
+def read_table(path: Path) -> TokenTable:
+    """The table in a file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no table, or a damaged one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            said = file.metadata() or {}
+            arrays: dict[str, npt.NDArray[Any]] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if "checksum" in said and said["checksum"] != _checksum(arrays):
+            raise ValueError(f"{path} is damaged: its content does not match its checksum")
+        pad_id = int(arrays.pop("pad_id")[0])
+        return TokenTable(**arrays, pad_id=pad_id, digest=said.get("digest", ""))
+    except (SafetensorError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is not a token table ({error})") from error
+
+
+def _encode(rows: Rows, tokenizer: Any, max_length: int, digest: str) -> TokenTable:
     ids: list[npt.NDArray[np.int32]] = []
-    for start in range(0, len(texts), _CHUNK_ROWS):
+    for start in range(0, len(rows), _CHUNK_ROWS):
         encoded = tokenizer(
-            list(texts[start : start + _CHUNK_ROWS]),
+            list(rows.texts[start : start + _CHUNK_ROWS]),
             truncation=True,
             max_length=max_length,
             return_attention_mask=False,
@@ -158,48 +185,16 @@ def _encode(
         )["input_ids"]
         ids.extend(np.asarray(row, dtype=np.int32) for row in encoded)
     lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-    return np.concatenate(ids), _offsets(lengths), int(tokenizer.pad_token_id)
+    labels = np.asarray(rows.labels, dtype=np.int64)
+    return TokenTable(np.concatenate(ids), _offsets(lengths), labels, int(tokenizer.pad_token_id), digest)
 
 
 def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
-def _store(entry: Path, ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], pad_id: int) -> _Stored:
-    """Write an entry beside its place, open it, and move it there whole.
-
-    It is opened before it is moved: should another process have put the same entry there first, this one is dropped,
-    and its open maps stay readable.
-    """
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
-    try:
-        np.save(draft / _IDS, ids)
-        np.save(draft / _OFFSETS, offsets)
-        files = {name: _sha256((draft / name).read_bytes()) for name in (_IDS, _OFFSETS)}
-        (draft / _ENTRY).write_text(json.dumps({"pad_id": pad_id, "files": files}), encoding="utf-8")
-        stored = _Stored(np.load(draft / _IDS, mmap_mode="r"), np.load(draft / _OFFSETS, mmap_mode="r"), pad_id)
-        shutil.rmtree(entry, ignore_errors=True)  # a damaged one
-        try:
-            draft.rename(entry)
-        except OSError:
-            if not entry.is_dir():
-                raise
-        return stored
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _open(entry: Path) -> _Stored | None:
-    """What lies in the cache, or None where nothing does or where it is not what was written."""
-    try:
-        written = json.loads((entry / _ENTRY).read_text(encoding="utf-8"))
-        if any(_sha256((entry / name).read_bytes()) != written["files"][name] for name in (_IDS, _OFFSETS)):
-            return None
-        ids, offsets = (np.load(entry / name, mmap_mode="r") for name in (_IDS, _OFFSETS))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return _Stored(ids, offsets, written["pad_id"])
+def _checksum(arrays: dict[str, npt.NDArray[Any]]) -> str:
+    return _sha256(*(part for name in sorted(arrays) for part in (name.encode(), arrays[name].tobytes())))
 
 
 def _sha256(*parts: bytes) -> str:

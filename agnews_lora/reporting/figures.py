@@ -1,77 +1,194 @@
-"""Pictures of a study and of its trials: data frames in, PNG files out. One with nothing to show yet says so.
+"""Figures of a sweep, of its trials and of its winner, as PNG files. A figure without data says so.
 
-points: what trials reported, one row a (trial, step), NaN where a metric was not measured. Columns `trial` (id),
-`step`, `train/loss`, `eval/accuracy`, `eval/loss` (more are ignored): as `SweepRuns.curve` gives them.
+Drawn with matplotlib's objects alone: pyplot's global figures are neither thread-safe nor freed.
 
-trials: one row a trial. Columns `trial` (id), `number` (int), `state` (Optuna's: `COMPLETE`, `PRUNED`, `FAIL`, …),
-`accuracy` (share; of a pruned trial the last reported one; NaN where there is none), `baseline` (bool),
-`trainable_parameters` (int), `targets` (preset) and, for the parallel coordinates, one column a dimension of the space.
-`winner` (bool), where there is one, marks the trial that was chosen; without it the best by accuracy stands out.
+Data frames that the functions read:
+    trials: one row a trial, as `trials_frame` gives them. `accuracy` is a share (NaN: none was reported; of a pruned
+        trial the last reported one), `state` is Optuna's.
+    points: one row a (trial, step) with the columns `trial`, `step`, `train/loss`, `eval/accuracy` and `eval/loss`
+        (more are ignored); NaN where a metric was not measured.
 """
 
+import heapq
+import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
+from PIL import Image  # matplotlib's own reader of pictures
 
 from agnews_lora.adapters.spec import PRESETS
-from agnews_lora.reporting.canvas import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    LABEL_SIZE,
-    ORANGE,
-    PALE,
-    PURPLE,
-    SKY,
-    TICK_SIZE,
-    VERMILION,
-    accuracy_axis,
-    legend_beside,
-    new_figure,
-    save,
-    say,
-)
+from agnews_lora.search.results import SweepResult
 
+# Figures of a sweep by file name, with their titles, in the order to show them.
+FIGURES: Final = {
+    "optimization_history.png": "Optimisation history",
+    "accuracy_against_parameters.png": "Accuracy against size",
+    "learning_curves.png": "Learning curves",
+    "parallel_coordinates.png": "Configurations",
+    "parameter_importance.png": "Parameter importance",
+    "slot_occupancy.png": "Slots over time",
+    "confusion_matrix.png": "Confusion matrix of the winner",
+    "calibration.png": "Calibration of the winner",
+}
+DIMENSIONS: Final = ("targets", "rank", "alpha", "dropout", "learning_rate")
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+BLUE: Final = "#0072B2"
+ORANGE: Final = "#E69F00"
+GREEN: Final = "#009E73"
+VERMILION: Final = "#D55E00"
+PURPLE: Final = "#CC79A7"
+SKY: Final = "#56B4E9"
+BLACK: Final = "#222222"
+GREY: Final = "#9A9A9A"
+PALE: Final = "#D0D0D0"
 PRESET_STYLES: Final = dict(  # colour and marker
     zip(PRESETS, zip((SKY, BLUE, GREEN, ORANGE, PURPLE, VERMILION), "os^DvP", strict=True), strict=True)
 )
 STATE_LABELS: Final = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
-LOG_SPAN: Final = 20.0  # a positive dimension whose values span more than this is drawn on a logarithmic axis
-NUM_TICKS: Final = 4
+SLOT_STYLES: Final = {  # colour, colour of the text on it, label
+    "COMPLETE": (BLUE, "white", "complete"),
+    "PRUNED": (PALE, BLACK, "pruned"),
+    "FAIL": (VERMILION, "white", "failed"),
+    "STOPPED": (ORANGE, BLACK, "stopped, resumed"),
+}
+UNENDED_STYLE: Final = (GREY, "white", "not ended")
+
+# 1500 x 900 pixels, with type large enough for a thumbnail.
+SIZE_INCHES: Final = (10.0, 6.0)
+DPI: Final = 150
+THUMBNAIL_PIXELS: Final = 330
+TITLE_SIZE: Final = 22
+LABEL_SIZE: Final = 18
+TICK_SIZE: Final = 16
+SMALL_SIZE: Final = 15
 BOX: Final = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}  # behind texts on lines
+
+LOG_SPAN: Final = 20.0  # a positive dimension whose values span more than this gets a logarithmic axis
+NUM_TICKS: Final = 4
 TICK_SPACING: Final = 0.06  # share of an axis' height below which two tick labels would overlap
+FEW: Final = 10  # answers below which a bin's accuracy is noise: its bar is pale
+PALE_OPACITY: Final = 0.35
+# A trial reports at least every few seconds; one that reported nothing for longer was stopped meanwhile.
+STOP_SECONDS: Final = 30.0
+STOP_FACTOR: Final = 10.0
+CUT_SHARE: Final = 0.05  # of the whole time: a longer pause in which nothing trains is cut out
+CHARACTER_WIDTH: Final = 0.018  # share of the whole time that a bar needs for each character of its label
+MAX_LABELLED_SLOTS: Final = 12
+
+
+def draw(
+    result: SweepResult,
+    curves: Mapping[str, pd.DataFrame],
+    folder: Path,
+    times: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, Path]:
+    """Draw the figures of `FIGURES` that there is data for.
+
+    Args:
+        result: the sweep's.
+        curves: points by trial of the search.
+        folder: for the files; created.
+        times: moments by trial at which it reported, ascending, in seconds since 1970, repetitions of the confirmation
+            included; without them, there is no `slot_occupancy.png`.
+
+    Returns:
+        The files by name.
+    """
+    drawn: dict[str, Path] = {}
+
+    def new(name: str) -> tuple[str, Path]:
+        drawn[name] = folder / name
+        return f"{result.study}: {FIGURES[name].lower()}", drawn[name]
+
+    trials, facts, baseline = trials_frame(result), result.facts, result.baseline
+    if not _scored(trials).empty:
+        optimization_history(
+            trials,
+            *new("optimization_history.png"),
+            baseline=baseline.accuracy if baseline else None,
+            bound=facts.bound,
+        )
+        accuracy_against_parameters(trials, facts.budget, *new("accuracy_against_parameters.png"))
+        parallel_coordinates(trials, DIMENSIONS, *new("parallel_coordinates.png"))
+    if any(len(points) for points in curves.values()):
+        points = pd.concat([each for each in curves.values() if len(each)], ignore_index=True)
+        learning_curves(points, trials, *new("learning_curves.png"))
+    if result.importances:
+        parameter_importance(result.importances, *new("parameter_importance.png"))
+    if times and any(times.values()):
+        repeats = [row for each in result.confirmed for row in each.repeats]
+        states = {row.trial: row.state for row in (*result.trials, *repeats)}
+        slot_occupancy(stretches(times, states), *new("slot_occupancy.png"))
+    if result.answers and result.winner:
+        _, path = new("confusion_matrix.png")
+        title = f"{result.winner.trial} on {facts.num_validation_rows:,} validation rows"
+        confusion_matrix(result.answers.confusion, facts.labels, title, path)
+        calibration(result.answers.calibration, result.winner.trial, new("calibration.png")[1])
+    return {name: drawn[name] for name in FIGURES if name in drawn}
+
+
+def trials_frame(result: SweepResult) -> pd.DataFrame:
+    """One row a trial of the search, by number: the fields of its summary and of its configuration, and `winner`."""
+    specs = ("targets", "rank", "alpha", "dropout", "learning_rate", "head")
+    winner = result.winner.trial if result.winner else None
+    rows = [
+        {
+            "trial": row.trial,
+            "number": row.number,
+            "state": row.state,
+            "baseline": row.baseline,
+            "winner": row.trial == winner,
+            "accuracy": float("nan") if row.accuracy is None else row.accuracy,
+            "trainable_parameters": row.trainable_parameters or 0,
+            **{name: getattr(row.spec, name, None) for name in specs},
+        }
+        for row in result.trials
+    ]
+    names = ("trial", "number", "state", "baseline", "winner", "accuracy", "trainable_parameters", *specs)
+    return pd.DataFrame(rows, columns=list(names)).astype({"baseline": bool, "winner": bool})
+
+
+def thumbnail(path: Path, to: Path) -> None:
+    """Write a copy of `THUMBNAIL_PIXELS` width, for a page that shows many; its folder is created."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with Image.open(path) as image:
+        size = (THUMBNAIL_PIXELS, round(image.height * THUMBNAIL_PIXELS / image.width))
+        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(to, format="PNG", optimize=True)
 
 
 def accuracy_curve(points: pd.DataFrame, title: str, path: Path) -> None:
-    """Validation accuracy of one trial by step; the last point is labelled with its value."""
-    figure, axes = new_figure(title, "step", "validation accuracy")
+    """Draw the validation accuracy of one trial by step; the last point is labelled with its value."""
+    figure, axes = _new_figure(title, "step", "validation accuracy")
     curve = _measured(points, "eval/accuracy")
     if curve.empty:
-        say(axes, "no evaluation yet")
-    else:
-        axes.plot(curve["step"], curve["eval/accuracy"], color=BLUE, marker="o", markersize=8, linewidth=3)
-        step, accuracy = curve["step"].iloc[-1], curve["eval/accuracy"].iloc[-1]
-        _label(axes, step, accuracy, f"{accuracy:.1%}", (12, 0), va="center")
-        accuracy_axis(axes, curve["eval/accuracy"])
-        axes.set_xlim(left=0)
-    save(figure, path)
+        return _save_empty(figure, axes, "no evaluation yet", path)
+    axes.plot(curve["step"], curve["eval/accuracy"], color=BLUE, marker="o", markersize=8, linewidth=3)
+    step, accuracy = curve["step"].iloc[-1], curve["eval/accuracy"].iloc[-1]
+    _label(axes, step, accuracy, f"{accuracy:.1%}", (12, 0), va="center")
+    _accuracy_axis(axes, curve["eval/accuracy"])
+    axes.set_xlim(left=0)
+    _save(figure, path)
 
 
 def loss_curve(points: pd.DataFrame, title: str, path: Path) -> None:
-    """Training and validation loss of one trial by step."""
-    figure, axes = new_figure(title, "step", "loss")
+    """Draw the training and validation loss of one trial by step."""
+    figure, axes = _new_figure(title, "step", "loss")
     train, evaluation = _measured(points, "train/loss"), _measured(points, "eval/loss")
     if train.empty and evaluation.empty:
-        say(axes, "no loss yet")
-        return save(figure, path)
+        return _save_empty(figure, axes, "no loss yet", path)
     axes.plot(train["step"], train["train/loss"], color=GREY, linewidth=2, marker=".", label="training")
     style: dict[str, Any] = {"color": VERMILION, "linewidth": 3, "marker": "o", "markersize": 8}
     axes.plot(evaluation["step"], evaluation["eval/loss"], label="validation", **style)
@@ -81,42 +198,43 @@ def loss_curve(points: pd.DataFrame, title: str, path: Path) -> None:
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=TICK_SIZE, frameon=False)
-    save(figure, path)
+    _save(figure, path)
 
 
 def learning_curves(points: pd.DataFrame, trials: pd.DataFrame, title: str, path: Path) -> None:
-    """Validation accuracy of all trials by step: the best and the baseline stand out, pruned ones end in a cross."""
-    figure, axes = new_figure(title, "step", "validation accuracy")
+    """Draw the validation accuracy of all trials by step.
+
+    Winner and baseline stand out; pruned trials end in a cross.
+    """
+    figure, axes = _new_figure(title, "step", "validation accuracy")
     measured = _measured(points, "eval/accuracy")
     curves = {trial: measured[measured["trial"] == trial] for trial in trials["trial"]}
     shown = [row for row in trials.itertuples() if not curves[row.trial].empty]
     if not shown:
-        say(axes, "no evaluation yet")
-        return save(figure, path)
-    best = _best(trials)
-    for row in sorted(shown, key=lambda row: (row.trial == best, row.baseline, row.state == "COMPLETE")):
+        return _save_empty(figure, axes, "no evaluation yet", path)
+    for row in sorted(shown, key=lambda row: (row.winner, row.baseline, row.state == "COMPLETE")):
         curve = curves[row.trial]
-        style = _curve_style(row.state, baseline=row.baseline, best=row.trial == best, trial=row.trial)
-        axes.plot(curve["step"], curve["eval/accuracy"], marker="o", markersize=4, **style)
+        axes.plot(curve["step"], curve["eval/accuracy"], marker="o", markersize=4, **_curve_style(row))
         if row.state == "PRUNED":
             axes.plot(curve["step"].iloc[-1], curve["eval/accuracy"].iloc[-1], "x", color=GREY, markersize=10, mew=2.5)
-    accuracy_axis(axes, pd.concat([curves[row.trial] for row in shown])["eval/accuracy"])
+    _accuracy_axis(axes, pd.concat([curves[row.trial] for row in shown])["eval/accuracy"])
     axes.set_xlim(left=0)
     handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(reversed(labels), reversed(handles), strict=True))  # one entry a kind, the best on top
-    legend_beside(axes, unique)
-    save(figure, path)
+    _legend_beside(axes, dict(zip(reversed(labels), reversed(handles), strict=True)))  # the winner on top
+    _save(figure, path)
 
 
 def optimization_history(
     trials: pd.DataFrame, title: str, path: Path, *, baseline: float | None = None, bound: float | None = None
 ) -> None:
-    """Accuracy of every trial by number, the best so far, the baseline's accuracy and the best possible one."""
-    figure, axes = new_figure(title, "trial", "validation accuracy")
+    """Draw the accuracy of every trial by number, and the best so far.
+
+    baseline: its accuracy. bound: the best possible accuracy. Both get a line where they are known.
+    """
+    figure, axes = _new_figure(title, "trial", "validation accuracy")
     scored = _scored(trials).sort_values("number")
     if scored.empty:
-        say(axes, "no trial has ended yet")
-        return save(figure, path)
+        return _save_empty(figure, axes, "no trial has ended yet", path)
     complete, pruned = scored[scored["state"] == "COMPLETE"], scored[scored["state"] == "PRUNED"]
     first, last = int(trials["number"].min()), int(trials["number"].max())
     if not complete.empty:
@@ -134,21 +252,20 @@ def optimization_history(
         axes.axhline(baseline, color=BLACK, linewidth=2, linestyle="--", label=f"baseline {baseline:.1%}")
     if bound is not None:
         axes.axhline(bound, color=GREEN, linewidth=2, linestyle=":", label=f"best possible {bound:.1%}")
-    accuracy_axis(axes, [*scored["accuracy"], *lines])
+    _accuracy_axis(axes, [*scored["accuracy"], *lines])
     margin = 0.5 + 0.02 * (last - first)
     axes.set_xlim(first - margin, last + margin)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    legend_beside(axes)
-    save(figure, path)
+    _legend_beside(axes)
+    _save(figure, path)
 
 
 def accuracy_against_parameters(trials: pd.DataFrame, budget: int, title: str, path: Path) -> None:
-    """Accuracy by trainable parameters, coloured by preset, with the Pareto front of what ended and the budget."""
-    figure, axes = new_figure(title, "trainable parameters", "validation accuracy")
+    """Draw the accuracy by trainable parameters, coloured by preset, with the Pareto front and the budget."""
+    figure, axes = _new_figure(title, "trainable parameters", "validation accuracy")
     scored = _scored(trials).sort_values("number")
     if scored.empty:
-        say(axes, "no trial has ended yet")
-        return save(figure, path)
+        return _save_empty(figure, axes, "no trial has ended yet", path)
     axes.axvline(budget, color=VERMILION, linewidth=2.5, linestyle="--", label=f"budget {budget:,}")
     front = pareto_front(scored[scored["state"] == "COMPLETE"])
     if not front.empty:
@@ -162,16 +279,20 @@ def accuracy_against_parameters(trials: pd.DataFrame, budget: int, title: str, p
             axes.scatter(rows["trainable_parameters"], rows["accuracy"], s=110, zorder=3, **style)
         if not of_preset.empty:
             axes.scatter([], [], s=110, marker=marker, color=color, label=preset)
+    for row in scored[scored["winner"]].itertuples():
+        ring: dict[str, Any] = {"s": 380, "facecolors": "none", "edgecolors": BLACK, "linewidths": 2.5}
+        axes.scatter(row.trainable_parameters, row.accuracy, zorder=4, **ring)
+        axes.scatter([], [], label=f"winner: {row.trial}", **ring | {"s": 160})
     if (scored["state"] == "PRUNED").any():
         axes.scatter([], [], s=110, facecolors="none", edgecolors=GREY, linewidths=2, label="hollow: pruned")
-    accuracy_axis(axes, scored["accuracy"])
+    _accuracy_axis(axes, scored["accuracy"])
     smallest, largest = min(scored["trainable_parameters"]), max(*scored["trainable_parameters"], budget)
     room = 0.08 * max(largest - smallest, 0.1 * budget)
     axes.set_xlim(smallest - room, largest + room)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    legend_beside(axes)
-    save(figure, path)
+    _legend_beside(axes)
+    _save(figure, path)
 
 
 def pareto_front(trials: pd.DataFrame) -> pd.DataFrame:
@@ -181,12 +302,11 @@ def pareto_front(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def parameter_importance(importances: Mapping[str, float], title: str, path: Path) -> None:
-    """Bars of the share of the accuracy's variance that each dimension of the space explains, largest on top."""
-    figure, axes = new_figure(title, "share of the accuracy's variance explained", "")
+    """Draw the share of the accuracy's variance that each parameter of the space explains, the largest on top."""
+    figure, axes = _new_figure(title, "share of the accuracy's variance explained", "")
     known = sorted((value, name) for name, value in importances.items() if np.isfinite(value))
     if not known:
-        say(axes, "too few finished trials to tell")
-        return save(figure, path)
+        return _save_empty(figure, axes, "too few finished trials to tell", path)
     values = [value for value, _ in known]
     bars = axes.barh([name.replace("_", " ") for _, name in known], values, color=BLUE, height=0.6)
     axes.bar_label(bars, [f"{value:.0%}" for value in values], padding=6, fontsize=LABEL_SIZE)
@@ -194,28 +314,27 @@ def parameter_importance(importances: Mapping[str, float], title: str, path: Pat
     axes.set_ylim(min(0, len(values) - 3) - 0.6, len(values) - 0.4)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(visible=False, axis="y")
-    save(figure, path)
+    _save(figure, path)
 
 
 def parallel_coordinates(trials: pd.DataFrame, columns: Sequence[str], title: str, path: Path) -> None:
-    """One line a trial through the dimensions `columns` and its accuracy: the darker the better, pruned ones pale."""
-    figure, axes = new_figure(title, "", "")
+    """Draw one line a trial through `columns` and its accuracy: the darker the better, pruned ones pale."""
+    figure, axes = _new_figure(title, "", "")
     axes.grid(visible=False)
     axes.spines[["left", "bottom"]].set_visible(False)
-    scored, best = _scored(trials).sort_values("accuracy", kind="stable"), _best(trials)
+    scored = _scored(trials).sort_values("accuracy", kind="stable")
     if scored.empty:
-        say(axes, "no trial has ended yet")
-        return save(figure, path)
+        return _save_empty(figure, axes, "no trial has ended yet", path)
     names = [*columns, "accuracy"]
     positions = range(len(names))
     heights = np.column_stack([_dimension(axes, position, scored[names[position]]) for position in positions])
-    complete = (scored["state"] == "COMPLETE").to_numpy()
+    complete, winner = (scored["state"] == "COMPLETE").to_numpy(), scored["winner"].to_numpy(dtype=bool)
     for line in heights[~complete]:
         axes.plot(positions, line, color=PALE, linewidth=1.5, zorder=1, label="pruned")
     for line in heights[complete]:
         axes.plot(positions, line, color=colormaps["viridis_r"](0.05 + 0.95 * line[-1]), linewidth=2.5, zorder=2)
-    for line in heights[(scored["trial"] == best).to_numpy()]:
-        axes.plot(positions, line, color=ORANGE, linewidth=5, zorder=3, label=f"winner: {best}")
+    for line, name in zip(heights[winner], scored["trial"][winner], strict=True):
+        axes.plot(positions, line, color=ORANGE, linewidth=5, zorder=3, label=f"winner: {name}")
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08), "ncols": 2}
@@ -224,7 +343,236 @@ def parallel_coordinates(trials: pd.DataFrame, columns: Sequence[str], title: st
     axes.set_yticks([])
     axes.set_xlim(-0.3, len(names) - 0.4)
     axes.set_ylim(-0.05, 1.05)
-    save(figure, path)
+    _save(figure, path)
+
+
+def slot_occupancy(intervals: pd.DataFrame, title: str, path: Path) -> None:
+    """Draw a Gantt chart of trials by slot, coloured by how they ended, and the number of trials at once below it.
+
+    intervals: as `stretches` gives them.
+    """
+    figure, axes = _new_figure(title, "", "slot")
+    if intervals.empty:
+        return _save_empty(figure, axes, "no trial has trained yet", path)
+    shown, cuts = without_pauses(intervals)
+    unit, name = (60.0, "minutes") if shown["ended"].max() >= 120 else (1.0, "seconds")
+    shown = shown.assign(began=shown["began"] / unit, ended=shown["ended"] / unit, slot=assign_slots(shown))
+    end, num_slots = shown["ended"].max() or 1.0, shown["slot"].max() + 1
+    for row in shown.itertuples():
+        color, ink, label = SLOT_STYLES.get(row.state, UNENDED_STYLE)
+        width = row.ended - row.began
+        edge: dict[str, Any] = {"edgecolor": "white", "linewidth": 1.5}
+        axes.barh(row.slot, width, left=row.began, height=0.86, color=color, label=label, **edge)
+        number = re.sub(r"^t0*(?=\d)", "", row.trial)
+        if width >= CHARACTER_WIDTH * len(number) * end and num_slots <= MAX_LABELLED_SLOTS:
+            place: dict[str, Any] = {"ha": "center", "va": "center", "clip_on": True}
+            axes.text(row.began + width / 2, row.slot, number, color=ink, fontsize=SMALL_SIZE, **place)
+    axes.set_ylim(num_slots - 0.5, -0.5)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    axes.yaxis.set_major_formatter(lambda slot, _: f"{slot + 1:.0f}")
+    axes.grid(visible=False, axis="y")
+    _legend_beside(axes)
+    grid = figure.add_gridspec(2, 1, height_ratios=(3, 1))
+    axes.set_subplotspec(grid[0])
+    axes.tick_params(labelbottom=False)
+    below = figure.add_subplot(grid[1])
+    _dress(below, f"{name} of training", "at once")
+    figure.align_ylabels([axes, below])
+    busy = at_once(shown)
+    below.fill_between(busy["time"], busy["count"], step="post", color=BLUE, alpha=0.3, linewidth=0)
+    below.step(busy["time"], busy["count"], where="post", color=BLUE, linewidth=3)
+    below.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4, min_n_ticks=1))
+    below.set_ylim(0, num_slots + 0.5)
+    for each in (axes, below):
+        each.set_xlim(0, end)
+        for cut in cuts:
+            each.axvline(cut / unit, color=BLACK, linewidth=2, linestyle=":", zorder=5)
+    _save(figure, path)
+
+
+def stretches(times: Mapping[str, Sequence[float]], states: Mapping[str, str]) -> pd.DataFrame:
+    """Uninterrupted stretches of training. A long silence divides a trial: it was stopped, and resumed later.
+
+    Args:
+        times: moments by trial at which it reported, ascending, in seconds.
+        states: of the trials.
+
+    Returns:
+        One row a stretch: `trial`, `began`, `ended`, `state` (the trial's; `STOPPED` where it was resumed).
+    """
+    rows = []
+    for trial, moments in times.items():
+        if not moments:
+            continue
+        gaps = [later - earlier for earlier, later in pairwise(moments)]
+        longest = max(STOP_SECONDS, STOP_FACTOR * median(gaps)) if gaps else STOP_SECONDS
+        breaks = [index + 1 for index, gap in enumerate(gaps) if gap > longest]
+        for start, end in zip([0, *breaks], [*breaks, len(moments)], strict=True):
+            state = states[trial] if end == len(moments) else "STOPPED"
+            rows.append({"trial": trial, "began": moments[start], "ended": moments[end - 1], "state": state})
+    return pd.DataFrame(rows, columns=["trial", "began", "ended", "state"])
+
+
+def assign_slots(intervals: pd.DataFrame) -> list[int]:
+    """A slot for every interval, in the frame's order: the lowest that is free when it begins.
+
+    No two intervals of a slot overlap, and there are as many slots as intervals at once, which is the fewest
+    (interval partitioning by earliest start: Kleinberg and Tardos, Algorithm Design, 4.1).
+    """
+    order = sorted(
+        range(len(intervals)), key=lambda index: (intervals["began"].iloc[index], intervals["ended"].iloc[index])
+    )
+    free: list[int] = []
+    busy: list[tuple[float, int]] = []  # (until when, slot)
+    slots = [0] * len(intervals)
+    for index in order:
+        while busy and busy[0][0] <= intervals["began"].iloc[index]:
+            heapq.heappush(free, heapq.heappop(busy)[1])
+        slots[index] = heapq.heappop(free) if free else len(busy)
+        heapq.heappush(busy, (float(intervals["ended"].iloc[index]), slots[index]))
+    return slots
+
+
+def at_once(intervals: pd.DataFrame) -> pd.DataFrame:
+    """Number of intervals under way, from each `time` (ascending, each once) to the next: columns `time`, `count`."""
+    changes = pd.concat([pd.Series(1, index=intervals["began"]), pd.Series(-1, index=intervals["ended"])])
+    counts = changes.groupby(level=0).sum().sort_index().cumsum()
+    return pd.DataFrame({"time": counts.index.to_numpy(dtype=float), "count": counts.to_numpy(dtype=int)})
+
+
+def without_pauses(intervals: pd.DataFrame) -> tuple[pd.DataFrame, list[float]]:
+    """The intervals from time 0 on, without the long pauses in which none was under way, and where those were cut.
+
+    Every interval keeps its length, but for rounding.
+    """
+    busy = at_once(intervals)
+    busy["length"] = busy["time"].diff().shift(-1)  # NaN for the last moment, after which nothing is known
+    worked = busy.loc[busy["count"] > 0, "length"].sum()
+    pauses = busy[(busy["count"] == 0) & (busy["length"] > CUT_SHARE * worked)]
+    start = float(busy["time"].iloc[0])
+
+    def shift(times: pd.Series) -> pd.Series:
+        cut = sum((pause.length * (times > pause.time) for pause in pauses.itertuples()), start=0.0)
+        return times - start - cut
+
+    shown = intervals.assign(began=shift(intervals["began"]), ended=shift(intervals["ended"]))
+    return shown, shift(pauses["time"]).tolist()
+
+
+def confusion_matrix(confusion: Sequence[Sequence[int]], labels: Sequence[str], title: str, path: Path) -> None:
+    """Draw counts of labels (down) against predictions (across); the darker, the larger the share of its label's rows.
+
+    confusion: [label][predicted]. labels: their names.
+    """
+    figure, axes = _new_figure(title, "predicted", "label")
+    counts = np.asarray(confusion, dtype=int)
+    if not counts.sum():
+        return _save_empty(figure, axes, "no prediction yet", path)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap=colormaps["Blues"], vmin=0, vmax=1, aspect="auto")
+    for (down, across), count in np.ndenumerate(counts):
+        ink = "white" if shares[down, across] > 0.5 else BLACK
+        style: dict[str, Any] = {"ha": "center", "color": ink, "fontweight": "bold" if down == across else "normal"}
+        axes.text(across, down - 0.02, f"{count:,}", fontsize=LABEL_SIZE + 6, va="bottom", **style)
+        axes.text(across, down + 0.08, f"{shares[down, across]:.1%}", fontsize=TICK_SIZE, va="top", **style)
+    axes.set_xticks(range(len(labels)), labels, fontsize=LABEL_SIZE)
+    axes.set_yticks(range(len(labels)), labels, fontsize=LABEL_SIZE)
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    _save(figure, path)
+
+
+def calibration(bins: Sequence[Mapping[str, Any]], name: str, path: Path) -> None:
+    """Draw a reliability diagram: accuracy by confidence, with the number of answers in each bin.
+
+    The title is the model's name and the expected calibration error.
+
+    bins: `{low, count, confidence, accuracy}` each, of equal width, ascending; empty ones may be left out.
+    """
+    error = f": expected calibration error {expected_calibration_error(bins):.1%}" if bins else ""
+    figure, axes = _new_figure(f"{name}{error}", "confidence of the answer", "share that is correct")
+    if not bins:
+        return _save_empty(figure, axes, "no prediction yet", path)
+    low, width = bins[0]["low"], 0.1
+    axes.plot([low, 1], [low, 1], color=BLACK, linewidth=2.5, linestyle="--", zorder=3, label="perfect calibration")
+    for each in bins:
+        opacity = PALE_OPACITY if each["count"] < FEW else 1.0
+        axes.bar(each["low"], each["accuracy"], width=0.94 * width, align="edge", color=BLUE, alpha=opacity)
+        ends = [each["low"], each["low"] + 0.94 * width]
+        axes.plot(ends, [each["confidence"]] * 2, color=ORANGE, linewidth=5, solid_capstyle="butt", zorder=4)
+        place: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": SMALL_SIZE}
+        axes.text(each["low"] + width / 2, 1.01, f"{each['count']:,}", **place)
+    axes.plot([], [], color=ORANGE, linewidth=5, label="mean confidence")
+    axes.bar([low], [0], width=0, color=BLUE, label="correct (above: answers)")
+    if any(each["count"] < FEW for each in bins):
+        axes.bar([low], [0], width=0, color=BLUE, alpha=PALE_OPACITY, label=f"fewer than {FEW} answers")
+    axes.set_xlim(low - 0.01, 1.01)
+    axes.set_ylim(0, 1.08)
+    axes.xaxis.set_major_locator(MultipleLocator(width))
+    axes.yaxis.set_major_locator(MultipleLocator(0.2))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _legend_beside(axes)
+    _save(figure, path)
+
+
+def expected_calibration_error(bins: Sequence[Mapping[str, Any]]) -> float:
+    """Mean over the answers of |accuracy - confidence| of their bin (Guo et al. 2017, equation 3)."""
+    gaps = sum(abs(each["accuracy"] - each["confidence"]) * each["count"] for each in bins)
+    return float(gaps / sum(each["count"] for each in bins))
+
+
+def _new_figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    """An empty figure and its axes."""
+    figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=TITLE_SIZE, loc="left", pad=14)
+    _dress(axes, x_label, y_label)
+    return figure, axes
+
+
+def _dress(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label, fontsize=LABEL_SIZE)
+    axes.set_ylabel(y_label, fontsize=LABEL_SIZE)
+    axes.tick_params(labelsize=TICK_SIZE)
+    axes.grid(color="#E3E3E3", linewidth=1)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write the PNG file, beside and renamed: it is either whole or not there. Its folder is created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    figure.savefig(beside, format="png")
+    beside.replace(path)
+
+
+def _save_empty(figure: Figure, axes: Axes, text: str, path: Path) -> None:
+    """Write a picture that says why it shows nothing."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=LABEL_SIZE, color=GREY)
+    _save(figure, path)
+
+
+def _accuracy_axis(axes: Axes, values: Sequence[float] | pd.Series) -> None:
+    """Set the y axis to percent, with room around `values`: two points or more, so that like values look alike."""
+    low, high = float(min(values)), float(max(values))
+    room = max(0.1 * (high - low), 0.01)
+    axes.set_ylim(low - room, high + room)
+    axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if high - low > 0.05 else 1))
+
+
+def _legend_beside(axes: Axes, entries: Mapping[str, Artist] | None = None) -> None:
+    """Put the legend to the right of the axes, where it covers nothing; one entry a label, all where none are given."""
+    handles, labels = axes.get_legend_handles_labels()
+    shown = entries or dict(zip(labels, handles, strict=True))
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    axes.legend(shown.values(), shown.keys(), fontsize=TICK_SIZE, frameon=False, **place)
 
 
 def _dimension(axes: Axes, position: int, values: pd.Series) -> npt.NDArray[np.float64]:
@@ -268,20 +616,14 @@ def _is_logarithmic(low: float, high: float) -> bool:
     return low > 0 and high / low > LOG_SPAN
 
 
-def _curve_style(state: str, *, baseline: bool, best: bool, trial: str) -> dict[str, Any]:
-    if best:
-        return {"color": ORANGE, "linewidth": 4, "label": f"winner: {trial}{' (baseline)' if baseline else ''}"}
-    if baseline:
+def _curve_style(row: Any) -> dict[str, Any]:
+    if row.winner:
+        label = f"winner: {row.trial}{' (baseline)' if row.baseline else ''}"
+        return {"color": ORANGE, "linewidth": 4, "label": label}
+    if row.baseline:
         return {"color": BLACK, "linewidth": 3, "linestyle": "--", "label": "baseline"}
-    color = SKY if state == "COMPLETE" else GREY
-    return {"color": color, "linewidth": 1.5, "alpha": 0.8, "label": STATE_LABELS.get(state, state.lower())}
-
-
-def _best(trials: pd.DataFrame) -> str | None:
-    complete = _scored(trials).query("state == 'COMPLETE'")
-    chosen = complete[complete["winner"]] if "winner" in complete else complete.iloc[:0]
-    best = chosen if len(chosen) else complete.nlargest(1, "accuracy")
-    return str(best["trial"].iloc[0]) if len(best) else None
+    color = SKY if row.state == "COMPLETE" else GREY
+    return {"color": color, "linewidth": 1.5, "alpha": 0.8, "label": STATE_LABELS.get(row.state, row.state.lower())}
 
 
 def _measured(points: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -178,7 +178,8 @@ class SweepResult:
 
     state: `COMPLETE`, or `INTERRUPTED`. study_id: the study's identity. run_id: of the parent run. trials: by number.
     confirmed: the best first. importances: by parameter; empty where too few trials tell. wall_seconds,
-    record_seconds: of this start of the sweep, the latter spent in study, tracker and screen.
+    record_seconds: of this start of the sweep, the latter spent in study, tracker and screen. ended_at: when the last
+    trial ended, in seconds since 1970; None before the first has.
     """
 
     facts: SweepFacts
@@ -193,6 +194,7 @@ class SweepResult:
     record_seconds: float | None = None
     registration: Registration | None = None
     answers: Answers | None = None
+    ended_at: float | None = None
     format: int = field(default=FORMAT)
 
     @classmethod
@@ -206,6 +208,7 @@ class SweepResult:
             trials=tuple(trials),
             confirmed=tuple(confirmed(trials, rounds)),
             importances=_importances(study),
+            ended_at=_ended_at(study, *([rounds] if rounds else [])),
             **others,
         )
 
@@ -346,6 +349,11 @@ def _mean_loss(rows: Sequence[TrialSummary]) -> float:
     losses = [row.loss for row in rows if row.loss is not None]
     mean = fmean(losses) if losses else math.inf
     return math.inf if math.isnan(mean) else mean
+
+
+def _ended_at(*studies: optuna.Study) -> float | None:
+    trials = [trial for study in studies for trial in study.get_trials(deepcopy=False)]
+    return max((trial.datetime_complete.timestamp() for trial in trials if trial.datetime_complete), default=None)
 
 
 def _importances(study: optuna.Study) -> dict[str, float]:

@@ -21,11 +21,11 @@ from agnews_lora.adapters.adapter_files import AdapterRecord, read_record, recou
 from agnews_lora.adapters.base_models import KNOWN, BaseModel
 from agnews_lora.adapters.budget import breach
 from agnews_lora.data.sources import Corpus
-from agnews_lora.data.tokens import TokenTable, load_tokenizer
+from agnews_lora.data.tokens import TokenTable, load_tokenizer, read_table, write_table
 from agnews_lora.errors import BudgetError, PromotionError, RegistryError
 from agnews_lora.serving import reload
 from agnews_lora.tracking.registry import CANDIDATE, REPORT, Registry, Version
-from agnews_lora.training.evaluation import accuracy
+from agnews_lora.training.metrics import accuracy
 
 if TYPE_CHECKING:
     from mlflow.models import Model
@@ -37,6 +37,7 @@ TOKENIZER: Final = "tokenizer"
 REFERENCE: Final = "reference"
 ARTIFACTS: Final = (ADAPTER, TOKENIZER, REFERENCE)
 ANSWERS: Final = "answers.safetensors"
+ROWS: Final = "rows.safetensors"
 HASH_TAG: Final = "sha256/"
 _NO_FILE: Final = "no file"
 
@@ -166,8 +167,8 @@ class ReferenceAnswers:
         folder.mkdir(parents=True)
         arrays: dict[str, npt.NDArray[Any]] = {"rows": self.rows, "logits": self.logits, "predicted": self.predicted}
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-        tables = reload.table_arrays(self.table)
-        save_file({**tables, **arrays}, folder / ANSWERS, metadata={"tokens": self.tokens, **versions})
+        save_file(arrays, folder / ANSWERS, metadata={"tokens": self.tokens, **versions})
+        write_table(self.table, folder / ROWS)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -182,11 +183,10 @@ class ReferenceAnswers:
             with safe_open(folder / ANSWERS, framework="numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
                 tokens = file.metadata()["tokens"]
-            table = reload.table_of(arrays)
-            return cls(tokens, arrays["rows"], table, arrays["logits"], arrays["predicted"])
+            return cls(tokens, table=read_table(folder / ROWS), **arrays)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise RegistryError(
-                f"Cannot read the reference answers {folder / ANSWERS}: {error}. Register another version with "
+                f"Cannot read the reference answers in {folder}: {error}. Register another version with "
                 "`agnews-lora sweep --new`."
             ) from error
 

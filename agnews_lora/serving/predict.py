@@ -17,7 +17,7 @@ from agnews_lora.errors import DataError
 from agnews_lora.serving.model_package import Package
 from agnews_lora.serving.reload import full_precision
 from agnews_lora.training.device import training_device
-from agnews_lora.training.evaluation import predict_logits
+from agnews_lora.training.metrics import predict_logits
 
 BATCH_SIZE: Final = 32
 

@@ -30,7 +30,7 @@ from agnews_lora.serving.model_package import (
 )
 from agnews_lora.serving.stats import accuracy_interval, count_pairs, worse_p_value
 from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, REPORT, Registry, Version
-from agnews_lora.training.evaluation import accuracy, macro_f1
+from agnews_lora.training.metrics import accuracy, macro_f1
 
 LEAST_P_VALUE: Final = 0.05
 

@@ -8,19 +8,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from agnews_lora.adapters.adapter_files import load_with_peft, read_record
 from agnews_lora.adapters.base_models import BaseModel, resolve
-from agnews_lora.data.tokens import TokenTable
+from agnews_lora.data.tokens import TokenTable, read_table, write_table
 from agnews_lora.errors import AgnewsLoraError, PromotionError
-from agnews_lora.training.evaluation import predict_logits
+from agnews_lora.training.metrics import predict_logits
 
 BATCH_SIZE: Final = 64
 
@@ -52,32 +52,17 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(allowed)
 
 
-def table_arrays(table: TokenTable) -> dict[str, npt.NDArray[Any]]:
-    """A table, all but its digest, as arrays for a safetensors file."""
-    arrays = {"ids": table.ids, "offsets": table.offsets, "labels": table.labels, "pad_id": np.asarray([table.pad_id])}
-    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-
-
-def table_of(arrays: Mapping[str, npt.NDArray[Any]]) -> TokenTable:
-    """The table in arrays that hold at least those of `table_arrays`, without a digest.
-
-    Raises:
-        KeyError: one is missing.
-    """
-    return TokenTable(arrays["ids"], arrays["offsets"], arrays["labels"], int(arrays["pad_id"][0]), digest="")
-
-
 def reload(adapter: Path, base: str, table: TokenTable) -> npt.NDArray[np.float32]:
     """`logits`, computed in a new process that resolves the base by its name.
 
     Raises:
         PromotionError: the new process could not load the adapter or compute; the message is its own.
     """
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import load_file
 
     with tempfile.TemporaryDirectory() as folder:
         rows, answers = Path(folder, "rows.safetensors"), Path(folder, "logits.safetensors")
-        save_file(table_arrays(table), rows)
+        write_table(table, rows)
         command = [sys.executable, "-m", __name__, "--", str(adapter), base, str(rows), str(answers)]
         offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
         process = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
@@ -89,7 +74,7 @@ def reload(adapter: Path, base: str, table: TokenTable) -> npt.NDArray[np.float3
 
 def main() -> int:
     """Read rows, load, compute, write logits; the exit code is 2 after a message of one line."""
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import save_file
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     for name in ("adapter", "base", "rows", "logits"):
@@ -98,7 +83,7 @@ def main() -> int:
     adapter = Path(arguments.adapter)
     try:
         base = resolve(arguments.base, num_labels=len(read_record(adapter).labels))
-        answers = logits(adapter, base, table_of(load_file(arguments.rows)))
+        answers = logits(adapter, base, read_table(Path(arguments.rows)))
     except AgnewsLoraError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2

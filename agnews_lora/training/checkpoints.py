@@ -1,7 +1,7 @@
 """Checkpoints as folders: sealed by the hashes of their files, and the newest kept.
 
-Both engines write theirs through `written`; whoever goes on with a trial asks `newest`. The seal is written last, so
-that a folder without one that matches is no checkpoint, whatever a killed process or a failing disk left there.
+Both engines write theirs through `written`; a trial is resumed from `newest`. The seal is written last: a folder
+without a matching seal is no checkpoint, whether a killed process or a failing disk left it there.
 """
 
 import hashlib
@@ -27,15 +27,15 @@ _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 
 
 def folder_of(trial_folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Name the folder of a step's checkpoint."""
     return trial_folder / f"checkpoint-{step}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint, by its folder's name.
+    """Read the step of a checkpoint from its folder's name.
 
     Raises:
-        ValueError: not a name that `folder_of` gives.
+        ValueError: `folder_of` gives no such name.
     """
     if (match := _NAME.fullmatch(checkpoint.name)) is None:
         raise ValueError(f"a checkpoint's folder is named checkpoint-<step>, but this one is {checkpoint.name!r}")
@@ -43,16 +43,16 @@ def step_of(checkpoint: Path) -> int:
 
 
 def partial_of(trial_folder: Path) -> Path:
-    """Where a checkpoint lies, under its own name, until it is whole."""
+    """Name the folder in which a checkpoint lies, under its own name, until it is whole."""
     return trial_folder / f"checkpoint{PARTIAL}"
 
 
 def seal(checkpoint: Path) -> None:
-    """Write the hash of every file of a checkpoint beside them, when all of them are on the disk.
+    """Write the hash of every file of a checkpoint beside them, once all of them are on the disk.
 
     Raises:
         OSError: a file cannot be read, or the seal not be written.
-        ValueError: something else than files and folders lies there.
+        ValueError: it holds something else than files and folders.
     """
     written, beside = checkpoint / SEAL, checkpoint / f"{SEAL}{PARTIAL}"
     for path in (written, beside):
@@ -72,7 +72,7 @@ def seal(checkpoint: Path) -> None:
 
 
 def is_sound(checkpoint: Path) -> bool:
-    """Whether the seal lists exactly the files that are there, with their hashes. Reads nothing outside of the folder.
+    """Tell whether the seal lists exactly the folder's files, with their hashes. Reads nothing outside of the folder.
 
     Garbage of any kind is not sound, and neither is a folder with nothing but a seal.
     """
@@ -89,14 +89,14 @@ def is_sound(checkpoint: Path) -> bool:
 
 
 def newest(trial_folder: Path) -> Path | None:
-    """The sound checkpoint of the latest step, or None."""
+    """Find the sound checkpoint of the latest step."""
     return next((each for each in _by_step(trial_folder) if is_sound(each)), None)
 
 
 def drop_old(trial_folder: Path) -> None:
-    """Keep the newest `KEPT` sound checkpoints; remove all others, and what was not written to its end.
+    """Keep the newest `KEPT` sound checkpoints; remove all others, and partial ones.
 
-    What cannot be removed costs room alone, and is tried again at the next checkpoint.
+    A folder that cannot be removed only takes space; the next checkpoint tries again.
     """
     kept = 0
     for checkpoint in _by_step(trial_folder):
@@ -110,10 +110,9 @@ def drop_old(trial_folder: Path) -> None:
 
 @contextmanager
 def written(trial: str, trial_folder: Path, step: int) -> Iterator[Path]:
-    """Give an empty folder to write a checkpoint into; seal it, put it in its place and drop the old ones.
+    """Give an empty folder to write a checkpoint into; seal it, move it to its place and drop the old ones.
 
-    Checkpoints of later steps go too: they are of a way that this trial did not take. A write that fails leaves
-    everything as it was.
+    Checkpoints of later steps go too: the trial started again before them. A write that fails changes nothing.
 
     Raises:
         StorageError: the checkpoint cannot be written.
@@ -145,12 +144,12 @@ def written(trial: str, trial_folder: Path, step: int) -> Iterator[Path]:
 
 
 def _is_torch_writer(error: RuntimeError) -> bool:
-    """Whether torch could not write a file: it raises nothing more special than this."""
+    """Tell whether torch could not write a file: it raises a plain RuntimeError."""
     return any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter", "Parent directory"))
 
 
 def _by_step(trial_folder: Path) -> list[Path]:
-    """What is named as a checkpoint, sound or not, the latest step first; nothing where no folder can be read."""
+    """List the folders named as checkpoints, sound or not, the latest step first; none if they cannot be listed."""
     try:
         named = [path for path in trial_folder.iterdir() if _NAME.fullmatch(path.name)]
     except OSError:
@@ -159,7 +158,7 @@ def _by_step(trial_folder: Path) -> list[Path]:
 
 
 def _files(checkpoint: Path) -> dict[str, Path]:
-    """{name relative to the checkpoint: path} of its files, but for the seal.
+    """List a checkpoint's files but for the seal: {name relative to the checkpoint: path}.
 
     Raises:
         OSError: it cannot be listed.
@@ -187,7 +186,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Let a folder's entries reach the disk."""
+    """Flush a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

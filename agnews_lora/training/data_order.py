@@ -2,7 +2,7 @@
 
 Rows are shuffled by (seed, epoch), cut into chunks of many batches, sorted by length inside a chunk and cut into
 batches of like length, and the batches are shuffled again: little padding, every row once an epoch, and an order that
-depends on nothing but its arguments (Khomenko et al. 2016 call it bucketing).
+depends on its arguments alone (Khomenko et al. 2016 call it bucketing).
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,16 @@ WIDTH_STEP = 8
 
 
 def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Row ids of every batch of one epoch, in training order.
+    """List the row ids of every batch of one epoch, in training order.
 
-    lengths: tokens of each row. Every row occurs exactly once; all batches but one have `batch_size` rows, and the one
-    that is left over may stand anywhere. A position in the data is (epoch, index in this list).
+    Every row occurs exactly once; all batches but one have `batch_size` rows, and the remaining one may stand anywhere.
+    A position in the data is (epoch, index in this list).
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows.
+        seed: of the trial.
+        epoch: from 0.
 
     Raises:
         ValueError: `batch_size` below 1.

@@ -1,35 +1,34 @@
 """The reference engine: Hugging Face Trainer + PEFT, one trial after another.
 
-What other engines are measured and tested against. Data order, evaluations, pruning, checkpoints and the adapter's
-files follow the contracts; the arithmetic is Trainer's own.
+The other engine is measured and tested against it. Data order, evaluations, pruning, checkpoints and the adapter's
+files follow the contracts of `interface`; the arithmetic is Trainer's own.
 """
 
 import gc
+import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+import evaluate
 import numpy as np
 import torch
-from transformers import (
-    EvalPrediction,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from torch.utils.data import DataLoader, Dataset
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from agnews_lora.adapters.adapter_files import record_of, save_adapter
 from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.data.sources import Corpus
+from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import AdapterError, BudgetError, StorageError, TrainingError
 from agnews_lora.training import checkpoints
-from agnews_lora.training.data_order import batches
+from agnews_lora.training.data_order import WIDTH_STEP, batches
 from agnews_lora.training.device import computes_in_bf16, peak_memory_bytes, training_device
-from agnews_lora.training.evaluation import mean_cross_entropy
 from agnews_lora.training.interface import (
     EvalPoint,
     Observer,
@@ -41,13 +40,13 @@ from agnews_lora.training.interface import (
     Verdict,
     timestamp,
 )
-from agnews_lora.training.loading import TableRows
-from agnews_lora.training.metric import AccuracyAndMacroF1
+from agnews_lora.training.metrics import accuracy, by_length, macro_f1, mean_cross_entropy
 from agnews_lora.training.model import build_model, recount
-from agnews_lora.training.saving import LossWindow, SealingTrainer
 
-# What ends one trial and leaves the sweep sound. Everything else is a fault of the program: reported, then raised.
+# Errors that end one trial and leave the sweep sound. Any other is a fault of the program: reported, then raised.
 TRIAL_FAULTS = (TrainingError, BudgetError, AdapterError, torch.OutOfMemoryError)
+
+WINDOW = "window.json"
 
 
 class TrainerEngine:
@@ -68,21 +67,20 @@ class TrainerEngine:
         self.bf16 = computes_in_bf16(self.device, settings.precision)
 
     def run(self, source: TrialSource, observer: Observer) -> None:
-        """Train what `source` gives, until it gives None or the observer asks to stop.
+        """Train the trials of `source`, until it gives None or the observer asks to stop.
 
         Raises:
-            StorageError: a checkpoint cannot be written. The trial does not fail of it: it goes on from its last one.
+            StorageError: a checkpoint cannot be written. The trial does not fail: it resumes from its last checkpoint.
         """
         while not observer.stop_requested() and (plan := source.next()) is not None:
             try:
                 result = _TrialTraining(self, plan, observer).run()
-            except TRIAL_FAULTS as error:
-                observer.failed(plan.trial, error)
             except StorageError:
                 raise
             except Exception as error:
                 observer.failed(plan.trial, error)
-                raise
+                if not isinstance(error, TRIAL_FAULTS):
+                    raise
             else:
                 if result is not None:
                     observer.finished(result)
@@ -90,12 +88,121 @@ class TrainerEngine:
                 gc.collect()  # Trainer and model hold each other: without this, two models could be on the device
 
 
+# Trainer with the project's data order and checkpoints ----------------------------------------------------------------
+
+
+class AccuracyAndMacroF1(evaluate.Metric):
+    """Computes `{"accuracy", "macro_f1"}` of class ids. It comes with the package, so that no hub is asked for it."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Accuracy and unweighted mean F1 over the classes.",
+            citation="",
+            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+        )
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        predicted, labels = np.asarray(predictions), np.asarray(references)
+        return {"accuracy": accuracy(predicted, labels), "macro_f1": macro_f1(predicted, labels)}
+
+
+class TableRows(Dataset[Any]):
+    """Some rows of a token table. Positions are those in `rows`, not the table's."""
+
+    def __init__(self, table: TokenTable, rows: Sequence[int]) -> None:
+        self.table = table
+        self.rows = np.asarray(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
+        """Give a whole batch: input_ids and attention_mask (b, longest), labels (b,)."""
+        arrays = self.table.padded(self.rows[positions].tolist(), WIDTH_STEP)
+        names = ("input_ids", "attention_mask", "labels")
+        return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+
+
+@dataclass(frozen=True)
+class LossWindow:
+    """The training loss since its last point, which Trainer's own checkpoint does not hold.
+
+    loss_sum: of the steps after `logged`, the step of that point. learning_rate: of the last step.
+    """
+
+    loss_sum: float
+    logged: int
+    learning_rate: float
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "LossWindow":
+        """Read the window that `CheckpointingTrainer` wrote into a checkpoint.
+
+        Raises:
+            TrainingError: not a checkpoint of this engine, or damaged.
+        """
+        try:
+            return cls(**json.loads((checkpoint / WINDOW).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise TrainingError(
+                f"{checkpoint} must be a checkpoint of engine trainer, but cannot be read as one ({error}); go on with "
+                "the engine that wrote it, or start the trial again"
+            ) from error
+
+
+class CheckpointingTrainer(Trainer):
+    """Trainer over batches of the shared data order, whose checkpoints are sealed and hold the training loss's window.
+
+    learning_rate: of the last step. save_seconds: wall time inside checkpoints.
+    """
+
+    def __init__(self, *args: Any, plan: TrialPlan, train_batches: list[list[int]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.plan = plan
+        self.train_batches = train_batches
+        self.learning_rate = self.save_seconds = 0.0
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return self._loader(self.train_dataset, self.train_batches)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        lengths = eval_dataset.table.lengths[eval_dataset.rows]
+        return self._loader(eval_dataset, by_length(lengths, self.args.per_device_eval_batch_size))
+
+    def _loader(self, dataset: Any, cut: list[list[int]]) -> DataLoader[Any]:
+        # A generator of its own: a loader draws a number at each start, and dropout must not depend on how often.
+        return DataLoader(dataset, batch_sampler=cut, collate_fn=lambda batch: batch, generator=torch.Generator())
+
+    @property
+    def window(self) -> LossWindow:
+        """The window at this moment; set when a resumed training begins."""
+        return LossWindow(self._tr_loss.item(), self._globalstep_last_logged, self.learning_rate)
+
+    @window.setter
+    def window(self, window: LossWindow) -> None:
+        self._tr_loss.fill_(window.loss_sum)
+        self._globalstep_last_logged, self.learning_rate = window.logged, window.learning_rate
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(checkpoints.partial_of(self.plan.folder))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        began = time.perf_counter()
+        with checkpoints.written(self.plan.trial, self.plan.folder, self.state.global_step) as folder:
+            super()._save_checkpoint(model, trial)
+            (folder / WINDOW).write_text(json.dumps(asdict(self.window)) + "\n", encoding="utf-8")
+        self.save_seconds += time.perf_counter() - began
+
+
+# A trial -------------------------------------------------------------------------------------------------------------
+
+
 class _Left(Exception):
-    """Leaves an evaluation that a stop breaks off, or Trainer where a trial ends at the step it was to go on from."""
+    """Leaves an evaluation when a stop is requested, or Trainer when a trial ends at the step it resumes from."""
 
 
 class _TrialTraining(TrainerCallback):
-    """One trial's way through Trainer; as its callback it reports, evaluates and stops."""
+    """Trains one trial by Trainer; as its callback it reports, evaluates and stops."""
 
     def __init__(self, engine: TrainerEngine, plan: TrialPlan, observer: Observer) -> None:
         self.engine, self.plan, self.observer = engine, plan, observer
@@ -113,13 +220,13 @@ class _TrialTraining(TrainerCallback):
         self.train_seconds = self.eval_seconds = 0.0
 
     def run(self) -> TrialResult | None:
-        """Train to the last step; None when stopped on the way (a checkpoint was reported)."""
+        """Train to the last step; None if stopped before it (a checkpoint was reported)."""
         plan, engine = self.plan, self.engine
         plan.folder.mkdir(parents=True, exist_ok=True)
         if engine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(engine.device)
         self.model = build_model(engine.base, plan.spec, len(engine.labels), plan.seed, self.settings.base_dropout)
-        self.trainer = SealingTrainer(
+        self.trainer = CheckpointingTrainer(
             self.model,
             self._arguments(),
             train_dataset=TableRows(self.corpus.train, range(len(self.corpus.train))),
@@ -128,16 +235,16 @@ class _TrialTraining(TrainerCallback):
             callbacks=[self],
             plan=plan,
         )
-        self.trainer.remove_callback(PrinterCallback)  # the observer shows what there is to see
+        self.trainer.remove_callback(PrinterCallback)  # the observer reports instead
         began = time.perf_counter()
         with suppress(_Left):
             self.trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
         self.train_seconds = time.perf_counter() - began - self.eval_seconds - self.trainer.save_seconds
         if self.stopped:
-            assert self.checkpoint is not None, "a stop leaves Trainer only where a checkpoint stands"
+            assert self.checkpoint is not None, "Trainer stops only at a step that has a checkpoint"
             self.observer.checkpointed(plan.trial, self.trainer.state.global_step, self.checkpoint)
             return None
-        return self._result(adapter=None if self.pruned else self._save())
+        return self._result()
 
     def _arguments(self) -> TrainingArguments:
         settings, device = self.settings, self.engine.device
@@ -170,10 +277,10 @@ class _TrialTraining(TrainerCallback):
         # Trainer's own `eval_loss` is the mean over batches, whatever their size.
         return {**scores, "cross_entropy": mean_cross_entropy(logits, labels)}
 
-    # What Trainer calls ----------------------------------------------------------------------------------------------
+    # Trainer's callbacks ---------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Going on from a checkpoint: it was written before the evaluation of its step, where one is due."""
+        """Evaluate the step of the checkpoint that the trial resumes from: it was written before that evaluation."""
         if self.window is None:
             return
         self.trainer.window = self.window
@@ -190,7 +297,7 @@ class _TrialTraining(TrainerCallback):
         [self.trainer.learning_rate, *_] = lr_scheduler.get_last_lr()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Tell Trainer what to do. It logs before it saves, and a checkpoint comes before its step's evaluation."""
+        """Tell Trainer to log, save or stop. It logs before it saves, and saves before its step's evaluation."""
         step, last = state.global_step, state.global_step == len(self.train_batches)
         self.stopped = self.observer.stop_requested()
         control.should_training_stop = self.stopped or last
@@ -247,8 +354,11 @@ class _TrialTraining(TrainerCallback):
     def _evaluate(self, step: int, last: bool) -> EvalPoint:
         validation = self.corpus.validation
         rows = range(len(validation)) if last else self.corpus.monitor
-        with self._timed_evaluation():
+        began = time.perf_counter()
+        try:
             metrics = self.trainer.evaluate(TableRows(validation, rows))
+        finally:
+            self.eval_seconds += time.perf_counter() - began
         self._require_finite("validation loss", metrics["eval_cross_entropy"], step)
         return EvalPoint(
             trial=self.plan.trial,
@@ -268,30 +378,19 @@ class _TrialTraining(TrainerCallback):
                 "finite"
             )
 
-    @contextmanager
-    def _timed_evaluation(self) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.eval_seconds += time.perf_counter() - began
-
-    def _save(self) -> Path:
-        plan, base = self.plan, self.engine.base
-        record = record_of(plan.trial, plan.spec, base, self.engine.labels, self.settings.max_length)
-        folder = plan.folder / "adapter"
-        save_adapter(self.model, record, folder)
-        return folder
-
-    def _result(self, adapter: Path | None) -> TrialResult:
-        steps = self.trainer.state.global_step
+    def _result(self) -> TrialResult:
+        plan, base, steps = self.plan, self.engine.base, self.trainer.state.global_step
+        adapter = None if self.pruned else plan.folder / "adapter"
+        if adapter:
+            record = record_of(plan.trial, plan.spec, base, self.engine.labels, self.settings.max_length)
+            save_adapter(self.model, record, adapter)
         return TrialResult(
-            trial=self.plan.trial,
+            trial=plan.trial,
             steps=steps,
             total_steps=len(self.train_batches),
             final=self.final,
             adapter=adapter,
-            trainable_parameters=recount(self.model, self.plan.spec, self.engine.base),
+            trainable_parameters=recount(self.model, plan.spec, base),
             rows_seen=sum(len(batch) for batch in self.train_batches[:steps]),
             train_seconds=self.train_seconds,
             eval_seconds=self.eval_seconds,

@@ -1,4 +1,4 @@
-"""What crosses the border between training and the rest: plans in, points and results out.
+"""The interface of training: plans in, points and results out.
 
 Plain frozen dataclasses and Protocols of the standard library, so that the training core runs where neither Optuna nor
 MLflow is installed.
@@ -18,15 +18,15 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What all trials of a sweep share.
+    """Settings that all trials of a sweep share.
 
     epochs: passes over the training rows. batch_size, eval_batch_size: rows. max_length: tokens, special ones included.
     eval_every: steps between two evaluations on the way. eval_rows: size of the fixed stratified subset of the
     validation split that those use (the last evaluation uses the whole split). log_every: steps between two points of
-    the training loss; one more comes where a trial ends. warmup: share of all steps over which the
-    learning rate rises linearly to its peak, before it falls linearly to zero. weight_decay: AdamW's. max_grad_norm:
-    clipping norm over all trainable parameters. base_dropout: dropout inside the frozen base while training.
-    precision: `auto` is bf16 where the device computes in it, else fp32.
+    the training loss; the end of a trial adds one more. warmup: share of all steps over which the learning rate rises
+    linearly to its peak, before it falls linearly to zero. weight_decay: AdamW's. max_grad_norm: clipping norm over all
+    trainable parameters. base_dropout: dropout inside the frozen base while training. precision: `auto` is bf16 where
+    the device computes in it, else fp32.
     """
 
     epochs: int
@@ -45,10 +45,10 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """One trial to train, or to go on with.
+    """One trial to train or to resume.
 
     trial: id (`t0007`). seed: of initialisation, dropout and data order. folder: the trial's own work folder, created
-    by the engine. checkpoint: a sound one (`checkpoints.newest`) that this engine wrote earlier for this trial, or None
+    by the engine. checkpoint: a sound one (`checkpoints.newest`) of the same trial and engine to resume from, or None
     to start at step 0.
     """
 
@@ -60,7 +60,7 @@ class TrialPlan:
 
 
 def timestamp() -> int:
-    """Now, in ms since 1970: the unit of every point's `timestamp`."""
+    """Read the clock in ms since 1970, the unit of every point's `timestamp`."""
     return time.time_ns() // 1_000_000
 
 
@@ -90,7 +90,7 @@ class EvalPoint:
 
 
 class Verdict(Enum):
-    """What the observer makes of an evaluation."""
+    """The observer's decision after an evaluation."""
 
     CONTINUE = "continue"
     PRUNE = "prune"
@@ -118,29 +118,29 @@ class TrialResult:
 
 
 class TrialSource(Protocol):
-    """Where an engine gets its trials."""
+    """Gives an engine its trials."""
 
     def next(self) -> TrialPlan | None:
-        """The next trial, or None: nothing to start now. Asked again at every free place and evaluation."""
+        """Give the next trial, or None if there is none to start now. Asked again at every free slot and evaluation."""
         ...
 
 
 class Observer(Protocol):
-    """To whom an engine reports, and who may prune a trial or stop them all.
+    """Receives an engine's reports, and may prune a trial or stop them all.
 
-    A StorageError that it raises is no trial's fault: the engine leaves with it, and reports no trial as failed.
+    A StorageError that it raises is no trial's fault: the engine raises it on, and reports no trial as failed.
     """
 
     def logged(self, points: Sequence[TrainPoint]) -> None: ...
 
     def evaluated(self, points: Sequence[EvalPoint]) -> Sequence[Verdict]:
-        """One verdict a point: all trials due now are judged together. A final point's verdict is not read."""
+        """Give one verdict a point: all trials due now are judged together. A final point's verdict is not read."""
         ...
 
     def checkpointed(self, trial: str, step: int, path: Path) -> None:
-        """A sealed checkpoint lies at `path`: called before each evaluation, and for every trial in place at a stop.
+        """Learn of a sealed checkpoint at `path`: before each evaluation, and for every started trial at a stop.
 
-        Once a step, and once more where the stop finds the trial at a step that has its checkpoint already.
+        Called once a step, and once more if the stop finds the trial at a step that has its checkpoint already.
         """
         ...
 
@@ -149,15 +149,15 @@ class Observer(Protocol):
     def failed(self, trial: str, error: Exception) -> None: ...
 
     def stop_requested(self) -> bool:
-        """Polled every step: once true, the engine checkpoints what it trains and returns."""
+        """Tell whether to stop. Polled every step: once true, the engine checkpoints its trials and returns."""
         ...
 
 
 class Engine(Protocol):
-    """What trains trials."""
+    """Trains trials."""
 
     def run(self, source: TrialSource, observer: Observer) -> None:
-        """Train what `source` gives until all places are empty and it gives None, or until a stop is requested.
+        """Train the trials of `source` until all have ended and it gives None, or until a stop is requested.
 
         Raises:
             StorageError: a checkpoint cannot be written.

@@ -11,11 +11,11 @@ from agnews_lora.errors import BudgetError
 
 
 def build_model(base: BaseModel, spec: TrialSpec, num_labels: int, seed: int, base_dropout: float = 0.0) -> PeftModel:
-    """The base with the trial's adapters and a fresh head, all initialised from `seed`: fp32, on the CPU.
+    """Build the base with the trial's adapters and a fresh head, all initialised from `seed`: fp32, on the CPU.
 
     Raises:
-        BudgetError: the built trainable tensors do not count what the budget was checked with.
-        BaseModelError: weights that are not the base's configuration's.
+        BudgetError: the built trainable tensors do not count as many as the budget was checked with.
+        BaseModelError: the base's weights do not fit its configuration.
     """
     set_seed(seed)
     model = get_peft_model(load_base(base, num_labels, base_dropout), lora_config(spec, base))
@@ -25,7 +25,7 @@ def build_model(base: BaseModel, spec: TrialSpec, num_labels: int, seed: int, ba
 
 
 def freeze_head(model: PeftModel, spec: TrialSpec) -> None:
-    """Leave only the last layer of the classifier trainable, where the specification says so."""
+    """Freeze all of the classifier but its last layer, where the specification says so."""
     if spec.head != "out_proj":
         return
     for name, parameter in model.named_parameters():
@@ -34,10 +34,10 @@ def freeze_head(model: PeftModel, spec: TrialSpec) -> None:
 
 
 def recount(model: PeftModel, spec: TrialSpec, base: BaseModel) -> int:
-    """Trainable parameters, counted on the built tensors.
+    """Count the trainable parameters on the built tensors.
 
     Raises:
-        BudgetError: another number than the one that the budget was checked with.
+        BudgetError: it is not the number that the budget was checked with.
     """
     counted = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     expected = trainable_parameters(spec, base.shape)

@@ -16,7 +16,7 @@ from agnews_lora.adapters.base_models import EMBEDDED, resolve, shape_of
 from agnews_lora.adapters.budget import require_within_budget
 from agnews_lora.errors import TrainingError
 from agnews_lora.training.interface import TrainSettings
-from agnews_lora.training.multilora.model import Core
+from agnews_lora.training.multilora.model import MultiLoraModel
 from benchmarks.throughput.__main__ import main
 from benchmarks.throughput.lab import MIXTURE, Lab, corpus_of, plans
 from benchmarks.throughput.lengths import LENGTHS, draw, make, random_table
@@ -258,15 +258,15 @@ def test_each_peer_trains_whole_trials(lab: Lab, tmp_path: Path, peer: Peer) -> 
 def test_slots_that_do_not_fit_are_not_measured_as_if_they_did(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole_pass, passes = Core.gradients, []
+    whole_pass, passes = MultiLoraModel.gradients, []
 
-    def tight(self: Core, *args: object) -> object:
+    def tight(self: MultiLoraModel, *args: object) -> object:
         passes.append(1)
         if len(passes) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole_pass(self, *args)
 
-    monkeypatch.setattr(Core, "gradients", tight)
+    monkeypatch.setattr(MultiLoraModel, "gradients", tight)
     with pytest.raises(TrainingError, match="4 trials must train at once, but 2 did"):
         MultiLoraTrials(lab, 4).train(plans(tmp_path, TRIALS))
 

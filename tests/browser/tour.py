@@ -14,7 +14,7 @@ from urllib.parse import urljoin
 
 from playwright.sync_api import Page, expect
 
-from agnews_lora.commands.ui import LAYOUT
+from agnews_lora.commands.inspect import LAYOUT
 from tests.browser.mlflow_ui import Visitor, served, visiting
 
 

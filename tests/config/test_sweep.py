@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 
 from agnews_lora.adapters.spec import PRESETS
-from agnews_lora.config.sweep import Confirmation, Range, Space, Sweep, load_sweep
+from agnews_lora.config.experiment import load_experiment, read_experiment
+from agnews_lora.config.sweep import Confirmation, Range, Space, Sweep, load_sweep, read_sweep
 from agnews_lora.errors import ConfigError
 from tests.config.conftest import Write
 
+ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT = "base: b\ndata: {source: hub}\nadapter: {targets: qv, rank: 8, alpha: 16, learning_rate: 1e-3}\n"
 SPACE = "space: {learning_rate: {low: 1e-4, high: 1e-3}}\n"
-PRESET_NAMES = "qk, qv, qkv, qkvo, ffn, all-linear"
+PRESET_NAMES = "'qk', 'qv', 'qkv', 'qkvo', 'ffn' or 'all-linear'"
 SMALLEST = f"experiment: mine\n{SPACE}trials: 12\n"
 
 
@@ -25,7 +27,7 @@ def faults(write: Write, content: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         load_sweep("wide")
     heading, *lines = str(caught.value).splitlines()
-    assert heading.startswith("sweeps/wide.yaml: ")
+    assert heading.startswith("Cannot read sweeps/wide.yaml: ")
     return [line.strip() for line in lines]
 
 
@@ -70,11 +72,11 @@ def test_a_confirmation_is_made_smaller_or_left_out(write: Write) -> None:
     assert load_sweep("wide").confirmation == Confirmation(trials=1, seeds=3)
     write("sweeps/wide", SMALLEST + "confirmation: null\n")
     assert load_sweep("wide").confirmation is None
-    for value, rule in (("1", "at least 2"), ("101", "at most 100"), ("two", "whole number")):
+    for value, rule in (("1", "or equal to 2"), ("101", "or equal to 100"), ("two", "a valid integer")):
         [fault] = faults(write, SMALLEST + f"confirmation: {{seeds: {value}}}\n")
-        assert fault.startswith("confirmation.seeds: ") and rule in fault
+        assert fault.startswith("line 4, confirmation.seeds: Input should be ") and rule in fault
     [fault] = faults(write, SMALLEST + "confirmation: off\n")
-    assert fault == "confirmation: must be a mapping with the keys trials, seeds, or null, but got the text 'off'"
+    assert fault == "line 4, confirmation: Input should be a block with the keys trials, seeds, but got 'off'"
 
 
 @pytest.mark.parametrize(("trials", "startup"), [(1, 1), (2, 1), (5, 1), (6, 2), (48, 16)])
@@ -87,8 +89,8 @@ def test_start_up_trials_are_at_most_a_third(write: Write) -> None:
     write("sweeps/wide", SMALLEST + "sampler: {startup_trials: 4}\n")
     assert load_sweep("wide").startup_trials == 4
     assert faults(write, SMALLEST + "sampler: {startup_trials: 5}\n") == [
-        "trials: sampler.startup_trials must be at most a third of trials, but got 5 of 12; "
-        "take 4 at most, or at least 15 trials"
+        "line 3, trials: sampler.startup_trials should be at most a third of trials, but got 5 of 12. "
+        "Take 4 at most, or at least 15 trials"
     ]
 
 
@@ -99,60 +101,61 @@ def test_every_fault_is_reported_at_once(write: Write) -> None:
         "  dropout: {low: 0.3, high: 0.1}\n  learning_rate: {low: 0, hihg: 1}\n"
         "sampler: {startup_trials: 9}\npruner: median\ntrials: 12\nseed: -1\nengine: multi\ntrails: 3\n",
     ) == [
-        "experiment: no experiment named 'mien' in experiments/ (did you mean mine?); there are: mine",
-        "budget: must be a whole number of at least 1, but got 0",
-        f"space.targets[1]: must be one of {PRESET_NAMES}, but got the text 'qkvv' (did you mean qkv?)",
-        f"space.targets[2]: must be one of {PRESET_NAMES}, but got 3",
-        "space.heads: must be a list of at least one entry, each one of full, out_proj, but got []",
-        "space.alpha_ratio[1]: must be a whole number of at least 1, but got the text '2'",
-        "space.dropout: low <= high must hold, but got low 0.3 and high 0.1",
-        "space.learning_rate.low: must be a number above 0 and up to 1, but got 0",
-        "space.learning_rate.high: is missing; must be a number above 0 and up to 1",
-        "space.learning_rate.hihg: unknown key (did you mean high?); the keys here are low, high",
-        "pruner: must be a mapping with the keys startup_trials, warmup_steps, but got the text 'median'",
-        "trials: sampler.startup_trials must be at most a third of trials, but got 9 of 12; "
-        "take 4 at most, or at least 27 trials",
-        "seed: must be a whole number from 0 to 4_294_967_295, but got -1",
-        "engine: must be one of trainer, multilora, but got the text 'multi' (did you mean multilora?)",
-        "trails: unknown key (did you mean trials?); "
-        "the keys here are experiment, budget, space, sampler, pruner, trials, seed, engine, slots, confirmation",
+        "line 1, experiment: Cannot find experiment 'mien': there is no experiments/mien.yaml. Did you mean mine? "
+        "There are: mine.",
+        "line 2, budget: Input should be greater than or equal to 1, but got 0",
+        f"line 4, space.targets[1]: Input should be {PRESET_NAMES}, but got 'qkvv'. Did you mean qkv?",
+        f"line 4, space.targets[2]: Input should be {PRESET_NAMES}, but got 3",
+        "line 5, space.heads: List should have at least 1 item after validation, not 0",
+        "line 6, space.alpha_ratio[1]: Input should be a valid integer, but got '2'",
+        "line 7, space.dropout: low should be at most high, but got low 0.3 and high 0.1",
+        "line 8, space.learning_rate.low: Input should be greater than 0, but got 0",
+        "line 8, space.learning_rate.high: Missing key. Largest value.",
+        "line 8, space.learning_rate.hihg: Unknown key. Did you mean high? The keys here are low, high",
+        "line 10, pruner: Input should be a block with the keys startup_trials, warmup_steps, but got 'median'",
+        "line 11, trials: sampler.startup_trials should be at most a third of trials, but got 9 of 12. "
+        "Take 4 at most, or at least 27 trials",
+        "line 12, seed: Input should be greater than or equal to 0, but got -1",
+        "line 13, engine: Input should be 'trainer' or 'multilora', but got 'multi'. Did you mean multilora?",
+        "line 14, trails: Unknown key. Did you mean trials? "
+        "The keys here are experiment, budget, space, sampler, pruner, trials, seed, engine, slots, confirmation",
     ]
 
 
 @pytest.mark.parametrize(
     ("targets", "fault"),
     [
-        ("[qk, qv, qk]", "must hold every entry once, but has qk more than once"),
-        ("qk", f"must be a list of at least one entry, each one of {PRESET_NAMES}, but got the text 'qk'"),
-        ("!!set {qk}", f"must be a list of at least one entry, each one of {PRESET_NAMES}, but got {{'qk'}}"),
+        ("[qk, qv, qk]", "Input should hold every entry once, but has qk more than once"),
+        ("qk", "Input should be a valid list, but got 'qk'"),
+        ("!!set {qk}", "Input should be a valid list, but got {'qk'}"),
     ],
 )
 def test_a_list_of_choices_has_each_once(write: Write, targets: str, fault: str) -> None:
     space = f"space: {{targets: {targets}, learning_rate: {{low: 1e-4, high: 1e-3}}}}\n"
-    assert faults(write, f"experiment: mine\n{space}trials: 12\n") == [f"space.targets: {fault}"]
+    assert faults(write, f"experiment: mine\n{space}trials: 12\n") == [f"line 2, space.targets: {fault}"]
 
 
 def test_a_range_may_be_one_number_and_no_list(write: Write) -> None:
     write("sweeps/wide", "experiment: mine\nspace: {learning_rate: {low: 1e-3, high: 1e-3}}\ntrials: 3\n")
     assert load_sweep("wide").space.learning_rate.low == 1e-3
     assert faults(write, "experiment: mine\nspace: {learning_rate: [1e-4, 1e-3]}\ntrials: 3\n") == [
-        "space.learning_rate: must be a mapping with the keys low, high, but got [0.0001, 0.001]"
+        "line 2, space.learning_rate: Input should be a block with the keys low, high, but got [0.0001, 0.001]"
     ]
 
 
 def test_the_faults_of_its_experiment_are_reported_with_its_own(write: Write) -> None:
     write("experiments/mine", EXPERIMENT.replace("rank: 8", "rank: x") + "seeed: 3\n")
     assert faults(write, SMALLEST + "budget: none\n") == [
-        "experiment: experiments/mine.yaml: 2 faults",
-        "adapter.rank: must be a whole number of at least 1, but got the text 'x'",
-        "seeed: unknown key (did you mean seed?); the keys here are base, data, adapter, training, seed",
-        "budget: must be a whole number of at least 1, but got the text 'none'",
+        "line 1, experiment: Cannot read experiments/mine.yaml: 2 faults",
+        "line 3, adapter.rank: Input should be a valid integer, but got 'x'",
+        "line 4, seeed: Unknown key. Did you mean seed? The keys here are base, data, adapter, training, seed",
+        "line 4, budget: Input should be a valid integer, but got 'none'",
     ]
 
 
 def test_an_experiment_is_named_not_nested(write: Write) -> None:
     assert faults(write, SMALLEST.replace("mine", "{base: b}")) == [
-        "experiment: must be the name of an experiment or the path of its file, but got {'base': 'b'}"
+        "line 1, experiment: Input should be the name of an experiment or the path of its file, but got {'base': 'b'}"
     ]
 
 
@@ -172,7 +175,7 @@ def test_a_sweep_elsewhere_finds_its_neighbours_after_those_at_hand(write: Write
     assert load_sweep(str(theirs)).experiment.seed == 1
     assert load_sweep(str(mine)).experiment.seed == 42
     write("elsewhere/sweeps/none", SMALLEST.replace("mine", "none"))
-    with pytest.raises(ConfigError, match=r"in experiments/ or elsewhere/experiments/; there are: mine, theirs"):
+    with pytest.raises(ConfigError, match=r"elsewhere/experiments/none\.yaml\. There are: mine, theirs\."):
         load_sweep("elsewhere/sweeps/none.yaml")
 
 
@@ -180,10 +183,30 @@ def test_a_sweep_that_is_not_there_is_met_with_those_that_are(write: Write) -> N
     write("sweeps/embedded", SMALLEST)
     with pytest.raises(ConfigError) as caught:
         load_sweep("embeded")
-    assert str(caught.value) == "no sweep named 'embeded' in sweeps/ (did you mean embedded?); there are: embedded"
+    assert "Did you mean embedded? There are: embedded." in str(caught.value)
 
 
 def test_every_key_is_documented() -> None:
     schema = Sweep.model_json_schema()
     blocks = [schema, *schema["$defs"].values()]
     assert all(field.get("description") for block in blocks for field in block["properties"].values())
+
+
+@pytest.mark.parametrize("name", ["embedded", "agnews"])
+def test_what_is_stored_is_read_as_the_files_are(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    experiment, sweep = load_experiment(name), load_sweep(name)
+    monkeypatch.chdir(tmp_path)
+    again = read_experiment(name, experiment.source_text)
+    assert again.model_dump() == experiment.model_dump()
+    assert again.name == name
+    assert read_sweep(name, sweep.source_text, again).model_dump() == sweep.model_dump()
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "budget: [", "tirals: 3\n", "budget: -1\ntrials: 2\n"])
+def test_what_this_version_does_not_accept_is_refused(text: str) -> None:
+    experiment = read_experiment("embedded", (ROOT / "experiments/embedded.yaml").read_text(encoding="utf-8"))
+    with pytest.raises(ConfigError, match="other"):
+        read_sweep("other", text, experiment)
+    with pytest.raises(ConfigError, match="other"):
+        read_experiment("other", text)

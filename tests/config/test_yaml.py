@@ -26,6 +26,7 @@ class Pattern(Document):
     """A small document with one field of each sort."""
 
     title: Annotated[str, Field(min_length=1)]
+    """What it is called."""
     rows: Annotated[int, Field(ge=1)] = 10
     tension: Annotated[float, Field(gt=0)] = 0.5
     stitch: Literal["knit", "purl"] = "knit"
@@ -39,13 +40,13 @@ def write(folder: Path, content: str | bytes, name: str = "scarf") -> Path:
 
 
 def faults(folder: Path, content: str | bytes) -> list[str]:
-    """The lines of the message, without the path of the file."""
+    """The lines of the message, without its beginning."""
     path = write(folder, content)
     with pytest.raises(ConfigError) as caught:
         load(Pattern, path)
     message = str(caught.value)
-    assert message.startswith(str(path))
-    return [line.strip() for line in message.removeprefix(str(path)).removeprefix(": ").splitlines()]
+    assert message.startswith(f"Cannot read {path}: ")
+    return [line.strip() for line in message.removeprefix(f"Cannot read {path}: ").splitlines()]
 
 
 def test_a_file_becomes_a_frozen_document_that_knows_its_name_and_text(tmp_path: Path) -> None:
@@ -58,15 +59,16 @@ def test_a_file_becomes_a_frozen_document_that_knows_its_name_and_text(tmp_path:
         pattern.rows = 3  # type: ignore[misc]
 
 
-def test_every_fault_is_reported_at_once_with_path_rule_and_value(tmp_path: Path) -> None:
-    assert faults(tmp_path, "rows: 0\ntension: 0\nstitch: perl\nyarn: {kind: wool, ply: two}\ncolour: red\n") == [
+def test_every_fault_is_reported_at_once_with_line_path_and_value(tmp_path: Path) -> None:
+    content = "rows: 0\ntension: 0\n\nstitch: perl\nyarn:\n  kind: wool\n  ply: two\ncolour: red\n"
+    assert faults(tmp_path, content) == [
         "6 faults",
-        "title: is missing; must be a text that is not empty",
-        "rows: must be a whole number of at least 1, but got 0",
-        "tension: must be a number above 0, but got 0",
-        "stitch: must be one of knit, purl, but got the text 'perl' (did you mean purl?)",
-        "yarn.ply: must be a whole number, but got the text 'two'",
-        "colour: unknown key; the keys here are title, rows, tension, stitch, yarn",
+        "line 1, title: Missing key. What it is called.",
+        "line 1, rows: Input should be greater than or equal to 1, but got 0",
+        "line 2, tension: Input should be greater than 0, but got 0",
+        "line 4, stitch: Input should be 'knit' or 'purl', but got 'perl'. Did you mean purl?",
+        "line 7, yarn.ply: Input should be a valid integer, but got 'two'",
+        "line 8, colour: Unknown key. The keys here are title, rows, tension, stitch, yarn",
     ]
 
 
@@ -74,43 +76,42 @@ def test_every_fault_is_reported_at_once_with_path_rule_and_value(tmp_path: Path
 def test_a_whole_number_is_nothing_else(tmp_path: Path, value: str) -> None:
     [heading, fault] = faults(tmp_path, f"title: a\nrows: {value}\n")
     assert heading == "1 fault"
-    assert fault.startswith("rows: must be a whole number of at least 1, but got ")
+    assert fault.startswith("line 2, rows: Input should be a valid integer, but got ")
 
 
 @pytest.mark.parametrize("value", ['"0.5"', "true", ".nan", ".inf", "-.inf", "1e999", "~"])
 def test_a_number_is_finite_and_no_text(tmp_path: Path, value: str) -> None:
     [_, fault] = faults(tmp_path, f"title: a\ntension: {value}\n")
-    assert fault.startswith("tension: must be a number above 0, but got ")
+    assert re.match(r"line 2, tension: Input should be a (valid|finite) number, but got ", fault)
 
 
 @pytest.mark.parametrize(
-    ("key", "hint"), [("row", " (did you mean rows?)"), ("titel", " (did you mean title?)"), ("xyz", ""), ("3", "")]
+    ("key", "hint"), [("row", " Did you mean rows?"), ("titel", " Did you mean title?"), ("xyz", ""), ("3", "")]
 )
 def test_an_unknown_key_meets_its_nearest_neighbour(tmp_path: Path, key: str, hint: str) -> None:
     [_, fault] = faults(tmp_path, f"title: a\n{key}: 3\n")
-    assert fault == f"{key}: unknown key{hint}; the keys here are title, rows, tension, stitch, yarn"
-
-
-def test_alternatives_are_told_apart_by_their_kind(tmp_path: Path) -> None:
-    assert faults(tmp_path, "title: a\nyarn: {kind: silk, ply: 2}\n")[1] == (
-        "yarn.ply: unknown key; the keys where kind is silk are kind"
-    )
-    assert faults(tmp_path, "title: a\nyarn: {ply: 2}\n")[1] == "yarn.kind: is missing; must be one of silk, wool"
-    assert faults(tmp_path, "title: a\nyarn: {kind: woll}\n")[1] == (
-        "yarn.kind: must be one of silk, wool, but got the text 'woll' (did you mean wool?)"
-    )
-    assert faults(tmp_path, "title: a\nyarn: 3\n")[1] == (
-        "yarn: must be a mapping whose key kind is one of silk, wool, but got 3"
-    )
+    assert fault == f"line 2, {key}: Unknown key.{hint} The keys here are title, rows, tension, stitch, yarn"
 
 
 @pytest.mark.parametrize(
-    ("content", "got"),
-    [("", "nothing"), ("# only a comment\n", "nothing"), ("- 1\n", "[1]"), ("hello", "the text 'hello'")],
+    ("yarn", "fault"),
+    [
+        ("{kind: silk, ply: 2}", "yarn.ply: Unknown key. The keys here are kind"),
+        ("{ply: 2}", "yarn.kind: Input should be one of wool, silk, but got null"),
+        ("{kind: woll}", "yarn.kind: Input should be one of wool, silk, but got 'woll'. Did you mean wool?"),
+        ("3", "yarn: Input should be a block with the keys kind, ply, but got 3"),
+    ],
 )
-def test_a_file_is_a_mapping(tmp_path: Path, content: str, got: str) -> None:
-    rule = "must be a mapping with the keys title, rows, tension, stitch, yarn"
-    assert faults(tmp_path, content) == ["1 fault", f"the file: {rule}, but got {got}"]
+def test_alternatives_are_told_apart_by_their_kind(tmp_path: Path, yarn: str, fault: str) -> None:
+    assert faults(tmp_path, f"title: a\nyarn: {yarn}\n") == ["1 fault", f"line 2, {fault}"]
+
+
+@pytest.mark.parametrize(
+    ("content", "got"), [("", "null"), ("# only a comment\n", "null"), ("- 1\n", "[1]"), ("hello", "'hello'")]
+)
+def test_a_file_is_a_block(tmp_path: Path, content: str, got: str) -> None:
+    rule = "Input should be a block with the keys title, rows, tension, stitch, yarn"
+    assert faults(tmp_path, content) == ["1 fault", f"line 1: {rule}, but got {got}"]
 
 
 @pytest.mark.parametrize(
@@ -125,21 +126,21 @@ def test_a_file_is_a_mapping(tmp_path: Path, content: str, got: str) -> None:
 )
 def test_broken_yaml_is_named_by_line_and_column(tmp_path: Path, content: str, place: str, reason: str) -> None:
     [message] = faults(tmp_path, content)
-    assert f", {place}: not valid YAML: " in message
+    assert message.startswith(f"not valid YAML at {place}: ")
     assert reason in message
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"\xff\xfe\x00", "must be UTF-8, but byte 1 is not"),
+        (b"\xff\xfe\x00", "byte 1 is not UTF-8"),
         (b"title: \x00", "not valid YAML"),
         (b"title: 2026-99-99", "month must be in 1..12"),
-        (b"title: !!bool maybe", "a value that its type does not allow"),
-        (b'title: "\\UFFFFFFFF"', "a value that its type does not allow"),
+        (b"title: !!bool maybe", "a value does not fit its YAML type"),
+        (b'title: "\\UFFFFFFFF"', "a value does not fit its YAML type"),
         (b"rows: " + b"9" * 5_000, "Exceeds the limit (4300 digits) for integer string conversion"),
         (b"[" * 20_000, "nested too deep"),
-        (b"# " + b"a" * MAX_BYTES, f"must be at most {MAX_BYTES:,} bytes"),
+        (b"# " + b"a" * MAX_BYTES, f"at most {MAX_BYTES:,} are accepted"),
     ],
 )
 def test_what_is_no_yaml_at_all_is_said_so(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -155,35 +156,35 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]
 )
 def test_an_alias_is_refused_before_anything_is_made_of_it(tmp_path: Path, content: str) -> None:
     [message] = faults(tmp_path, content)
-    assert re.search(r"line \d+, column \d+: not valid YAML: an alias \(\*\w+\) is not accepted; write", message)
+    assert re.match(r"not valid YAML at line \d+, column \d+: an alias \(\*\w+\) is not accepted", message)
 
 
 @pytest.mark.parametrize(
     ("value", "got"),
     [
         ("[[[1]], {a: {b: 1}}]", "[[...], {...}]"),
-        ("0x" + "f" * 50, str(16**50 - 1)),
-        ("0x" + "f" * 9_000, "a number of 36_000 bits"),
-        ("[0x" + "f" * 9_000 + "]", "a list of very large numbers"),
+        ("0x" + "f" * 9_000, "a very large number"),
+        ("[0x" + "f" * 9_000 + "]", "a very large number"),
+        ("0x" + "f" * 50, str(16**50 - 1)[:28] + "..." + str(16**50 - 1)[-29:]),
     ],
 )
 def test_a_value_is_shown_shortly(tmp_path: Path, value: str, got: str) -> None:
     [_, fault] = faults(tmp_path, f"title: {value}\n")
-    assert fault == f"title: must be a text that is not empty, but got {got}"
+    assert fault == f"line 1, title: Input should be a valid string, but got {got}"
 
 
 @pytest.mark.parametrize(
     ("key", "shown"),
     [
-        ('"a\\nb"', r"the text 'a\nb'"),
-        ('"\\e[31m"', r"the text '\x1b[31m'"),
-        ("''", "the text ''"),
-        ("x" * 70, f"the text '{'x' * 57}...'"),
+        ('"a\\nb"', r"'a\nb'"),
+        ('"\\e[31m"', r"'\x1b[31m'"),
+        ("''", "''"),
+        ("x" * 70, f"'{'x' * 27}...{'x' * 28}'"),
     ],
 )
 def test_a_key_is_shown_on_one_line_and_steers_no_terminal(tmp_path: Path, key: str, shown: str) -> None:
     [_, fault] = faults(tmp_path, f"title: a\n{key}: 3\n")
-    assert fault.startswith(f"{shown}: unknown key; ")
+    assert fault.startswith(f"line 2, {shown}: Unknown key. ")
 
 
 def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
@@ -198,10 +199,10 @@ def test_a_file_has_a_name_that_runs_can_carry(tmp_path: Path, name: str) -> Non
 
 def test_a_folder_and_an_unreadable_file_are_said_so(tmp_path: Path) -> None:
     (tmp_path / "folder.yaml").mkdir()
-    with pytest.raises(ConfigError, match="must be a YAML file, but is a folder"):
+    with pytest.raises(ConfigError, match="it is a folder"):
         load(Pattern, tmp_path / "folder.yaml")
     (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
-    with pytest.raises(ConfigError, match="must be a YAML file, but is something else"):
+    with pytest.raises(ConfigError, match="it is no regular file"):
         load(Pattern, tmp_path / "loop.yaml")
 
 
@@ -220,7 +221,7 @@ def test_whatever_a_file_holds_is_a_document_or_one_error(
     try:
         load(Pattern, path)
     except ConfigError as error:
-        assert str(error).startswith(str(path))
+        assert str(error).startswith(f"Cannot read {path}: ")
 
 
 def test_a_name_is_looked_for_in_the_folders_in_order(tmp_path: Path) -> None:
@@ -234,7 +235,8 @@ def test_a_name_is_looked_for_in_the_folders_in_order(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         locate("pattern", "scraf", [first, second])
     assert str(caught.value) == (
-        f"no pattern named 'scraf' in {first}/ or {second}/ (did you mean scarf?); there are: scarf, hat"
+        f"Cannot find pattern 'scraf': there is no {first}/scraf.yaml or {second}/scraf.yaml. Did you mean scarf? "
+        "There are: scarf, hat."
     )
 
 
@@ -243,7 +245,7 @@ def test_a_path_starts_from_where_it_is_written(tmp_path: Path) -> None:
     assert locate("pattern", str(path), []) == path
     assert locate("pattern", "scarf.yaml", [], beside=tmp_path) == path
     assert locate("pattern", "./scarf.yaml", [], beside=tmp_path) == tmp_path / "./scarf.yaml"
-    with pytest.raises(ConfigError, match=r"no pattern at .*/hat\.yaml; there are: scarf$"):
+    with pytest.raises(ConfigError, match=r"there is no .*/hat\.yaml\. There are: scarf\.$"):
         locate("pattern", "hat.yaml", [], beside=tmp_path)
 
 
@@ -251,32 +253,22 @@ def test_a_path_that_should_have_been_a_name_is_pointed_out(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     Path("patterns").mkdir()
     write(Path("patterns"), "", "scarf")
-    with pytest.raises(ConfigError, match=r"no pattern at scarf\.yaml \(did you mean scarf\?\); there are: scarf"):
+    with pytest.raises(ConfigError, match=r"there is no scarf\.yaml\. Did you mean scarf\? There are: scarf\."):
         locate("pattern", "scarf.yaml", [Path("patterns")])
 
 
-@pytest.mark.parametrize(
-    ("name", "rule"),
-    [
-        ("a" * 5_000, "must be at most 4_096 characters long, but got 5_000"),
-        ("scarf\0", r"must hold no control characters, but got the text 'scarf\x00' with U+0000"),
-        ("./\x1b[31m.yaml", r"must hold no control characters, but got the text './\x1b[31m.yaml' with U+001B"),
-        ("\udcff", r"must hold no control characters, but got the text '\udcff' with U+DCFF"),
-    ],
-)
-def test_a_name_that_no_file_can_have_is_refused(name: str, rule: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+@pytest.mark.parametrize("name", ["a" * 5_000, "scarf\0", "./\x1b[31m.yaml", "\udcff"])
+def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"Cannot find pattern '.{4,70}': no file can have this name") as caught:
         locate("pattern", name, [Path("patterns")])
-    assert str(caught.value) == f"the name of the pattern {rule}"
+    assert str(caught.value).isprintable()
 
 
 def test_a_name_that_the_file_system_refuses_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no pattern named 'a+' in .* \(File name too long\)"):
+    with pytest.raises(ConfigError, match=r"Cannot find pattern 'a+': .* \(File name too long\)"):
         locate("pattern", "a" * 300, [tmp_path])
 
 
 def test_without_any_file_the_remedy_is_the_project_folder(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"no pattern named 'scarf' in .*, nor any other; start from the project's folder"
-    ):
+    with pytest.raises(ConfigError, match=r"there is no .*scarf\.yaml, nor any other\. Start in the project's folder"):
         locate("pattern", "scarf", [tmp_path / "patterns"])

@@ -3,14 +3,16 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from agnews_lora.data import tokens
 from agnews_lora.data.rows import Rows
-from agnews_lora.data.tokens import TokenTable, load_tokenizer, tokenise, tokenizer_digest
+from agnews_lora.data.tokens import TokenTable, load_tokenizer, read_table, tokenise, tokenizer_digest, write_table
 from agnews_lora.errors import BaseModelError, StorageError
 from tests.tiny import SENTENCES, tiny_base
 
@@ -84,14 +86,11 @@ def test_no_rows_are_refused(bert, tmp_path):
         tokenise(Rows((), ()), bert, 128, tmp_path)
 
 
-def test_a_second_call_maps_what_the_first_stored(bert, tmp_path, monkeypatch):
+def test_a_second_call_reads_the_file_of_the_first(bert, tmp_path, monkeypatch):
     first = tokenise(ROWS, bert, 128, tmp_path)
     monkeypatch.setattr(tokens, "load_tokenizer", lambda folder: pytest.fail("tokenised twice"))
-    second = tokenise(ROWS, bert, 128, tmp_path)
-    assert same(first, second)
-    assert isinstance(second.ids, np.memmap)
-    assert not second.ids.flags.writeable
-    assert [entry.name for entry in tmp_path.iterdir()] == [first.digest]
+    assert same(first, tokenise(ROWS, bert, 128, tmp_path))
+    assert [entry.name for entry in tmp_path.iterdir()] == [f"{first.digest}.safetensors"]
 
 
 def test_rows_tokenizer_and_length_each_have_their_own_entry(tmp_path, bert):
@@ -106,7 +105,7 @@ def test_rows_tokenizer_and_length_each_have_their_own_entry(tmp_path, bert):
         tokenise(Rows(ROWS.texts, ROWS.labels[::-1]), bert, 128, cache),
         tokenise(ROWS, other, 128, cache),
     ]
-    assert {entry.name for entry in cache.iterdir()} == {table.digest for table in tables}
+    assert {entry.stem for entry in cache.iterdir()} == {table.digest for table in tables}
     assert len({table.digest for table in tables}) == 5
 
 
@@ -120,23 +119,25 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink, lambda file: file.write_text("null")])
-@pytest.mark.parametrize("name", ["ids.npy", "offsets.npy", "table.json"])
-def test_a_damaged_entry_is_made_anew(bert, tmp_path, monkeypatch, name, damage):
+def foreign(file: Path) -> None:
+    save_file({"weights": np.zeros(3)}, file)
+
+
+def of_another_table(file: Path) -> None:
+    write_table(replace(read_table(file), digest="0" * 64), file)
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, flip, foreign, of_another_table, Path.unlink, lambda file: file.write_text("null")]
+)
+def test_a_damaged_or_foreign_file_is_made_anew(bert, tmp_path, monkeypatch, damage):
     first = tokenise(ROWS, bert, 128, tmp_path)
-    expected = TokenTable(first.ids.copy(), first.offsets.copy(), first.labels, first.pad_id, first.digest)
-    damage(tmp_path / first.digest / name)
-    assert same(tokenise(ROWS, bert, 128, tmp_path), expected)
-    monkeypatch.setattr(tokens, "load_tokenizer", lambda folder: pytest.fail("the damaged entry is still there"))
-    assert same(tokenise(ROWS, bert, 128, tmp_path), expected)
-    assert [entry.name for entry in tmp_path.iterdir()] == [first.digest]
-
-
-def test_a_table_outlives_its_entry(bert, tmp_path):
-    table = tokenise(ROWS, bert, 128, tmp_path / "cache")
-    expected = table.ids.tolist()
-    shutil.rmtree(tmp_path / "cache")
-    assert table.ids.tolist() == expected
+    [path] = tmp_path.iterdir()
+    damage(path)
+    assert same(tokenise(ROWS, bert, 128, tmp_path), first)
+    monkeypatch.setattr(tokens, "load_tokenizer", lambda folder: pytest.fail("the damaged file is still there"))
+    assert same(tokenise(ROWS, bert, 128, tmp_path), first)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_processes_that_race_get_the_same_table(bert, tmp_path):
@@ -151,7 +152,7 @@ print(table.digest, table.ids.tolist())
     outputs = [racer.communicate()[0] for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0]
     assert outputs[0] == outputs[1] != ""
-    assert [entry.name for entry in tmp_path.iterdir()] == [outputs[0].split()[0]]
+    assert [entry.stem for entry in tmp_path.iterdir()] == [outputs[0].split()[0]]
 
 
 def test_a_cache_that_cannot_be_written_is_named(bert, tmp_path):

@@ -12,7 +12,8 @@ import pandas as pd
 from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import TrialSpec
-from agnews_lora.config.stored import read_experiment, read_sweep
+from agnews_lora.config.experiment import read_experiment
+from agnews_lora.config.sweep import read_sweep
 from agnews_lora.data.rows import LABELS
 from agnews_lora.reporting.report.dossier import Answers, Dossier, Registered
 from agnews_lora.serving.model_package import TestScore

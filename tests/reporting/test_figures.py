@@ -1,6 +1,7 @@
 import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -11,81 +12,15 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from agnews_lora.reporting import canvas
-from agnews_lora.reporting.figures import (
-    accuracy_against_parameters,
-    accuracy_curve,
-    learning_curves,
-    loss_curve,
-    optimization_history,
-    parallel_coordinates,
-    parameter_importance,
-    pareto_front,
-)
+from agnews_lora.reporting import figures
+from agnews_lora.search.results import SweepResult
+from tests.reporting import results
+from tests.reporting.results import NAN, TRIALS, curve, curves, result
 
 # A layout that does not fit, or equal limits; what other tests left to be collected is not theirs.
 pytestmark = pytest.mark.filterwarnings("error", "ignore::pytest.PytestUnraisableExceptionWarning")
 
-COLUMNS = ("targets", "rank", "alpha_ratio", "dropout", "learning_rate")
-POINT_COLUMNS = ["trial", "step", "train/loss", "eval/accuracy", "eval/loss"]
-NAN = float("nan")
-
-
-def study(num_trials: int) -> pd.DataFrame:
-    """Trials of which the first is the baseline, every third was pruned and the sixth failed."""
-    numbers = np.arange(num_trials)
-    frame = pd.DataFrame(
-        {
-            "trial": [f"t{number:04d}" for number in numbers],
-            "number": numbers,
-            "state": np.where(numbers % 3 == 2, "PRUNED", "COMPLETE"),
-            "accuracy": 0.74 + 0.02 * (numbers % 7),
-            "baseline": numbers == 0,
-            "trainable_parameters": 15_000 + 5_000 * numbers,
-            "targets": [["qk", "qv", "all-linear"][number % 3] for number in numbers],
-            "rank": 1 + numbers % 5,
-            "alpha_ratio": 2 ** (numbers % 4),
-            "dropout": 0.02 * (numbers % 7),
-            "learning_rate": 1e-4 * 1.5**numbers,
-        }
-    )
-    frame.loc[numbers == 5, ["state", "accuracy"]] = ["FAIL", NAN]
-    return frame
-
-
-def points_of(trials: pd.DataFrame) -> pd.DataFrame:
-    steps = [25, 50, 75, 100]
-    curves = [
-        pd.DataFrame(
-            {
-                "trial": trial,
-                "step": [*steps, *steps],
-                "train/loss": [1.4, 0.9, 0.7, 0.6, NAN, NAN, NAN, NAN],
-                "eval/accuracy": [NAN] * 4 + [accuracy - 0.2, accuracy - 0.1, accuracy - 0.05, accuracy],
-                "eval/loss": [NAN] * 4 + [1.3, 1.0, 0.8, 0.7],
-            }
-        )
-        for trial, accuracy in zip(trials["trial"], trials["accuracy"].astype(float), strict=True)
-    ]
-    return pd.concat(curves) if curves else pd.DataFrame(columns=POINT_COLUMNS)
-
-
-DRAW: dict[str, Callable[[pd.DataFrame, pd.DataFrame, Path], None]] = {
-    "accuracy_curve": lambda points, _, path: accuracy_curve(points[points["trial"] == "t0000"], "t0000", path),
-    "loss_curve": lambda points, _, path: loss_curve(points[points["trial"] == "t0000"], "t0000", path),
-    "learning_curves": lambda points, trials, path: learning_curves(points, trials, "curves", path),
-    "optimization_history": lambda _, trials, path: optimization_history(trials, "x", path, baseline=0.74, bound=0.945),
-    "accuracy_against_parameters": lambda _, trials, path: accuracy_against_parameters(trials, 100_000, "size", path),
-    "parallel_coordinates": lambda _, trials, path: parallel_coordinates(trials, COLUMNS, "space", path),
-}
-STUDIES = {
-    "many": study(14),
-    "one": study(1),
-    "all pruned": study(14).assign(state="PRUNED", baseline=False),
-    "identical": study(14).assign(accuracy=0.8, rank=4, learning_rate=1e-3, targets="qv", trainable_parameters=50_000),
-    "nothing measured": study(14).assign(accuracy=NAN),
-    "no trial": study(0),
-}
+TIMES = {row.trial: [10.0 * row.number, 10.0 * row.number + 25] for row in TRIALS} | {"t0001-s2": [5_000.0, 5_030.0]}
 
 
 def shows(path: Path, colour: str) -> bool:
@@ -94,81 +29,101 @@ def shows(path: Path, colour: str) -> bool:
     return bool((np.abs(pixels - 255 * np.array(to_rgb(colour))).max(axis=-1) <= 40).sum() > 20)
 
 
-@pytest.mark.parametrize("trials", STUDIES.values(), ids=STUDIES.keys())
-@pytest.mark.parametrize("draw", DRAW.values(), ids=DRAW.keys())
-def test_every_figure_of_every_study_is_one_whole_picture(
-    draw: Callable[[pd.DataFrame, pd.DataFrame, Path], None], trials: pd.DataFrame, tmp_path: Path
-) -> None:
-    path = tmp_path / "figures" / "picture.png"
-    draw(points_of(trials), trials, path)
-    assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
+def is_whole(path: Path) -> bool:
     with Image.open(path) as image:
-        assert image.size == (1500, 900)
-        assert image.format == "PNG"
+        return image.size == (1500, 900) and image.format == "PNG"
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """All figures of a finished sweep."""
+    return figures.draw(result(), curves(result()), tmp_path_factory.mktemp("figures") / "new", TIMES)
+
+
+def test_a_finished_sweep_has_every_figure_and_nothing_beside_them(drawn: dict[str, Path]) -> None:
+    assert list(drawn) == list(figures.FIGURES)
+    assert all(is_whole(path) for path in drawn.values())
+    assert sorted(path.name for path in next(iter(drawn.values())).parent.iterdir()) == sorted(drawn)
+
+
+@pytest.mark.parametrize(
+    ("name", "colours"),
+    {
+        "optimization_history.png": (figures.GREEN, figures.ORANGE, figures.BLUE),  # bound, best so far, trials
+        "accuracy_against_parameters.png": (figures.SKY, figures.BLUE, figures.VERMILION),  # two presets, the budget
+        "learning_curves.png": (figures.ORANGE, figures.SKY, figures.BLACK),  # winner, others, baseline
+        "parallel_coordinates.png": (figures.ORANGE,),
+        "parameter_importance.png": (figures.BLUE,),
+        "slot_occupancy.png": (figures.BLUE, figures.PALE, figures.VERMILION),  # complete, pruned, failed
+        "calibration.png": (figures.BLUE, figures.ORANGE),
+    }.items(),
+)
+def test_a_figure_shows_its_parts(name: str, colours: tuple[str, ...], drawn: dict[str, Path]) -> None:
+    assert [colour for colour in colours if not shows(drawn[name], colour)] == []
+
+
+FAILED = tuple(replace(row, state="FAIL", accuracy=None) for row in TRIALS)
+EDGES: dict[str, tuple[SweepResult, set[str]]] = {
+    "no trial": (results.bare(trials=()), set()),
+    "all failed": (results.bare(trials=FAILED), set()),
+    "one trial": (
+        results.bare(trials=TRIALS[:1]),
+        {"optimization_history.png", "accuracy_against_parameters.png", "parallel_coordinates.png"},
+    ),
+    "all pruned": (
+        results.bare(trials=tuple(replace(row, state="PRUNED", accuracy=0.6, baseline=False) for row in TRIALS)),
+        {"optimization_history.png", "accuracy_against_parameters.png", "parallel_coordinates.png"},
+    ),
+    "all alike": (
+        results.bare(trials=tuple(replace(TRIALS[1], number=n, trial=f"t{n:04d}") for n in range(9))),
+        {"optimization_history.png", "accuracy_against_parameters.png", "parallel_coordinates.png"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_figures_without_data_are_left_out_and_the_others_are_whole(case: str, tmp_path: Path) -> None:
+    of, expected = EDGES[case]
+    drawn = figures.draw(of, {}, tmp_path)
+    assert set(drawn) == expected
+    assert all(is_whole(path) for path in drawn.values())
 
 
 def test_a_curve_shows_its_measure_and_nothing_where_none_was_taken(tmp_path: Path) -> None:
-    points = points_of(study(1))
-    accuracy_curve(points, "t0000", tmp_path / "accuracy.png")
-    loss_curve(points, "t0000", tmp_path / "loss.png")
-    accuracy_curve(points.assign(**{"eval/accuracy": np.inf}), "t0000", tmp_path / "none.png")
-    assert shows(tmp_path / "accuracy.png", canvas.BLUE)
-    assert shows(tmp_path / "loss.png", canvas.VERMILION)
-    assert not shows(tmp_path / "none.png", canvas.BLUE)
+    points = curve(TRIALS[1])
+    figures.accuracy_curve(points, "t0001", tmp_path / "accuracy.png")
+    figures.loss_curve(points, "t0001", tmp_path / "loss.png")
+    figures.accuracy_curve(points.assign(**{"eval/accuracy": np.inf}), "t0001", tmp_path / "none.png")
+    figures.loss_curve(points.head(0), "t0001", tmp_path / "empty.png")
+    assert shows(tmp_path / "accuracy.png", figures.BLUE)
+    assert shows(tmp_path / "loss.png", figures.VERMILION)
+    assert not shows(tmp_path / "none.png", figures.BLUE)
+    assert is_whole(tmp_path / "empty.png")
 
 
-def test_history_shows_the_bound_and_the_best_so_far_only_where_there_are_some(tmp_path: Path) -> None:
-    trials = study(14)
-    optimization_history(trials, "history", tmp_path / "all.png", baseline=0.74, bound=0.945)
-    optimization_history(trials.assign(state="PRUNED"), "history", tmp_path / "less.png")
-    for colour in (canvas.GREEN, canvas.ORANGE, canvas.BLUE):
-        assert shows(tmp_path / "all.png", colour)
-        assert not shows(tmp_path / "less.png", colour)
+def test_a_failed_trial_changes_no_picture_of_accuracies(tmp_path: Path) -> None:
+    reported = [replace(row, accuracy=0.1) if row.state == "FAIL" else row for row in TRIALS]  # before it failed
+    for name, rows in (("none", TRIALS), ("reported", tuple(reported))):
+        trials = figures.trials_frame(result(trials=rows))
+        figures.optimization_history(trials, "history", tmp_path / f"{name}.png")
+    assert (tmp_path / "none.png").read_bytes() == (tmp_path / "reported.png").read_bytes()
 
 
-def test_sizes_show_each_preset_in_its_own_colour(tmp_path: Path) -> None:
-    trials = study(14)
-    accuracy_against_parameters(trials, 100_000, "size", tmp_path / "all.png")
-    accuracy_against_parameters(trials[trials["targets"] == "qv"], 100_000, "size", tmp_path / "one.png")
-    assert shows(tmp_path / "all.png", canvas.SKY)
-    assert shows(tmp_path / "one.png", canvas.BLUE)
-    assert not shows(tmp_path / "one.png", canvas.SKY)
+def test_importances_that_are_no_numbers_have_no_bar(tmp_path: Path) -> None:
+    figures.parameter_importance({"rank": NAN}, "importance", tmp_path / "importance.png")
+    assert not shows(tmp_path / "importance.png", figures.BLUE)
 
 
-def test_learning_curves_tell_best_and_baseline_from_the_rest(tmp_path: Path) -> None:
-    trials = study(14)
-    learning_curves(points_of(trials), trials, "curves", tmp_path / "all.png")
-    pruned = trials.assign(state="PRUNED")
-    learning_curves(points_of(pruned), pruned, "curves", tmp_path / "pruned.png")
-    assert shows(tmp_path / "all.png", canvas.ORANGE)
-    assert shows(tmp_path / "all.png", canvas.SKY)
-    assert not shows(tmp_path / "pruned.png", canvas.ORANGE)
-
-
-def test_failed_trial_changes_no_picture_of_accuracies(tmp_path: Path) -> None:
-    trials = study(6)
-    with_accuracy = trials.assign(accuracy=trials["accuracy"].astype(float).fillna(0.1))  # reported before it failed
-    for name, frame in (("nan", trials), ("reported", with_accuracy)):
-        optimization_history(frame, "history", tmp_path / f"{name}.png")
-    assert (tmp_path / "nan.png").read_bytes() == (tmp_path / "reported.png").read_bytes()
-
-
-@pytest.mark.parametrize("importances", [{"rank": 0.7, "targets": 0.3}, {"rank_qv": 1.0}, {"a": 0.0, "b": 0.0}])
-def test_importance_has_a_bar_for_what_mattered(importances: dict[str, float], tmp_path: Path) -> None:
-    parameter_importance(importances, "importance", tmp_path / "importance.png")
-    assert shows(tmp_path / "importance.png", canvas.BLUE) == any(importances.values())
-
-
-@pytest.mark.parametrize("importances", [{}, {"rank": NAN}])
-def test_importance_of_too_few_trials_has_no_bar(importances: dict[str, float], tmp_path: Path) -> None:
-    parameter_importance(importances, "importance", tmp_path / "importance.png")
-    assert not shows(tmp_path / "importance.png", canvas.BLUE)
+def test_a_thumbnail_is_the_picture_made_small(drawn: dict[str, Path], tmp_path: Path) -> None:
+    figures.thumbnail(drawn["learning_curves.png"], tmp_path / "new" / "small.png")
+    with Image.open(tmp_path / "new" / "small.png") as image:
+        assert image.size == (330, 198)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([0.7, 0.8, 0.85, 0.9])), max_size=12))
 def test_pareto_front_is_what_no_trial_beats(sizes_and_accuracies: list[tuple[int, float]]) -> None:
     trials = pd.DataFrame(sizes_and_accuracies, columns=["trainable_parameters", "accuracy"], dtype=float)
-    front = set(pareto_front(trials).itertuples(index=False, name=None))
+    front = set(figures.pareto_front(trials).itertuples(index=False, name=None))
     assert front == {
         (size, accuracy)
         for size, accuracy in sizes_and_accuracies
@@ -177,6 +132,91 @@ def test_pareto_front_is_what_no_trial_beats(sizes_and_accuracies: list[tuple[in
             for other, better in sizes_and_accuracies
         )
     }
+
+
+def test_expected_calibration_error_is_the_mean_gap_over_the_answers() -> None:
+    bins = [
+        {"low": 0.7, "count": 2, "confidence": 0.8, "accuracy": 0.5},
+        {"low": 0.9, "count": 1, "confidence": 0.95, "accuracy": 1.0},
+    ]
+    assert figures.expected_calibration_error(bins) == pytest.approx((2 * 0.3 + 0.05) / 3)
+
+
+def intervals(*given: tuple[float, float], state: str = "COMPLETE") -> pd.DataFrame:
+    rows = [(f"t{number:04d}", began, ended, state) for number, (began, ended) in enumerate(given)]
+    return pd.DataFrame(rows, columns=["trial", "began", "ended", "state"])
+
+
+@st.composite
+def some_intervals(draw: st.DrawFn) -> pd.DataFrame:
+    """Whole seconds, so that lengths are kept to the last bit."""
+    starts = draw(st.lists(st.integers(0, 500), min_size=1, max_size=40))
+    return intervals(*((float(start), float(start + draw(st.integers(1, 60)))) for start in starts))
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        intervals(),
+        intervals(*((number // 16 * 100.0, number // 16 * 100.0 + 90) for number in range(160))),
+        intervals((5, 5)),
+    ],
+    ids=["nothing", "many slots", "no length"],
+)
+def test_slots_of_every_study_are_one_whole_picture(shown: pd.DataFrame, tmp_path: Path) -> None:
+    figures.slot_occupancy(shown, "embedded: slots over time", tmp_path / "picture.png")
+    assert is_whole(tmp_path / "picture.png")
+
+
+def test_a_long_silence_divides_a_trial_and_a_short_one_does_not() -> None:
+    moments = [0.0, 5.0, 10.0, 15.0, 500.0, 505.0]
+    found = figures.stretches({"t0000": moments, "t0001": [7.0], "t0002": []}, {"t0000": "PRUNED", "t0001": "FAIL"})
+    assert found.to_numpy().tolist() == [
+        ["t0000", 0.0, 15.0, "STOPPED"],
+        ["t0000", 500.0, 505.0, "PRUNED"],
+        ["t0001", 7.0, 7.0, "FAIL"],
+    ]
+    slow = [100.0 * step for step in range(9)]  # a slow trial, which reports every 100 s
+    assert len(figures.stretches({"t0000": [*slow, 1_600.0]}, {"t0000": "COMPLETE"})) == 1
+
+
+@given(st.lists(st.floats(0, 10 * figures.STOP_SECONDS), min_size=1, max_size=30))
+def test_stretches_are_ordered_and_cover_every_report(gaps: list[float]) -> None:
+    moments = list(accumulate(gaps))
+    found = figures.stretches({"t0000": moments}, {"t0000": "PRUNED"})
+    assert found["began"].iloc[0] == moments[0] and found["ended"].iloc[-1] == moments[-1]
+    assert (found["began"].to_numpy()[1:] > found["ended"].to_numpy()[:-1]).all()
+    assert found["state"].tolist() == ["STOPPED"] * (len(found) - 1) + ["PRUNED"]
+    assert all(((found["began"] <= moment) & (moment <= found["ended"])).any() for moment in moments)
+
+
+def test_the_lowest_free_slot_is_taken_and_one_that_ends_makes_room_at_once() -> None:
+    assert figures.assign_slots(intervals((0, 10), (0, 30), (10, 20), (15, 40))) == [0, 1, 0, 2]
+
+
+@given(some_intervals())
+def test_no_two_overlap_in_a_slot_and_no_fewer_slots_would_do(shown: pd.DataFrame) -> None:
+    slots = figures.assign_slots(shown)
+    for slot in set(slots):
+        taken = shown[[each == slot for each in slots]].sort_values("began")
+        assert (taken["began"].to_numpy()[1:] >= taken["ended"].to_numpy()[:-1]).all()
+    assert sorted(set(slots)) == list(range(max(slots) + 1))
+    assert max(slots) + 1 == figures.at_once(shown)["count"].max()
+
+
+@given(some_intervals())
+def test_cutting_pauses_keeps_every_length_and_what_ran_at_once(shown: pd.DataFrame) -> None:
+    cut, cuts = figures.without_pauses(shown)
+    assert ((cut["ended"] - cut["began"]) == (shown["ended"] - shown["began"])).all()
+    assert cut["began"].min() == 0
+    assert figures.assign_slots(cut) == figures.assign_slots(shown)
+    assert all(((cut["began"] >= place) | (cut["ended"] <= place)).all() for place in cuts)
+
+
+def test_a_long_pause_is_cut_and_a_short_one_is_not() -> None:
+    shown, cuts = figures.without_pauses(intervals((100, 200), (201, 300), (9_300, 9_400)))
+    assert shown["began"].tolist() == [0, 101, 200] and shown["ended"].tolist() == [100, 200, 300]
+    assert cuts == [200]
 
 
 def test_figures_do_without_pyplot() -> None:

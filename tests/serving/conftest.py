@@ -25,7 +25,7 @@ from agnews_lora.serving.model_package import Package, Winner, register
 from agnews_lora.serving.promotion import promote
 from agnews_lora.tracking.registry import Registry, Version
 from agnews_lora.tracking.store import experiment_id, open_client
-from agnews_lora.training.evaluation import predict_logits
+from agnews_lora.training.metrics import predict_logits
 from tests.project import write_project
 from tests.tiny import tiny_base
 

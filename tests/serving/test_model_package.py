@@ -15,6 +15,7 @@ from agnews_lora.errors import BudgetError, PromotionError, RegistryError
 from agnews_lora.serving import reload
 from agnews_lora.serving.model_package import (
     ANSWERS,
+    ROWS,
     Package,
     ReferenceAnswers,
     Winner,
@@ -174,10 +175,13 @@ def test_the_token_digest_depends_on_ids_and_on_rows() -> None:
     assert len(set(map(token_digest, tables))) == 3
 
 
+@pytest.mark.parametrize("name", [ANSWERS, ROWS])
 @pytest.mark.parametrize("size", [None, 20, -20])
-def test_answers_that_are_not_whole_are_refused(tmp_path: Path, answers: ReferenceAnswers, size: int | None) -> None:
+def test_answers_that_are_not_whole_are_refused(
+    tmp_path: Path, answers: ReferenceAnswers, name: str, size: int | None
+) -> None:
     answers.write(tmp_path / "reference")
-    path = tmp_path / "reference" / ANSWERS
+    path = tmp_path / "reference" / name
     if size is None:
         path.unlink()
     else:

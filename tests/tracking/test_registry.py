@@ -203,9 +203,7 @@ def test_a_version_whose_logged_model_was_deleted_is_left_alone(
     assert not client.get_run(parent).outputs.model_outputs
 
 
-def test_the_candidate_waits_or_else_the_champion(
-    registry: Registry, new_run: Callable[[], str]
-) -> None:
+def test_the_candidate_waits_or_else_the_champion(registry: Registry, new_run: Callable[[], str]) -> None:
     assert registry.waiting() is None
     with pytest.raises(RegistryError, match=r"Cannot use .*: it has no champion"):
         registry.champion()

@@ -19,9 +19,9 @@ from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data.rows import LABELS
 from agnews_lora.errors import BudgetError, TrainingError
 from agnews_lora.training import device
-from agnews_lora.training.evaluation import mean_cross_entropy, predict_logits
 from agnews_lora.training.hf_trainer import TrainerEngine
 from agnews_lora.training.interface import EvalPoint
+from agnews_lora.training.metrics import mean_cross_entropy, predict_logits
 from tests.training.conftest import (
     MONITOR_ROWS,
     SETTINGS,

@@ -45,7 +45,8 @@ def draw(
 
 
 def _of_search(dossier: Dossier, curves: Mapping[str, Callable[[], pd.DataFrame]]) -> dict[str, Callable[[Path], None]]:
-    trials, study, baseline = dossier.trials, dossier.study, dossier.trial(dossier.baseline)
+    study, baseline = dossier.study, dossier.trial(dossier.baseline)
+    trials = dossier.trials.assign(winner=dossier.trials["trial"] == dossier.winner)
     level = baseline.accuracy if baseline is not None and baseline.state == "COMPLETE" else None
 
     def learning(path: Path) -> None:

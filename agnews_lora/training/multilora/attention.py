@@ -1,4 +1,4 @@
-"""Attention inside each row of a packing, in two layouts: rows padded to their segment's longest, or not at all."""
+"""Attention inside each row of a batch, in two layouts: rows padded to their segment's longest, or not at all."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ class Attention(Protocol):
     """Attention of the queries to the tokens of their own row."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, of_rows: bool) -> Tensor:
-        """[n, heads, size] of queries [n, heads, size]: those of all tokens, or (of_rows) of each row's first alone."""
+        """Attend by queries [n, heads, size]: those of all tokens, or (of_rows) of each row's first alone."""
         ...
 
 
@@ -39,7 +39,7 @@ class PaddedAttention:
 
 
 class _ScaledProducts(torch.autograd.Function):
-    """softmax(q kᵀ / √size) v of queries (rows, queries, heads, size), softmax in fp32; nothing attends to padding.
+    """Compute softmax(q kᵀ / √size) v of queries (rows, queries, heads, size), softmax in fp32, padding left out.
 
     Written out: in short rows on a CPU, torch's own `scaled_dot_product_attention` takes two to three times as long,
     and its backward pass in bf16 fifteen times.
@@ -70,12 +70,12 @@ class _ScaledProducts(torch.autograd.Function):
 
 
 def _by_head(x: Tensor) -> Tensor:
-    """(rows, n, heads, size) as (rows · heads, n, size)."""
+    """View (rows, n, heads, size) as (rows · heads, n, size)."""
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
 def _by_row(x: Tensor, rows: int) -> Tensor:
-    """(rows · heads, n, size) as (rows, n, heads, size)."""
+    """View (rows · heads, n, size) as (rows, n, heads, size)."""
     return x.view(rows, -1, *x.shape[1:]).transpose(1, 2)
 
 

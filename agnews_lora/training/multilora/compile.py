@@ -1,9 +1,9 @@
-"""A layer compiled for CUDA, where a step of small batches waits for the launches of its kernels, not for them.
+"""A layer compiled for CUDA, where the launches of a small batch's kernels take longer than the kernels.
 
-What varies from pass to pass (tokens, rows, slots, ranks) is marked, so that one compiled layer serves all layers and
-passes; each of these still has its own: the first layer (no gradient to its input), the last (first tokens alone) and
-those between, training with dropout, training without and scoring, and every set of modules that slots have had.
-No CUDA graphs: they hold one token count each, and the memory of all of them.
+Sizes that vary from pass to pass (tokens, rows, slots, ranks) are marked as dynamic, so that one compiled layer serves
+all passes. The compiler still makes one each for the first layer (no gradient to its input), the last (first tokens
+alone) and those between; for training with dropout, without, and scoring; and for every set of modules that slots have
+had. No CUDA graphs: each is of one token count, and keeps its memory.
 """
 
 import logging
@@ -25,25 +25,25 @@ MAX_COMPILED = 96
 Value = TypeVar("Value")
 
 
-class Encoding:
-    """How layers are computed: compiled on CUDA, until that fails, and as they are written everywhere else."""
+class LayerCompiler:
+    """Chooses how layers are computed: compiled on CUDA until that fails, uncompiled everywhere else."""
 
     def __init__(self, device: torch.device) -> None:
         self.compiles = device.type == "cuda"
 
-    def of(self, flat: bool) -> LayerFunction:
-        """What computes a layer of a pass; only tokens without padding are worth compiling for."""
+    def layer_function(self, flat: bool) -> LayerFunction:
+        """Give the function that computes a layer; only tokens without padding are worth compiling for."""
         return encode_compiled if self.compiles and flat else encode_layer
 
     def run(self, call: Callable[[], Value]) -> Value:
-        """What `call`, which asks for `of`, gives; where a compiled layer makes it fail, what it gives without one."""
+        """Call `call`, which asks for `layer_function`; where it fails compiled, call it again uncompiled."""
         if not self.compiles:
             return call()
         try:
             return call()
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a compiler raises: what is the program's own fault is raised again below
+        except Exception as error:  # a compiler may raise anything; a fault of the program is raised again below
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         logging.getLogger(__name__).warning("layers are computed uncompiled from here on, which is slower (%s)", reason)
         self.compiles = False
@@ -53,7 +53,7 @@ class Encoding:
 def encode_compiled(
     layer: Layer, x: Tensor, first: Tensor | None, attention: Attention, updates: LayerUpdates
 ) -> Tensor:
-    """What `encode_layer` gives, for tokens without padding."""
+    """Compute a layer as `encode_layer` does, for tokens without padding."""
     assert isinstance(attention, FlatAttention) and isinstance(updates, GroupedUpdates)
     _mark(x, 0)
     _mark(attention.offsets, 0)
@@ -80,7 +80,7 @@ def _compiled() -> LayerFunction:
 
 
 def compile_layer(backend: str | Callable[..., Any]) -> LayerFunction:
-    """`encode_layer`, compiled when it is called, by a backend of torch's."""
+    """Wrap `encode_layer` so that a backend of torch's compiles it when it is called."""
     import torch.fx.experimental._config as symbols
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED)

@@ -1,7 +1,7 @@
 """The frozen encoder of RoBERTa and BERT, computed from Hugging Face's weights for the tokens of many slots at once.
 
-Only what a classifier reads is computed: the last layer's query, attention output and feed-forward block see the first
-token of each row alone.
+The classifier reads the first token of each row alone, so the last layer's query, attention output and feed-forward
+block are computed for those tokens only.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,16 +15,17 @@ from torch import Tensor
 from agnews_lora.adapters.spec import ATTENTION_OUTPUT, FFN_IN, FFN_OUT, KEY, QUERY, VALUE, Family
 from agnews_lora.errors import BaseModelError
 from agnews_lora.training.multilora.attention import Attention
-from agnews_lora.training.multilora.packing import Packing
+from agnews_lora.training.multilora.packing import PackedBatch
 
 
 class LayerUpdates(Protocol):
-    """What the slots add to one layer's matrix products."""
+    """The updates that the slots add to one layer's matrix products."""
 
     def add(self, output: Tensor, x: Tensor, module: str, of_rows: bool) -> Tensor:
-        """`output` [n, out] of a module plus each slot's own part for its segment of `x` [n, in].
+        """Add each slot's part for its segment of `x` [n, in] to a module's `output` [n, out].
 
-        of_rows: whether n counts the first tokens of the rows alone.
+        Args:
+            of_rows: whether n counts the first tokens of the rows alone.
         """
         ...
 
@@ -66,7 +67,7 @@ class Layer:
 
 
 def encode_layer(layer: Layer, x: Tensor, first: Tensor | None, attention: Attention, updates: LayerUpdates) -> Tensor:
-    """A layer's output [n, hidden] of its input `x` [tokens, hidden], for all tokens, or for those of `first` alone."""
+    """Compute a layer's output [n, hidden] of `x` [tokens, hidden], for all tokens, or for those of `first` alone."""
     hidden, of_rows = x.shape[1], first is not None
     weight, bias = layer.query_key_value.weight, layer.query_key_value.bias
     if first is None:
@@ -91,7 +92,7 @@ LayerFunction = Callable[[Layer, Tensor, Tensor | None, Attention, LayerUpdates]
 
 
 class Encoder:
-    """The frozen weights, in the precision that is computed in.
+    """The frozen weights, in the precision of the forward pass.
 
     Raises:
         BaseModelError: an activation or a kind of position that this forward pass does not compute.
@@ -116,16 +117,18 @@ class Encoder:
         self.pooler = _affine(weights, "pooler.dense") if family == "bert" else None
 
     def __call__(
-        self, packing: Packing, updates: Sequence[LayerUpdates], encode: LayerFunction = encode_layer
+        self, packed: PackedBatch, updates: Sequence[LayerUpdates], encode: LayerFunction = encode_layer
     ) -> Tensor:
-        """What the classifier reads, [rows, hidden]: RoBERTa's first token, or BERT's pooled one.
+        """Compute the classifier's input [rows, hidden]: RoBERTa's first token, or BERT's pooled one.
 
-        updates: of each layer. encode: what computes a layer.
+        Args:
+            updates: of each layer.
+            encode: computes a layer.
         """
-        x = self.embedding_norm(self.words[packing.ids] + self.places[packing.positions])
+        x = self.embedding_norm(self.words[packed.ids] + self.places[packed.positions])
         for layer, own in zip(self.layers, updates, strict=True):
-            first = packing.first if layer is self.layers[-1] else None
-            x = encode(layer, x, first, packing.attention, own)
+            first = packed.first if layer is self.layers[-1] else None
+            x = encode(layer, x, first, packed.attention, own)
         return x if self.pooler is None else torch.tanh(self.pooler(x))
 
 

@@ -1,4 +1,4 @@
-"""The multi-LoRA engine: K trials at once, each in a slot, that come and go without the others noticing."""
+"""The multi-LoRA engine: trains K trials at once, each in a slot, with no effect on one another."""
 
 import gc
 import time
@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from agnews_lora.adapters.adapter_files import load_base
+from agnews_lora.adapters.adapter_files import load_base, tensor_shapes
 from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.budget import trainable_parameters
+from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data.sources import Corpus
 from agnews_lora.errors import AdapterError, BudgetError, ConfigError, StorageError, TrainingError
 from agnews_lora.training.checkpoints import folder_of
@@ -24,31 +25,40 @@ from agnews_lora.training.interface import (
     TrainPoint,
     TrainSettings,
     TrialPlan,
+    TrialResult,
     TrialSource,
     Verdict,
 )
-from agnews_lora.training.multilora.checkpoint import read_checkpoint, write_checkpoint
 from agnews_lora.training.multilora.encoder import Encoder
-from agnews_lora.training.multilora.export import export_adapter, fresh_weights
-from agnews_lora.training.multilora.memory import choose_slots
-from agnews_lora.training.multilora.model import Core
-from agnews_lora.training.multilora.packing import TokenStore
+from agnews_lora.training.multilora.model import MultiLoraModel, SlotBatch
+from agnews_lora.training.multilora.packing import DeviceTokens
 from agnews_lora.training.multilora.slots import SlotState
-from agnews_lora.training.multilora.trial_state import Progress, Trial
+from agnews_lora.training.multilora.trial_state import (
+    TrainProgress,
+    TrialState,
+    export_adapter,
+    fresh_weights,
+    read_checkpoint,
+    write_checkpoint,
+)
 
-# What ends one trial and leaves the others sound. Everything else is a fault of the program: reported, then raised.
+# Errors that end one trial and leave the others sound. Any other is a fault of the program: reported, then raised.
 TRIAL_FAULTS = (TrainingError, BudgetError, AdapterError)
+
+MAX_SLOTS = 32
+HEADROOM = 0.8  # share of the free memory that slots may fill: batches differ, and the allocator leaves gaps
+HEAVIEST = TrialSpec("all-linear", rank=32, alpha=1, dropout=0.1, learning_rate=1.0)  # adapts and drops everywhere
 
 
 class MultiLoraEngine:
-    """Trains up to `slots` trials at once on one device; without a number, as many as fit it.
+    """Trains up to `slots` trials at once on one device; without a number, as many as fit the device's memory.
 
     Owns the device, the frozen encoder, the token tables on the device and the settings that all trials share.
 
     Raises:
-        ConfigError: dropout inside the base was asked for.
-        TrainingError: bf16 was asked for and the device does not have it.
-        BaseModelError: an encoder that this engine does not compute.
+        ConfigError: the settings ask for dropout inside the base.
+        TrainingError: the settings ask for bf16 and the device does not have it.
+        BaseModelError: this engine does not compute such an encoder.
     """
 
     def __init__(
@@ -65,48 +75,86 @@ class MultiLoraEngine:
         self.device = training_device()
         dtype = torch.bfloat16 if computes_in_bf16(self.device, settings.precision) else torch.float32
         encoder = Encoder(load_base(base, len(self.labels)), base.shape.family, self.device, dtype)
-        flat = self.device.type == "cuda" and dtype == torch.bfloat16  # what flash attention computes
-        self.train = TokenStore(corpus.train, self.device, flat)
-        self.validation = TokenStore(corpus.validation, self.device, flat)
+        flat = self.device.type == "cuda" and dtype == torch.bfloat16  # the only case that flash attention computes
+        self.train = DeviceTokens(corpus.train, self.device, flat)
+        self.validation = DeviceTokens(corpus.validation, self.device, flat)
         self.monitor = corpus.monitor
         self.lengths = corpus.train.lengths.tolist()
-        self.core = Core(encoder, base.shape, slots or 1)
+        self.model = MultiLoraModel(encoder, base.shape, slots or 1)
         if slots is None:
-            self.core.resize(choose_slots(self.core, self.train, settings.batch_size))
+            self.model.resize(choose_slots(self.model, self.train, settings.batch_size))
 
     def run(self, source: TrialSource, observer: Observer) -> None:
-        """Train what `source` gives until all slots are empty and it gives None, or until a stop is requested.
+        """Train the trials of `source` until all slots are empty and it gives None, or until a stop is requested.
 
         Raises:
-            StorageError: a checkpoint cannot be written. No trial fails of it: each goes on from its last one.
+            StorageError: a checkpoint cannot be written. No trial fails: each resumes from its last checkpoint.
         """
         _Run(self, source, observer).until_done()
 
 
+def choose_slots(model: MultiLoraModel, tokens: DeviceTokens, batch_size: int) -> int:
+    """Count the slots that fit a CUDA device, by the measured peak memory of one slot's step; 1 on a CPU.
+
+    A CPU is busy with one trial already, and trials that end sooner teach the search sooner.
+    """
+    if model.device.type != "cuda":
+        return 1
+    model.resize(2)  # a layer compiled for a single slot would serve no other number of them
+    place_heaviest(model)
+    heaviest_step(model, tokens, batch_size)  # the first one compiles, which takes memory of its own
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    heaviest_step(model, tokens, batch_size)
+    slot_bytes = torch.cuda.max_memory_allocated(model.device) - before
+    model.resize(1)
+    torch.cuda.empty_cache()
+    free_bytes, _ = torch.cuda.mem_get_info(model.device)
+    return fitting_slots(free_bytes, slot_bytes)
+
+
+def fitting_slots(free_bytes: int, slot_bytes: int) -> int:
+    """Count the slots of `slot_bytes` each that fit, between 1 and `MAX_SLOTS`."""
+    return max(1, min(MAX_SLOTS, int(HEADROOM * free_bytes) // max(1, slot_bytes)))
+
+
+def place_heaviest(model: MultiLoraModel) -> None:
+    """Put a trial of zeros that adapts every module into the first slot."""
+    zeros = {name: torch.zeros(shape) for name, shape in tensor_shapes(HEAVIEST, model.shape).items()}
+    model.slots.place(0, HEAVIEST, SlotState.fresh(zeros))
+
+
+def heaviest_step(model: MultiLoraModel, tokens: DeviceTokens, batch_size: int) -> None:
+    """Train the first slot on the longest rows there are, at a learning rate of zero."""
+    longest = tokens.lengths.argsort()[-batch_size:]
+    model.step(tokens, [SlotBatch(0, longest.tolist(), learning_rate=0.0, step=1, seed=0)], 0.0, 0.0)
+
+
 class _Stopped(Exception):
-    """Leaves an evaluation that a stop breaks off."""
+    """Leaves an evaluation when a stop is requested."""
 
 
 @dataclass
 class _Waiting:
-    """A trial without a slot, and what it will put into one."""
+    """A trial without a slot, and the tensors that it will put into one."""
 
-    trial: Trial
+    trial: TrialState
     state: SlotState
 
 
 class _Run:
-    """One call of the engine: who is in which slot, and who waits for one."""
+    """One call of the engine. running: {slot: its trial}. waiting: trials without a slot."""
 
     def __init__(self, engine: MultiLoraEngine, source: TrialSource, observer: Observer) -> None:
         self.engine, self.source, self.observer = engine, source, observer
-        self.settings, self.core = engine.settings, engine.core
-        self.running: dict[int, Trial] = {}
+        self.settings, self.model = engine.settings, engine.model
+        self.running: dict[int, TrialState] = {}
         self.waiting: deque[_Waiting] = deque()
-        self.ask = True  # a None holds until a place falls free or an evaluation is over
+        self.ask = True  # after a None, the source is asked again once a slot falls free or an evaluation is over
 
     def until_done(self) -> None:
-        """Steps and evaluations, until nothing is left or a stop is requested; the slots are empty then."""
+        """Take steps and evaluate until no trial is left or a stop is requested; then empty the slots."""
         try:
             while not self.observer.stop_requested():
                 short_of_memory = False
@@ -115,7 +163,7 @@ class _Run:
                         return
                 except torch.OutOfMemoryError:
                     short_of_memory = True
-                if short_of_memory:  # outside of the handler, whose traceback holds the failed pass's memory
+                if short_of_memory:  # outside of the handler, whose traceback keeps the failed pass's memory alive
                     self._halve()
             for each in self._take_all():
                 self._checkpoint(each.trial, each.state)
@@ -126,26 +174,26 @@ class _Run:
                 self.observer.failed(trial.plan.trial, error)
             raise
         finally:
-            self.core.resize(len(self.core.slots))
+            self.model.resize(len(self.model.slots))
 
     def _advance(self) -> bool:
-        """One evaluation where any is due, else one step; False when nothing is left to train."""
+        """Evaluate the trials that are due, else take one step; False when no trial is left."""
         self._fill()
         if not self.running:
             return False
         due = [slot for slot, trial in self.running.items() if trial.due]
         if due:
-            with suppress(_Stopped):  # still due: evaluated when the trial goes on
+            with suppress(_Stopped):  # still due: evaluated when the trial resumes
                 self._evaluate(due)
         else:
             self._step()
         return True
 
-    # Places ----------------------------------------------------------------------------------------------------------
+    # Slots -----------------------------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
-        """Give every free slot to a trial that waits, else to the next that the source has."""
-        for slot in range(len(self.core.slots)):
+        """Give every free slot to a waiting trial, else to the next trial of the source."""
+        for slot in range(len(self.model.slots)):
             if slot in self.running:
                 continue
             while not self.waiting and self.ask:
@@ -155,27 +203,26 @@ class _Run:
                     self._admit(plan)
             if self.waiting:
                 first = self.waiting[0]
-                self.core.slots.place(slot, first.trial.plan.spec, first.state)
+                self.model.slots.place(slot, first.trial.plan.spec, first.state)
                 self.running[slot] = self.waiting.popleft().trial
 
     def _admit(self, plan: TrialPlan) -> None:
         try:
             plan.folder.mkdir(parents=True, exist_ok=True)
             if plan.checkpoint is None:
-                progress = Progress()
+                progress = TrainProgress()
                 state = SlotState.fresh(fresh_weights(self.engine.base, plan, len(self.engine.labels)))
             else:
                 progress, state = read_checkpoint(plan)
-        except TRIAL_FAULTS as error:
-            self.observer.failed(plan.trial, error)
         except Exception as error:
             self.observer.failed(plan.trial, error)
-            raise
+            if not isinstance(error, TRIAL_FAULTS):
+                raise
         else:
-            self.waiting.append(_Waiting(Trial(plan, self.settings, self.engine.lengths, progress), state))
+            self.waiting.append(_Waiting(TrialState(plan, self.settings, self.engine.lengths, progress), state))
 
-    def _free(self, slot: int) -> Trial:
-        self.core.slots.clear(slot)
+    def _free(self, slot: int) -> TrialState:
+        self.model.slots.clear(slot)
         self.ask = True
         return self.running.pop(slot)
 
@@ -187,7 +234,7 @@ class _Run:
     def _step(self) -> None:
         began = time.perf_counter()
         batches = [trial.batch(slot) for slot, trial in self.running.items()]
-        losses, norms = self.core.step(
+        losses, norms = self.model.step(
             self.engine.train, batches, self.settings.weight_decay, self.settings.max_grad_norm
         )
         seconds = time.perf_counter() - began
@@ -198,17 +245,15 @@ class _Run:
             except TrainingError as error:
                 self._fail(slot, error)
             else:
-                points.append(trial.point_if_due())
+                points.append(trial.take_point() if trial.log_due else None)
         self._log(points)
 
     def _log(self, points: Iterable[TrainPoint | None]) -> None:
         if due := [point for point in points if point is not None]:
             self.observer.logged(due)
 
-    # Checkpoints -----------------------------------------------------------------------------------------------------
-
-    def _checkpoint(self, trial: Trial, state: SlotState) -> None:
-        """Write the trial's checkpoint, where it has none that says the same, and report it."""
+    def _checkpoint(self, trial: TrialState, state: SlotState) -> None:
+        """Write the trial's checkpoint, unless the last one is up to date, and report it."""
         if trial.changed:
             write_checkpoint(trial.plan, trial.progress, state)
             trial.saved = replace(trial.progress)
@@ -220,8 +265,8 @@ class _Run:
     def _evaluate(self, due: list[int]) -> None:
         """Checkpoint all slots due, score them together, and let the observer judge them together."""
         for slot in due:
-            if self.running[slot].changed:  # else it is known: the evaluation was broken off, or goes on here
-                self._checkpoint(self.running[slot], self.core.slots.take(slot))
+            if self.running[slot].changed:  # else it was reported: the evaluation was interrupted, or starts here
+                self._checkpoint(self.running[slot], self.model.slots.take(slot))
         whole = range(len(self.engine.validation.lengths))
         scored: dict[int, EvalPoint] = {}
         for rows, ended in ((self.engine.monitor, False), (whole, True)):
@@ -236,15 +281,15 @@ class _Run:
                 trial.final = point
                 self._finish(slot)
             elif verdict is Verdict.PRUNE:
-                self._log([trial.point()])
+                self._log([trial.take_point()])
                 self._end(slot, adapter=None)
 
     def _score(self, slots: list[int], rows: Sequence[int]) -> dict[int, EvalPoint]:
-        """{slot: its point} over `rows` of the validation split; a slot whose loss is not finite fails and has none."""
+        """Score `slots` on `rows` of the validation split; {slot: its point}. A loss that is not finite fails one."""
         began = time.perf_counter()
         validation = self.engine.validation
         logits = np.empty((len(slots), len(rows), len(self.engine.labels)), dtype=np.float32)
-        for positions, batch in self.core.logits(validation, rows, slots, self.settings.eval_batch_size):
+        for positions, batch in self.model.logits(validation, rows, slots, self.settings.eval_batch_size):
             logits[:, positions] = batch
             if self.observer.stop_requested():
                 raise _Stopped
@@ -262,7 +307,7 @@ class _Run:
 
     def _finish(self, slot: int) -> None:
         trial, engine = self.running[slot], self.engine
-        weights = self.core.slots.take(slot).weights
+        weights = self.model.slots.take(slot).weights
         try:
             adapter = export_adapter(engine.base, trial.plan, engine.labels, self.settings.max_length, weights)
         except TRIAL_FAULTS as error:
@@ -272,19 +317,31 @@ class _Run:
 
     def _end(self, slot: int, adapter: Path | None) -> None:
         trial = self._free(slot)
-        counted = trainable_parameters(trial.plan.spec, self.engine.base.shape)
-        self.observer.finished(trial.result(adapter, counted, peak_memory_bytes(self.engine.device)))
+        self.observer.finished(
+            TrialResult(
+                trial=trial.plan.trial,
+                steps=trial.progress.step,
+                total_steps=trial.total_steps,
+                final=trial.final,
+                adapter=adapter,
+                trainable_parameters=trainable_parameters(trial.plan.spec, self.engine.base.shape),
+                rows_seen=trial.rows_seen(),
+                train_seconds=trial.train_seconds,
+                eval_seconds=trial.eval_seconds,
+                peak_memory_bytes=peak_memory_bytes(self.engine.device),
+            )
+        )
 
     def _take_all(self) -> list[_Waiting]:
-        """Everyone, out of the slots and of the queue, the longest in place first."""
-        running = [_Waiting(trial, self.core.slots.take(slot)) for slot, trial in self.running.items()]
+        """Copy all trials out of their slots, in the order in which they came, followed by those that wait."""
+        running = [_Waiting(trial, self.model.slots.take(slot)) for slot, trial in self.running.items()]
         return [*running, *self.waiting]
 
     def _halve(self) -> None:
-        """Go on with half of the slots; whoever has none left waits, as it stood before the step that failed."""
+        """Continue with half of the slots; the other trials wait, as they were before the step that failed."""
         self.waiting = deque(self._take_all())
         self.running.clear()
-        if len(self.core.slots) == 1:
+        if len(self.model.slots) == 1:
             trial = self.waiting.popleft().trial
             error = TrainingError(
                 f"trial {trial.plan.trial} ({trial.plan.spec}) does not fit the device even alone; use a smaller "
@@ -292,7 +349,7 @@ class _Run:
             )
             self.observer.failed(trial.plan.trial, error)
             self.ask = True
-        self.core.resize(max(1, len(self.core.slots) // 2))
+        self.model.resize(max(1, len(self.model.slots) // 2))
         gc.collect()
         if self.engine.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The slots' own part of a forward pass: low-rank updates beside the frozen products, and one head a slot."""
+"""The slots' part of a forward pass: low-rank updates beside the frozen products, and one head a slot."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,44 +9,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agnews_lora.training.multilora.dropout import Draw, Dropout, LayerDropout
+from agnews_lora.training.multilora.dropout import Dropout, DropoutKey, LayerDropout
 from agnews_lora.training.multilora.encoder import LayerUpdates
-from agnews_lora.training.multilora.packing import Packing, on_device
+from agnews_lora.training.multilora.packing import PackedBatch, on_device
 from agnews_lora.training.multilora.slots import DENSE, MODULES, Slots
 
 NUMBERS = {module: number for number, module in enumerate(MODULES)}
 
 
-class Adaptation:
-    """One pass through the slots' weights.
+class BatchedLora:
+    """The slots' LoRA modules and heads in one forward pass.
 
-    weights: [K, columns], what gradients are asked for. draws: {slot: where its dropout comes from} of the slots that
-    drop anything in this pass. layers: what the slots add to each layer.
+    layers: the updates that the slots add to each layer.
+
+    Args:
+        weights: [K, columns], the tensor whose gradients the caller asks for.
+        keys: {slot: key of its dropout} of the slots that drop anything in this pass.
     """
 
     def __init__(
-        self, slots: Slots, weights: Tensor, packing: Packing, dtype: torch.dtype, draws: Mapping[int, Draw]
+        self, slots: Slots, weights: Tensor, packed: PackedBatch, dtype: torch.dtype, keys: Mapping[int, DropoutKey]
     ) -> None:
-        self.slots, self.packing, self.dtype = slots, packing, dtype
-        self.dropout = Dropout(packing, draws, len(slots)) if draws else None
+        self.slots, self.packed, self.dtype = slots, packed, dtype
+        self.dropout = Dropout(packed, keys, len(slots)) if keys else None
         sizes = [block.stop - block.start for block in slots.blocks.values()]
         columns = zip(slots.blocks.values(), weights.split(sizes, dim=1), strict=True)
         # Split once: its gradient is one concatenation, where a slice's own would be a whole matrix of zeros.
         self.parts = {block.name: part.view(-1, *block.shape) for block, part in columns}
-        self.layers: Sequence[LayerUpdates] = self._grouped() if packing.flat else self._by_segment()
+        self.layers: Sequence[LayerUpdates] = self._grouped() if packed.flat else self._by_segment()
 
     def logits(self, features: Tensor) -> Tensor:
-        """fp32 logits [K, longest, classes] of `features` [rows, hidden]; the rows of a slot lie at its start."""
-        longest = max(self.packing.row_sizes)
+        """Compute fp32 logits [K, longest, classes] of `features` [rows, hidden]; a slot's rows lie at its start."""
+        longest = max(self.packed.row_sizes)
         padded = features.new_zeros(len(self.slots) * longest, features.shape[1], dtype=torch.float32)
-        x = padded.index_copy(0, self.packing.places, features.float()).view(len(self.slots), longest, -1)
+        x = padded.index_copy(0, self.packed.places, features.float()).view(len(self.slots), longest, -1)
         if f"{DENSE}.weight" in self.parts:
             x = torch.tanh(_affine(x, self.parts, DENSE))
             return _affine(x, self.parts, "classifier.out_proj")
         return _affine(x, self.parts, "classifier")
 
     def _pair(self, module: str) -> tuple[Tensor, Tensor]:
-        """A [K, layers, r, in] and scaled B [K, layers, out, r] of a module."""
+        """Give A [K, layers, r, in] and scaled B [K, layers, out, r] of a module."""
         # The scale goes into B, which is small: alpha / rank, and 0 for a slot that does not adapt the module.
         scale = self.slots.scales[module]
         if self.dropout:
@@ -55,10 +58,10 @@ class Adaptation:
         return self.parts[f"{module}.A"].to(self.dtype), b.to(self.dtype)
 
     def _grouped(self) -> "list[GroupedUpdates]":
-        """Of all modules that any slot has had, so that who adapts what now changes nothing of what is compiled."""
-        packing, slots = self.packing, self.slots
-        ends = [_ends(sizes, packing.slots, len(slots)) for sizes in (packing.token_sizes, packing.row_sizes)]
-        of_tokens, of_rows = on_device(ends, packing.ids.device)
+        """Cover all modules that any slot has had, so that layers are not compiled again when trials come and go."""
+        packed, slots = self.packed, self.slots
+        ends = [_ends(sizes, packed.slots, len(slots)) for sizes in (packed.token_sizes, packed.row_sizes)]
+        of_tokens, of_rows = on_device(ends, packed.ids.device)
         pairs = {}
         for module in slots.ranks:
             # Layers outermost: each has a matrix of its own, whose strides follow from its shape.
@@ -76,20 +79,20 @@ class Adaptation:
         ]
 
     def _by_segment(self) -> "list[SegmentUpdates]":
-        packing, slots, num_layers = self.packing, self.slots, self.slots.shape.num_layers
-        targeted = {module: [slots.targets(slot, module) for slot in packing.slots] for module in MODULES}
+        packed, slots, num_layers = self.packed, self.slots, self.slots.shape.num_layers
+        targeted = {module: [slots.targets(slot, module) for slot in packed.slots] for module in MODULES}
         pairs: list[dict[str, list[tuple[Tensor, Tensor] | None]]] = [{} for _ in range(num_layers)]
         for module in [module for module in MODULES if any(targeted[module])]:
             a, b = (part.flatten(0, 1).unbind() for part in self._pair(module))
             for number, layer in enumerate(pairs):
-                places = [slot * num_layers + number for slot in packing.slots]
+                places = [slot * num_layers + number for slot in packed.slots]
                 own = zip(places, targeted[module], strict=True)
                 layer[module] = [(a[place], b[place]) if adapts else None for place, adapts in own]
         return [
             SegmentUpdates(
                 pairs=layer,
-                token_sizes=packing.token_sizes,
-                row_sizes=packing.row_sizes,
+                token_sizes=packed.token_sizes,
+                row_sizes=packed.row_sizes,
                 dropout=self.dropout.layer(number) if self.dropout else None,
             )
             for number, layer in enumerate(pairs)
@@ -98,10 +101,10 @@ class Adaptation:
 
 @dataclass(frozen=True)
 class SegmentUpdates:
-    """One layer's updates, a segment at a time: the few slots of a CPU.
+    """One layer's updates, a segment at a time: for the few slots of a CPU.
 
-    pairs: {module that any segment's slot adapts: (A [r, in], scaled B [out, r]) of each segment's slot, or None where
-    it does not}. token_sizes, row_sizes: of each segment. dropout: of the updates' input.
+    pairs: {module: (A [r, in], scaled B [out, r]) of each segment's slot, or None where it does not adapt the module}.
+    token_sizes, row_sizes: of each segment. dropout: of the updates' input.
     """
 
     pairs: Mapping[str, Sequence[tuple[Tensor, Tensor] | None]]
@@ -110,7 +113,7 @@ class SegmentUpdates:
     dropout: LayerDropout | None
 
     def add(self, output: Tensor, x: Tensor, module: str, of_rows: bool) -> Tensor:
-        """`output` [n, out] plus each segment's B A x, in one product with the sum."""
+        """Add each segment's B A x to `output` [n, out], in one product with the sum."""
         if module not in self.pairs:
             return output
         if self.dropout:
@@ -126,7 +129,7 @@ class SegmentUpdates:
 
 @dataclass(frozen=True)
 class GroupedUpdates:
-    """One layer's updates of all slots, in one launch a product: the many slots of a GPU.
+    """One layer's updates of all slots, in one launch a product: for the many slots of a GPU.
 
     a, b: {module: A [K, in, r], scaled B [K, r, out]}. ends, row_ends: [K] int32, where each slot's segment of tokens
     or of rows ends. dropout: of the updates' input.
@@ -139,7 +142,7 @@ class GroupedUpdates:
     dropout: LayerDropout | None
 
     def add(self, output: Tensor, x: Tensor, module: str, of_rows: bool) -> Tensor:
-        """`output` [n, out] plus each slot's B A x."""
+        """Add each slot's B A x to `output` [n, out]."""
         if module not in self.a:
             return output
         if self.dropout is not None:
@@ -149,7 +152,7 @@ class GroupedUpdates:
 
 
 def _ends(sizes: tuple[int, ...], slots: tuple[int, ...], num_slots: int) -> npt.NDArray[np.int32]:
-    """(K,) where each slot's segment ends; an absent slot's is empty."""
+    """Compute (K,) where each slot's segment ends; an absent slot's is empty."""
     counts = np.zeros(num_slots, dtype=np.int32)
     counts[list(slots)] = sizes
     return counts.cumsum(dtype=np.int32)

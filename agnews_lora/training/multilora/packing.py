@@ -1,4 +1,4 @@
-"""Batches of several slots laid one behind the other, cut from token tables that stay on the device."""
+"""Batches of several slots packed one behind the other, from token tables that stay on the device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ ALIGNMENT = 16  # bytes
 
 
 @dataclass(frozen=True)
-class Packing:
+class PackedBatch:
     """The tokens of one forward pass: segments, one a slot, in the order of the slots.
 
     slots: slot of each segment. row_sizes, token_sizes: rows and tokens of each segment. ids, positions: (tokens,)
     int64, a position being the token's place in its row (0 in padding). token_slots, token_rows: (tokens,) int64, the
     slot of each token and its row in the table. first: (rows,) index of each row's first token. labels: (rows,) int64.
-    places: (rows,) where each row stands if every slot has as many places as the largest segment has rows. shares:
-    (rows,) of its segment that a row is. flat: whether rows lie without padding. attention: inside each row.
+    places: (rows,) index of each row where every slot has as many places as the largest segment has rows. shares:
+    (rows,) share of a row in its segment. flat: whether rows lie without padding. attention: inside each row.
     """
 
     slots: tuple[int, ...]
@@ -44,7 +44,7 @@ class Packing:
     attention: Attention
 
 
-class TokenStore:
+class DeviceTokens:
     """A token table, resident on a device.
 
     flat: rows are laid out without padding, for variable-length attention; else each is padded to the longest of its
@@ -60,8 +60,8 @@ class TokenStore:
         self.starts = torch.from_numpy(np.array(table.offsets[:-1])).to(device)
         self.labels = torch.from_numpy(np.array(table.labels)).to(device)
 
-    def pack(self, segments: Sequence[tuple[int, Sequence[int]]]) -> Packing:
-        """Lay out the rows of some slots: pairs of a slot and its row ids."""
+    def pack(self, segments: Sequence[tuple[int, Sequence[int]]]) -> PackedBatch:
+        """Pack the rows of some slots, given as pairs of a slot and its row ids."""
         slots, chosen = zip(*sorted(segments, key=lambda segment: segment[0]), strict=True)
         row_sizes = tuple(len(rows) for rows in chosen)
         rows = np.concatenate([np.asarray(each, dtype=np.int64) for each in chosen])
@@ -91,7 +91,7 @@ class TokenStore:
             parts = np.split(lengths, bounds[1:-1])
             paddings = tuple(self._padding(part, int(width)) for part, width in zip(parts, padded, strict=True))
             attention = PaddedAttention(row_sizes, token_sizes, paddings)
-        return Packing(
+        return PackedBatch(
             slots=tuple(slots),
             row_sizes=row_sizes,
             token_sizes=token_sizes,
@@ -110,7 +110,7 @@ class TokenStore:
     def _cut(
         self, described: torch.Tensor, total: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(ids, positions, slots, rows), a token each, of rows described [5, rows] by their number, tokens, first
+        """Give (ids, positions, slots, rows) of each token, of rows described [5, rows] by their number, tokens, first
         place, slot and places."""
         row, length, begin, slot = described[:4].repeat_interleave(described[4], dim=1, output_size=total)
         place = torch.arange(total, device=self.device) - begin
@@ -126,14 +126,14 @@ class TokenStore:
 
 
 def on_device(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
-    """The arrays on a device, by one copy out of page-locked memory: the host does not wait for it."""
+    """Copy arrays to a device at once, out of page-locked memory: the host does not wait for it."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     return in_one_copy(arrays, device, pinned=True)
 
 
 def in_one_copy(arrays: Sequence[npt.NDArray[Any]], device: torch.device, pinned: bool) -> list[torch.Tensor]:
-    """The arrays side by side in one buffer (page-locked or not), and that on the device."""
+    """Copy arrays to a device side by side in one buffer, page-locked or not."""
     sources = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
     ends = np.cumsum([-(-source.nbytes // ALIGNMENT) * ALIGNMENT for source in sources]).tolist()
     buffer = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=pinned)

@@ -1,8 +1,8 @@
 """Slots: the adapters and heads of K trials, stacked, with the optimizer's moments beside them.
 
-All that a slot trains is one row of a matrix [K, columns]; every adaptable module's A and B of all layers, and the
+A slot's trainable tensors are one row of a matrix [K, columns]; every adaptable module's A and B of all layers, and the
 head, are blocks of its columns. Ranks are padded with zeros to the largest that a module has seen, in multiples of
-`RANK_STEP`. A padded row of A meets a padded column of B: both gradients are exactly zero, and so both stay so.
+`RANK_STEP`. A padded row of A meets a padded column of B: both gradients are exactly zero, and so both stay zero.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,12 +34,12 @@ class Block:
         return self.start + prod(self.shape)
 
     def of(self, row: Tensor) -> Tensor:
-        """The block's tensor: a view of a slot's row."""
+        """View the block's tensor in a slot's row."""
         return row[self.start : self.stop].view(self.shape)
 
 
 class SlotState(NamedTuple):
-    """What a slot holds of a trial, on the CPU: {PEFT's name: tensor} of weights and of AdamW's two moments."""
+    """A trial's tensors on the CPU: {PEFT's name: tensor} of weights and of AdamW's two moments."""
 
     weights: dict[str, Tensor]
     first_moment: dict[str, Tensor]
@@ -47,7 +47,7 @@ class SlotState(NamedTuple):
 
     @classmethod
     def fresh(cls, weights: Mapping[str, Tensor]) -> "SlotState":
-        """Before the first step."""
+        """Give the state before the first step."""
         first, second = ({name: torch.zeros_like(tensor) for name, tensor in weights.items()} for _ in range(2))
         return cls(dict(weights), first, second)
 
@@ -55,7 +55,7 @@ class SlotState(NamedTuple):
 class Slots:
     """K slots on a device, all fp32.
 
-    specs: what occupies each slot, or None. weights, first_moment, second_moment: [K, columns]. scales: {module: [K]
+    specs: of the trial in each slot, or None. weights, first_moment, second_moment: [K, columns]. scales: {module: [K]
     alpha / rank, 0 where a slot does not adapt it}. decays: [columns] 1 where weight decay applies, else 0.
     """
 
@@ -69,7 +69,7 @@ class Slots:
         return len(self.specs)
 
     def place(self, slot: int, spec: TrialSpec, state: SlotState) -> None:
-        """Put a trial into a slot, whatever was there."""
+        """Put a trial into a slot, in place of any other."""
         rank = -(-spec.rank // RANK_STEP) * RANK_STEP
         wider = {module: rank for module in PRESETS[spec.targets] if rank > self.ranks.get(module, 0)}
         if wider:
@@ -82,7 +82,7 @@ class Slots:
         self._describe()
 
     def take(self, slot: int) -> SlotState:
-        """A copy of what a slot holds."""
+        """Copy the tensors of a slot's trial."""
         spec = self.specs[slot]
         assert spec is not None, "an empty slot holds nothing"
         held = (self.tensors(matrix[slot], spec) for matrix in self._matrices())
@@ -96,25 +96,25 @@ class Slots:
         self._describe()
 
     def targets(self, slot: int, module: str) -> bool:
-        """Whether the trial in a slot adapts a module."""
+        """Tell whether the trial in a slot adapts a module."""
         spec = self.specs[slot]
         return spec is not None and module in PRESETS[spec.targets]
 
     def zero_frozen(self, changes: Tensor) -> None:
-        """Zero in place what a change [K, columns] would do to classifier layers that a slot leaves as drawn."""
+        """Zero in place the changes [K, columns] of classifier layers that a slot keeps frozen."""
         for name in (f"{DENSE}.weight", f"{DENSE}.bias"):
             if block := self.blocks.get(name):
                 changes[:, block.start : block.stop].masked_fill_(self._dense_frozen, 0.0)
 
     def tensors(self, row: Tensor, spec: TrialSpec) -> Iterator[tuple[str, Tensor]]:
-        """(PEFT's name, view without the padding) of every tensor that a trial has in a row [columns]."""
+        """View a trial's tensors in a row [columns], without padding: pairs of PEFT's name and tensor."""
         return _tensors(row, spec, self.blocks, self.shape)
 
     def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.weights, self.first_moment, self.second_moment
 
     def _allocate(self, ranks: dict[str, int]) -> None:
-        """Take columns for these ranks and move in what the slots hold. Out of memory changes nothing."""
+        """Allocate columns for these ranks and move the slots' tensors. Out of memory changes nothing."""
         blocks = _blocks(ranks, self.shape)
         columns = sum(prod(block.shape) for block in blocks.values())
         matrices = torch.zeros(3, len(self), columns, device=self.device).unbind()
@@ -131,7 +131,7 @@ class Slots:
         self._describe()
 
     def _describe(self) -> None:
-        """Lay on the device what a step needs to know of who occupies the slots."""
+        """Copy scales and frozen heads of the trials in the slots to the device."""
         scales = {
             module: [
                 spec.alpha / spec.rank if spec is not None and module in PRESETS[spec.targets] else 0.0
@@ -159,7 +159,7 @@ def _tensors(
 
 
 def _blocks(ranks: Mapping[str, int], shape: ModelShape) -> dict[str, Block]:
-    """The blocks of a slot's row, in the order of their columns."""
+    """List the blocks of a slot's row, in the order of their columns."""
     hidden, classes, layers = shape.hidden_size, shape.num_labels, shape.num_layers
     shapes: dict[str, tuple[int, ...]] = {}
     for module in MODULES:

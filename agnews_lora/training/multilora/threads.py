@@ -14,21 +14,21 @@ Value = TypeVar("Value")
 
 
 class Threads:
-    """A number of threads (torch's own, where none is given); each computes its products alone."""
+    """A number of threads (by default as many as torch's own); each computes its products alone."""
 
     def __init__(self, number: int | None = None) -> None:
         self.number = number or torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.number, initializer=torch.set_num_threads, initargs=(1,))
 
     def shares(self, rows: Sequence[int]) -> list[Sequence[int]]:
-        """`rows` cut into even shares, one a thread at most, as far as each has `MIN_SHARE`."""
+        """Cut `rows` into even shares of at least `MIN_SHARE`, one a thread at most."""
         size = ceil(len(rows) / max(1, min(self.number, len(rows) // MIN_SHARE)))
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def map(self, call: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
-        """`call` of every item, in order; no more is begun than there are threads before a value is asked for.
+        """Call `call` on every item and give the values in order; no more calls start than there are threads.
 
-        Where one raises, those beside it have ended before it is raised here.
+        If a call raises, those beside it have ended before its error is raised here.
         """
         for start in range(0, len(items), self.number):
             group = [self.pool.submit(call, item) for item in items[start : start + self.number]]
@@ -36,5 +36,5 @@ class Threads:
             yield from (each.result() for each in group)
 
     def alone(self, call: Callable[[], Value]) -> Value:
-        """`call`, on one of the threads: torch's own would go on spinning for a while, in the way of the passes."""
+        """Call `call` on one of the threads: torch's own would go on spinning for a while, in the way of the passes."""
         return self.pool.submit(call).result()

@@ -1,26 +1,37 @@
-"""A trial's way through its steps, apart from any slot: what comes next, and what has been seen."""
+"""One trial's state apart from any slot: its progress, its checkpoints, and its tensors in PEFT's format."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil, isfinite
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from agnews_lora.adapters.adapter_files import record_of, save_adapter, verify
+from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.errors import TrainingError
-from agnews_lora.training.checkpoints import folder_of
+from agnews_lora.training import checkpoints
 from agnews_lora.training.data_order import batches
-from agnews_lora.training.evaluation import accuracy, macro_f1, mean_cross_entropy
-from agnews_lora.training.interface import EvalPoint, TrainPoint, TrainSettings, TrialPlan, TrialResult, timestamp
+from agnews_lora.training.interface import EvalPoint, TrainPoint, TrainSettings, TrialPlan, timestamp
+from agnews_lora.training.metrics import accuracy, macro_f1, mean_cross_entropy
+from agnews_lora.training.model import build_model
 from agnews_lora.training.multilora.model import SlotBatch
 from agnews_lora.training.multilora.optimizer import linear_rate
+from agnews_lora.training.multilora.slots import SlotState
+
+TENSORS = "slot.safetensors"
+PROGRESS = "progress.json"
 
 
 @dataclass
-class Progress:
-    """What changes from step to step, and goes into a checkpoint.
+class TrainProgress:
+    """Everything that changes from step to step beside the tensors; part of each checkpoint.
 
     loss_sum, loss_batches: of the batches since the last point of the training loss. evaluated: step of the last
     evaluation that was reported.
@@ -31,27 +42,26 @@ class Progress:
     loss_batches: int = 0
     evaluated: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dict; `Progress(**d)` is its inverse."""
-        return asdict(self)
-
 
 @dataclass
-class Trial:
-    """A plan under way. lengths: tokens of each training row. saved: the progress in its last checkpoint, if any."""
+class TrialState:
+    """A plan that is being trained.
+
+    lengths: tokens of each training row. saved: the progress in the last checkpoint, if there is one.
+    """
 
     plan: TrialPlan
     settings: TrainSettings
     lengths: Sequence[int]
-    progress: Progress
-    saved: Progress | None = None
+    progress: TrainProgress
+    saved: TrainProgress | None = None
     final: EvalPoint | None = None
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     _epoch: tuple[int, list[list[int]]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.plan.checkpoint == folder_of(self.plan.folder, self.progress.step):
+        if self.plan.checkpoint == checkpoints.folder_of(self.plan.folder, self.progress.step):
             self.saved = replace(self.progress)
 
     @property
@@ -75,22 +85,17 @@ class Trial:
 
     @property
     def changed(self) -> bool:
-        """Whether its last checkpoint says something else, or there is none."""
+        """Whether the last checkpoint is out of date, or there is none."""
         return self.saved != self.progress
-
-    @property
-    def learning_rate(self) -> float:
-        """Of the step that comes next."""
-        return self._rate(self.progress.step)
 
     def batch(self, slot: int) -> SlotBatch:
         """The next step, in a slot."""
-        epoch, position = divmod(self.progress.step, self.steps_per_epoch)
-        rows = self._batches(epoch)[position]
-        return SlotBatch(slot, rows, self.learning_rate, self.progress.step + 1, self.plan.seed)
+        step = self.progress.step
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return SlotBatch(slot, self._batches(epoch)[position], self._rate(step), step + 1, self.plan.seed)
 
     def advance(self, loss: float, gradient_norm: float, seconds: float) -> None:
-        """Take down a step that was done.
+        """Count a step that was done.
 
         Raises:
             TrainingError: its loss or gradient is not finite.
@@ -103,7 +108,12 @@ class Trial:
         self.progress.loss_batches += 1
 
     def score(self, logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], seconds: float) -> EvalPoint:
-        """The point of an evaluation: logits [rows, classes], labels [rows].
+        """The point of an evaluation.
+
+        Args:
+            logits: [rows, classes].
+            labels: [rows].
+            seconds: wall time that the evaluation took.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -123,12 +133,13 @@ class Trial:
             timestamp=timestamp(),
         )
 
-    def point_if_due(self) -> TrainPoint | None:
-        """The point of the training loss, at every `log_every`th step and at the last."""
-        return self.point() if self.ended or self.progress.step % self.settings.log_every == 0 else None
+    @property
+    def log_due(self) -> bool:
+        """Whether a point of the training loss is due: at every `log_every`th step and at the last."""
+        return self.ended or self.progress.step % self.settings.log_every == 0
 
-    def point(self) -> TrainPoint | None:
-        """The point over the batches since the last one, or None where there are none."""
+    def take_point(self) -> TrainPoint | None:
+        """The training loss over the batches since the last point, or None where there are none."""
         progress = self.progress
         if not progress.loss_batches:
             return None
@@ -141,21 +152,6 @@ class Trial:
         epoch, position = divmod(self.progress.step, self.steps_per_epoch)
         seen = epoch * len(self.lengths)
         return seen + sum(len(rows) for rows in self._batches(epoch)[:position]) if position else seen
-
-    def result(self, adapter: Path | None, trainable_parameters: int, peak_memory_bytes: int) -> TrialResult:
-        """The trial as it ended: at its last step, or pruned (no adapter)."""
-        return TrialResult(
-            trial=self.plan.trial,
-            steps=self.progress.step,
-            total_steps=self.total_steps,
-            final=self.final,
-            adapter=adapter,
-            trainable_parameters=trainable_parameters,
-            rows_seen=self.rows_seen(),
-            train_seconds=self.train_seconds,
-            eval_seconds=self.eval_seconds,
-            peak_memory_bytes=peak_memory_bytes,
-        )
 
     def _require_finite(self, name: str, value: float) -> None:
         if not isfinite(value):
@@ -172,3 +168,78 @@ class Trial:
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, batches(self.lengths, self.settings.batch_size, self.plan.seed, epoch))
         return self._epoch[1]
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(plan: TrialPlan, progress: TrainProgress, state: SlotState) -> None:
+    """Write a sealed checkpoint into the trial's folder, whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    tensors = {f"{kind}/{name}": t for kind, own in state._asdict().items() for name, t in own.items()}
+    described = {"spec": asdict(plan.spec), "seed": plan.seed, "progress": asdict(progress)}
+    with checkpoints.written(plan.trial, plan.folder, progress.step) as folder:
+        save_file(tensors, folder / TENSORS)
+        (folder / PROGRESS).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def read_checkpoint(plan: TrialPlan) -> tuple[TrainProgress, SlotState]:
+    """Read `plan.checkpoint`, as `write_checkpoint` wrote it.
+
+    Raises:
+        TrainingError: not a checkpoint of this engine, damaged, or another trial's.
+    """
+    folder = plan.checkpoint
+    assert folder is not None
+    try:
+        described = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        tensors = load_file(folder / TENSORS)
+        spec, seed, progress = described["spec"], described["seed"], TrainProgress(**described["progress"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise TrainingError(
+            f"{folder} must be a checkpoint of engine multilora, but cannot be read as one ({error}); go on with the "
+            "engine that wrote it, or start the trial again"
+        ) from error
+    if (spec, seed) != (asdict(plan.spec), plan.seed):
+        raise TrainingError(
+            f"{folder} is the checkpoint of another trial ({spec}, seed {seed}), not of {plan.trial} ({plan.spec}, "
+            f"seed {plan.seed}); start the trial again"
+        )
+    kinds = [
+        {n.removeprefix(f"{kind}/"): t for n, t in tensors.items() if n.startswith(f"{kind}/")}
+        for kind in SlotState._fields
+    ]
+    return progress, SlotState(*kinds)
+
+
+# Tensors in PEFT's format --------------------------------------------------------------------------------------------
+
+
+def fresh_weights(base: BaseModel, plan: TrialPlan, num_labels: int) -> dict[str, Tensor]:
+    """Draw {PEFT's name: tensor} of a trial before its first step, by the code that the reference engine uses.
+
+    Raises:
+        BudgetError: the built trainable tensors do not count as many as the budget was checked with.
+    """
+    model = build_model(base, plan.spec, num_labels, plan.seed)
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def export_adapter(
+    base: BaseModel, plan: TrialPlan, labels: Sequence[str], max_length: int, weights: Mapping[str, Tensor]
+) -> Path:
+    """Write a trial's adapter in PEFT's format, read it back and recount it; its folder.
+
+    Raises:
+        AdapterError: the file does not hold `weights` bit for bit, or does not recount.
+    """
+    model = build_model(base, plan.spec, len(labels), plan.seed)
+    set_peft_model_state_dict(model, dict(weights))
+    folder = plan.folder / "adapter"
+    save_adapter(model, record_of(plan.trial, plan.spec, base, labels, max_length), folder)
+    verify(folder, weights)
+    return folder

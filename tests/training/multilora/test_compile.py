@@ -17,8 +17,8 @@ from agnews_lora.adapters.adapter_files import load_base, tensor_shapes
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.training.multilora import compile, optimizer
 from agnews_lora.training.multilora.encoder import Encoder
-from agnews_lora.training.multilora.model import Core, SlotBatch
-from agnews_lora.training.multilora.packing import TokenStore
+from agnews_lora.training.multilora.model import MultiLoraModel, SlotBatch
+from agnews_lora.training.multilora.packing import DeviceTokens
 from agnews_lora.training.multilora.slots import SlotState
 from tests.training.conftest import SETTINGS, Lab, plan
 from tests.training.multilora.test_engine import DROPPING, UNLIKE, of_trial, train
@@ -68,12 +68,12 @@ attend.register_autograd(
 )
 
 
-def core_of(lab: Lab, num_slots: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Core:
+def core_of(lab: Lab, num_slots: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> MultiLoraModel:
     """Slots over the base with its first layer three times."""
     encoder = Encoder(load_base(lab.base, 4), lab.base.shape.family, device, dtype)
     first, last = encoder.layers
     encoder.layers = [first, first, first, last]
-    core = Core(encoder, shape_of(lab), num_slots)
+    core = MultiLoraModel(encoder, shape_of(lab), num_slots)
     core.threads = None  # all slots in one pass, as on a GPU
     return core
 
@@ -82,7 +82,7 @@ def shape_of(lab: Lab) -> ModelShape:
     return replace(lab.base.shape, num_layers=NUM_LAYERS)
 
 
-def place(core: Core, slot: int, spec: TrialSpec) -> None:
+def place(core: MultiLoraModel, slot: int, spec: TrialSpec) -> None:
     """Random weights, the same for the same trial wherever it is placed."""
     generator = torch.Generator().manual_seed(spec.rank)
     shapes = tensor_shapes(spec, core.shape)
@@ -94,9 +94,9 @@ def batch(slot: int, rows: list[int], seed: int = 7) -> SlotBatch:
     return SlotBatch(slot, rows, 1e-3, step=5, seed=seed)
 
 
-def gradients(core: Core, store: TokenStore, batches: list[SlotBatch]) -> tuple[Tensor, Tensor]:
+def gradients(core: MultiLoraModel, store: DeviceTokens, batches: list[SlotBatch]) -> tuple[Tensor, Tensor]:
     packing = store.pack([(each.slot, each.rows) for each in batches])
-    return core.encoding.run(lambda: core.gradients(packing, core._draws(batches)))
+    return core.compiler.run(lambda: core.gradients(packing, core._dropout_keys(batches)))
 
 
 @pytest.fixture
@@ -112,12 +112,12 @@ def compiled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("compiled_on_cpu")
 def test_few_compilations_serve_all_layers_sizes_slots_and_ranks(roberta: Lab) -> None:
     """Five in all: three places in training, two in scoring; and each computes what the uncompiled layer does."""
-    store = TokenStore(roberta.corpus.train, CPU, flat=True)
+    store = DeviceTokens(roberta.corpus.train, CPU, flat=True)
     before = counters["stats"]["unique_graphs"]
 
-    def same(core: Core, *batches: SlotBatch) -> None:
+    def same(core: MultiLoraModel, *batches: SlotBatch) -> None:
         found = []
-        for core.encoding.compiles in (False, True):
+        for core.compiler.compiles in (False, True):
             found.append(gradients(core, store, list(batches)))
         (losses, own), (compiled_losses, compiled) = found
         torch.testing.assert_close(compiled_losses, losses, rtol=1e-3, atol=0)  # bf16, rounded in other places
@@ -135,7 +135,7 @@ def test_few_compilations_serve_all_layers_sizes_slots_and_ranks(roberta: Lab) -
     same(core, batch(4, [40, 41, 42, 43]))
     assert counters["stats"]["unique_graphs"] - before == 3
     for batch_size in (6, 7):  # a single row would be one more: to a compiler, a size of 1 is a constant
-        for core.encoding.compiles in (False, True):
+        for core.compiler.compiles in (False, True):
             scored = [logits for _, logits in core.logits(store, range(21), [4], batch_size)]
             assert np.isfinite(np.concatenate(scored, axis=1)).all()
     assert counters["stats"]["unique_graphs"] - before == 5
@@ -150,12 +150,12 @@ def test_training_goes_on_where_compiling_fails(
 
     broken = compile.compile_layer(no_compiler)
     monkeypatch.setattr(compile, "_compiled", lambda: broken)
-    store = TokenStore(roberta.corpus.train, CPU, flat=True)
+    store = DeviceTokens(roberta.corpus.train, CPU, flat=True)
     core = core_of(roberta, 1, CPU)
     place(core, 0, SPEC)
     batches = [batch(0, [1, 2, 3])]
     expected = gradients(core, store, batches)
-    core.encoding.compiles = True
+    core.compiler.compiles = True
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             torch.testing.assert_close(gradients(core, store, batches), expected, rtol=0, atol=0)
@@ -165,7 +165,7 @@ def test_training_goes_on_where_compiling_fails(
 
 def test_what_is_not_the_compilers_fault_is_raised(roberta: Lab) -> None:
     core = core_of(roberta, 1, CPU)
-    core.encoding.compiles = True
+    core.compiler.compiles = True
     for fault, calls in ((ZeroDivisionError, 2), (torch.OutOfMemoryError, 1)):
         called = []
 
@@ -173,11 +173,11 @@ def test_what_is_not_the_compilers_fault_is_raised(roberta: Lab) -> None:
             called.append(1)
             raise fault("no")
 
-        core.encoding.compiles = True
+        core.compiler.compiles = True
         with pytest.raises(fault):
-            core.encoding.run(failing)
+            core.compiler.run(failing)
         assert len(called) == calls
-    assert core.encoding.compiles  # memory says nothing of the compiler
+    assert core.compiler.compiles  # memory says nothing of the compiler
 
 
 # On a GPU -------------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_compiled_bf16_follows_uncompiled_fp32(roberta: Lab, caplog: pytest.LogC
     found = []
     for device, dtype in ((CPU, torch.float32), (torch.device("cuda", 0), torch.bfloat16)):
         core = core_of(roberta, len(EIGHT), device, dtype)
-        store = TokenStore(roberta.corpus.train, device, flat=device.type == "cuda")
+        store = DeviceTokens(roberta.corpus.train, device, flat=device.type == "cuda")
         for slot, spec in enumerate(EIGHT):
             place(core, slot, spec)
         batches = [batch(slot, rows_of(slot), seed=slot) for slot in range(len(EIGHT))]
@@ -221,7 +221,7 @@ def test_compiled_bf16_follows_uncompiled_fp32(roberta: Lab, caplog: pytest.LogC
 @gpu
 def test_a_slot_among_seven_others_is_as_alone(roberta: Lab) -> None:
     device = torch.device("cuda", 0)
-    store = TokenStore(roberta.corpus.train, device, flat=True)
+    store = DeviceTokens(roberta.corpus.train, device, flat=True)
     found = []
     for others in ([], range(1, 8)):
         core = core_of(roberta, 8, device)
@@ -240,7 +240,7 @@ def test_a_slot_among_seven_others_is_as_alone(roberta: Lab) -> None:
 def test_a_step_does_not_wait_for_the_device(roberta: Lab) -> None:
     device = torch.device("cuda", 0)
     core = core_of(roberta, 4, device)
-    store = TokenStore(roberta.corpus.train, device, flat=True)
+    store = DeviceTokens(roberta.corpus.train, device, flat=True)
     for slot in range(3):
         place(core, slot, EIGHT[slot])
     batches = [batch(slot, rows_of(slot)) for slot in range(3)]
@@ -252,7 +252,7 @@ def test_a_step_does_not_wait_for_the_device(roberta: Lab) -> None:
         optimizer.step(core.slots, own, core._steps(batches), 0.01)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert core.encoding.compiles
+    assert core.compiler.compiles
 
 
 @gpu

@@ -6,25 +6,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agnews_lora.adapters.spec import Family
-from agnews_lora.training.multilora.dropout import Draw, Dropout, Kept, kept
-from agnews_lora.training.multilora.packing import TokenStore
+from agnews_lora.training.multilora.dropout import Dropout, DropoutKey, HashDropout, hash_dropout
+from agnews_lora.training.multilora.packing import DeviceTokens
 from tests.training.conftest import Lab
 
 CPU = torch.device("cpu")
 ROWS = [3, 11, 40, 7, 29, 60]
 FEATURES = 33
-OWN = Draw(0.4, seed=7, step=5)
+OWN = DropoutKey(0.4, seed=7, step=5)
 
 
 def masks(
-    lab: Lab, slot: int, own: Draw, neighbours: dict[int, Draw], flat: bool, layer: int = 0, module: int = 0
+    lab: Lab, slot: int, own: DropoutKey, neighbours: dict[int, DropoutKey], flat: bool, layer: int = 0, module: int = 0
 ) -> dict[tuple[int, int], torch.Tensor]:
     """{(row, place): what is kept of a token's features} of a slot's tokens."""
     segments = [(slot, ROWS), *((other, [1, 2, 5 + other]) for other in neighbours)]
-    packing = TokenStore(lab.corpus.train, CPU, flat).pack(segments)
+    packing = DeviceTokens(lab.corpus.train, CPU, flat).pack(segments)
     dropout = Dropout(packing, {slot: own, **neighbours}, num_slots=4)
-    of_tokens = Kept.apply(torch.ones(len(packing.ids), FEATURES), *dropout.layer(layer).keys(module, of_rows=False))
-    of_rows = Kept.apply(torch.ones(len(packing.first), FEATURES), *dropout.layer(layer).keys(module, of_rows=True))
+    of_tokens = HashDropout.apply(
+        torch.ones(len(packing.ids), FEATURES), *dropout.layer(layer).keys(module, of_rows=False)
+    )
+    of_rows = HashDropout.apply(
+        torch.ones(len(packing.first), FEATURES), *dropout.layer(layer).keys(module, of_rows=True)
+    )
     assert torch.equal(of_rows, of_tokens[packing.first])
     described = zip(
         packing.token_slots.tolist(), packing.token_rows.tolist(), packing.positions.tolist(), of_tokens, strict=True
@@ -41,17 +45,19 @@ def masks(
 @pytest.mark.parametrize("flat", [False, True], ids=["padded", "flat"])
 def test_neighbours_and_layout_change_nothing(roberta: Lab, flat: bool) -> None:
     alone = masks(roberta, 0, OWN, {}, flat=False)
-    among = masks(roberta, 2, OWN, {0: Draw(0.1, 3, 17), 1: Draw(0.9, 7, 5), 3: Draw(0.0, 7, 5)}, flat)
+    among = masks(
+        roberta, 2, OWN, {0: DropoutKey(0.1, 3, 17), 1: DropoutKey(0.9, 7, 5), 3: DropoutKey(0.0, 7, 5)}, flat
+    )
     for token, mask in alone.items():
         assert torch.equal(mask, among[token])
 
 
 @pytest.mark.parametrize(
     ("draw", "layer", "module"),
-    [(Draw(0.4, 8, 5), 0, 0), (Draw(0.4, 7, 6), 0, 0), (OWN, 1, 0), (OWN, 0, 1)],
+    [(DropoutKey(0.4, 8, 5), 0, 0), (DropoutKey(0.4, 7, 6), 0, 0), (OWN, 1, 0), (OWN, 0, 1)],
     ids=["seed", "step", "layer", "module"],
 )
-def test_seed_step_layer_and_module_each_change_it(roberta: Lab, draw: Draw, layer: int, module: int) -> None:
+def test_seed_step_layer_and_module_each_change_it(roberta: Lab, draw: DropoutKey, layer: int, module: int) -> None:
     one = torch.stack(list(masks(roberta, 0, OWN, {}, flat=True).values()))
     other = torch.stack(list(masks(roberta, 0, draw, {}, flat=True, layer=layer, module=module).values()))
     both = (one * other).mean().item()
@@ -61,9 +67,9 @@ def test_seed_step_layer_and_module_each_change_it(roberta: Lab, draw: Draw, lay
 @given(probability=st.floats(0.0, 0.95), seed=st.integers(0, 2**63 - 1), step=st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None)
 def test_as_many_are_dropped_as_asked_for(labs: dict[Family, Lab], probability: float, seed: int, step: int) -> None:
-    packing = TokenStore(labs["roberta"].corpus.train, CPU, True).pack([(1, list(range(60)))])
-    dropout = Dropout(packing, {1: Draw(probability, seed, step)}, num_slots=2)
-    mask = Kept.apply(torch.ones(len(packing.ids), 96), *dropout.layer(2).keys(3, of_rows=False))
+    packing = DeviceTokens(labs["roberta"].corpus.train, CPU, True).pack([(1, list(range(60)))])
+    dropout = Dropout(packing, {1: DropoutKey(probability, seed, step)}, num_slots=2)
+    mask = HashDropout.apply(torch.ones(len(packing.ids), 96), *dropout.layer(2).keys(3, of_rows=False))
     deviation = (probability * (1 - probability) / mask.numel()) ** 0.5
     assert abs((mask == 0).double().mean().item() - probability) < 5 * deviation + 2**-15
     assert dropout.factors.tolist() == pytest.approx([1.0, 1 / (1 - probability)], rel=1e-3)
@@ -71,7 +77,7 @@ def test_as_many_are_dropped_as_asked_for(labs: dict[Family, Lab], probability: 
 
 def test_tokens_and_features_are_dropped_independently() -> None:
     keys = torch.arange(4_000, dtype=torch.int32) * 65_537
-    mask = Kept.apply(torch.ones(4_000, 256), keys, torch.full((4_000, 1), 2**14 - 1, dtype=torch.int16)) - 0.5
+    mask = HashDropout.apply(torch.ones(4_000, 256), keys, torch.full((4_000, 1), 2**14 - 1, dtype=torch.int16)) - 0.5
     for pairs in (mask.T @ mask / len(mask), mask @ mask.T / mask.shape[1]):
         count = mask.numel() / len(pairs)
         correlations = 4 * pairs.fill_diagonal_(0) * count**0.5  # of standard deviation 1 where nothing is related
@@ -83,7 +89,7 @@ def test_tokens_and_features_are_dropped_independently() -> None:
 def test_the_gradient_passes_where_the_feature_does(dtype: torch.dtype) -> None:
     x = torch.empty(50, 31, dtype=dtype).uniform_(0.5, 1.0).requires_grad_()  # none is 0 by itself
     bounds = torch.full((50, 1), round(0.3 * 2**15) - 1, dtype=torch.int16)
-    kept = Kept.apply(x, torch.arange(50, dtype=torch.int32), bounds)
+    kept = HashDropout.apply(x, torch.arange(50, dtype=torch.int32), bounds)
     gradient = torch.randn_like(kept)
     kept.backward(gradient)
     where = kept != 0
@@ -98,7 +104,7 @@ def test_what_is_compiled_keeps_the_same_features(dtype: torch.dtype, features: 
     x = torch.randn(200, features, dtype=dtype, requires_grad=True)
     keys = torch.randint(-(2**31), 2**31, (200,), dtype=torch.int32)
     bounds = torch.tensor([-1, 0, 2**13, 2**14, 2**15 - 2], dtype=torch.int16).repeat(40)[:, None]
-    found = [call(x, keys, bounds) for call in (Kept.apply, kept)]
+    found = [call(x, keys, bounds) for call in (HashDropout.apply, hash_dropout)]
     assert torch.equal(*found)
     gradient = torch.randn_like(x)
     assert torch.equal(*(torch.autograd.grad(each, x, gradient)[0] for each in found))
@@ -110,6 +116,6 @@ def test_a_gpu_keeps_what_a_cpu_keeps() -> None:
     x = torch.randn(300, 3072, dtype=torch.bfloat16)
     keys = torch.arange(300, dtype=torch.int32) * 65_537
     bounds = torch.full((300, 1), 2**13, dtype=torch.int16)
-    expected = Kept.apply(x, keys, bounds)
-    for call in (Kept.apply, kept, torch.compile(kept)):
+    expected = HashDropout.apply(x, keys, bounds)
+    for call in (HashDropout.apply, hash_dropout, torch.compile(hash_dropout)):
         assert torch.equal(call(*(each.cuda() for each in (x, keys, bounds))).cpu(), expected)

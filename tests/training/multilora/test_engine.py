@@ -13,10 +13,10 @@ from agnews_lora.adapters.adapter_files import CONFIG, WEIGHTS, load_with_peft
 from agnews_lora.adapters.spec import HEADS, Family, TrialSpec
 from agnews_lora.data.rows import LABELS
 from agnews_lora.errors import ConfigError, TrainingError
-from agnews_lora.training.evaluation import predict_logits
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrainSettings, TrialPlan, Verdict
+from agnews_lora.training.metrics import predict_logits
 from agnews_lora.training.multilora.engine import MultiLoraEngine
-from agnews_lora.training.multilora.model import Core
+from agnews_lora.training.multilora.model import MultiLoraModel
 from tests.training.conftest import (
     MONITOR_ROWS,
     SETTINGS,
@@ -190,7 +190,7 @@ def test_the_padding_of_ranks_stays_zero(roberta: Lab, tmp_path: Path) -> None:
 
     class Watching(Recorder):
         def logged(self, points):  # type: ignore[no-untyped-def]
-            slots = engine.core.slots
+            slots = engine.model.slots
             for slot, spec in enumerate(slots.specs):
                 for matrix in (slots.weights, slots.first_moment, slots.second_moment):
                     own = matrix[slot].clone()
@@ -316,15 +316,15 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing(
 ) -> None:
     specs = {f"t{n:04}": spec for n, spec in enumerate([DROPPING, *UNLIKE[:4]])}
     undisturbed = train(roberta, [plan(tmp_path / "whole", t, spec) for t, spec in specs.items()], slots=5)
-    whole_pass, passes = getattr(Core, where), []
+    whole_pass, passes = getattr(MultiLoraModel, where), []
 
-    def tight(self: Core, *args: object) -> object:
+    def tight(self: MultiLoraModel, *args: object) -> object:
         passes.append(len([spec for spec in self.slots.specs if spec is not None]))
         if len(passes) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole_pass(self, *args)
 
-    monkeypatch.setattr(Core, where, tight)
+    monkeypatch.setattr(MultiLoraModel, where, tight)
     recorder = train(roberta, [plan(tmp_path / "tight", t, spec) for t, spec in specs.items()], slots=4)
     assert passes[2] == 4 and set(passes[4:]) <= {1, 2}  # the fourth may run beside the third, on another thread
     assert not recorder.failures
@@ -334,14 +334,14 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing(
 
 
 def test_a_trial_that_does_not_fit_alone_fails(roberta: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole_pass = Core.gradients
+    whole_pass = MultiLoraModel.gradients
 
-    def tight(self: Core, *args: object) -> object:
+    def tight(self: MultiLoraModel, *args: object) -> object:
         if any(spec is not None and spec.targets == "all-linear" for spec in self.slots.specs):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole_pass(self, *args)
 
-    monkeypatch.setattr(Core, "gradients", tight)
+    monkeypatch.setattr(MultiLoraModel, "gradients", tight)
     recorder = train(roberta, [plan(tmp_path, "big", UNLIKE[0]), plan(tmp_path, "small")], slots=2)
     [(trial, error)] = recorder.failures
     assert trial == "big" and isinstance(error, TrainingError) and "batch_size" in str(error)
@@ -359,7 +359,7 @@ def test_dropout_in_the_base_is_refused(roberta: Lab) -> None:
 def test_what_is_no_trials_fault_is_reported_for_all_and_raised(
     roberta: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Core, "gradients", lambda *_: 1 / 0)
+    monkeypatch.setattr(MultiLoraModel, "gradients", lambda *_: 1 / 0)
     recorder = Recorder()
     engine = MultiLoraEngine(roberta.base, roberta.corpus, SETTINGS, LABELS, 2)
     with pytest.raises(ZeroDivisionError):

@@ -13,8 +13,8 @@ from agnews_lora.adapters.spec import HEADS, PRESETS, Family, TrialSpec
 from agnews_lora.errors import BaseModelError
 from agnews_lora.training.model import build_model
 from agnews_lora.training.multilora.encoder import Encoder
-from agnews_lora.training.multilora.model import Core, SlotBatch
-from agnews_lora.training.multilora.packing import TokenStore, in_one_copy
+from agnews_lora.training.multilora.model import MultiLoraModel, SlotBatch
+from agnews_lora.training.multilora.packing import DeviceTokens, in_one_copy
 from agnews_lora.training.multilora.slots import Slots, SlotState
 from agnews_lora.training.multilora.threads import Threads
 from tests.training.conftest import Lab
@@ -25,9 +25,9 @@ NEIGHBOUR = TrialSpec("all-linear", rank=3, alpha=6, dropout=0.0, learning_rate=
 ROWS = [3, 11, 40, 7, 29, 60]
 
 
-def core(lab: Lab, num_slots: int) -> Core:
+def core(lab: Lab, num_slots: int) -> MultiLoraModel:
     encoder = Encoder(load_base(lab.base, 4), lab.base.shape.family, CPU, torch.float32)
-    return Core(encoder, lab.base.shape, num_slots)
+    return MultiLoraModel(encoder, lab.base.shape, num_slots)
 
 
 def trained_model(lab: Lab, spec: TrialSpec, seed: int = 7) -> torch.nn.Module:
@@ -104,7 +104,7 @@ def test_logits_and_gradients_are_those_of_peft(
     tested = core(lab, num_slots=2)
     tested.slots.place(0, NEIGHBOUR, state_of(trained_model(lab, NEIGHBOUR, seed=9)))
     tested.slots.place(1, spec, state_of(model))
-    store = TokenStore(lab.corpus.train, CPU, flat)
+    store = DeviceTokens(lab.corpus.train, CPU, flat)
     packing = store.pack([(1, ROWS), (0, [1, 2, 5])])
     assert len(packing.ids) == sum(packing.token_sizes) and not (flat and (packing.ids == store.pad_id).any())
     losses, own = tested.gradients(packing, {})
@@ -131,7 +131,7 @@ def test_with_dropout_a_step_does_not_depend_on_neighbours(labs: dict[Family, La
     """The same loss and gradient norm in slot 0 of one and in slot 2 of three; others at another step or seed."""
     lab = labs[family]
     spec = replace(NEIGHBOUR, dropout=0.4)
-    store = TokenStore(lab.corpus.train, CPU, flat=False)
+    store = DeviceTokens(lab.corpus.train, CPU, flat=False)
     state = state_of(trained_model(lab, spec))
 
     def step(num_slots: int, number: int, seed: int) -> tuple[float, float]:
@@ -152,7 +152,7 @@ def test_with_dropout_a_step_does_not_depend_on_neighbours(labs: dict[Family, La
 
 
 def test_a_step_is_the_same_however_many_threads_share_it(roberta: Lab) -> None:
-    store = TokenStore(roberta.corpus.train, CPU, flat=False)
+    store = DeviceTokens(roberta.corpus.train, CPU, flat=False)
     rows = list(range(0, 80, 5))
     spec = replace(NEIGHBOUR, dropout=0.2)
     found = []
@@ -172,10 +172,10 @@ def test_a_step_is_the_same_however_many_threads_share_it(roberta: Lab) -> None:
 def test_bf16_is_near_to_fp32(roberta: Lab) -> None:
     model = load_base(roberta.base, 4)
     state = state_of(trained_model(roberta, NEIGHBOUR))
-    store = TokenStore(roberta.corpus.train, CPU, flat=False)
+    store = DeviceTokens(roberta.corpus.train, CPU, flat=False)
     logits = []
     for dtype in (torch.float32, torch.bfloat16):
-        tested = Core(Encoder(model, "roberta", CPU, dtype), roberta.base.shape, 1)
+        tested = MultiLoraModel(Encoder(model, "roberta", CPU, dtype), roberta.base.shape, 1)
         tested.slots.place(0, NEIGHBOUR, state)
         [(_, found)] = tested.logits(store, ROWS, [0], batch_size=8)
         logits.append(found)

@@ -1,4 +1,4 @@
-"""Scores of a classifier, and its logits over a token table: one definition for engines, gate and final model."""
+"""Scores of a classifier, and its logits over a token table: one definition for training, promotion and serving."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def accuracy(predicted: npt.NDArray[np.integer], labels: npt.NDArray[np.integer]) -> float:
-    """Share of predictions [rows] that are the label."""
+    """Compute the share of predictions [rows] that equal the label."""
     return float((predicted == labels).mean())
 
 
 def macro_f1(predicted: npt.NDArray[np.integer], labels: npt.NDArray[np.integer]) -> float:
-    """Mean over the classes that occur (in labels or predictions) of F1 = 2·TP / (2·TP + FP + FN)."""
+    """Compute the mean over the classes that occur (in labels or predictions) of F1 = 2·TP / (2·TP + FP + FN)."""
     f1 = []
     for label in np.union1d(predicted, labels):
         true_positives = np.sum((predicted == label) & (labels == label))
@@ -27,14 +27,14 @@ def macro_f1(predicted: npt.NDArray[np.integer], labels: npt.NDArray[np.integer]
 
 
 def mean_cross_entropy(logits: npt.NDArray[np.floating], labels: npt.NDArray[np.integer]) -> float:
-    """Mean over the rows of -log softmax(logits)[label], in nats; logits [rows, classes], labels [rows]."""
+    """Compute the mean of -log softmax(logits)[label], in nats; logits [rows, classes], labels [rows]."""
     exact = logits.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # what is not finite is the caller's to judge
+    with np.errstate(invalid="ignore"):  # the caller judges a loss that is not finite
         return float(np.mean(np.logaddexp.reduce(exact, axis=-1) - exact[np.arange(len(labels)), labels]))
 
 
 def by_length(lengths: npt.NDArray[np.integer], batch_size: int) -> list[list[int]]:
-    """Positions 0..n-1 in batches of like length, the longest first: little padding, and memory peaks at once."""
+    """Group positions 0..n-1 into batches of like length, the longest first: little padding, an early memory peak."""
     order = np.argsort(-lengths, kind="stable")
     return [order[start : start + batch_size].tolist() for start in range(0, len(order), batch_size)]
 
@@ -46,9 +46,12 @@ def predict_logits(
     batch_size: int,
     device: "torch.device",
 ) -> npt.NDArray[np.float32]:
-    """Logits [len(rows), classes] of a Hugging Face or PEFT classifier on rows of a table, in the order given.
+    """Compute logits [len(rows), classes] of a Hugging Face or PEFT classifier on rows of a table, in their order.
 
-    The model stands on `device`, in evaluation mode, and computes in its own precision.
+    Args:
+        model: on `device`, in evaluation mode; it computes in its own precision.
+        rows: ids of the table's rows, at least one.
+        batch_size: rows.
     """
     import torch
 

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
-from agnews_lora.training.evaluation import accuracy, by_length, macro_f1, mean_cross_entropy
-from agnews_lora.training.metric import AccuracyAndMacroF1
+from agnews_lora.training.hf_trainer import AccuracyAndMacroF1
+from agnews_lora.training.metrics import accuracy, by_length, macro_f1, mean_cross_entropy
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60))

@@ -1,0 +1,163 @@
+"""`agnews-lora budget`, `doctor` and `ui`: what fits a budget, what this machine has, and the runs in a browser.
+
+`budget` counts from shapes alone, so that nothing heavy is imported at the top of this module.
+"""
+
+import json
+import os
+import platform
+import sqlite3
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+
+import agnews_lora
+from agnews_lora import hub
+from agnews_lora.adapters.base_models import resolve, shape_of
+from agnews_lora.adapters.budget import head_parameters, max_rank, parameters_per_rank
+from agnews_lora.adapters.spec import ModelShape
+from agnews_lora.config import experiment as experiments
+from agnews_lora.config.experiment import Experiment, load_experiment
+from agnews_lora.config.sweep import Sweep
+from agnews_lora.data import sources
+from agnews_lora.errors import AgnewsLoraError, NetworkError
+from agnews_lora.paths import STORES, TOKENS
+
+LIBRARIES: Final = ("torch", "transformers", "peft", "datasets", "evaluate", "optuna", "mlflow", "pandas")
+LAYOUT: Final = "workflowType=machine_learning"  # without it the UI shows what language-model applications need
+
+
+def budget(sweep: Sweep, as_json: bool) -> int:
+    """Print the largest rank of every preset and head that a sweep searches."""
+    shape = shape_of(sweep.experiment.base)
+    rows = budget_table(sweep, shape)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    console = Console(highlight=False, markup=False)
+    console.print(f"{sweep.name}: {sweep.experiment.base}, budget {sweep.budget:,} trainable parameters, of which")
+    for head in sweep.space.heads:
+        console.print(f"  head {head} takes {head_parameters(head, shape):,}; the rest is the adapter's")
+    view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("preset", "head", "a rank step", "largest rank", "trainable there", "of the budget"):
+        view.add_column(heading, justify="left" if heading in ("preset", "head") else "right", no_wrap=True)
+    for row in rows:
+        count, fits = row["trainable_parameters"], row["max_rank"]
+        view.add_row(
+            str(row["preset"]),
+            str(row["head"]),
+            f"{row['parameters_per_rank']:,}",
+            str(fits) if fits else "does not fit",
+            f"{count:,}" if fits else "",
+            f"{int(count) / sweep.budget:.1%}" if fits else "",
+        )
+    console.print(view)
+    return 0
+
+
+def budget_table(sweep: Sweep, shape: ModelShape) -> list[dict[str, int | str]]:
+    """A row for each preset and head of the sweep's space. trainable_parameters: at the largest rank."""
+    rows: list[dict[str, int | str]] = []
+    for preset in sweep.space.targets:
+        for head in sweep.space.heads:
+            fits, step = max_rank(preset, head, shape, sweep.budget), parameters_per_rank(preset, shape)
+            rows.append(
+                {
+                    "preset": preset,
+                    "head": head,
+                    "parameters_per_rank": step,
+                    "max_rank": fits,
+                    "trainable_parameters": head_parameters(head, shape) + fits * step,
+                }
+            )
+    return rows
+
+
+def doctor(as_json: bool) -> int:
+    """Print device, versions, stores, and whether hub, base models and data can be reached."""
+    found = _found()
+    if as_json:
+        print(json.dumps(found))
+        return 0
+    view = Table(show_header=False, box=None, padding=(0, 2))
+    for what, value in found.items():
+        view.add_row(what, value)
+    Console(highlight=False, markup=False).print(view)
+    return 0
+
+
+def _found() -> dict[str, str]:
+    from agnews_lora.training.device import device_name, has_bf16, training_device
+
+    device = training_device()
+    libraries = [f"{library} {version(library)}" for library in LIBRARIES]
+    lines = [f"agnews-lora {agnews_lora.__version__}, Python {platform.python_version()}"]
+    lines += [", ".join(some) for some in (libraries[:4], libraries[4:])]
+    stores = {f"store {store}": _store(store) for store in (STORES / "mlflow.db", STORES / "optuna.db")}
+    return {
+        "device": f"{device_name(device)}, trains in {'bf16' if has_bf16(device) else 'fp32'}",
+        "versions": "\n".join(lines),
+        **stores,
+        f"cache {TOKENS}": "there" if TOKENS.is_dir() else "made when needed",
+        "hub": "can be reached" if hub.reachable() else "cannot be reached",
+        **{f"experiment {path.stem}": _reach(path) for path in sorted(experiments.FOLDER.glob("*.yaml"))},
+    }
+
+
+def _store(path: Path) -> str:
+    if not path.exists():
+        return "made by the first sweep"
+    try:
+        with closing(sqlite3.connect(path, timeout=2)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+    except sqlite3.Error as error:
+        return f"cannot be written: {error}"
+    return f"writable, {path.stat().st_size / 1e6:.1f} MB"
+
+
+def _reach(path: Path) -> str:
+    """Whether an experiment's base and data can be had, or the first line of why not."""
+    try:
+        experiment = load_experiment(str(path))
+    except AgnewsLoraError as error:
+        return f"not valid: {error}"
+    asked: dict[str, Callable[[Experiment], object]] = {
+        f"base {experiment.base}": lambda known: resolve(known.base),
+        f"data {experiment.data_settings.source}": lambda known: sources.check(known.data_settings),
+    }
+    answers = []
+    for what, ask in asked.items():
+        try:
+            ask(experiment)
+            answers.append(f"{what}: can be had")
+        except NetworkError:
+            answers.append(f"{what}: needs the hub")
+        except AgnewsLoraError as error:
+            answers.append(f"{what}: {error}")
+    return "\n".join(answers)
+
+
+def ui(port: int) -> int:
+    """Become MLflow's server; Ctrl-C ends it.
+
+    Raises:
+        StorageError: the run store cannot be opened, or the port is taken.
+    """
+    from agnews_lora.commands.serve import HOST, bound
+    from agnews_lora.tracking.runs import newest_sweeps
+    from agnews_lora.tracking.store import open_client, tracking_uri
+
+    sweeps = newest_sweeps(open_client(STORES))
+    bound(port).close()  # MLflow would say that it is taken in a traceback
+    print(f"Runs: http://{HOST}:{port}/#/experiments?{LAYOUT}  (Ctrl-C ends it)", flush=True)
+    for study, page in sweeps.items():
+        print(f"{study}: http://{HOST}:{port}/{page.url}?{LAYOUT}", flush=True)
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # its processes end in tracebacks at Ctrl-C
+    command = ["mlflow", "server", "--backend-store-uri", tracking_uri(STORES), "--host", HOST, "--port", str(port)]
+    os.execv(sys.executable, [sys.executable, "-m", *command, "--workers", "1"])

@@ -1,0 +1,406 @@
+"""The fleet over workers that are threads: they die, fall silent, join late, and nothing is lost or told twice."""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from agnews_lora.errors import AgnewsLoraError, BaseModelError, StudyError
+from agnews_lora.search.fleet import MAX_DEATHS, Fleet, WorkerDied
+from agnews_lora.training import checkpoints
+from agnews_lora.training.exchange import Answer, EngineWorker, Event
+from agnews_lora.training.interface import Engine, EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
+from tests.search.scripted import EVAL_EVERY, INSIDE, LOG_EVERY, TOTAL_STEPS, ScriptedEngine
+
+SILENCE = 30.0
+
+
+@dataclass
+class Queue:
+    """A driver of `num_trials` trials that keeps what it is told, by trial."""
+
+    folder: Path
+    num_trials: int
+    waiting: list[str] = field(init=False)
+    running: dict[str, str] = field(default_factory=dict)  # {trial: worker}
+    points: dict[str, list[int]] = field(default_factory=dict)
+    adapters: dict[str, bytes] = field(default_factory=dict)
+    errors: dict[str, Exception] = field(default_factory=dict)
+    resumed_from: dict[str, list[int]] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    stop: bool = False
+    on_checkpoint: Callable[[str, int], None] = lambda trial, step: None
+    thread: threading.Thread = field(default_factory=threading.current_thread)
+
+    def __post_init__(self) -> None:
+        self.waiting = [f"t{number:04d}" for number in range(self.num_trials)]
+
+    def next(self, worker: str = "") -> TrialPlan | None:
+        assert threading.current_thread() is self.thread
+        if not self.waiting or self.stop:
+            return None
+        trial = self.waiting.pop(0)
+        assert trial not in self.running
+        self.running[trial] = worker
+        newest = checkpoints.newest(self.folder / trial)
+        self.resumed_from.setdefault(trial, []).append(checkpoints.step_of(newest) if newest else 0)
+        return TrialPlan(trial, INSIDE, 7, self.folder / trial, newest)
+
+    def logged(self, points: Sequence[TrainPoint]) -> None:
+        self._note(points)
+
+    def evaluated(self, points: Sequence[EvalPoint]) -> list[Verdict]:
+        self._note(points)
+        return [Verdict.CONTINUE] * len(points)
+
+    def _note(self, points: Sequence[TrainPoint | EvalPoint]) -> None:
+        assert threading.current_thread() is self.thread
+        for point in points:
+            assert point.trial in self.running
+            self.points.setdefault(point.trial, []).append(point.step)
+
+    def checkpointed(self, trial: str, step: int, path: Path) -> None:
+        assert trial in self.running and path.parent == self.folder / trial and checkpoints.is_sound(path)
+        self.on_checkpoint(trial, step)
+
+    def finished(self, result: TrialResult) -> None:
+        del self.running[result.trial]
+        assert result.adapter is not None and result.adapter.parent == self.folder / result.trial
+        assert result.trial not in self.adapters
+        self.adapters[result.trial] = (result.adapter / "adapter_model.safetensors").read_bytes()
+
+    def failed(self, trial: str, error: Exception) -> None:
+        del self.running[trial]
+        self.errors[trial] = error
+
+    def stop_requested(self) -> bool:
+        return self.stop
+
+    def is_done(self) -> bool:
+        return not self.running and len(self.adapters) + len(self.errors) == self.num_trials
+
+    def requeue(self, trials: Iterable[str], reason: str) -> None:
+        for trial in trials:
+            del self.running[trial]
+            self.waiting.insert(0, trial)
+        self.reasons.append(reason)
+
+    def catch_up(self) -> None:
+        assert threading.current_thread() is self.thread
+
+
+class Clock:
+    """Moves when `Threads.wait` is called: a little, or by all that it was to wait where nothing came."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class ThreadWorker:
+    """A worker in this process. killed: nobody reads it any more. dead: its exchanges break. silent: they never end."""
+
+    def __init__(self, name: str, engine: Engine, folder: Path, pool: ThreadPoolExecutor, clock: Clock) -> None:
+        self.name, self.pool = name, pool
+        self.inside = EngineWorker(lambda: engine, folder / name, ship_seconds=0.0, clock=clock)
+        self.future: Future[list[Event]] = Future()
+        self.killed = self.silent = False
+        self.dead: str | None = None
+
+    def submit(self, answer: Answer | None, stop: bool) -> None:
+        assert not self.killed
+        self.future = Future() if self.silent else self.pool.submit(self.inside.exchange, answer, stop)
+
+    def collect(self) -> list[Event]:
+        if self.dead is not None:
+            raise WorkerDied(self.dead)
+        return self.future.result()
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+class Threads:
+    """Workers as threads of this process, in as many places as `places` says."""
+
+    def __init__(self, folder: Path, places: int, make: Callable[[], Engine], clock: Clock) -> None:
+        self.folder, self.places, self.make, self.clock = folder, places, make, clock
+        self.pool = ThreadPoolExecutor()
+        self.started: list[ThreadWorker] = []
+        self.on_wait: Callable[[], object] = lambda: None
+
+    def num_places(self) -> int:
+        return self.places
+
+    def start(self, name: str) -> ThreadWorker:
+        self.started.append(ThreadWorker(name, self.make(), self.folder, self.pool, self.clock))
+        return self.started[-1]
+
+    def wait(self, workers: Sequence[ThreadWorker], seconds: float) -> list[ThreadWorker]:
+        self.on_wait()
+        over = [worker for worker in workers if worker.dead is not None]
+        if not over:
+            limit = 0.0 if all(worker.silent for worker in workers) else seconds and 5.0
+            wait([worker.future for worker in workers], limit, return_when=FIRST_COMPLETED)
+            over = [worker for worker in workers if worker.future.done()]
+        self.clock.now += 0.01 if over else seconds
+        return over
+
+    def alive(self) -> list[ThreadWorker]:
+        return [worker for worker in self.started if not worker.killed]
+
+
+@dataclass
+class Setting:
+    driver: Queue
+    threads: Threads
+    fleet: Fleet
+    messages: list[str]
+
+    def run(self) -> None:
+        try:
+            self.fleet.run()
+        finally:
+            assert not self.threads.alive()
+            for worker in self.threads.started:  # threads cannot be killed: let them end
+                worker.inside.exchange(None, stop=True)
+
+    def worker_of(self, trial: str) -> ThreadWorker:
+        name = self.driver.running[trial]
+        return next(worker for worker in self.threads.started if worker.name == name)
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Callable[..., Setting]:
+    def made(trials: int, workers: int, make: Callable[[], Engine] = ScriptedEngine) -> Setting:
+        clock, messages = Clock(), list[str]()
+        driver = Queue(tmp_path / "driver", trials)
+        threads = Threads(tmp_path / "workers", workers, make, clock)
+        return Setting(driver, threads, Fleet(driver, threads, messages.append, SILENCE, clock), messages)
+
+    return made
+
+
+def all_points(start: int = 0) -> list[int]:
+    """The steps of a trial's points in the order in which they are reported: a resumed one is evaluated again first."""
+    evaluations, logs = (
+        set(range(EVAL_EVERY, TOTAL_STEPS + 1, EVAL_EVERY)),
+        range(LOG_EVERY, TOTAL_STEPS + 1, LOG_EVERY),
+    )
+    again = [start] if start in evaluations else []
+    return again + [step for step in logs if step > start for _ in range(1 + (step in evaluations))]
+
+
+def all_adapters(trials: int) -> dict[str, bytes]:
+    return {f"t{number:04d}": f"t{number:04d}".encode() for number in range(trials)}
+
+
+@pytest.mark.parametrize(("workers", "slots"), [(1, 1), (2, 1), (3, 4)])
+def test_every_trial_is_trained_once(setting: Callable[..., Setting], workers: int, slots: int) -> None:
+    each = setting(7, workers, lambda: ScriptedEngine(slots))
+    each.run()
+    assert each.driver.adapters == all_adapters(7)
+    assert all(steps == all_points() for steps in each.driver.points.values())
+    assert len(each.threads.started) == workers
+    assert each.messages == []
+
+
+def test_the_trials_of_a_dead_worker_resume_elsewhere(setting: Callable[..., Setting]) -> None:
+    each = setting(4, 2, lambda: ScriptedEngine(2))
+    killed: list[ThreadWorker] = []
+
+    def die(trial: str, step: int) -> None:
+        if (trial, step) == ("t0001", 20) and not killed:
+            killed.append(each.worker_of(trial))
+            killed[0].dead = "killed by signal 9"
+
+    each.driver.on_checkpoint = die
+    each.run()
+    assert each.driver.adapters == all_adapters(4)
+    assert each.driver.resumed_from["t0001"] == [0, 20]
+    assert each.driver.points["t0001"][-len(all_points(20)) :] == all_points(20)
+    assert each.driver.reasons == ["killed by signal 9"]
+    assert len(each.threads.started) == 3
+    assert len(each.messages) == 1 and "t0001" in each.messages[0] and "killed by signal 9" in each.messages[0]
+
+
+def test_a_silent_worker_is_killed_and_replaced(setting: Callable[..., Setting]) -> None:
+    each = setting(2, 1)
+
+    def fall_silent(trial: str, step: int) -> None:
+        if (trial, step) == ("t0000", 20):
+            each.threads.started[0].silent = True
+            each.driver.on_checkpoint = lambda trial, step: None
+
+    each.driver.on_checkpoint = fall_silent
+    each.run()
+    assert each.driver.adapters == all_adapters(2)
+    assert each.driver.resumed_from == {"t0000": [0, 20], "t0001": [0]}
+    assert each.threads.started[0].killed and len(each.threads.started) == 2
+    assert "30 s" in each.messages[0]
+
+
+def test_a_worker_that_answered_while_the_driver_slept_is_no_silent_one(setting: Callable[..., Setting]) -> None:
+    each = setting(2, 2)
+    slept: list[float] = []
+
+    def sleep(trial: str, step: int) -> None:
+        if not slept:
+            slept.append(each.threads.clock.now)
+            each.threads.clock.now += 10 * SILENCE
+            wait([worker.future for worker in each.threads.started if worker is not each.worker_of(trial)])
+
+    each.driver.on_checkpoint = sleep
+    each.run()
+    assert slept and each.driver.reasons == [] and len(each.threads.started) == 2
+
+
+def test_workers_that_die_before_anything_is_trained_end_the_sweep(setting: Callable[..., Setting]) -> None:
+    each = setting(3, 1)
+    each.threads.on_wait = lambda: [setattr(worker, "dead", "out of memory") for worker in each.threads.alive()]
+    with pytest.raises(StudyError, match="out of memory"):
+        each.run()
+    assert len(each.messages) == MAX_DEATHS
+
+
+def test_deaths_with_progress_in_between_end_nothing(setting: Callable[..., Setting]) -> None:
+    each = setting(1 + MAX_DEATHS, 1)
+
+    def die(trial: str, step: int) -> None:
+        if step == EVAL_EVERY:  # a worker that resumes sends no checkpoint of the step that it resumes from
+            each.worker_of(trial).dead = "killed"
+
+    each.driver.on_checkpoint = die
+    each.run()
+    assert each.driver.adapters == all_adapters(1 + MAX_DEATHS)
+    assert len(each.messages) == 1 + MAX_DEATHS
+
+
+def test_a_place_that_joins_gets_a_worker_and_one_that_leaves_none(setting: Callable[..., Setting]) -> None:
+    each = setting(6, 1)
+
+    def change(trial: str, step: int) -> None:
+        each.threads.clock.now += 1
+        if (trial, step) == ("t0000", 10):
+            each.threads.places = 3
+        elif (trial, step) == ("t0003", 10):
+            each.threads.places = 2
+            each.worker_of(trial).dead = "its node is gone"
+
+    each.driver.on_checkpoint = change
+    each.run()
+    assert each.driver.adapters == all_adapters(6)
+    assert len(each.threads.started) == 3
+
+
+def test_without_any_place_the_sweep_waits_for_one(setting: Callable[..., Setting]) -> None:
+    each = setting(1, 0)
+    waits: list[int] = []
+
+    def join() -> None:
+        waits.append(1)
+        each.threads.places = int(len(waits) > 5)
+
+    each.threads.on_wait = join
+    each.run()
+    assert each.driver.adapters == all_adapters(1)
+    assert len(each.messages) == 1 and "no place" in each.messages[0]
+
+
+def test_a_worker_that_never_got_its_place_is_dropped_with_it(setting: Callable[..., Setting]) -> None:
+    each = setting(2, 1)
+    start = each.threads.start
+
+    def start_first_only(name: str) -> ThreadWorker:
+        worker = start(name)
+        worker.silent = name != "worker-1"
+        return worker
+
+    each.threads.start = start_first_only  # type: ignore[method-assign]
+    places = iter([1, 2, 1])
+    each.threads.on_wait = lambda: setattr(each.threads, "places", next(places, 1))
+    each.run()
+    assert each.driver.adapters == all_adapters(2)
+    assert each.driver.reasons == []
+
+
+def test_a_stop_checkpoints_what_trains(setting: Callable[..., Setting]) -> None:
+    each = setting(8, 2, lambda: ScriptedEngine(2))
+    known: dict[str, int] = {}
+
+    def stop(trial: str, step: int) -> None:
+        known[trial] = step
+        each.driver.stop = each.driver.stop or step == 20
+
+    each.driver.on_checkpoint = stop
+    each.run()
+    assert len(each.driver.running) == 4  # the driver returns them to the queue
+    assert all(checkpoints.newest(each.driver.folder / trial) for trial in each.driver.running)
+    assert len(known) >= 4
+
+
+def test_a_worker_that_trains_nothing_takes_over_from_one_that_died(setting: Callable[..., Setting]) -> None:
+    each = setting(1, 2)
+
+    def die(trial: str, step: int) -> None:
+        if step == 20:
+            each.threads.places = 1  # no replacement
+            each.worker_of(trial).dead = "killed"
+
+    each.driver.on_checkpoint = die
+    each.run()
+    assert each.driver.adapters == all_adapters(1)
+    assert len(each.threads.started) == 2
+
+
+def broken(error: Exception) -> Callable[[], None]:
+    def raise_it() -> None:
+        raise error
+
+    return raise_it
+
+
+class Failing:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def run(self, source: object, observer: object) -> None:
+        raise self.error
+
+
+def test_a_fault_that_the_user_can_mend_ends_the_sweep_with_its_message(setting: Callable[..., Setting]) -> None:
+    engines: list[Engine] = [ScriptedEngine(), Failing(BaseModelError("no base on this machine"))]
+    each = setting(5, 2, lambda: engines.pop(0))
+    with pytest.raises(AgnewsLoraError, match="no base on this machine"):
+        each.run()
+    assert all(checkpoints.newest(each.driver.folder / trial) for trial in each.driver.running)
+
+
+def test_an_engine_that_raises_is_a_death(setting: Callable[..., Setting]) -> None:
+    engines: list[Engine] = [Failing(ZeroDivisionError("a bug")), ScriptedEngine()]
+    each = setting(2, 1, lambda: engines.pop(0))
+    each.run()
+    assert each.driver.adapters == all_adapters(2)
+    assert "ZeroDivisionError: a bug" in each.messages[0]
+
+
+def test_a_trial_that_fails_is_told_and_others_go_on(setting: Callable[..., Setting]) -> None:
+    from agnews_lora.errors import TrainingError
+
+    each = setting(3, 1, lambda: ScriptedEngine(script={("t0001", 7): broken(TrainingError("not finite"))}))
+    each.run()
+    assert [str(error) for error in each.driver.errors.values()] == ["not finite"]
+    assert set(each.driver.adapters) == {"t0000", "t0002"}
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_sweep(setting: Callable[..., Setting]) -> None:
+    each = setting(1, 1)
+    each.driver.folder.parent.mkdir(parents=True, exist_ok=True)
+    each.driver.folder.write_text("no folder")
+    with pytest.raises(AgnewsLoraError, match="cannot be written"):
+        each.run()

@@ -40,12 +40,13 @@ HOMES = {
     "datasets": {"data.sources", "training.hf_trainer"},  # `evaluate` describes the features of a metric in its terms
     "evaluate": {"training"},
     "optuna": {"search", "commands"},  # `commands` joins the rooms: it hands a study and a client from one to another
+    "ray": {"search.ray_cluster"},
     "mlflow": {"tracking", "serving", "commands"},
     "fastapi": {"serving.server"},
     "starlette": {"serving.server"},
     "uvicorn": {"serving.server"},
     "matplotlib": {"reporting"},
-    "jinja2": {"reporting"},
+    "jinja2": {"reporting", "tracking"},
     "typst": {"reporting"},
     "rich": {"reporting", "commands"},
 }

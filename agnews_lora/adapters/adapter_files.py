@@ -8,10 +8,13 @@ the labels. The base is named by hub id and revision, never by a path.
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.budget import trainable_parameters
@@ -85,34 +88,30 @@ def save_adapter(model: "PeftModel", record: AdapterRecord, folder: Path) -> Non
         StorageError: the folder cannot be written.
     """
     from peft import get_peft_model_state_dict
-    from safetensors import SafetensorError
 
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         model.save_pretrained(str(beside), save_embedding_layers=False)
         (beside / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the export writes a real one
-        _name_base(beside / CONFIG, record)
-        (beside / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+        # PEFT writes down the folder that the base was loaded from, which another machine does not have.
+        fields = json.loads((beside / CONFIG).read_text(encoding="utf-8"))
+        _write_json(beside / CONFIG, fields | {"base_model_name_or_path": record.hub_id, "revision": record.revision})
+        _write_json(beside / RECORD, asdict(record))
         verify(beside, get_peft_model_state_dict(model, save_embedding_layers=False))
-    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"Cannot write the adapter of {record.trial} to {folder}: {getattr(error, 'strerror', None) or error}. "
+            "Free or unlock that folder and start again: the trial resumes from its last checkpoint."
+        ) from error
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
-            reason = getattr(error, "strerror", None) or error
-            raise StorageError(
-                f"the adapter of {record.trial} cannot be written to {folder} ({reason}); free or unlock that folder, "
-                "and start again: the trial goes on from its last checkpoint"
-            ) from error
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.replace(folder)
 
 
-def _name_base(config: Path, record: AdapterRecord) -> None:
-    """PEFT writes down the folder that the base was loaded from, which another machine does not have."""
-    fields = json.loads(config.read_text(encoding="utf-8"))
-    fields |= {"base_model_name_or_path": record.hub_id, "revision": record.revision}
-    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def verify(folder: Path, tensors: Mapping[str, "torch.Tensor"]) -> None:
@@ -121,24 +120,28 @@ def verify(folder: Path, tensors: Mapping[str, "torch.Tensor"]) -> None:
     Raises:
         AdapterError: a tensor is missing, too many, or differs in any bit; or `recount` refuses the files.
     """
+    import torch
+
+    def bits(tensor: torch.Tensor) -> tuple[object, ...]:
+        return tensor.dtype, tensor.shape, tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
     written = read_tensors(folder)
-    if written.keys() != tensors.keys():
-        different = ", ".join(sorted(written.keys() ^ tensors.keys()))
-        raise AdapterError(
-            f"{folder.name}: the file must hold the model's tensors, but differs in {different}; is the disk sound?"
-        )
-    for name, tensor in tensors.items():
-        if not _same_bits(written[name], tensor.detach().cpu()):
-            raise AdapterError(f"{folder.name}: {name} was not read back as it was written; is the disk sound?")
+    for name in sorted(written.keys() | tensors.keys()):
+        if name not in written or name not in tensors or bits(written[name]) != bits(tensors[name]):
+            raise AdapterError(
+                f"Cannot keep the adapter {folder.name}: {name} was not read back as it was written. Check the disk."
+            )
     recount(folder)
 
 
-def _same_bits(first: "torch.Tensor", second: "torch.Tensor") -> bool:
-    import torch
-
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise AdapterError(f"Cannot read {path}: no such file. Name a folder that a trial wrote.") from error
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise AdapterError(f"Cannot read {path}: it is damaged ({error}). Export the adapter again.") from error
 
 
 def read_tensors(folder: Path) -> dict[str, "torch.Tensor"]:
@@ -147,15 +150,10 @@ def read_tensors(folder: Path) -> dict[str, "torch.Tensor"]:
     Raises:
         AdapterError: there is no such file, or it is not whole.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with _reading(folder / WEIGHTS):
         return load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        raise AdapterError(f"no {WEIGHTS} in {folder}; name a folder that a trial or an export wrote") from error
-    except SafetensorError as error:
-        raise AdapterError(f"{folder / WEIGHTS} is not a whole safetensors file ({error}); write it again") from error
 
 
 def read_record(folder: Path) -> AdapterRecord:
@@ -164,17 +162,11 @@ def read_record(folder: Path) -> AdapterRecord:
     Raises:
         AdapterError: there is none, or it is not one.
     """
-    try:
+    with _reading(folder / RECORD):
         fields: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         spec, shape = TrialSpec(**fields["spec"]), ModelShape(**fields["shape"])
         trainable_parameters(spec, shape)  # an unknown preset or a size that is no number cannot be counted
         return AdapterRecord(**{**fields, "spec": spec, "shape": shape, "labels": tuple(fields["labels"])})
-    except FileNotFoundError as error:
-        raise AdapterError(f"no {RECORD} in {folder}; name a folder that a trial or an export wrote") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise AdapterError(
-            f"{folder / RECORD} is not an adapter's record ({error}); export the adapter again"
-        ) from error
 
 
 def tensor_shapes(spec: TrialSpec, shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -201,40 +193,31 @@ def recount(folder: Path) -> int:
     """
     record = read_record(folder)
     spec = record.spec
+
+    def refusal(what: str, found: object, expected: object) -> AdapterError:
+        return AdapterError(
+            f"Cannot use the adapter {folder.name}: its {what} is {found}, but {expected} by specification ({spec})."
+        )
+
     tensors = read_tensors(folder)
     present, expected_shapes = {name: tuple(t.shape) for name, t in tensors.items()}, tensor_shapes(spec, record.shape)
     for name in sorted(present.keys() | expected_shapes.keys()):
         if present.get(name) != expected_shapes.get(name):
-            raise AdapterError(
-                f"{folder.name}: the tensors in {WEIGHTS} must be those of the specification ({spec}), which has "
-                f"{name} as {expected_shapes.get(name, 'no tensor')}, but the file has it as "
-                f"{present.get(name, 'no tensor')}; do not use these files"
-            )
-    _require_configuration(folder, spec)
+            raise refusal(f"tensor {name}", present.get(name, "absent"), expected_shapes.get(name, "absent"))
+    # Another alpha would load with plain PEFT, and answer otherwise.
+    meant = {"r": spec.rank, "lora_alpha": spec.alpha, "target_modules": target_pattern(spec.targets)}
+    with _reading(folder / CONFIG):
+        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        said = {key: fields[key] for key in meant}
+    if said != meant:
+        raise refusal(CONFIG, said, meant)
     frozen = spec.head == "out_proj"
     counted = sum(t.numel() for name, t in tensors.items() if not (frozen and FROZEN_HEAD_MARK in name))
     expected = trainable_parameters(spec, record.shape)
     if not counted == expected == record.trainable_parameters:
-        raise AdapterError(
-            f"{folder.name} holds {counted:,} trainable parameters, its specification ({spec}) stands for "
-            f"{expected:,} and its record says {record.trainable_parameters:,}; do not use these files"
-        )
+        found = f"{counted:,} in {WEIGHTS} and {record.trainable_parameters:,} in {RECORD}"
+        raise refusal("count of trainable parameters", found, f"{expected:,}")
     return counted
-
-
-def _require_configuration(folder: Path, spec: TrialSpec) -> None:
-    """What plain PEFT reads must mean what the record says: another alpha would load, and answer otherwise."""
-    path = folder / CONFIG
-    meant = {"r": spec.rank, "lora_alpha": spec.alpha, "target_modules": target_pattern(spec.targets)}
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        said = {key: fields[key] for key in meant}
-    except FileNotFoundError as error:
-        raise AdapterError(f"no {CONFIG} in {folder}; name a folder that a trial or an export wrote") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise AdapterError(f"{path} is not PEFT's configuration ({error}); export the adapter again") from error
-    if said != meant:
-        raise AdapterError(f"{path} must say {meant}, as the record does, but says {said}; do not use these files")
 
 
 def load_with_peft(folder: Path, base: BaseModel) -> "PeftModel":
@@ -248,8 +231,8 @@ def load_with_peft(folder: Path, base: BaseModel) -> "PeftModel":
     record = read_record(folder)
     if base.weights_sha256 != record.weights_sha256:
         raise AdapterError(
-            f"the adapter was trained on {record.hub_id} with weights {record.weights_sha256[:12]}…, but {base.name} "
-            f"has {base.weights_sha256[:12]}…; give the base it was trained on"
+            f"Cannot load the adapter on {base.name}, whose weights are {base.weights_sha256[:12]}…: it was trained on "
+            f"{record.hub_id} with weights {record.weights_sha256[:12]}…. Give the base it was trained on."
         )
     recount(folder)
     return PeftModel.from_pretrained(load_base(base, num_labels=len(record.labels)), str(folder)).eval()
@@ -285,7 +268,7 @@ def load_base(base: BaseModel, num_labels: int, dropout: float = 0.0) -> "torch.
     drawn = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     if strangers := sorted(name for name in drawn if not name.startswith("classifier.")):
         raise BaseModelError(
-            f"base model {base.name}: the weights in {base.folder} must fill its configuration, but do not have "
-            f"{strangers[0]} ({len(strangers)} tensors in all) in the right shape; take the weights that belong to it"
+            f"Cannot load base model {base.name}: the weights in {base.folder} lack {strangers[0]} ({len(strangers)} "
+            "tensors in all) in the shape of its configuration. Take the weights that belong to it."
         )
     return model

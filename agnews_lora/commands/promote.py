@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from agnews_lora.commands.cards import version_card
+from agnews_lora.commands.finish import refresh
 from agnews_lora.commands.stage import prepare
 from agnews_lora.config.sweep import load_sweep
 from agnews_lora.data.sources import prepare_test
@@ -15,7 +15,6 @@ from agnews_lora.errors import PromotionError
 from agnews_lora.paths import STORES, TOKENS
 from agnews_lora.serving import promotion
 from agnews_lora.tracking.registry import Registry
-from agnews_lora.tracking.runs import page_of
 from agnews_lora.tracking.store import open_client, reaching
 
 
@@ -39,8 +38,7 @@ def run(name: str, version: int | None, tracking: str | None, as_json: bool) -> 
             ),
             version,
         )
-        page = page_of(client, outcome.version.run_id)
-        registry.describe(outcome.version, version_card(outcome.version, page, page.parent()))
+        refresh(client, outcome.version)
     if as_json:
         print(json.dumps(_as_dict(outcome)))
     if not outcome.passed:

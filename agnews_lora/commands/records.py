@@ -7,10 +7,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from agnews_lora.adapters.spec import TrialSpec
-from agnews_lora.commands.board import thumbnails
-from agnews_lora.commands.cards import trial_card
-from agnews_lora.reporting import figures
+from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.search.trial_log import End
+from agnews_lora.tracking.descriptions import trial_description
 from agnews_lora.tracking.runs import RunPage, SweepRuns, description
 from agnews_lora.training.interface import EvalPoint, TrainPoint
 
@@ -44,7 +43,7 @@ class Records:
         }
         tags = {**self._tags, "baseline": str(facts["baseline"]).lower()}
         tags |= {key: str(facts[key]) for key in ("study_trial", "confirms") if key in facts}
-        self._cards[trial] = partial(trial_card, spec, facts, self._shared.get("budget"))
+        self._cards[trial] = partial(trial_description, spec, {**self._shared, **facts})
         with self.runs.reaching():
             tags |= description(self._cards[trial](None, None))
             self._run_ids[trial] = self.runs.start_trial(trial, self._names[trial], params, tags, run_id)
@@ -62,7 +61,7 @@ class Records:
                 tags = {} if end.state == "FAILED" else {"reason": end.reason or ""}
                 self.runs.finish_trial(trial, end.state, tags=tags | card, error=error)
                 return
-            curves = self.curves(trial, Path(folder))
+            curves = trial_curves(self.runs.curve(trial), self._names[trial], Path(folder))
             self.runs.finish_trial(
                 trial,
                 end.state,
@@ -74,7 +73,7 @@ class Records:
                 },
                 tags={"reason": end.reason or "", **card},  # an earlier interruption may have left its own reason
                 adapter=end.result.adapter,
-                figures=curves | thumbnails(curves, Path(folder)),
+                figures=curves,
             )
 
     def keep_checkpoint(self, trial: str, checkpoint: Path) -> None:
@@ -84,11 +83,3 @@ class Records:
     def fetch_checkpoints(self, trial: str, folder: Path) -> None:
         with self.runs.reaching():
             self.runs.fetch_checkpoints(trial, folder)
-
-    def curves(self, trial: str, folder: Path) -> dict[str, Path]:
-        """`accuracy_curve.png` and `loss_curve.png` of a trial, drawn into `folder`."""
-        points = self.runs.curve(trial)
-        drawn = {name: folder / name for name in ("accuracy_curve.png", "loss_curve.png")}
-        figures.accuracy_curve(points, self._names[trial], drawn["accuracy_curve.png"])
-        figures.loss_curve(points, self._names[trial], drawn["loss_curve.png"])
-        return drawn

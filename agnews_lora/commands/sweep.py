@@ -6,21 +6,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import optuna
 from rich.console import Console
 
 from agnews_lora.adapters.base_models import shape_of
-from agnews_lora.commands import report
 from agnews_lora.commands import study as studies
-from agnews_lora.commands.conclusion import Conclusion
+from agnews_lora.commands.finish import finish, opening
 from agnews_lora.commands.interrupts import StopRequest, orderly_stop
-from agnews_lora.commands.result import Result
 from agnews_lora.commands.stage import Stage, prepare
-from agnews_lora.commands.story import opening
 from agnews_lora.commands.supervisor import Crew, devices
 from agnews_lora.commands.watch import Watch
 from agnews_lora.commands.work import Work, log_data, tidy_up
@@ -34,10 +29,9 @@ from agnews_lora.search.claims import num_ended
 from agnews_lora.search.leases import SUPERVISOR, Heart, Leases
 from agnews_lora.search.lines import Line
 from agnews_lora.search.place import Place, exclusive
-from agnews_lora.search.standings import best_of, standings
+from agnews_lora.search.results import SweepResult, best_first, summaries
 from agnews_lora.search.study import IDENTITY, TRIALS, answering
 from agnews_lora.tracking.provenance import provenance
-from agnews_lora.tracking.registry import Version
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
 
@@ -113,9 +107,10 @@ class _Session:
     devices: list[str | None]
     parent_run: str = ""
     record_seconds: float = 0.0
+    began: float = 0.0
 
     def run(self) -> int:
-        began = time.perf_counter()
+        self.began = time.perf_counter()
         state = "INTERRUPTED"
         with orderly_stop() as request:
             with self.runs.reaching():
@@ -126,13 +121,13 @@ class _Session:
                     if request or self._num_left():
                         self._say_how_to_go_on()
                         return request.exit_code if request else 0
-                    version = self._patiently(self._conclude, request)
+                    result = self._patiently(self._conclude, request)
                 state = "COMPLETE"
             finally:
                 if state == "INTERRUPTED":
                     Line("the run store", 0).deliver(self._interrupt_parent)
-        self._say_what_was_found(version, time.perf_counter() - began)
-        return 0 if version else 1
+        self._say_what_was_found(result)
+        return 0 if result.winner else 1
 
     def _interrupt_parent(self) -> None:
         with self.runs.reaching():
@@ -205,7 +200,7 @@ class _Session:
 
     def _screen(self, study: optuna.Study) -> Progress:
         """What shows how the trials of the study, or of its confirmation round, get on."""
-        best = best_of(standings(study)) if study is self.study else None
+        best = next(iter(best_first(summaries(study))), None) if study is self.study else None
         screen = Progress(
             total_trials=study.user_attrs[TRIALS],
             ended=num_ended(study),
@@ -239,12 +234,10 @@ class _Session:
         words = [word for key, value in given.items() if value for word in (key, value)]
         return [self.name, *words, *([] if self._workers_speak else ["--quiet"])]
 
-    def _conclude(self) -> Version | None:
-        conclusion = Conclusion(self.sweep, self.stage, self.study, self.runs)
-        version = conclusion.draw({"record_seconds": self.record_seconds})
-        with TemporaryDirectory() as folder:
-            report.write(self.runs.client, self.parent_run, self.study.user_attrs, Path(folder))
-        return version
+    def _conclude(self) -> SweepResult:
+        rounds = confirmation.find_round(self.study) if self.sweep.confirmation else None
+        seconds = time.perf_counter() - self.began
+        return finish(self.sweep, self.stage, self.study, rounds, self.runs, seconds, self.record_seconds)
 
     def _say_how_to_go_on(self) -> None:
         left = Line("the studies' storage").ask(self._num_left, None)
@@ -258,9 +251,8 @@ class _Session:
             soft_wrap=True,
         )
 
-    def _say_what_was_found(self, version: Version | None, seconds: float) -> None:
-        result = Result.of(self.sweep, self.stage, self.study, version, seconds)
+    def _say_what_was_found(self, result: SweepResult) -> None:
         if self.options.json:
             print(json.dumps(result.as_dict()))
         else:
-            print_summary(Console(highlight=False), result.summary())
+            print_summary(Console(highlight=False), result)

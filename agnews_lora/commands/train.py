@@ -17,6 +17,7 @@ from agnews_lora.commands.stage import Stage, prepare
 from agnews_lora.config.experiment import Experiment, load_experiment
 from agnews_lora.data.tokens import load_tokenizer
 from agnews_lora.paths import STORES, TRAINED, WORK
+from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.reporting.progress import Progress
 from agnews_lora.search.trial_log import End
 from agnews_lora.tracking.provenance import provenance
@@ -112,8 +113,10 @@ def _keep(result: TrialResult, stage: Stage, records: Records) -> None:
     shutil.rmtree(final, ignore_errors=True)
     beside.replace(final)
     with TemporaryDirectory(dir=TRAINED) as folder:
-        for name, path in records.curves(TRIAL, Path(folder)).items():
-            path.replace(Path(name))
+        title = f"{TRIAL}-{stage.experiment.spec.targets}-r{stage.experiment.spec.rank}"
+        for path in trial_curves(records.runs.curve(TRIAL), title, Path(folder)).values():
+            if path.parent == Path(folder):  # not the thumbnails
+                path.replace(Path(path.name))
 
 
 @dataclass

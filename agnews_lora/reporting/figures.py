@@ -30,6 +30,7 @@ from PIL import Image  # matplotlib's own reader of pictures
 
 from agnews_lora.adapters.spec import PRESETS
 from agnews_lora.search.results import SweepResult
+from agnews_lora.tracking.descriptions import THUMBNAILS
 
 # Figures of a sweep by file name, with their titles, in the order to show them.
 FIGURES: Final = {
@@ -42,6 +43,7 @@ FIGURES: Final = {
     "confusion_matrix.png": "Confusion matrix of the winner",
     "calibration.png": "Calibration of the winner",
 }
+ANSWER_FIGURES: Final = {name: FIGURES[name] for name in ("confusion_matrix.png", "calibration.png")}  # of the winner
 DIMENSIONS: Final = ("targets", "rank", "alpha", "dropout", "learning_rate")
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -167,6 +169,22 @@ def thumbnail(path: Path, to: Path) -> None:
     with Image.open(path) as image:
         size = (THUMBNAIL_PIXELS, round(image.height * THUMBNAIL_PIXELS / image.width))
         image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(to, format="PNG", optimize=True)
+
+
+def thumbnails(drawn: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """Write small copies of figures below `folder`; gives them by artifact name."""
+    small = {f"{THUMBNAILS}/{name}": folder / THUMBNAILS / name for name in drawn}
+    for path, to in zip(drawn.values(), small.values(), strict=True):
+        thumbnail(path, to)
+    return small
+
+
+def trial_curves(points: pd.DataFrame, title: str, folder: Path) -> dict[str, Path]:
+    """Draw accuracy and loss of one trial into `folder`; gives figures and thumbnails by artifact name."""
+    drawn = {name: folder / name for name in ("accuracy_curve.png", "loss_curve.png")}
+    accuracy_curve(points, title, drawn["accuracy_curve.png"])
+    loss_curve(points, title, drawn["loss_curve.png"])
+    return drawn | thumbnails(drawn, folder)
 
 
 def accuracy_curve(points: pd.DataFrame, title: str, path: Path) -> None:

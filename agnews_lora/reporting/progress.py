@@ -1,7 +1,6 @@
-"""What a person sees while trials train: a live table on a terminal, plain lines everywhere else.
+"""The screen of trials in training: a live table on a terminal, plain lines everywhere else.
 
-Lines stay where they are (what started, what ended); the table below them shows what runs now. Nothing here decides
-anything: it is told of events and keeps just enough to show them.
+Trials that started or ended are lines, and stay; the table below them shows the trials that run now.
 """
 
 import sys
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal, Self
 
-from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
 from rich.live import Live
 from rich.segment import Segment
 from rich.table import Table
@@ -22,19 +21,21 @@ from agnews_lora.training.interface import EvalPoint, TrainPoint
 REFRESHES_PER_SECOND: Final = 2
 # The table's columns, and how wide a terminal must be to show each.
 COLUMNS: Final = {"trial": 0, "configuration": 78, "step": 0, "loss": 50, "accuracy": 0, "best": 42, "left": 65}
-COLUMN_SIDES: Final[dict[str, Literal["left"]]] = {"trial": "left", "configuration": "left"}
 LINES_BESIDE: Final = 4  # of a terminal's height: the two headers, how many more there are, and the cursor
-GAP: Final = 2
-SURE_SHARE: Final = 0.05  # of the work: before that, an estimate of the time left would jump about
-END_WORDS: Final = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "FAILED": "failed"}
-END_STYLES: Final = {"complete": "green", "pruned": "yellow", "failed": "red", "interrupted": "magenta"}
-
-Mode = Literal["live", "lines", "quiet"]
+LEAST_SHARE: Final = 0.05  # of the work: before that, an estimate of the time left would jump about
+# What the end of a trial is called, and its style, by state.
+ENDS: Final = {
+    "COMPLETE": ("complete", "green"),
+    "PRUNED": ("pruned", "yellow"),
+    "FAIL": ("failed", "red"),
+    "FAILED": ("failed", "red"),
+    "INTERRUPTED": ("interrupted", "magenta"),
+}
 
 
 @dataclass
 class _Running:
-    """A trial in training. began, first_step: where this process took it up, for the estimate of its time left."""
+    """A trial in training. began, first_step: of this process, for the estimate of its time left."""
 
     label: str
     total_steps: int
@@ -45,22 +46,33 @@ class _Running:
     accuracy: float | None = None
     best: float | None = None
 
-    def reached(self, step: int, began: float) -> None:
+    def reached(self, step: int, now: float) -> None:
         if self.first_step is None:
-            self.first_step, self.began = step, began
+            self.first_step, self.began = step, now
         self.step = max(self.step, step)
 
-    def seconds_left(self, now: float) -> float | None:
-        done = self.step - (self.first_step or 0)
-        if done <= 0:
-            return None
-        return max(0.0, (self.total_steps - self.step) * (now - self.began) / done)
+    @property
+    def steps_here(self) -> int:
+        return self.step - (self.first_step or 0)
+
+    def cells(self, name: str, now: float) -> dict[str, str]:
+        """Texts by column."""
+        left = (self.total_steps - self.step) * (now - self.began) / self.steps_here if self.steps_here else None
+        return {
+            "trial": name,
+            "configuration": self.label,
+            "step": f"{self.step}/{self.total_steps}",
+            "loss": "-" if self.loss is None else f"{self.loss:.3f}",
+            "accuracy": "-" if self.accuracy is None else f"{self.accuracy:.2%}",
+            "best": "-" if self.best is None else f"{self.best:.2%}",
+            "left": "-" if left is None else duration(left),
+        }
 
 
-class _LiveTable(Live):
+class _Live(Live):
     """A live display that stays in place when the terminal is made narrower.
 
-    What is on it then is wrapped by the terminal and takes more lines than rich has drawn, and would clear.
+    The terminal wraps the lines that are on it then, so that they take more lines than rich would clear.
     """
 
     _width = 0
@@ -78,12 +90,15 @@ class _LiveTable(Live):
 
 
 class Progress:
-    """The screen of a study (or of one training) while it runs. Use it as a context manager.
+    """The screen of a study, or of one training, while it runs. Use it as a context manager.
 
-    total_trials: how many are to end in all; None for a worker, which does not know the others' trials. ended: those
-    that had before. best, best_trial: the best complete one so far. confirms: whether they are repetitions, among
-    which no best is looked for. console: the standard output unless given. clock:
-    seconds.
+    Args:
+        total_trials: how many are to end in all; None where that is unknown.
+        ended: how many had ended before.
+        best, best_trial: the best complete one so far.
+        confirms: whether the trials are repetitions, among which there is no best.
+        console: the standard output unless given.
+        clock: seconds.
     """
 
     def __init__(
@@ -100,18 +115,14 @@ class Progress:
     ) -> None:
         self._console = console or Console(highlight=False)
         animated = self._console.is_terminal and not self._console.is_dumb_terminal
-        self.mode: Mode = "quiet" if quiet else "live" if animated else "lines"
-        self._total_trials = total_trials
-        self._ended_before = ended
-        self._ended = ended
-        self._best = best
-        self._best_trial = best_trial
-        self._confirms = confirms
-        self._clock = clock
-        self._began = clock()
+        self.mode: Literal["live", "lines", "quiet"] = "quiet" if quiet else "live" if animated else "lines"
+        self._total_trials, self._confirms = total_trials, confirms
+        self._ended_before = self._ended = ended
+        self._best, self._best_trial = best, best_trial
+        self._clock, self._began = clock, clock()
         self._running: dict[str, _Running] = {}
         # Its thread redraws a few lines twice a second, so that times go on while nothing happens.
-        self._live = _LiveTable(self, console=self._console, refresh_per_second=REFRESHES_PER_SECOND, transient=True)
+        self._live = _Live(self, console=self._console, refresh_per_second=REFRESHES_PER_SECOND, transient=True)
 
     def __enter__(self) -> Self:
         if self.mode == "live":
@@ -123,125 +134,91 @@ class Progress:
     ) -> None:
         self._live.stop()  # also gives the cursor back
 
-    # What the runner tells -------------------------------------------------------------------------------------
-
     def trial_started(self, trial: str, label: str, total_steps: int) -> None:
-        """A trial began, or goes on. label: its configuration. total_steps: training steps, if nothing prunes it."""
+        """Show a trial that started or was resumed. label: its configuration."""
         self._running[trial] = _Running(label, total_steps, self._clock())
         if self.mode == "lines":
-            self._line(f"{trial} started: {label}, {total_steps} steps")
+            self.announce(f"{trial} started: {label}, {total_steps} steps")
 
     def logged(self, points: Sequence[TrainPoint]) -> None:
-        """Training losses."""
+        """Show training losses."""
         for point in points:
             running = self._running[point.trial]
             running.reached(point.step, self._clock())
             running.loss = point.loss
 
     def evaluated(self, points: Sequence[EvalPoint]) -> None:
-        """Validation scores."""
+        """Show validation scores."""
         for point in points:
             running = self._running[point.trial]
             running.reached(point.step, self._clock())
-            running.accuracy = point.accuracy
-            running.best = max(point.accuracy, running.best or 0.0)
+            running.accuracy, running.best = point.accuracy, max(point.accuracy, running.best or 0.0)
             if self.mode == "lines":
-                step = f"{point.trial} step {point.step}/{running.total_steps}"
                 loss = "" if running.loss is None else f"  loss {running.loss:.3f}"
-                self._line(f"{step}{loss}  accuracy {point.accuracy:.2%}")
+                step = f"{point.trial} step {point.step}/{running.total_steps}"
+                self.announce(f"{step}{loss}  accuracy {point.accuracy:.2%}")
 
     def trial_ended(self, trial: str, state: str, accuracy: float | None, reason: str | None) -> None:
-        """A trial ended. state: Optuna's, or `INTERRUPTED`. accuracy: final, or the last one of a pruned trial."""
+        """Show the end of a trial.
+
+        Args:
+            state: Optuna's, or `INTERRUPTED`.
+            accuracy: final, or the last one of a pruned trial.
+        """
         label = self._running.pop(trial).label
-        if state != "INTERRUPTED":
-            self._ended += 1
-        better = accuracy is not None and (self._best is None or accuracy > self._best)
-        best = state == "COMPLETE" and better and not self._confirms
-        if best:
+        self._ended += state != "INTERRUPTED"
+        better = accuracy is not None and accuracy > (-1.0 if self._best is None else self._best)
+        if best := state == "COMPLETE" and better and not self._confirms:
             self._best, self._best_trial = accuracy, trial
-        word = END_WORDS.get(state, state.lower())
-        line = Text(f"{trial} ")
-        line.append(word, style=END_STYLES.get(word, ""))
+        word, style = ENDS.get(state, (state.lower(), ""))
+        line = Text(f"{trial} ").append(word, style=style)
         if accuracy is not None:
             line.append(f"  accuracy {accuracy:.2%}{'  best so far' if best and self._total_trials else ''}")
-        line.append(f"  {label}" if self.mode == "live" else "")
-        line.append(f"  {reason}" if reason else "")
-        if self._total_trials is not None:
-            line.append(f"  [{self._ended}/{self._total_trials}]")
-        self._line(line)
+        line.append(f"  {label}" if self.mode == "live" else "").append(f"  {reason}" if reason else "")
+        self.announce(line if self._total_trials is None else line.append(f"  [{self._ended}/{self._total_trials}]"))
 
-    def announce(self, text: str) -> None:
-        """A line that says what comes next."""
-        self._line(text)
+    def announce(self, text: str | Text) -> None:
+        """Print a line that stays."""
+        if self.mode != "quiet":
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def message(self, text: str) -> None:
-        """A warning: what did not go as it should. A quiet screen passes it on to the standard error."""
+        """Print a warning; a quiet screen passes it on to the standard error."""
         if self.mode == "quiet":
             print(f"agnews-lora: {text}", file=sys.stderr, flush=True)
         else:
-            self._line(text)
-
-    def _line(self, line: str | Text) -> None:
-        if self.mode != "quiet":
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    # The live table ----------------------------------------------------------------------------------------------
+            self.announce(text)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        now = self._clock()
-        running = list(self._running.items())  # the drawing thread is another one
-        yield self._header(now, [trial for _, trial in running])
-        shown = running[: max(1, options.size.height - LINES_BESIDE)]
-        if running:
-            yield self._table(shown, options.max_width, now)
-        if hidden := len(running) - len(shown):
-            yield Text(f"and {hidden} more", style="dim")
+        now, running = self._clock(), dict(self._running)  # the drawing thread is another one
+        yield self._header(now, list(running.values()))
+        rows = [trial.cells(name, now) for name, trial in running.items()]
+        shown = rows[: max(1, options.size.height - LINES_BESIDE)]
+        if shown:
+            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+            columns = [column for column, least_width in COLUMNS.items() if options.max_width >= least_width]
+            for column in columns:
+                text = column in ("trial", "configuration")
+                # Only a column that may wrap is narrowed by rich; its texts do not wrap, but end in an ellipsis.
+                table.add_column(column, justify="left" if text else "right", no_wrap=column != "configuration")
+            for row in shown:
+                table.add_row(*(Text(row[column], overflow="ellipsis", no_wrap=True) for column in columns))
+            yield table
+        if len(rows) > len(shown):
+            yield Text(f"and {len(rows) - len(shown)} more", style="dim")
 
-    def _header(self, now: float, running: Sequence[_Running]) -> RenderableType:
+    def _header(self, now: float, running: Sequence[_Running]) -> Text:
         of_all = "" if self._total_trials is None else f"/{self._total_trials}"
         parts = [f"{'confirmation' if self._confirms else 'trials'} {self._ended}{of_all}"]
         if self._best is not None:
             parts.append(f"best {self._best:.2%}" + (f" ({self._best_trial})" if self._best_trial else ""))
         parts.append(f"elapsed {duration(now - self._began)}")
-        left = self._seconds_left(now, running)
-        if left is not None:
-            parts.append(f"about {duration(left)} left")
+        # The pace of this process: trials that ended in it, and what it did of those that run.
+        done = self._ended - self._ended_before + sum(trial.steps_here / trial.total_steps for trial in running)
+        if self._total_trials is not None and done >= LEAST_SHARE:
+            left = self._total_trials - self._ended - sum(trial.step / trial.total_steps for trial in running)
+            parts.append(f"about {duration(max(0.0, left) * (now - self._began) / done)} left")
         return Text("  ".join(parts), style="bold", overflow="ellipsis", no_wrap=True)
-
-    def _seconds_left(self, now: float, running: Sequence[_Running]) -> float | None:
-        """From the pace of this process: trials that ended in it, and the shares of those that run."""
-        done_here = sum((trial.step - (trial.first_step or 0)) / trial.total_steps for trial in running)
-        done_here += self._ended - self._ended_before
-        if done_here < SURE_SHARE or self._total_trials is None:
-            return None
-        shares = sum(trial.step / trial.total_steps for trial in running)
-        remaining = max(0.0, self._total_trials - self._ended - shares)
-        return remaining * (now - self._began) / done_here
-
-    def _table(self, running: Sequence[tuple[str, _Running]], width: int, now: float) -> Table:
-        table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
-        shown = [column for column, least_width in COLUMNS.items() if width >= least_width]
-        rows = [_cells(name, trial, now) for name, trial in running]
-        taken = {column: max(len(column), *(len(row[column]) for row in rows)) + GAP for column in shown}
-        for column in shown:
-            room = width - sum(taken.values()) + taken[column] if column == "configuration" else None
-            table.add_column(column, justify=COLUMN_SIDES.get(column, "right"), no_wrap=True, max_width=room)
-        for row in rows:
-            table.add_row(*(Text(row[column], overflow="ellipsis") for column in shown))
-        return table
-
-
-def _cells(name: str, trial: _Running, now: float) -> dict[str, str]:
-    left = trial.seconds_left(now)
-    return {
-        "trial": name,
-        "configuration": trial.label,
-        "step": f"{trial.step}/{trial.total_steps}",
-        "loss": _or_dash(trial.loss, ".3f"),
-        "accuracy": _or_dash(trial.accuracy, ".2%"),
-        "best": _or_dash(trial.best, ".2%"),
-        "left": "-" if left is None else duration(left),
-    }
 
 
 def duration(seconds: float) -> str:
@@ -252,7 +229,3 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)

@@ -1,103 +1,59 @@
-"""The last screen of a sweep: what was found, and what to type next."""
+"""The last screen of a sweep: its result, and the next commands."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from agnews_lora.reporting.progress import duration
+from agnews_lora.search.results import SweepResult
 
 
-@dataclass(frozen=True)
-class SweepSummary:
-    """What a sweep found. What is None is unknown and not shown.
-
-    winner: id of the best trial; configuration: its adapter. mean_accuracy, std_accuracy: of its runs with `num_seeds`
-    seeds, the sweep's own (`accuracy`) among them. accuracy, baseline_accuracy, bound: shares of the
-    validation split, the bound being the best that is possible by construction of the data. trainable_parameters,
-    budget: counts, head included. wall_seconds: of this start of the sweep. registered: model and version.
-    next_commands: (what to type, what it does).
-    """
-
-    study: str
-    num_complete: int
-    num_pruned: int
-    num_failed: int
-    winner: str | None = None
-    configuration: str | None = None
-    accuracy: float | None = None
-    mean_accuracy: float | None = None
-    std_accuracy: float | None = None
-    num_seeds: int | None = None
-    trainable_parameters: int | None = None
-    budget: int | None = None
-    baseline_accuracy: float | None = None
-    bound: float | None = None
-    wall_seconds: float | None = None
-    registered: str | None = None
-    next_commands: tuple[tuple[str, str], ...] = ()
+def print_summary(console: Console, result: SweepResult) -> None:
+    """Print the result as a panel. An unknown value has no line."""
+    found, commands = _grid(), _grid()
+    for name, value, style in _rows(result):
+        found.add_row(Text(name, style="dim"), Text(value, style=style))
+    sweep = result.facts.sweep
+    variable = "" if sweep == "embedded" else f" SWEEP={sweep}"
+    for command, purpose in (
+        ("make ui", "browse the runs"),
+        (f"make promote{variable}", "check the winner, and make it champion"),
+        (f"make report{variable}", "write the result as a page and a PDF"),
+    ):
+        commands.add_row(Text(command, style="bold cyan"), Text(purpose))
+    content = Group(found, Text("\nNext", style="bold"), commands)
+    console.print(Panel(content, title=Text(f"study {result.study}"), title_align="left", expand=False))
 
 
-def print_summary(console: Console, summary: SweepSummary) -> None:
-    """Print the summary as a panel."""
-    found = _grid()
-    for name, value in _rows(summary):
-        found.add_row(name, value)
-    parts: list[RenderableType] = [found]
-    if summary.next_commands:
-        commands = _grid()
-        for command, purpose in summary.next_commands:
-            commands.add_row(Text(command, style="bold cyan"), Text(purpose))
-        parts += [Text("\nNext", style="bold"), commands]
-    console.print(Panel(Group(*parts), title=Text(f"study {summary.study}"), title_align="left", expand=False))
-
-
-def _rows(summary: SweepSummary) -> Iterator[tuple[Text, Text]]:
-    def row(name: str, value: str, style: str = "") -> tuple[Text, Text]:
-        return Text(name, style="dim"), Text(value, style=style)
-
-    if summary.winner is None:
-        yield row("winner", "none: no trial was completed", "bold red")
+def _rows(result: SweepResult) -> Iterator[tuple[str, str, str]]:
+    """(name, value, style) of every line."""
+    winner, baseline, mean, facts = result.winner, result.baseline, result.confirmation, result.facts
+    if winner is None:
+        yield "winner", "none: no trial was completed", "bold red"
     else:
-        yield row("winner", f"{summary.winner}  {summary.configuration or ''}".rstrip(), "bold")
-    if summary.accuracy is not None:
-        yield row("accuracy", f"{summary.accuracy:.2%}", "bold green")
-    if summary.mean_accuracy is not None:
-        yield row("confirmed", _confirmation(summary))
-    if summary.baseline_accuracy is not None:
-        yield row("baseline", f"{summary.baseline_accuracy:.2%}{_gain(summary)}")
-    if summary.bound is not None:
-        yield row("best possible", f"{summary.bound:.2%}")
-    if summary.trainable_parameters is not None:
-        yield row("parameters", f"{summary.trainable_parameters:,} trainable{_share_of_budget(summary)}")
-    counts = f"{summary.num_complete} complete, {summary.num_pruned} pruned, {summary.num_failed} failed"
-    yield row("trials", counts)
-    if summary.wall_seconds is not None:
-        yield row("wall time", duration(summary.wall_seconds))
-    if summary.registered is not None:
-        yield row("registered", summary.registered)
-
-
-def _confirmation(summary: SweepSummary) -> str:
-    spread = "" if summary.std_accuracy is None else f" ± {100 * summary.std_accuracy:.2f}"
-    seeds = f"{summary.num_seeds} seeds" if summary.num_seeds != 1 else "1 seed"
-    return f"{summary.mean_accuracy:.2%}{spread}  (mean of {seeds})"
-
-
-def _gain(summary: SweepSummary) -> str:
-    """In percentage points."""
-    if summary.accuracy is None or summary.baseline_accuracy is None:
-        return ""
-    return f"  (gain {100 * (summary.accuracy - summary.baseline_accuracy):+.2f} points)"
-
-
-def _share_of_budget(summary: SweepSummary) -> str:
-    if summary.trainable_parameters is None or summary.budget is None:
-        return ""
-    return f", {summary.trainable_parameters / summary.budget:.1%} of the budget of {summary.budget:,}"
+        yield "winner", f"{winner.trial}  {winner.spec or ''}".rstrip(), "bold"
+        yield "accuracy", f"{winner.accuracy:.2%}", "bold green"
+    if mean is not None:
+        spread = "" if mean.std_accuracy is None else f" ± {100 * mean.std_accuracy:.2f}"
+        seeds = f"{len(mean.runs)} seed{'s' if len(mean.runs) != 1 else ''}"
+        yield "confirmed", f"{mean.mean_accuracy:.2%}{spread}  (mean of {seeds})", ""
+    if baseline is not None:
+        gain = "" if result.gain is None else f"  (gain {100 * result.gain:+.2f} points)"
+        yield "baseline", f"{baseline.accuracy:.2%}{gain}", ""
+    if facts.bound is not None:
+        yield "best possible", f"{facts.bound:.2%}", ""
+    if winner is not None and (count := winner.trainable_parameters) is not None:
+        share = f"{count / facts.budget:.1%} of the budget of {facts.budget:,}"
+        yield "parameters", f"{count:,} trainable, {share}", ""
+    yield "trials", ", ".join(f"{count} {word}" for word, count in result.counts.items()), ""
+    if result.wall_seconds is not None:
+        yield "wall time", duration(result.wall_seconds), ""
+    if (version := result.registration) is not None:
+        aliases = ", ".join(version.aliases) or "a version"
+        yield "registered", f"version {version.version} of {version.model} as {aliases}", ""
 
 
 def _grid() -> Table:

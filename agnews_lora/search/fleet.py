@@ -169,9 +169,12 @@ class Fleet:
         places = self._workers.num_places()
         unplaced = [member for member in self._members if not member.is_running]
         self._drop(unplaced[: max(0, len(self._members) - places)])
+        is_first_look = self._started == 0
         while len(self._members) < places:
             self._started += 1
             name = f"worker-{self._started}"
+            if not is_first_look:
+                self._message(f"A place is free: {name} starts.")
             self._members.append(_Member(name, self._workers.start(name)))
             self._submit(self._members[-1], stop=False)
         if not self._members and not self._is_waiting:

@@ -55,7 +55,7 @@ class TrialSummary:
 
     @classmethod
     def from_trial(cls, trial: FrozenTrial) -> Self:
-        """Read it from a trial of a study."""
+        """Read it from a trial of a study. A score that is not finite counts as none: JSON has no word for it."""
         attributes, reported = trial.user_attrs, trial.intermediate_values
         value = trial.value if trial.state is TrialState.COMPLETE else reported[max(reported)] if reported else None
         return cls(
@@ -64,9 +64,9 @@ class TrialSummary:
             state=trial.state.name,
             baseline=bool(attributes.get(study_keys.BASELINE)),
             spec=TrialSpec(**attributes[study_keys.SPEC]) if study_keys.SPEC in attributes else None,
-            accuracy=value,
-            macro_f1=attributes.get(study_keys.MACRO_F1),
-            loss=attributes.get(study_keys.LOSS),
+            accuracy=_finite(value),
+            macro_f1=_finite(attributes.get(study_keys.MACRO_F1)),
+            loss=_finite(attributes.get(study_keys.LOSS)),
             trainable_parameters=attributes.get(study_keys.TRAINABLE),
             seed=attributes.get(study_keys.SEED),
             run_id=attributes.get(study_keys.RUN_ID),
@@ -118,7 +118,8 @@ class SweepFacts:
 
     base: the hub's id. bound: the best possible accuracy, where the data's construction tells. settings: of
     `TrainSettings`. space: as `search.space.describe` gives it. data: the source in words. texts: the YAML files, word
-    for word, by file name. provenance: code, versions and device.
+    for word, by file name. provenance: code, versions and device. heads: those that are searched. adapter: the
+    baseline's configuration. confirmation: `{trials, seeds}`; None without one.
     """
 
     sweep: str
@@ -141,6 +142,9 @@ class SweepFacts:
     data: Mapping[str, Any]
     texts: Mapping[str, str]
     provenance: Mapping[str, str]
+    heads: tuple[str, ...] = ("full",)
+    adapter: TrialSpec | None = None
+    confirmation: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -255,21 +259,43 @@ class SweepResult:
         return replace(self, registration=registration)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: every field, and what follows from them for those who read it without this package."""
+        """For JSON: every field, and what follows from them for those who read it without this package.
+
+        `trials` counts them, and `leaderboard` has them all, the best first.
+        """
         winner, baseline, mean = self.winner, self.baseline, self.confirmation
-        derived = {
-            "winner": winner.trial if winner else None,
-            "baseline": baseline.trial if baseline else None,
-            "accuracy": winner.accuracy if winner else None,
-            "baseline_accuracy": baseline.accuracy if baseline else None,
-            "confirmed_accuracy": mean.mean_accuracy if mean else None,
-            "ranking": [row.trial for row in self.ranking],
-            "counts": self.counts,
+        shown = asdict(self)
+        del shown["trials"]
+        return {
+            "study": self.study,
+            "state": self.state,
+            "trials": self.counts,
+            "winner": winner
+            and {
+                "trial": winner.trial,
+                "run_id": winner.run_id,
+                "configuration": winner.spec and winner.spec.as_dict(),
+                "accuracy": winner.accuracy,
+                "trainable_parameters": winner.trainable_parameters,
+                "confirmation": mean
+                and {
+                    "seeds": len(mean.runs),
+                    "failed": mean.num_failed,
+                    "mean_accuracy": mean.mean_accuracy,
+                    "std_accuracy": mean.std_accuracy,
+                    "drop": mean.drop,
+                },
+            },
+            "baseline_accuracy": baseline and baseline.accuracy,
+            "best_possible_accuracy": self.facts.bound,
+            "budget": self.facts.budget,
+            "registered": shown.pop("registration"),
+            "leaderboard": [asdict(row) for row in self.ranking],
+            **shown,
         }
-        return {**derived, **asdict(self)}
 
     def to_json(self) -> str:
-        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -282,22 +308,27 @@ class SweepResult:
             read = json.loads(text)
             if read["format"] != FORMAT:
                 raise ValueError(f"format {FORMAT} is read, but this is {read['format']}")
-            names = cls.__dataclass_fields__
-            found = {name: value for name, value in read.items() if name in names}
-            facts, answers, registration = found["facts"], found["answers"], found["registration"]
+            facts, answers, registration = read["facts"], read["answers"], read["registered"]
+            found = {name: value for name, value in read.items() if name in cls.__dataclass_fields__}
             found["facts"] = SweepFacts(
-                **{**facts, "shape": ModelShape(**facts["shape"]), "labels": tuple(facts["labels"])}
+                **facts
+                | {
+                    "shape": ModelShape(**facts["shape"]),
+                    "adapter": TrialSpec(**facts["adapter"]) if facts["adapter"] else None,
+                    "labels": tuple(facts["labels"]),
+                    "heads": tuple(facts["heads"]),
+                }
             )
-            found["trials"] = tuple(map(_summary, found["trials"]))
+            found["trials"] = tuple(sorted(map(_summary, read["leaderboard"]), key=lambda row: row.number))
             found["confirmed"] = tuple(
-                Confirmed(_summary(row["own"]), tuple(map(_summary, row["repeats"]))) for row in found["confirmed"]
+                Confirmed(_summary(row["own"]), tuple(map(_summary, row["repeats"]))) for row in read["confirmed"]
             )
             if registration is not None:
                 parts = {name: tuple(registration[name]) for name in ("aliases", "checks")}
-                found["registration"] = Registration(**{**registration, **parts})
+                found["registration"] = Registration(**registration | parts)
             if answers is not None:
                 parts = {name: tuple(answers[name]) for name in ("calibration", "mistakes")}
-                found["answers"] = Answers(**{**answers, **parts, "confusion": tuple(map(tuple, answers["confusion"]))})
+                found["answers"] = Answers(**answers | parts | {"confusion": tuple(map(tuple, answers["confusion"]))})
             return cls(**found)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a sweep result: {error!r}") from error
@@ -324,7 +355,7 @@ def best_first(rows: Sequence[TrialSummary]) -> list[TrialSummary]:
 
     def rank(row: TrialSummary) -> tuple[float, float, int]:
         assert row.accuracy is not None, "Optuna completes no trial without a value"
-        return -row.accuracy, math.inf if row.loss is None or math.isnan(row.loss) else row.loss, row.number
+        return -row.accuracy, math.inf if row.loss is None else row.loss, row.number
 
     return sorted((row for row in rows if row.state == "COMPLETE"), key=rank)
 
@@ -346,9 +377,13 @@ def confirmed(trials: Sequence[TrialSummary], rounds: optuna.Study | None) -> li
 
 
 def _mean_loss(rows: Sequence[TrialSummary]) -> float:
-    losses = [row.loss for row in rows if row.loss is not None]
-    mean = fmean(losses) if losses else math.inf
-    return math.inf if math.isnan(mean) else mean
+    """Infinite where one of them has none."""
+    losses = [row.loss for row in rows]
+    return fmean(loss for loss in losses if loss is not None) if None not in losses else math.inf
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _ended_at(*studies: optuna.Study) -> float | None:
@@ -365,7 +400,8 @@ def _importances(study: optuna.Study) -> dict[str, float]:
     shared = set.intersection(*(set(trial.params) for trial in asked))
     if len({trial.value for trial in complete}) == 1 or not shared:
         return {}
-    return optuna.importance.get_param_importances(study, params=sorted(shared))
+    found = optuna.importance.get_param_importances(study, params=sorted(shared))
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _summary(read: dict[str, Any]) -> TrialSummary:

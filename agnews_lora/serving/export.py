@@ -9,8 +9,8 @@ from typing import Final
 
 from agnews_lora.adapters.adapter_files import AdapterRecord, read_record, recount
 from agnews_lora.errors import StorageError
-from agnews_lora.serving.markdown import code, text
 from agnews_lora.serving.model_package import Package, recorded_score
+from agnews_lora.tracking.descriptions import code, text
 from agnews_lora.tracking.registry import Registry, Version
 from agnews_lora.training.interface import TrainSettings
 
@@ -102,12 +102,12 @@ def _results(version: Version) -> str:
     )
     test = recorded_score(version) or "not scored: this version has not been promoted."
     lines = [f"- Test split, scored once: {test}", validation]
-    if mean := confirmed_mean(version):
+    if mean := _confirmed_mean(version):
         lines.append(f"- Validation split, the same configuration trained from several seeds: {mean}.")
     return "\n".join(lines)
 
 
-def confirmed_mean(version: Version) -> str | None:
+def _confirmed_mean(version: Version) -> str | None:
     """Mean and spread over the seeds that the winner was confirmed with, in words; None where it was not."""
     tags = version.tags
     if "confirmation_mean_accuracy" not in tags:

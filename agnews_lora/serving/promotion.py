@@ -16,7 +16,6 @@ from agnews_lora.data.sources import Corpus
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import AgnewsLoraError, RegistryError
 from agnews_lora.serving import reload
-from agnews_lora.serving.markdown import text
 from agnews_lora.serving.model_package import (
     REGISTER_ANOTHER,
     Finding,
@@ -29,6 +28,7 @@ from agnews_lora.serving.model_package import (
     token_digest,
 )
 from agnews_lora.serving.stats import accuracy_interval, count_pairs, worse_p_value
+from agnews_lora.tracking.descriptions import text
 from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, REPORT, Registry, Version
 from agnews_lora.training.metrics import accuracy, macro_f1
 

@@ -23,9 +23,9 @@ from starlette.requests import ClientDisconnect, Request
 
 import agnews_lora
 from agnews_lora.errors import DataError, PromotionError
-from agnews_lora.serving.markdown import one_line
 from agnews_lora.serving.model_package import LARGEST_DIFFERENCE, ReferenceAnswers
 from agnews_lora.serving.predict import Classifier
+from agnews_lora.tracking.descriptions import one_line
 from agnews_lora.tracking.registry import Version
 
 INVOCATIONS: Final = "/invocations"

@@ -85,12 +85,12 @@ def test_the_winner_its_model_and_its_version_know_each_other(printed: str, visi
     mistakes = tour.follow(winner, "Its most confident mistakes", ["View as table"])
     require(mistakes, "confidence", "predicted")
 
-    version = tour.follow(story, re.compile(r"^version 1 of small$"), ["Passed its promotion checks"])
+    version = tour.follow(story, re.compile(r"^version 1 of small$"), ["Passed the promotion checks"])
     require(version, "champion", "test split, scored once", "of 100,000 trainable parameters", "newswire", "digest")
     require(tour.follow(version, "report", ["report.md"]), "passed")
 
     model = visitor.open(in_layout(version.url.partition("/versions/")[0]), ["Versions"])
-    require(model, "Passed its promotion checks", "champion", "found under a hard budget")
+    require(model, "Passed the promotion checks", "champion", "found under a hard budget")
 
     logged = tour.follow(winner, "classifier", ["Datasets used"])
     require(logged, "eval/accuracy", "newswire-validation", "trainable_parameters", "learning_rate")

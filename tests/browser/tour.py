@@ -82,7 +82,7 @@ def stops(tour: Tour) -> Iterator[tuple[str, Page]]:
     yield "charts", tour.follow(story, "as charts", ["eval/accuracy"])
     yield "winner", tour.winner(story)
     yield "leaderboard", tour.follow(story, "leaderboard", ["View as table"])
-    version = tour.follow(story, re.compile(r"^version \d+ of "), ["validation split", "Passed its promotion checks"])
+    version = tour.follow(story, re.compile(r"^version \d+ of "), ["validation split", "Passed the promotion checks"])
     yield "version", version
     yield "model", tour.visitor.open(in_layout(version.url.partition("/versions/")[0]), ["Versions"])
     yield "logged model", tour.follow(tour.winner(story), "classifier", ["Datasets used"])

@@ -56,7 +56,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     assert states == ["COMPLETE", "WAITING"]
     assert {run.info.status for run in runs(folder)} == {"FINISHED", "KILLED"}
     [parent] = [run for run in runs(folder) if run.data.tags.get("kind") == "sweep"]
-    assert parent.data.tags["mlflow.note.content"].startswith("**Under way, or stopped on it:**")
+    assert parent.data.tags["mlflow.note.content"].startswith("**Under way, or stopped:**")
     second = agnews_lora(folder, "sweep", "small")
     assert second.returncode == 0, second.stderr
     return folder, second.stdout

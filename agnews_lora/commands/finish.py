@@ -1,0 +1,398 @@
+"""How a sweep ends: the result computed once, its winner registered, and files, figures and pages made from it.
+
+Finishing again changes nothing but what is new.
+"""
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import asdict, replace
+from functools import cache, partial
+from math import isfinite
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import optuna
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+
+from agnews_lora.commands import report
+from agnews_lora.commands.report import RESULT
+from agnews_lora.commands.stage import Stage
+from agnews_lora.config.sweep import Sweep
+from agnews_lora.data import sources
+from agnews_lora.data.rows import LABELS
+from agnews_lora.data.sources import Corpus
+from agnews_lora.paths import STORES
+from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, draw, thumbnails
+from agnews_lora.search import space
+from agnews_lora.search.results import Answers, SweepFacts, SweepResult
+from agnews_lora.serving import reload
+from agnews_lora.serving.model_package import Winner, register, registration_of
+from agnews_lora.tracking.descriptions import (
+    Pages,
+    model_description,
+    opening_description,
+    sweep_description,
+    version_description,
+    winner_description,
+)
+from agnews_lora.tracking.provenance import provenance
+from agnews_lora.tracking.registry import Registry, Version
+from agnews_lora.tracking.runs import RunPage, SweepRuns, page_of
+
+RESULTS: Final = STORES / "results"
+PREDICTIONS: Final = "predictions.csv"  # artifact of the winner's run
+WINNER: Final = "winner"  # tag of a trial's run
+NUM_MISTAKES: Final = 10
+NUM_BINS: Final = 10
+# What a logged model shows of the run that trained it.
+MODEL_PARAMS: Final = (
+    "targets",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "learning_rate",
+    "head",
+    "trainable_parameters",
+    "budget",
+    "seed",
+    "base",
+)
+MODEL_METRICS: Final = ("eval/accuracy", "eval/macro_f1", "eval/loss")
+
+Logits = npt.NDArray[np.float32]  # [validation rows, classes]
+
+
+def finish(
+    sweep: Sweep,
+    prepared: Stage,
+    study: optuna.Study,
+    rounds: optuna.Study | None,
+    runs: SweepRuns,
+    wall_seconds: float,
+    record_seconds: float,
+) -> SweepResult:
+    """Register the winner and publish the result of a study whose trials have all ended.
+
+    Args:
+        rounds: the study of the confirmation, where there is one.
+        wall_seconds, record_seconds: of this start of the sweep so far, see `SweepResult`.
+
+    Raises:
+        PromotionError, BudgetError, AdapterError: the winner cannot be registered; the parent run stays open.
+    """
+    began, parent, registry = time.perf_counter(), runs.page(), Registry(runs.client, sweep.experiment.name)
+    result = SweepResult.from_study(
+        study,
+        rounds,
+        replace(facts_of(sweep, prepared), planned_trials=len(study.get_trials(deepcopy=False))),
+        state="COMPLETE",
+        run_id=parent.run_id,
+        record_seconds=record_seconds,
+    )
+    winner, version = result.winner, None
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        if winner is not None:
+            logits = cache(partial(_logits, runs.client, prepared, folder))
+            version = _register(result, sweep, prepared, runs, registry, folder, logits)
+            answers = _known_answers(result) or _answer(result, prepared.corpus, runs, folder, logits)
+            result = replace(result, answers=answers, registration=registration_of(registry, version))
+        result = replace(result, wall_seconds=wall_seconds + time.perf_counter() - began)
+        curves = {row.trial: runs.curve(row.trial) for row in result.trials}
+        rows = (*result.trials, *(row for each in result.confirmed for row in each.repeats))
+        drawn = draw(result, curves, folder, {row.trial: runs.times(row.trial) for row in rows})
+        if winner is not None:
+            answered = {name: drawn[name] for name in ANSWER_FIGURES}
+            runs.page(winner.run_id).log_files(answered | thumbnails(answered, folder))
+        parent.log_table("leaderboard", leaderboard(result))
+        _describe(result, runs.page, registry, version, drawn)
+        _mark_winner(result, runs)
+        runs.close_parent(
+            "COMPLETE",
+            metrics={name: round(value, 6) for name, value in metrics_of(result).items()},
+            tags={"best_trial": winner.trial, "best_run": str(winner.run_id)} if winner else {},
+            artifacts={**drawn, **thumbnails(drawn, folder), RESULT: write(result)},
+        )
+        report.write(runs.client, parent.run_id, result, folder, curves)
+    return result
+
+
+def refresh(client: MlflowClient, version: Version) -> None:
+    """Bring result, pages and report of a version's sweep up to date, after its aliases or tags have changed.
+
+    A version that is not the result of its sweep any more, or whose sweep has left no result, is described alone.
+    """
+    registry, own = Registry(client, version.model), page_of(client, version.run_id)
+    parent = own.parent()
+    text = parent.read_text(RESULT) if parent else None
+    result = SweepResult.from_json(text) if text else None
+    if parent is None or result is None or result.winner is None or result.winner.run_id != version.run_id:
+        registry.describe(version, version_description(version, own, parent))
+        return
+    result = result.registered(registration_of(registry, version))
+    parent.log_files({RESULT: write(result)})
+    drawn = {item.path for item in client.list_artifacts(parent.run_id)}
+    _describe(result, partial(RunPage, client, parent.experiment_id), registry, version, drawn)
+    with TemporaryDirectory() as folder:
+        report.write(client, parent.run_id, result, Path(folder))
+
+
+def opening(sweep: Sweep, prepared: Stage) -> str:
+    """The description of the parent run while the sweep is under way."""
+    return opening_description(facts_of(sweep, prepared))
+
+
+def facts_of(sweep: Sweep, prepared: Stage) -> SweepFacts:
+    """What a result says of its sweep beside the trials."""
+    experiment, base, corpus = sweep.experiment, prepared.base, prepared.corpus
+    return SweepFacts(
+        sweep=sweep.name,
+        experiment=experiment.name,
+        base=base.hub_id,
+        base_revision=base.revision,
+        shape=base.shape,
+        budget=sweep.budget,
+        engine=sweep.engine,
+        seed=sweep.seed,
+        planned_trials=sweep.trials,
+        total_steps=prepared.total_steps,
+        num_train_rows=len(corpus.train),
+        num_validation_rows=len(corpus.validation),
+        data_digest=corpus.digest,
+        labels=LABELS,
+        bound=corpus.best_accuracy,
+        settings=asdict(experiment.settings),
+        space=space.describe(sweep.space, base.shape, sweep.budget),
+        data=sources.describe(experiment.data_settings),
+        texts={
+            f"{sweep.name}.yaml": sweep.source_text,
+            f"experiment-{experiment.name}.yaml": experiment.source_text,
+        },
+        provenance=provenance(),
+        heads=tuple(sweep.space.heads),
+        adapter=experiment.spec,
+        confirmation=sweep.confirmation.model_dump() if sweep.confirmation else None,
+    )
+
+
+def metrics_of(result: SweepResult) -> dict[str, float]:
+    """What the parent run says in numbers: trials by how they ended, scores of winner and baseline, costs."""
+    winner, baseline, mean = result.winner, result.baseline, result.confirmation
+    found: dict[str, float | None] = {f"trials/{word}": count for word, count in result.counts.items()}
+    found["record_seconds"] = result.record_seconds
+    if winner is not None:
+        found |= {
+            "best/accuracy": winner.accuracy,
+            "best/macro_f1": winner.macro_f1,
+            "best/loss": winner.loss,
+            "best/trainable_parameters": winner.trainable_parameters,
+            "best/gain": result.gain,
+            "baseline/accuracy": baseline.accuracy if baseline else None,
+        }
+    if mean is not None:
+        found |= {
+            "confirmation/mean_accuracy": mean.mean_accuracy,
+            "confirmation/std_accuracy": mean.std_accuracy,
+            "confirmation/drop": mean.drop,
+        }
+    return {name: value for name, value in found.items() if value is not None and isfinite(value)}
+
+
+def leaderboard(result: SweepResult) -> pd.DataFrame:
+    """One row a trial, the best first."""
+    return pd.DataFrame(
+        [
+            {
+                "trial": row.trial,
+                "state": row.state,
+                "accuracy": row.accuracy,
+                "macro_f1": row.macro_f1,
+                "loss": row.loss,
+                "trainable_parameters": row.trainable_parameters,
+                **(row.spec.as_dict() if row.spec else {}),
+                "baseline": row.baseline,
+                "winner": row == result.winner,
+                "run_id": row.run_id,
+                "reason": row.reason,
+            }
+            for row in result.ranking
+        ]
+    )
+
+
+def write(result: SweepResult) -> Path:
+    """Write the result below the stores; gives its file."""
+    path = RESULTS / f"{result.study}.json"
+    result.write(path)
+    return path
+
+
+# The winner ----------------------------------------------------------------------------------------------------------
+
+
+def _logits(client: MlflowClient, prepared: Stage, folder: Path, run_id: str) -> Logits:
+    """Of the adapter that a run has, on the validation split, by plain PEFT in fp32."""
+    return reload.logits(_adapter(client, folder, run_id), prepared.base, prepared.corpus.validation)
+
+
+def _adapter(client: MlflowClient, folder: Path, run_id: str) -> Path:
+    to = folder / run_id
+    to.mkdir(exist_ok=True)
+    uri = client.tracking_uri
+    return Path(download_artifacts(run_id=run_id, artifact_path="adapter", tracking_uri=uri, dst_path=str(to)))
+
+
+def _register(
+    result: SweepResult,
+    sweep: Sweep,
+    prepared: Stage,
+    runs: SweepRuns,
+    registry: Registry,
+    folder: Path,
+    logits: Callable[[str], Logits],
+) -> Version:
+    winner, mean, experiment = result.winner, result.confirmation, sweep.experiment
+    assert winner is not None and winner.run_id is not None, "a trial that ended has its run"
+    version = register(
+        registry,
+        Winner(winner.run_id, _adapter(runs.client, folder, winner.run_id), sweep.name, result.study, sweep.budget),
+        prepared.base,
+        prepared.corpus,
+        sources.describe(experiment.data_settings),
+        partial(logits, winner.run_id),
+    )
+    if mean is not None:
+        tags = {"seeds": len(mean.runs), "mean_accuracy": mean.mean_accuracy, "std_accuracy": mean.std_accuracy}
+        registry.set_tags(
+            version, {f"confirmation_{name}": str(value) for name, value in tags.items() if value is not None}
+        )
+    data = f"{experiment.data_settings.source}-validation", prepared.corpus.validation_rows.digest()
+    registry.link(version, runs.page().run_id, MODEL_PARAMS, MODEL_METRICS, data)
+    return registry.version(version.number)
+
+
+def _known_answers(result: SweepResult) -> Answers | None:
+    """From an earlier end of the same study with the same winner and baseline."""
+    try:
+        found = SweepResult.from_json((RESULTS / f"{result.study}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or another version's
+        return None
+    old, new = ([row and row.run_id for row in (each.winner, each.baseline)] for each in (found, result))
+    return found.answers if (found.study_id, old) == (result.study_id, new) else None
+
+
+def _answer(
+    result: SweepResult, corpus: Corpus, runs: SweepRuns, folder: Path, logits: Callable[[str], Logits]
+) -> Answers:
+    """How the winner answers. Every prediction, and the table of mistakes, are put on its run."""
+    winner, baseline = result.winner, result.baseline
+    assert winner is not None and winner.run_id is not None, "a trial that ended has its run"
+    other = None
+    if baseline is not None and baseline.run_id is not None and runs.is_there(baseline.run_id):
+        other = logits(baseline.run_id).argmax(axis=-1)
+    probabilities = softmax(logits(winner.run_id))
+    answers = answers_of(probabilities, corpus, other)
+    page, names = runs.page(winner.run_id), np.asarray(LABELS)
+    predictions = pd.DataFrame(
+        {
+            "row": np.arange(len(probabilities)),
+            "label": names[corpus.validation.labels],
+            "predicted": names[probabilities.argmax(axis=-1)],
+            **dict(zip(LABELS, probabilities.T, strict=True)),
+        }
+    )
+    predictions.to_csv(folder / PREDICTIONS, index=False, float_format="%.6f")
+    page.log_files({PREDICTIONS: folder / PREDICTIONS})
+    page.log_table(
+        "mistakes", pd.DataFrame(answers.mistakes, columns=["row", "label", "predicted", "confidence", "text"])
+    )
+    return answers
+
+
+def softmax(logits: Logits) -> npt.NDArray[np.float64]:
+    """Probabilities [rows, classes]."""
+    exact = logits.astype(np.float64)
+    return np.exp(exact - np.logaddexp.reduce(exact, axis=-1, keepdims=True))
+
+
+def answers_of(
+    probabilities: npt.NDArray[np.float64], corpus: Corpus, other: npt.NDArray[np.int64] | None = None
+) -> Answers:
+    """Count how the winner answers.
+
+    Args:
+        probabilities: [validation rows, classes], the winner's.
+        other: [validation rows], labels that the baseline predicts.
+    """
+    labels, predicted = np.asarray(corpus.validation.labels), probabilities.argmax(axis=-1)
+    confidence, right = probabilities.max(axis=-1), predicted == labels
+    confusion = np.zeros((len(LABELS), len(LABELS)), dtype=int)
+    np.add.at(confusion, (labels, predicted), 1)
+    # The tenths as they are written: 0.3 is an edge, though 3 * 0.1 lies beyond it. An edge belongs to the bin below.
+    bins = np.searchsorted(np.arange(1, NUM_BINS) / NUM_BINS, confidence, side="left")
+    wrong = np.flatnonzero(~right)
+    surest = wrong[np.argsort(-confidence[wrong], kind="stable")][:NUM_MISTAKES]
+    pairs = None
+    if other is not None:
+        known = other == labels
+        pairs = {
+            "both": int((right & known).sum()),
+            "only_winner": int((right & ~known).sum()),
+            "only_baseline": int((~right & known).sum()),
+            "neither": int((~right & ~known).sum()),
+        }
+    return Answers(
+        confusion=tuple(map(tuple, confusion.tolist())),
+        calibration=tuple(
+            {
+                "low": int(each) / NUM_BINS,
+                "count": int((bins == each).sum()),
+                "confidence": float(confidence[bins == each].mean()),
+                "accuracy": float(right[bins == each].mean()),
+            }
+            for each in np.unique(bins)
+        ),
+        mistakes=tuple(
+            {
+                "row": int(row),
+                "label": LABELS[labels[row]],
+                "predicted": LABELS[predicted[row]],
+                "confidence": float(confidence[row]),
+                "text": corpus.validation_rows.texts[row],
+            }
+            for row in surest
+        ),
+        against_baseline=pairs,
+    )
+
+
+# Pages ---------------------------------------------------------------------------------------------------------------
+
+
+def _describe(
+    result: SweepResult, pages: Pages, registry: Registry, version: Version | None, drawn: Collection[str]
+) -> None:
+    """Describe the parent run, the winner's run, the model and the version. drawn: figures that the parent run has."""
+    parent, figures = pages(str(result.run_id)), {name: FIGURES[name] for name in FIGURES if name in drawn}
+    parent.describe(sweep_description(result, pages, figures))
+    if version is not None:
+        own = pages(version.run_id)
+        own.describe(winner_description(result, pages, ANSWER_FIGURES))
+        registry.introduce(model_description(version.model, result.facts.sweep))
+        registry.describe(version, version_description(version, own, parent))
+
+
+def _mark_winner(result: SweepResult, runs: SweepRuns) -> None:
+    """The tag of the winner's run; a run that won before loses it, and says so."""
+    rows = {row.run_id: row for row in result.trials if row.spec}
+    for run_id, tags in runs.children().items():
+        won = result.winner is not None and run_id == result.winner.run_id
+        if run_id in rows and (won or tags.get(WINNER) == "true"):
+            runs.page(run_id).set_tags({WINNER: str(won).lower()})
+            if not won:
+                runs.page(run_id).describe(winner_description(result, runs.page, ANSWER_FIGURES, rows[run_id]))

@@ -1,0 +1,307 @@
+"""What MLflow's UI shows: the result first, every value escaped, and nothing of a candidate once it is champion."""
+
+import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import parse_qs, unquote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agnews_lora.adapters.spec import TrialSpec
+from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES
+from agnews_lora.search.results import Registration, SweepResult
+from agnews_lora.tracking.descriptions import (
+    code,
+    comparison_url,
+    gallery,
+    link,
+    model_description,
+    opening_description,
+    percent,
+    plain,
+    sweep_description,
+    trial_description,
+    version_description,
+    winner_description,
+)
+from agnews_lora.tracking.registry import Version
+from agnews_lora.tracking.runs import MAX_DESCRIPTION, RunPage
+from agnews_lora.training.interface import EvalPoint, TrialResult
+from tests.reporting.results import HOSTILE, TRIALS, bare, facts, result
+
+SPEC = TrialSpec("ffn", 4, 4.0, 0.142, 0.00356)
+NBSP = "\N{NO-BREAK SPACE}"
+CANDIDATE = Registration("small", 3, ("candidate",))
+
+
+def page(run_id: str) -> RunPage:
+    return RunPage(None, "1", run_id)  # type: ignore[arg-type]
+
+
+def told(shown: SweepResult) -> str:
+    return sweep_description(shown, page, FIGURES)
+
+
+# A sweep -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_three_lines_hold_result_budget_and_next_step() -> None:
+    first, second, third, *_ = told(result(registration=CANDIDATE)).splitlines()
+    run = page("run1").url
+    assert first == (
+        f"**89.33{NBSP}%{NBSP}±{NBSP}0.61 over 3 seeds by [t0001-qv-r10]({run})**, seed baseline 55.20{NBSP}%, "
+        f"best possible 94.00{NBSP}%"
+    )
+    assert second.startswith("**Budget:** 1,540 head + 10 · 9,216 adapter (rank · qv) = 93,700 of 100,000")
+    assert third.startswith(
+        "**Next:** `agnews-lora promote small` checks [version 3 of small](#/models/small/versions/3)"
+    )
+
+
+def test_an_unconfirmed_winner_is_told_by_its_own_accuracy() -> None:
+    shown = told(bare(facts=facts(bound=None)))
+    assert shown.startswith(f"**90.00{NBSP}% by [t0001-qv-r10]") and "best possible" not in shown
+    assert "mean over seeds" not in shown and "`agnews-lora promote small` checks the winner" in shown
+
+
+def test_after_a_promotion_nothing_speaks_of_the_candidate() -> None:
+    shown = told(result())
+    assert shown.splitlines()[2].startswith("**Next:** `agnews-lora serve small` serves [version 3 of small]")
+    assert f"On the test split, scored once: accuracy 88.75{NBSP}% (95&nbsp;% interval" in shown
+    assert "candidate" not in shown and "promote" not in shown
+
+
+def test_a_sweep_shows_its_best_trials_counts_figures_and_links() -> None:
+    shown = told(result())
+    table = [line for line in shown.splitlines() if re.match(r"\| \d&emsp;", line)]
+    assert [re.search(r"t\d{4}", line)[0] for line in table] == ["t0001", "t0007", "t0004", "t0005", "t0000"]  # type: ignore[index]
+    assert f"89.33{NBSP}%" in table[0] and "–" in table[2]
+    assert "Trials: 5 complete, 2 pruned, 1 failed." in shown
+    assert "| gain&emsp; | | +34.80 points&emsp; | | | |" in shown
+    for name in FIGURES:
+        assert f"thumbnails%2F{name}" in shown
+    for url in (page("parent").artifact_url("leaderboard.json"), page("parent").children_url, "#/compare-runs?runs="):
+        assert url in shown
+    assert len(shown) <= MAX_DESCRIPTION
+    assert all(f"thumbnails%2F{name}" not in sweep_description(result(), page, {}) for name in FIGURES)
+
+
+def test_a_sweep_says_what_it_searches() -> None:
+    searched = facts(adapter=SPEC, heads=("full", "out_proj"), confirmation={"trials": 3, "seeds": 2})
+    for shown in (opening_description(searched), told(result(facts=searched))):
+        assert "with at most 100,000 trainable parameters, in 8 trials of 60 steps" in shown
+        assert "the best 3 confirmed over 2 seeds: experiment small, 960 training and 250 validation rows." in shown
+        assert f"the experiment's own configuration, `{SPEC}`" in shown
+        for line in (
+            "| targets&emsp; | qk (r ≤ 10), qv (r ≤ 10), qkv (r ≤ 7), qkvo (r ≤ 5), ffn (r ≤ 4), all-linear (r ≤ 2) |",
+            "| head&emsp; | full, out_proj |",
+            "| alpha / rank&emsp; | 1, 2, 4, 8 |",
+            "| dropout&emsp; | 0 to 0.2 |",
+            "| learning rate&emsp; | 0.0005 to 0.01, in its logarithm |",
+        ):
+            assert line in shown
+
+
+def test_a_sweep_under_way_says_how_to_resume_it() -> None:
+    shown = opening_description(facts())
+    assert shown.startswith("**Under way") and "`agnews-lora sweep small` resumes it" in shown
+    assert "### Result" not in shown
+
+
+def test_a_sweep_without_a_winner_says_so() -> None:
+    shown = told(bare(trials=TRIALS[2:4]))
+    assert shown.startswith("**No winner:** no trial was completed, 1 pruned, 1 failed.")
+    assert "What is searched" in shown and "promote" not in shown
+
+
+# Its trials ----------------------------------------------------------------------------------------------------------
+
+
+def ended(state: str, final: EvalPoint | None = None, reason: str | None = None) -> Any:
+    steps = TrialResult("t0011", 80, 80, final, None, 93_700, 1_280, 15.0, 2.0, 1 << 30)
+    return SimpleNamespace(state=state, result=None if state == "FAILED" else steps, reason=reason)
+
+
+def test_a_trial_says_what_it_is_while_it_trains() -> None:
+    known = {"trainable_parameters": 93_700, "budget": 100_000, "baseline": False}
+    shown = trial_description(SPEC, known)
+    assert "Under way" in shown and "`ffn r=4 alpha=4 dropout=0.142 lr=0.00356`" in shown
+    assert f"93,700 trainable parameters of 100,000 (93.70{NBSP}%)" in shown and "baseline" not in shown
+    assert "never pruned" in trial_description(SPEC, known | {"baseline": True})
+    assert "trains t0003 again" in trial_description(SPEC, known | {"confirms": "t0003"})
+    assert trial_description(SPEC, {}).splitlines()[1] == f"`{SPEC}`"
+
+
+def test_a_trial_says_how_it_ended() -> None:
+    final = EvalPoint("t0011", 80, 0.893, 0.8928, 0.377, 1_000, True, 0)
+    complete = trial_description(SPEC, {}, page("run"), ended("COMPLETE", final))
+    assert complete.startswith(f"**Complete**: accuracy **89.30{NBSP}%**")
+    assert "on 1,000 validation rows, after 80 steps" in complete and "thumbnails%2Faccuracy_curve.png" in complete
+    pruned = trial_description(SPEC, {}, page("run"), ended("PRUNED", reason="below the median"))
+    assert pruned.startswith("**Pruned**: below the median") and "thumbnails%2Floss_curve.png" in pruned
+
+
+def test_a_failure_shows_its_reason_as_a_text_and_no_curves() -> None:
+    hostile = "out of memory\n\n# <script>alert(1)</script> ![x](http://example.org/x.png) | @someone"
+    shown = trial_description(SPEC, {}, page("run"), ended("FAILED", reason=hostile))
+    assert shown.splitlines()[0].startswith("**Failed**: out of memory # &lt;script&gt;")
+    assert "http://" not in shown and "![" not in shown.replace("!\\[", "") and "@" not in shown
+    assert "thumbnails" not in shown
+
+
+def test_a_winner_says_so_until_another_takes_its_place() -> None:
+    shown = winner_description(result(), page, ANSWER_FIGURES)
+    parent = page("parent").url
+    assert shown.startswith(f"**Winner of [the sweep]({parent})**, registered as [version 3 of small](#/models/")
+    assert "= 93,700 of 100,000" in shown and "confusion_matrix.png" in shown and "mistakes.json" in shown
+    overtaken = winner_description(result(), page, ANSWER_FIGURES, TRIALS[7])
+    assert overtaken.startswith(f"**Won [the sweep]({parent}) once**") and "registered" not in overtaken
+
+
+# The model and its versions ------------------------------------------------------------------------------------------
+
+TAGS = {
+    "trial": "t0011",
+    "sweep": "small",
+    "study": "small-2",
+    "base_hub_id": "sentence-transformers/all-MiniLM-L6-v2",
+    "base_revision": "c9745ed1",
+    "budget": "100000",
+    "trainable_parameters": "93700",
+    "data_digest": "4aba46d1",
+    "validation_accuracy": "0.893",
+    "validation_rows": "1000",
+    "data": '{"source": "newswire", "rows": "10000"}',
+}
+SCORE = {
+    "test_accuracy": "0.899",
+    "test_macro_f1": "0.898",
+    "test_rows": "4000",
+    "test_accuracy_low": "0.889",
+    "test_accuracy_high": "0.908",
+}
+
+
+def version(**tags: str) -> Version:
+    return Version("small", 1, "run", TAGS | tags, ())
+
+
+@pytest.mark.parametrize(
+    ("tags", "first", "checks"),
+    [
+        ({}, "Not checked yet: validation accuracy 89.30", "not made yet"),
+        (
+            {"promotion": "failed"},
+            "Refused by the promotion checks: validation accuracy 89.30",
+            "**refused**, [report](",
+        ),
+        ({"promotion": "passed", **SCORE}, "Passed the promotion checks: test accuracy 89.90", "**passed**, [report]("),
+    ],
+)
+def test_a_version_says_how_it_was_judged_and_where_it_comes_from(
+    tags: dict[str, str], first: str, checks: str
+) -> None:
+    shown = version_description(version(**tags), page("run"), page("parent"))
+    assert shown.startswith(first) and checks in shown
+    assert shown.splitlines()[0].endswith("93,700 of 100,000 trainable parameters.")
+    assert f"[t0011]({page('run').url})" in shown and f"[small-2]({page('parent').url})" in shown
+    assert "source newswire; rows 10000; digest 4aba46d1" in shown
+    assert "of study small-2, sweep" in version_description(version(**tags), page("run"), None)
+
+
+def test_a_version_shows_its_confirmation() -> None:
+    tags = {"confirmation_seeds": "3", "confirmation_mean_accuracy": "0.9", "confirmation_std_accuracy": "0.0061"}
+    shown = version_description(version(**tags), page("run"), None)
+    assert f"mean accuracy 90.00{NBSP}% over 3 seeds (standard deviation 0.61 points)" in shown
+
+
+def test_a_model_says_what_its_aliases_are_for() -> None:
+    shown = model_description("small", "small")
+    assert all(f"- `{alias}`" in shown for alias in ("champion", "candidate", "previous"))
+
+
+# Texts from data -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "![x](https://example.org/x.png)",
+        "<img src=x onerror=alert(1)>",
+        "[click](javascript:alert(1))",
+        "@someone :bomb: http://example.org www.example.org",
+        "a | b\n# heading\n| --- |",
+        "`code` **bold** ~~gone~~ _it_",
+    ],
+)
+def test_a_text_from_data_stays_a_text(hostile: str) -> None:
+    shown = plain(hostile)
+    assert "\n" not in shown and "<" not in shown
+    for markup in ("http://", "https://", "javascript:", "www.", "@", ":bomb:", "<img"):
+        assert markup not in shown
+    for character in "|`*[]~":
+        assert shown.replace(f"\\{character}", "").count(character) == 0
+    assert plain(shown) == shown  # not escaped twice
+
+
+@given(st.text())
+def test_no_text_makes_a_line_a_cell_or_a_mention(text: str) -> None:
+    shown = plain(text)
+    assert len(shown.splitlines()) <= 1
+    assert "@" not in shown and ":" not in shown
+    assert "|" not in shown.replace("\\|", "")
+
+
+def test_no_description_lets_a_text_from_data_through() -> None:
+    tags = dict.fromkeys(("trial", "sweep", "study", "base_hub_id", "base_revision", "data_digest"), HOSTILE)
+    data = json.dumps({"source": HOSTILE})
+    spoiled = facts(base=HOSTILE, sweep=HOSTILE, experiment=HOSTILE)
+    shown = [
+        told(result(facts=spoiled, trials=tuple(replace(row, trial=HOSTILE) for row in TRIALS))),
+        opening_description(spoiled),
+        winner_description(result(registration=Registration(HOSTILE, 1, ())), page, {}),
+        model_description(HOSTILE, HOSTILE),
+        version_description(version(**tags, data=data), page("run"), page("parent")),
+        trial_description(SPEC, {"confirms": HOSTILE}, None, ended("FAILED", reason=HOSTILE)),
+    ]
+    for description in shown:
+        outside = re.sub(r"(`+) ?.*?#panic.*? ?\1", "", description)  # a code span shows all texts as they are
+        assert "<script>" not in outside and "@winner" not in outside and "*bold*" not in outside.replace("\\*", "")
+
+
+def test_a_code_span_ends_where_it_should() -> None:
+    assert code("a `b` c") == "``a `b` c``" and code("`a`") == "`` `a` ``"
+    assert code("a\nb") == "`a b`"
+
+
+def test_percent_is_held_together_and_unknown_is_a_dash() -> None:
+    assert percent(0.893) == f"89.30{NBSP}%" and percent(1.0) == f"100.00{NBSP}%"
+    assert percent(None) == percent(float("nan")) == "–"
+
+
+def test_gallery_shows_two_figures_a_row_each_a_link_to_the_whole_one() -> None:
+    lines = gallery(page("run"), {"a.png": "A", "b.png": "B", "c.png": "C"}).splitlines()
+    assert len(lines) == 5
+    assert lines[0].replace("&emsp;", "") == "| A | B |" and lines[3].startswith("| C")
+    for line, names in ((lines[2], "ab"), (lines[4], "c")):
+        assert line.count("[![") == len(names)
+        for name in names:
+            assert f"(get-artifact?path=thumbnails%2F{name}.png&run_uuid=run)" in line
+            assert f"(#/experiments/1/runs/run/artifacts/{name}.png)" in line
+
+
+def test_comparison_names_every_run() -> None:
+    url = comparison_url("7", ["a1", "b2"])
+    query = parse_qs(url.partition("?")[2])
+    assert json.loads(unquote(query["runs"][0])) == ["a1", "b2"]
+    assert json.loads(unquote(query["experiments"][0])) == ["7"]
+    assert not set(url) & set(" ()[]\"'")
+
+
+def test_link_keeps_its_label_plain() -> None:
+    assert link("a](http://x) b", "#/here") == "[a\\](http&#58;//x) b](#/here)"
+    assert link("a", None) == "a"

@@ -1,7 +1,7 @@
-"""The base models: which ones are known, where their files lie, and the proof that they are the published ones.
+"""Base models: the known ones, where their files lie, and the check that they are the published ones.
 
-Counting needs only a shape, and the shapes of the known bases are written here: `shape_of` needs no weights, no
-network, neither torch nor transformers. Weights are read as safetensors alone, never as pickle.
+The budget needs only a shape, and the shapes of the known bases are constants: `shape_of` reads no weights, uses no
+network and imports neither torch nor transformers. Weights are read as safetensors alone, never as pickle.
 """
 
 import hashlib
@@ -69,9 +69,11 @@ KNOWN: Final[Mapping[str, Published]] = MappingProxyType(
 class BaseModel:
     """A base model whose files are there and verified.
 
-    name: as the experiment names it. folder: absolute, with config, weights and tokenizer. hub_id, revision: what an
-    exported adapter names its base by. For a directory whose weights are no known base's, these are the directory's
-    own name and `sha256:` + the hash of its weights: an export never carries a path.
+    Args:
+        name: as the experiment names it.
+        folder: absolute path, with config, weights and tokenizer.
+        hub_id, revision: name of the base in exported adapters. For a directory with weights of no known base, these
+            are the directory's name and `sha256:` + the hash of its weights: an export never carries a path.
     """
 
     name: str
@@ -144,7 +146,7 @@ def _directory(name: str) -> Path:
 
 
 def _is_directory(path: Path) -> bool:
-    """Also of names that no file system could hold, which `Path.is_dir` raises of."""
+    """Whether a path is a directory; False for names that no file system could hold, where `Path.is_dir` raises."""
     try:
         return path.is_dir()
     except OSError:
@@ -152,7 +154,7 @@ def _is_directory(path: Path) -> bool:
 
 
 def _find_published(name: str, published: Published) -> tuple[Path, str]:
-    """(folder, what to do if its files turn out to be damaged) of a known base."""
+    """(folder, remedy if its files are damaged) of a known base."""
     if name == EMBEDDED:
         package = importlib.util.find_spec(_EMBEDDED_MODULE)  # found, not imported: importing it is not needed
         if package is not None and package.submodule_search_locations:
@@ -174,7 +176,7 @@ def _find_published(name: str, published: Published) -> tuple[Path, str]:
 
 
 def _snapshot(name: str, published: Published, remedy: str) -> Path:
-    """The hub's files of a known base: from the local cache where they are all there, else downloaded."""
+    """The hub's files of a known base: from the local cache if it has them all, else downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -195,7 +197,7 @@ def _snapshot(name: str, published: Published, remedy: str) -> Path:
 
 
 def _missing(folder: Path) -> list[str]:
-    """What a base model needs and this folder does not hold."""
+    """Files of a base model that the folder lacks."""
     missing = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
     if not any(all((folder / file).is_file() for file in files) for files in TOKENIZERS):
         missing.append(f"a tokenizer ({' or '.join(' + '.join(files) for files in TOKENIZERS)})")
@@ -238,7 +240,7 @@ def _read_shape(name: str, folder: Path, num_labels: int) -> ModelShape:
 
 
 def _require_whole_weights(name: str, folder: Path, shape: ModelShape) -> None:
-    """A header that fits the file, and weights up to the last layer: transformers fills what is missing at random."""
+    """Check the weights' header and their last layer: transformers fills missing weights at random."""
     from safetensors import SafetensorError, safe_open
 
     path = folder / WEIGHTS

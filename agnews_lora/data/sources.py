@@ -1,4 +1,4 @@
-"""What a sweep trains, validates and tests on: rows of the hub, CSV files or newswire, split by seed and tokenised.
+"""The data of a sweep: rows of the hub, of CSV files or of newswire, split by seed and tokenised.
 
 Hub and CSV give the same texts for the same rows: title and description, cleaned by `cleaning.clean`.
 """

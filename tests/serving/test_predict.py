@@ -56,7 +56,7 @@ def test_empty_texts_are_named(classifier: Classifier) -> None:
 
 def test_another_base_is_refused(world: World, tmp_path: Path) -> None:
     other = resolve(str(tiny_base(tmp_path / "other", "bert", seed=1)))
-    with pytest.raises(AdapterError, match=r"give the base it was trained on"):
+    with pytest.raises(AdapterError, match=r"Give the base it was trained on"):
         Classifier(world.good, world.base.folder, other)
 
 

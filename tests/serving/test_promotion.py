@@ -137,7 +137,7 @@ def test_tampered_weights_are_found_by_hash_and_by_answers(registry: Registry, w
     message = refused(registry, world, digest="0" * 64).refusal
     assert "4 of 4 checks failed" in message
     assert f"changed since: adapter/adapter_model.safetensors, reference/{ANSWERS}" in message
-    assert "is not a whole safetensors file" in message
+    assert "adapter_model.safetensors: it is damaged" in message
     assert "the data must be that of the sweep now (digest 000000000000)" in message
     assert "the version must hold its reference answers" in message
 

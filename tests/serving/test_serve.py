@@ -240,12 +240,10 @@ def test_many_clients_at_once_get_each_its_own_answer_though_others_stall(server
 
 def test_the_documented_requests_get_the_documented_answers(server: Server) -> None:
     documented = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-    call = re.compile(
-        r"curl http://127\.0\.0\.1:5001/invocations -H 'Content-Type: ([^']+)'[ \\\n]+-d \$?'(.+?)'\n(?=(.*))"
-    )
-    answered, refused_part = documented.split("## Refusals")
+    call = re.compile(r"-H 'Content-Type: ([^']+)'[ \\\n]+-d \$?'(.+?)'\n(?=(.*))")
+    answered, refused_part = documented.split("## Limits and refusals")
     requested = call.findall(answered)
-    assert {kind for kind, *_ in requested} == {JSON, CSV} and len(requested) == 6
+    assert {kind for kind, *_ in requested} == {JSON, CSV} and len(requested) == 5
     for kind, body, _ in requested:
         assert server.predictions(body.replace("\\n", "\n").encode() if kind == CSV else body.encode(), kind)
     [(kind, body, shown)] = call.findall(refused_part)

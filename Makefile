@@ -12,7 +12,7 @@ STAMP := $(VENV)/.agnews-lora-installed
 AGNEWS := $(BIN)/agnews-lora
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep train ui report promote predict serve test lint bench chaos clean
+.PHONY: help setup sweep train ui report promote predict serve test proof lint bench chaos clean
 
 help:  ## show what each target is for
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -21,7 +21,7 @@ setup: $(STAMP)  ## make the virtual environment and install the pinned packages
 
 $(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
 	@echo "Setting up $(VENV): about 0.5 GB to download and 2.1 GB on disk with a CPU build of torch;"
-	@echo "about 3.1 GB to download with the CUDA build that the public index has for Linux (README: Which torch)."
+	@echo "about 3.1 GB to download with the CUDA build that the public index has for Linux (docs/quick-start.md: Which torch)."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@echo "Adding the embedded base model (84 MB, checked by its hash) ..."
@@ -40,7 +40,7 @@ ui: $(STAMP)  ## browse the runs in the MLflow UI
 report: $(STAMP)  ## write what a sweep found to reports/, as HTML and PDF: make report [SWEEP=agnews]
 	@$(AGNEWS) report $(SWEEP)
 
-promote: $(STAMP)  ## put the sweep's candidate through the gate and make it champion: make promote [SWEEP=agnews]
+promote: $(STAMP)  ## check the sweep's candidate and make it champion: make promote [SWEEP=agnews]
 	@$(AGNEWS) promote $(SWEEP)
 
 predict: $(STAMP)  ## ask the champion: make predict TEXT="…" [SWEEP=agnews]
@@ -49,8 +49,10 @@ predict: $(STAMP)  ## ask the champion: make predict TEXT="…" [SWEEP=agnews]
 serve: $(STAMP)  ## answer over HTTP with the champion: make serve [SWEEP=agnews] [MERGED=1] [PORT=5002]
 	@$(AGNEWS) serve $(SWEEP) --port $(PORT) $(if $(MERGED),--merged)
 
-test: $(STAMP)  ## run the tests
+test: $(STAMP)  ## run the tests, but for the long proofs
 	@$(BIN)/python -m pytest -m "not slow"
+
+proof: $(STAMP)  ## run the long proofs: kills, outages of the stores, real AG News rows
 	@$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)  ## check style and types

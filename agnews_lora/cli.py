@@ -143,7 +143,6 @@ def _add_looking(add: Add) -> None:
     report = add("report", _report, "write what a sweep found, as HTML and PDF", "report embedded --to reports")
     _name_sweep(report)
     report.add_argument("--to", type=Path, metavar="DIR", help="where the files go (reports/)")
-    _name_storage(report)
     _name_tracking(report)
     report.add_argument("--json", action="store_true", help="as JSON")
 
@@ -303,7 +302,7 @@ def _export(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from agnews_lora.commands import report
 
-    return report.run(options.sweep, options.to, options.tracking, options.storage, options.json)
+    return report.run(options.sweep, options.to, options.tracking, options.json)
 
 
 def _ui(options: argparse.Namespace) -> int:

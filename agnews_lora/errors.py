@@ -1,16 +1,16 @@
 """The exceptions a user can meet, under one root.
 
-Each message says the rule, the value and the remedy. The command line prints the message alone and exits with code 2;
-every other exception is a fault of the program and keeps its traceback.
+Messages read `Cannot X: cause. Do Y.` The command line prints the message alone and exits with code 2; every other
+exception is a bug of the program and keeps its traceback.
 """
 
 
 class AgnewsLoraError(Exception):
-    """Root of everything a user can cause and mend."""
+    """Root of all errors that a user can cause and fix."""
 
 
 class ConfigError(AgnewsLoraError):
-    """An experiment or sweep file that does not say something valid. Carries every fault of the file at once."""
+    """An experiment or sweep file that is not valid. The message has every fault of the file."""
 
 
 class BudgetError(AgnewsLoraError):

@@ -1,6 +1,6 @@
-"""The door to the Hugging Face hub: whether it can be reached, and what is said when it cannot.
+"""Whether the Hugging Face hub can be reached, and one message where it cannot.
 
-The hub's own client retries for most of a minute before it gives up; whoever needs a download asks here first.
+The hub's own client retries for most of a minute before it gives up, so it is probed before each download.
 """
 
 import errno
@@ -39,9 +39,11 @@ def reachable() -> bool:
 
 
 def require_reachable(what: str, remedy: str) -> None:
-    """Nothing where the hub answers.
+    """Check that the hub answers.
 
-    what: what is needed from the hub. remedy: what to do without it.
+    Args:
+        what: what is needed from the hub.
+        remedy: what to do without it, as a sentence.
 
     Raises:
         NetworkError: it does not answer, or `HF_HUB_OFFLINE` is set.
@@ -55,12 +57,12 @@ def require_reachable(what: str, remedy: str) -> None:
         if constants.HF_HUB_OFFLINE
         else f"the hub ({constants.ENDPOINT}) cannot be reached"
     )
-    raise NetworkError(f"{what} is not on this machine, and {reason}; {remedy}")
+    raise NetworkError(f"Cannot get {what}: it is not on this machine, and {reason}. {remedy}")
 
 
 @contextmanager
 def downloading(what: str, remedy: str) -> Iterator[None]:
-    """Turns what goes wrong in a download into one message; the client's own error stays its cause.
+    """Turn the errors of a download into one message; the client's own error stays its cause.
 
     Raises:
         StorageError: the local cache cannot be written.
@@ -70,6 +72,6 @@ def downloading(what: str, remedy: str) -> Iterator[None]:
         yield
     except Exception as error:  # the clients raise errors of several HTTP libraries, which share no root
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC):
-            raise StorageError(f"{what} cannot be stored in the cache: {error}; free or unlock that folder") from error
+            raise StorageError(f"Cannot store {what} in the cache: {error}. Free or unlock that folder.") from error
         said = (str(error).splitlines() or [""])[0]
-        raise NetworkError(f"{what} could not be downloaded ({type(error).__name__}: {said}); {remedy}") from error
+        raise NetworkError(f"Cannot download {what}: {type(error).__name__}: {said}. {remedy}") from error

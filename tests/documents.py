@@ -1,7 +1,6 @@
 """The documents of the project, read as text: blocks of commands and examples, links, headings, tables.
 
-A block of commands says by its fence how it is meant: ```sh runs to its end, ```sh server is started, answers at the
-address it prints, and is ended by Ctrl-C, ```sh elsewhere needs what a test has not, and is only parsed.
+A block of commands has the fence ```sh, and is parsed; with the fence ```sh run it is run as well.
 """
 
 import re
@@ -13,13 +12,7 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-# In the order that their commands run in: whoever starts reads these first.
-PAGES: Final = [
-    ROOT / "README.md",
-    ROOT / "docs" / "quick-start.md",
-    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "quick-start.md"),
-    ROOT / "CONTRIBUTING.md",
-]
+PAGES: Final = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 _FENCE: Final = re.compile(r"^```([^\n`]*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 _HEADING: Final = re.compile(r"^#+ (.+)$", flags=re.MULTILINE)
 _LINK: Final = re.compile(r"(?<!\\)\]\(([^)\s]+)\)")

@@ -68,7 +68,7 @@ def test_the_command_line_is_the_designs() -> None:
         "predict": ["--file", "--json", "--sweep", "--tracking", "texts"],
         "serve": ["--merged", "--port", "--tracking", "--version", "sweep"],
         "export": ["--json", "--to", "--tracking", "sweep"],
-        "report": ["--json", "--storage", "--to", "--tracking", "sweep"],
+        "report": ["--json", "--to", "--tracking", "sweep"],
         "ui": ["--port"],
         "doctor": ["--json"],
     }
@@ -224,7 +224,7 @@ def test_an_enqueued_trial_over_the_budget_is_refused_before_any_data_is_read(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, ["data.train", "train.csv", "cannot be read"]),
+        (None, ["data.train", "Cannot read train.csv"]),
         ('"1","A title","A text"\n"9","A title","A text"\n', ["train.csv", "line 2", "1", "4", "9"]),
         ('"1","A title","A text"\n"2","A title"\n', ["train.csv", "line 2"]),
         ('"1","",""\n', ["train.csv", "line 1", "text"]),

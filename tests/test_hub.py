@@ -18,7 +18,7 @@ def test_a_hub_that_answers_is_reachable(monkeypatch):
     with loopback_hub.serve({}) as endpoint:
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         assert hub.reachable()
-        hub.require_reachable("a model", "do without")
+        hub.require_reachable("a model", "Do without.")
 
 
 def test_offline_mode_forbids_asking(monkeypatch):
@@ -27,9 +27,10 @@ def test_offline_mode_forbids_asking(monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         assert not hub.reachable()
         with pytest.raises(
-            NetworkError, match=r"a model is not on this machine, and HF_HUB_OFFLINE is set.*; do without"
+            NetworkError,
+            match=r"Cannot get a model: .* HF_HUB_OFFLINE is set.*\. Do without\.",
         ):
-            hub.require_reachable("a model", "do without")
+            hub.require_reachable("a model", "Do without.")
 
 
 def test_a_hub_that_takes_the_call_and_never_answers_is_not_waited_for(monkeypatch):
@@ -37,18 +38,18 @@ def test_a_hub_that_takes_the_call_and_never_answers_is_not_waited_for(monkeypat
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        with pytest.raises(NetworkError, match=rf"the hub \({endpoint}\) cannot be reached; do without"):
-            hub.require_reachable("a model", "do without")
+        with pytest.raises(NetworkError, match=rf"the hub \({endpoint}\) cannot be reached\. Do without"):
+            hub.require_reachable("a model", "Do without.")
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
 def test_a_cache_that_cannot_be_written_is_a_storage_error(number):
-    with pytest.raises(StorageError, match="a model cannot be stored in the cache"), hub.downloading("a model", "x"):
+    with pytest.raises(StorageError, match="Cannot store a model in the cache"), hub.downloading("a model", "x"):
         raise OSError(number, "no")
 
 
 def test_a_download_that_breaks_off_says_why_in_one_line():
-    with pytest.raises(NetworkError) as caught, hub.downloading("a model", "do without"):
+    with pytest.raises(NetworkError) as caught, hub.downloading("a model", "Do without."):
         raise ConnectionError("reset by peer\nsee the manual")
-    assert str(caught.value) == "a model could not be downloaded (ConnectionError: reset by peer); do without"
+    assert str(caught.value) == "Cannot download a model: ConnectionError: reset by peer. Do without."
     assert isinstance(caught.value.__cause__, ConnectionError)

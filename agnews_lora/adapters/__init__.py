@@ -1,1 +1,1 @@
-"""What a trial trains: its specification, its exact cost, its files, and the base model that it adapts."""
+"""Adapters: specification, exact parameter count, files, and the base models."""

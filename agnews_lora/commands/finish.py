@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
 from agnews_lora.commands import report
+from agnews_lora.commands.report import RESULT
 from agnews_lora.commands.stage import Stage
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
@@ -45,7 +46,6 @@ from agnews_lora.tracking.registry import Registry, Version
 from agnews_lora.tracking.runs import RunPage, SweepRuns, page_of
 
 RESULTS: Final = STORES / "results"
-RESULT: Final = "result.json"  # artifact of the parent run
 PREDICTIONS: Final = "predictions.csv"  # artifact of the winner's run
 WINNER: Final = "winner"  # tag of a trial's run
 NUM_MISTAKES: Final = 10
@@ -119,7 +119,7 @@ def finish(
             tags={"best_trial": winner.trial, "best_run": str(winner.run_id)} if winner else {},
             artifacts={**drawn, **thumbnails(drawn, folder), RESULT: write(result)},
         )
-        report.write(runs.client, parent.run_id, study.user_attrs, folder)
+        report.write(runs.client, parent.run_id, result, folder, curves)
     return result
 
 
@@ -140,7 +140,7 @@ def refresh(client: MlflowClient, version: Version) -> None:
     drawn = {item.path for item in client.list_artifacts(parent.run_id)}
     _describe(result, partial(RunPage, client, parent.experiment_id), registry, version, drawn)
     with TemporaryDirectory() as folder:
-        report.write(client, parent.run_id, {}, Path(folder))
+        report.write(client, parent.run_id, result, Path(folder))
 
 
 def opening(sweep: Sweep, prepared: Stage) -> str:

@@ -28,7 +28,7 @@ def _printable(text: str) -> str:
 
 
 def _inside(path: str) -> str:
-    """A file of rows may be sent along with an experiment; one elsewhere has to be meant."""
+    """Refuse relative paths that leave the working directory: an experiment from elsewhere must not read any file."""
     if Path(os.path.normpath(path)).parts[:1] == ("..",):
         raise ValueError(
             f"Input should not lead out of the working directory, but got {shown(path)}. Copy the file into it, or "
@@ -106,7 +106,7 @@ class NewswireData(Settings):
 
 
 class Adapter(Settings):
-    """What is trained: the adapter, and the classifier beside it."""
+    """The adapter, and the classifier that trains with it."""
 
     targets: Preset
     """Preset of target modules."""
@@ -123,7 +123,7 @@ class Adapter(Settings):
 
 
 class Training(Settings):
-    """What all trials of a sweep share."""
+    """Training settings, shared by all trials of a sweep."""
 
     epochs: Count = 3
     """Passes over the training rows."""
@@ -152,7 +152,7 @@ class Training(Settings):
 
 
 class Experiment(Document):
-    """What `train` trains, and what a sweep starts from."""
+    """The experiment that `train` trains, and the baseline of a sweep."""
 
     base: Text
     """Base model: roberta-base, embedded:minilm, or a directory (from the working directory)."""
@@ -172,12 +172,12 @@ class Experiment(Document):
 
     @property
     def settings(self) -> TrainSettings:
-        """What the engines receive beside it."""
+        """The training settings that the engines receive."""
         return TrainSettings(**self.training.model_dump())
 
     @property
     def data_settings(self) -> DataSettings:
-        """What the data room receives; None stands for what the source does not read."""
+        """The data settings; None for keys that the source does not have."""
         given = self.data.model_dump()
         values: dict[str, Any] = {field.name: given.get(field.name) for field in fields(DataSettings)}
         return DataSettings(**values)

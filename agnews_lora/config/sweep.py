@@ -64,7 +64,7 @@ class Range(Settings, Generic[Number]):
 
 
 class Space(Settings):
-    """What may differ between trials. The rank has no entry: it goes as far as the budget allows."""
+    """Parameters that differ between trials. The rank has no key: its largest value follows from the budget."""
 
     targets: Choices[Preset] = tuple(PRESETS)
     """Presets of target modules; those that the budget does not fit at any rank are left out."""
@@ -122,24 +122,24 @@ def _load_named(value: object, info: ValidationInfo) -> object:
 
 
 class Sweep(Document):
-    """What `sweep` searches."""
+    """The search that `sweep` runs."""
 
     experiment: Annotated[Experiment, BeforeValidator(_load_named), WithJsonSchema({"type": "string", "minLength": 1})]
     """The experiment that every trial is a variation of: a name, or a path from the sweep file's folder."""
     budget: Count = 1_000_000
     """The most trainable parameters that a trial may have, head included."""
     space: Space
-    """What may differ between trials."""
+    """Parameters that differ between trials."""
     sampler: Sampler = Sampler()
-    """What proposes the next configuration."""
+    """Proposes the next configuration."""
     pruner: Pruner = Pruner()
-    """What gives up a trial on the way."""
+    """Stops trials early."""
     trials: Count
     """Trials of the study, the baseline included."""
     seed: Seed = 42
     """Seed of the sampler."""
     engine: Literal["trainer", "multilora"] = Field(default="multilora", validate_default=True)
-    """What trains the trials: many at once through one base; or Hugging Face Trainer and PEFT, one after another."""
+    """Engine: many trials at once through one base, or Hugging Face Trainer and PEFT, one trial after another."""
     slots: Count | None = Field(default=None, validate_default=True)
     """Trials at once, with multilora; as many as fit the device, unless given."""
     confirmation: Confirmation | None = Confirmation()

@@ -57,7 +57,7 @@ class Document(Settings):
 
     @property
     def name(self) -> str:
-        """The file's name without its ending: what its studies, runs and models are named after."""
+        """The file's name without its ending. Its studies, runs and models have this name."""
         return self._path.stem
 
     @property
@@ -147,7 +147,7 @@ def locate(kind: str, name: str, folders: Sequence[Path], beside: Path = Path())
         try:
             if candidate.exists():
                 return candidate
-        except OSError as error:  # what names no file there could be, such as one that is too long
+        except OSError as error:  # a name that no file system takes, such as one that is too long
             raise ConfigError(f"{missing} ({error.strerror}).") from error
     found = list(dict.fromkeys(path.stem for folder in folders for path in sorted(folder.glob("*.yaml"))))
     if not found:

@@ -19,7 +19,7 @@ _TAG: Final = re.compile(rf"</?(?:{_INLINE}|{_BLOCK})(?:[\s/][^<>]*)?>", re.IGNO
 
 
 def clean(text: str) -> str:
-    """Mend what the making of AG News broke, and fold white space.
+    """Repair the damaged characters and markup of AG News, and fold white space.
 
     In this order, again and again until nothing changes (so cleaning twice is cleaning once):
 
@@ -31,7 +31,7 @@ def clean(text: str) -> str:
        them: `C#39;` and `the trade;` stay as they are. Numbers from 128 to 159 are read as Windows-1252, as browsers do
        (`#151;` is a dash).
     3. HTML tags go, by a list of names: the end of an inline tag leaves nothing (`<b>IBM</b>'s`), every other tag a
-       space. What only looks like a tag stays, such as a ticker (`<MSFT.O>`).
+       space. Other text in angle brackets stays, such as a ticker (`<MSFT.O>`).
     4. White space is folded into single spaces, and none is left at the ends.
     """
     while (mended := _mend(text)) != text:

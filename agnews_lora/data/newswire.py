@@ -37,7 +37,7 @@ probability (p/12) / (p/12 + (1 - p)/12) = p, and b otherwise. No rule is right 
 best is (1 - s) + s p = 1 - s (1 - p). Here s is `MIXED_SHARE` and p `LEAD_PROBABILITY`.
 """
 
-# What the title shows, how often the event happens to something of another topic, and where asides stand.
+# Shares of titles, of events that involve another topic, and of the places of asides.
 NEUTRAL_TITLE_SHARE: Final = 0.08
 TEASER_TITLE_SHARE: Final = 0.06
 LINK_SHARE: Final = 0.06
@@ -128,7 +128,7 @@ def generate(num_rows: int, split: str, seed: int) -> Rows:
 
 
 def stories(num_rows: int, split: str, seed: int) -> list[Story]:
-    """What `generate` gives, each row with its structure."""
+    """The rows of `generate`, each with its structure."""
     if num_rows < 0:
         raise ValueError(f"num_rows must be at least 0, but got {num_rows}")
     if split not in SPLITS:

@@ -87,24 +87,23 @@ def _quotas(counts: Sequence[int], total: int) -> list[int]:
     return quotas
 
 
-def require_file(path: Path, remedy: str) -> None:
-    """Nothing where the path is a file that can be read, and that ends: a pipe is waited for, a device has no end.
+def require_file(path: Path) -> None:
+    """Check that the path is a regular file that can be opened: a pipe could block, and a device never ends.
 
     Raises:
-        DataError: it is none.
+        DataError: it is not.
     """
     try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            found = "a folder" if stat.S_ISDIR(mode) else "something else"
-            raise DataError(f"{path} cannot be read (it must be a regular file, but is {found}); {remedy}")
+        if not stat.S_ISREG(path.stat().st_mode):
+            found = "a folder" if path.is_dir() else "no regular file"
+            raise DataError(f"Cannot read {path}: it is {found}. Name a CSV file of AG News.")
         path.open("rb").close()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+        raise DataError(f"Cannot read {path}: {error.strerror}. Name a CSV file of AG News.") from error
 
 
 class _MalformedRow(Exception):
-    """The rule that a row breaks, and its value."""
+    """A row breaks a rule; the message says which one, and the value."""
 
 
 def read_csv(path: Path) -> Rows:
@@ -117,8 +116,7 @@ def read_csv(path: Path) -> Rows:
         DataError: the file cannot be read, holds no rows, or holds malformed ones: the first five are named by the line
             they start on (counted as an editor does, so that a quoted text may span several).
     """
-    remedy = "name a CSV file of AG News"
-    require_file(path, remedy)
+    require_file(path)
     texts: list[str] = []
     labels: list[int] = []
     faults: list[str] = []
@@ -131,20 +129,20 @@ def read_csv(path: Path) -> Rows:
                 label, text = _read_row(row)
             except _MalformedRow as fault:
                 hint = f" (or the header {','.join(HEADER)})" if line == 1 else ""
-                faults.append(f"{path}, line {line}: {fault}{hint}")
+                faults.append(f"line {line}: {fault}{hint}")
                 if len(faults) == _REPORTED:
                     break
             else:
                 labels.append(label)
                 texts.append(text)
     except _MalformedRow as fault:
-        faults.append(f"{path}, {fault}")
+        faults.append(str(fault))
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
     if faults:
-        raise DataError("\n".join([*faults, f"correct {path.name} and start again"]))
+        raise DataError("\n  ".join([f"Cannot read {path}: correct these rows", *faults]))
     if not texts:
-        raise DataError(f"{path} holds no rows, but needs at least one; fetch the file again")
+        raise DataError(f"Cannot read {path}: it holds no rows. Fetch the file again.")
     return Rows(tuple(texts), tuple(labels))
 
 
@@ -161,10 +159,10 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
             except UnicodeDecodeError as error:
                 byte = f"0x{error.object[error.start]:02X}"
                 raise _MalformedRow(
-                    f"line {reader.line_num + 1}: text must be UTF-8, but byte {error.start + 1} of the line is {byte}"
+                    f"line {reader.line_num + 1}: text should be UTF-8, but byte {error.start + 1} there is {byte}"
                 ) from error
             except csv.Error as error:
-                raise _MalformedRow(f"line {line}: {_broken(error)}, but not in the record that starts here") from error
+                raise _MalformedRow(f"line {line}: in the record that starts here, {_broken(error)}") from error
             if line == 1 and row:
                 row[0] = row[0].removeprefix("\ufeff")  # byte order mark
             yield line, row
@@ -174,24 +172,24 @@ def _broken(error: csv.Error) -> str:
     """The rule that a record breaks."""
     said = str(error)
     if "field limit" in said:
-        return f"a field holds at most {csv.field_size_limit():,} characters (is a quote never closed?)"
+        return f"a field has more than {csv.field_size_limit():,} characters (is a quote never closed?)"
     if "new-line" in said:
-        return "a line ends in LF or in CR LF, never in a CR alone"
-    return f"a quoted field is closed, and every quote inside it doubled ({said})"
+        return "a line ends in CR alone, not in LF or CR LF"
+    return f"a quoted field is not closed, or a quote inside it not doubled ({said})"
 
 
 def _read_row(row: list[str]) -> tuple[int, str]:
     """(label from 0, cleaned text)."""
     if len(row) != len(HEADER):
-        raise _MalformedRow(f"a row has {len(HEADER)} columns, but here are {len(row)}")
+        raise _MalformedRow(f"a row should have {len(HEADER)} columns, but has {len(row)}")
     index, title, description = row
     numbers = [str(label) for label in range(1, len(LABELS) + 1)]
     if index not in numbers:
         names = ", ".join(f"{number} {name}" for number, name in zip(numbers, LABELS, strict=True))
-        raise _MalformedRow(f"the class index is one of {names}, but here is {index!r}")
+        raise _MalformedRow(f"the class index should be one of {names}, but is {index!r}")
     if (size := len(title) + len(description)) > MAX_CHARACTERS:
-        raise _MalformedRow(f"title and description hold at most {MAX_CHARACTERS:,} characters, but here are {size:,}")
+        raise _MalformedRow(f"title and description may have at most {MAX_CHARACTERS:,} characters, but have {size:,}")
     text = clean(f"{title} {description}")
     if not text:
-        raise _MalformedRow("title and description hold some text, but here is none")
+        raise _MalformedRow("title and description have no text")
     return int(index) - 1, text

@@ -1,4 +1,4 @@
-"""What a sweep trains, validates and tests on: rows of the hub, CSV files or newswire, split by seed and tokenised.
+"""The data of a sweep: rows of the hub, of CSV files or of newswire, split by seed and tokenised.
 
 Hub and CSV give the same texts for the same rows: title and description, cleaned by `cleaning.clean`.
 """
@@ -17,8 +17,8 @@ from agnews_lora.errors import DataError
 HUB_DATASET: Final = "fancyzhx/ag_news"
 HUB_REVISION: Final = "eb185aade064a813bc0b7f42de02595523103ca4"
 _HUB_REMEDY: Final = (
-    "take `experiment: embedded` (its base and corpus need no hub), or `source: csv` with the AG News files in a local "
-    "directory"
+    "Take `experiment: embedded` (its base and corpus need no hub), or `source: csv` with the AG News files in a local "
+    "directory."
 )
 
 Split = Literal["train", "test"]
@@ -26,12 +26,14 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What an experiment says about its data.
+    """The data settings of an experiment.
 
-    train, test: CSV files, relative to the working directory (csv). rows: rows of the train split that are used at all
-    (newswire: how many are generated; else the most, stratified by seed; None: all). train_rows: the most training rows
-    left after the validation split, stratified by seed (None: all). test_rows: rows of the test split (newswire: how
-    many are generated; else the most, stratified by seed; None: all). validation: share of the rows held out.
+    Args:
+        train, test: CSV files, relative to the working directory (csv).
+        rows: rows of the train split to use at all, stratified by seed (newswire: to generate; None: all).
+        train_rows: most training rows to keep after the validation split, stratified by seed (None: all).
+        test_rows: rows of the test split, as `rows`.
+        validation: share of the rows for validation.
     """
 
     source: Literal["hub", "csv", "newswire"]
@@ -47,9 +49,10 @@ class DataSettings:
 class Corpus:
     """Training and validation rows, as texts and as token tables (same rows, same order).
 
-    monitor: ids into the validation rows, the fixed stratified subset for evaluations on the way. digest: SHA-256 (hex)
-    over the training and the validation rows, order included. best_accuracy: the best that any classifier can reach,
-    where that is known.
+    Args:
+        monitor: ids into the validation rows, the fixed stratified subset for evaluations on the way.
+        digest: SHA-256 (hex) over the training and the validation rows, order included.
+        best_accuracy: the best that any classifier can reach, where that is known.
     """
 
     train: TokenTable
@@ -115,22 +118,19 @@ def load_test(settings: DataSettings, seed: int) -> Rows:
 
 
 def check(settings: DataSettings) -> None:
-    """Nothing where both splits can be had, found out in seconds: no row is read and nothing is downloaded.
+    """Check within seconds that both splits can be had: no row is read and nothing is downloaded.
 
     Raises:
-        DataError: a file that is not named, not there or not readable; a size that newswire needs and nobody gave.
+        DataError: a file that is not there or not readable.
         NetworkError: the hub is needed and cannot be reached.
     """
-    if settings.source == "newswire":
-        _newswire_rows(settings, "train")
-        _newswire_rows(settings, "test")
-    elif settings.source == "csv":
+    if settings.source == "csv":
         for split in ("train", "test"):
             try:
-                require_file(_csv_path(settings, split), "name a CSV file")
+                require_file(_csv_path(settings, split))
             except DataError as error:
                 raise DataError(f"data.{split}: {error}") from error
-    elif any(_cached_arrow(split) is None for split in ("train", "test")):
+    elif settings.source == "hub" and any(_cached_arrow(split) is None for split in ("train", "test")):
         hub.require_reachable(f"data set {HUB_DATASET}", _HUB_REMEDY)
 
 
@@ -156,22 +156,15 @@ def _load(settings: DataSettings, split: Split, num_rows: int | None, seed: int)
     if settings.source == "newswire":
         from agnews_lora.data import newswire
 
-        return newswire.generate(_newswire_rows(settings, split), split, seed)
+        assert num_rows is not None, "an experiment says how many rows newswire generates"
+        return newswire.generate(num_rows, split, seed)
     rows = read_csv(_csv_path(settings, split)) if settings.source == "csv" else _load_hub(split)
     return rows if num_rows is None else rows.take(stratified_subset(rows.labels, num_rows, seed))
 
 
-def _newswire_rows(settings: DataSettings, split: Split) -> int:
-    key, num_rows = ("rows", settings.rows) if split == "train" else ("test_rows", settings.test_rows)
-    if num_rows is None:
-        raise DataError(f"data.{key}: newswire generates as many rows as it is told, but none are given; give a number")
-    return num_rows
-
-
 def _csv_path(settings: DataSettings, split: Split) -> Path:
     name = settings.train if split == "train" else settings.test
-    if name is None:
-        raise DataError(f"data.{split}: `source: csv` needs a CSV file for either split, but none is given; name it")
+    assert name is not None, "an experiment names both CSV files"
     return Path(name)
 
 
@@ -191,8 +184,8 @@ def _load_hub(split: Split) -> Rows:
     for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if not text or label not in range(len(LABELS)):
             raise DataError(
-                f"{HUB_DATASET}, {split} row {row}: needs some text and a label of 0 to {len(LABELS) - 1}, but has "
-                f"{text!r} and {label!r}; delete the data set from the local cache and start again"
+                f"Cannot use {HUB_DATASET}: {split} row {row} needs some text and a label of 0 to {len(LABELS) - 1}, "
+                f"but has {text!r} and {label!r}. Delete the data set from the local cache and start again."
             )
     return Rows(texts, labels)
 
@@ -210,6 +203,5 @@ def _require_every_class(split: str, rows: Rows) -> None:
     missing = [name for label, name in enumerate(LABELS) if label not in rows.labels]
     if missing:
         raise DataError(
-            f"the {split} split needs rows of every class, but of its {len(rows)} rows none is {' or '.join(missing)}; "
-            "use more rows"
+            f"Cannot use the {split} split: none of its {len(rows)} rows is {' or '.join(missing)}. Use more rows."
         )

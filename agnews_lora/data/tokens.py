@@ -22,9 +22,12 @@ _CHUNK_ROWS: Final = 10_000  # tokenised at once: bounds the memory that Python'
 class TokenTable:
     """Token ids and labels of rows, in order.
 
-    ids: (total_tokens,) int32, all rows one behind the other. offsets: (rows + 1,) int64, row i is
-    `ids[offsets[i]:offsets[i + 1]]`. labels: (rows,) int64. pad_id: the tokenizer's. digest: SHA-256 (hex) of what the
-    table follows from: rows, tokenizer and maximal length.
+    Args:
+        ids: (total_tokens,) int32, the rows concatenated.
+        offsets: (rows + 1,) int64, row i is `ids[offsets[i]:offsets[i + 1]]`.
+        labels: (rows,) int64.
+        pad_id: the tokenizer's.
+        digest: SHA-256 (hex) over rows, tokenizer and maximal length.
     """
 
     ids: npt.NDArray[np.int32]
@@ -85,7 +88,7 @@ def tokenizer_digest(folder: Path) -> str:
             files = [folder / name for name in names if (folder / name).is_file()]
             return _sha256(*(part for file in files for part in (file.name.encode(), file.read_bytes())))
     choices = " or ".join(" + ".join(names) for names in _VOCABULARIES)
-    raise BaseModelError(f"{folder} needs a tokenizer ({choices}), but holds none; copy it there")
+    raise BaseModelError(f"Cannot read the tokenizer in {folder}: there is no {choices}. Copy it there.")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -99,9 +102,9 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare `Exception`
-        raise BaseModelError(f"the tokenizer in {folder} cannot be read ({error}); fetch its files again") from error
+        raise BaseModelError(f"Cannot read the tokenizer in {folder}: {error}. Fetch its files again.") from error
     if tokenizer.pad_token_id is None:
-        raise BaseModelError(f"the tokenizer in {folder} needs a padding token, but has none; add it to its files")
+        raise BaseModelError(f"Cannot use the tokenizer in {folder}: it has no padding token. Add it to its files.")
     return tokenizer
 
 
@@ -134,7 +137,7 @@ def tokenise(rows: Rows, tokenizer_folder: Path, max_length: int, cache: Path) -
         with suppress(OSError):
             beside.unlink(missing_ok=True)
         raise StorageError(
-            f"the token cache {cache} must be writable, but is not ({error.strerror}); free it or make it writable"
+            f"Cannot write the token cache {cache}: {error.strerror}. Free it or make it writable."
         ) from error
     return table
 

@@ -297,6 +297,9 @@ def accuracy_against_parameters(trials: pd.DataFrame, budget: int, title: str, p
             axes.scatter(rows["trainable_parameters"], rows["accuracy"], s=110, zorder=3, **style)
         if not of_preset.empty:
             axes.scatter([], [], s=110, marker=marker, color=color, label=preset)
+    for row in scored[scored["baseline"]].itertuples():
+        axes.scatter(row.trainable_parameters, row.accuracy, s=380, zorder=4, marker="*", color=BLACK)
+        axes.scatter([], [], s=200, marker="*", color=BLACK, label="baseline")
     for row in scored[scored["winner"]].itertuples():
         ring: dict[str, Any] = {"s": 380, "facecolors": "none", "edgecolors": BLACK, "linewidths": 2.5}
         axes.scatter(row.trainable_parameters, row.accuracy, zorder=4, **ring)

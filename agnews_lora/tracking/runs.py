@@ -475,3 +475,27 @@ def _run_tags(tags: Mapping[str, str]) -> list[RunTag]:
 def _now() -> int:
     """Milliseconds since 1970."""
     return time.time_ns() // 1_000_000
+
+
+def newest_parent(client: MlflowClient, sweep: str) -> Run | None:
+    """The parent run of a sweep that was started last; None where the sweep has never run."""
+    experiment = client.get_experiment_by_name(sweep)
+    if experiment is None:
+        return None
+    order = ["attributes.start_time DESC"]
+    found = client.search_runs([experiment.experiment_id], "tags.kind = 'sweep'", max_results=1, order_by=order)
+    return found[0] if found else None
+
+
+def read_curve(client: MlflowClient, run_id: str, trial: str) -> pd.DataFrame:
+    """Points of a trial's run, as `SweepRuns.curve` gives them; none where the run is gone."""
+    try:
+        points = [point for name in METRICS for point in client.get_metric_history(run_id, name)]
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        points = []
+    values = {(point.key, point.step): point.value for point in points}
+    steps = sorted({step for _, step in values})
+    columns = {name: [values.get((name, step), float("nan")) for step in steps] for name in METRICS}
+    return pd.DataFrame({"trial": [trial] * len(steps), "step": steps, **columns})

@@ -1,4 +1,4 @@
-"""The command: peers in turn, each in a process of its own, then the table."""
+"""The command: measures peers in turn, each in a process of its own, and writes the table."""
 
 import argparse
 import datetime
@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.throughput import lengths
-from benchmarks.throughput.measurement import MINILM, ROBERTA_BASE, Measurement, Peer, Setup, Task
-from benchmarks.throughput.table import Run, file_name, page, samples_per_second
+from benchmarks.throughput.results import Environment, Measurement, Peer, Run, Task, file_name, page
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
-# What the command measures with where it is not told: at most some 6 minutes on two cores, 8 on a CUDA machine.
+# Defaults of the command: at most some 6 minutes on two cores, 8 on a CUDA machine.
 DEFAULTS = {
     "cpu": {"batch_size": 16, "slots": (1, 4), "steps": 8, "eval_rows": 64},
     "cuda": {"batch_size": 32, "slots": (1, 4, 8, 16, 32), "steps": 100, "eval_rows": 1_000},
@@ -27,18 +25,15 @@ EVAL_BATCH_SIZE = 64  # the experiments' own
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table and write it; or make the histogram anew."""
+    """Measure, print the table and write it."""
     options = _options(arguments)
-    if options.histogram:
-        roberta, minilm = options.histogram
-        lengths.make({"roberta": roberta, "minilm": minilm})
-        return
     with tempfile.TemporaryDirectory() as folder:
-        setup = _set_up(options.model, Path(folder))
-        for name, value in DEFAULTS[setup.device_type].items():
+        _python("benchmarks.throughput.setup", folder, *([options.model] if options.model else []))
+        environment = Environment(**json.loads(Path(folder, "environment.json").read_text(encoding="utf-8")))
+        for name, value in DEFAULTS[environment.device_type].items():
             if getattr(options, name) is None:
                 setattr(options, name, value)
-        run = _measure(options, setup, Path(folder))
+        run = _measure(options, environment, Path(folder))
     text = page(run)
     options.out.mkdir(parents=True, exist_ok=True)
     result = options.out / file_name(run)
@@ -58,10 +53,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--eval-rows", type=_count, help="validation rows of a trial")
     parser.add_argument("--rounds", type=_count, default=3, help="times that each peer is measured (default: 3)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
-    histogram = "make benchmarks/lengths.csv anew, with these tokenizers, and measure nothing"
-    parser.add_argument("--histogram", nargs=2, type=Path, metavar=("ROBERTA_FOLDER", "MINILM_FOLDER"), help=histogram)
     options = parser.parse_args(arguments)
-    if options.model not in (None, ROBERTA_BASE, MINILM) and not Path(options.model, "config.json").is_file():
+    if options.model not in (None, "roberta-base", "minilm") and not Path(options.model, "config.json").is_file():
         parser.error(f"--model must be roberta-base, minilm or a folder with a config.json, but is {options.model}")
     return options
 
@@ -84,19 +77,11 @@ def _counts(text: str) -> tuple[int, ...]:
     return tuple(_count(part) for part in text.split(","))
 
 
-def _set_up(model: str | None, folder: Path) -> Setup:
-    _python("benchmarks.throughput.models", str(folder), *([model] if model else []))
-    return Setup(**json.loads((folder / "setup.json").read_text(encoding="utf-8")))
-
-
-def _peers(setup: Setup, slots: Sequence[int]) -> tuple[Peer, ...]:
-    """The Trainer first, since ratios are to its row: in bf16 on CUDA; on a CPU in fp32, its default, then in bf16."""
-    formats = (setup.bf16,) if setup.device_type == "cuda" else (False, True)
-    return (*(Peer("trainer", bf16=bf16) for bf16 in formats), *(Peer("multilora", number) for number in slots))
-
-
-def _measure(options: argparse.Namespace, setup: Setup, folder: Path) -> Run:
-    peers = _peers(setup, options.slots)
+def _measure(options: argparse.Namespace, environment: Environment, folder: Path) -> Run:
+    # The Trainer first, since ratios are to its row: in bf16 on CUDA; on a CPU in fp32, its default, then in bf16.
+    formats = (environment.bf16,) if environment.device_type == "cuda" else (False, True)
+    trainers = [Peer("trainer", bf16=bf16) for bf16 in formats]
+    peers = (*trainers, *(Peer("multilora", number) for number in options.slots))
     warmup_steps = max(1, options.steps // 4)
     rounds = []
     for number in range(1, options.rounds + 1):
@@ -104,7 +89,7 @@ def _measure(options: argparse.Namespace, setup: Setup, folder: Path) -> Run:
         for peer in peers:
             task = Task(
                 peer=peer,
-                setup=setup,
+                environment=environment,
                 folder=str(folder),
                 batch_size=options.batch_size,
                 eval_batch_size=EVAL_BATCH_SIZE,
@@ -114,14 +99,14 @@ def _measure(options: argparse.Namespace, setup: Setup, folder: Path) -> Run:
                 started=time.time(),
             )
             measurements.append(_measure_one(task, folder))
-            speed = f"{samples_per_second(measurements[-1]):,.1f} samples/s"
+            speed = f"{measurements[-1].samples_per_second:,.1f} samples/s"
             print(f"round {number} of {options.rounds}: {peer}: {speed}", file=sys.stderr, flush=True)
         rounds.append(tuple(measurements))
     return Run(
-        command=_command(options, setup),
+        command=_command(options, environment),
         commit=_commit(),
         date=datetime.date.today(),
-        setup=setup,
+        environment=environment,
         batch_size=options.batch_size,
         steps=options.steps,
         warmup_steps=warmup_steps,
@@ -134,7 +119,7 @@ def _measure(options: argparse.Namespace, setup: Setup, folder: Path) -> Run:
 def _measure_one(task: Task, folder: Path) -> Measurement:
     asked, answer = folder / "task.json", folder / "answer.json"
     asked.write_text(json.dumps(asdict(task)), encoding="utf-8")
-    _python("benchmarks.throughput.measuring", str(asked), str(answer))
+    _python("benchmarks.throughput.peers", str(asked), str(answer))
     return Measurement(**json.loads(answer.read_text(encoding="utf-8")))
 
 
@@ -149,17 +134,17 @@ def _python(module: str, *arguments: str) -> None:
         sys.exit(f"{module} failed:\n{result.stdout}{result.stderr}")
 
 
-def _command(options: argparse.Namespace, setup: Setup) -> str:
-    """The command with every value that counts, defaults included."""
+def _command(options: argparse.Namespace, environment: Environment) -> str:
+    """Write the command with every value, defaults included."""
     return (
-        f"python -m benchmarks.throughput --model {setup.model} --batch-size {options.batch_size} "
+        f"python -m benchmarks.throughput --model {environment.model} --batch-size {options.batch_size} "
         f"--slots {','.join(map(str, options.slots))} --steps {options.steps} --eval-rows {options.eval_rows} "
         f"--rounds {options.rounds}"
     )
 
 
 def _commit() -> str:
-    """`Commit 0123456789ab (dirty), `, or nothing outside of a git checkout."""
+    """Say `Commit 0123456789ab (dirty), `, or nothing outside of a git checkout."""
     git = ["git", "-C", str(ROOT)]
     own = ["agnews_lora", "benchmarks/throughput"]
     try:

@@ -23,7 +23,7 @@ from benchmarks.agreement import (
 )
 from benchmarks.agreement_trials import BUDGET, MULTILORA, OTHER, SEEDS, TRAINER, TRIALS, Course, Kept, build_engine
 from tests.tiny import tiny_base
-from tests.training.conftest import make_lab
+from tests.training.conftest import tiny_setup
 
 TAGS = {f"version.{name}": "1.0" for name in ("python", "torch", "transformers", "peft")} | {"device": "CPU"}
 
@@ -112,22 +112,22 @@ class StopsAfter(Course):
 
 
 def test_both_engines_train_all_and_go_on_where_they_were(tmp_path: Path) -> None:
-    lab = make_lab(tiny_base(tmp_path / "tiny-bert", "bert"), tmp_path / "tokens")
+    setup = tiny_setup(tiny_base(tmp_path / "tiny-bert", "bert"), tmp_path / "tokens")
     conditions = {"seeds": SEEDS, "spans": (1, 2)}
     for engine in SEEDS:
         kept = Kept(tmp_path, conditions, "abc")
-        course = StopsAfter(engine, kept, lab.base, lab.corpus, tmp_path / engine)
-        build_engine(engine, lab.base, lab.corpus).run(course, course)
+        course = StopsAfter(engine, kept, setup.base, setup.corpus, tmp_path / engine)
+        build_engine(engine, setup.base, setup.corpus).run(course, course)
         ended = list(kept.trials(engine))
         assert len(ended) in (3, 4), "four slots end together"
 
         kept = Kept(tmp_path, conditions, "def")
-        course = Course(engine, kept, lab.base, lab.corpus, tmp_path / engine)
+        course = Course(engine, kept, setup.base, setup.corpus, tmp_path / engine)
         assert [plan.trial for plan in course.left] == [trial for trial in TRIALS if trial not in ended]
         assert course.left[-1].seed == SEEDS[engine] + 7
-        build_engine(engine, lab.base, lab.corpus).run(course, course)
+        build_engine(engine, setup.base, setup.corpus).run(course, course)
         assert not kept.missing(engine) and kept.commits(engine) == "abc, def"
-    rows = compare(Kept(tmp_path, conditions, "def"), lab.corpus.validation.labels)
+    rows = compare(Kept(tmp_path, conditions, "def"), setup.corpus.validation.labels)
     trials = json.loads((tmp_path / "agreement.json").read_text())["trials"]
     assert [row.engines.second for row in rows] == [trials[MULTILORA][trial]["accuracy"] for trial in TRIALS]
     assert [row.seeds.second for row in rows] == [trials[OTHER][trial]["accuracy"] for trial in TRIALS]

@@ -5,6 +5,7 @@ import datetime
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,18 +15,27 @@ import torch
 
 from agnews_lora.adapters.base_models import EMBEDDED, resolve, shape_of
 from agnews_lora.adapters.budget import require_within_budget
+from agnews_lora.data import newswire
+from agnews_lora.data.tokens import load_tokenizer
 from agnews_lora.errors import TrainingError
 from agnews_lora.training.interface import TrainSettings
 from agnews_lora.training.multilora.model import MultiLoraModel
 from benchmarks.throughput.__main__ import main
-from benchmarks.throughput.lab import MIXTURE, Lab, corpus_of, plans
-from benchmarks.throughput.lengths import LENGTHS, draw, make, random_table
-from benchmarks.throughput.measurement import Measurement, Peer, Setup
-from benchmarks.throughput.measuring import covered_seconds
-from benchmarks.throughput.models import configuration, matrix_parameters, read_base, write_random
-from benchmarks.throughput.peers import MultiLoraTrials, Span, trials_of
-from benchmarks.throughput.table import Run, file_name, page
-from tests.tiny import tiny_base
+from benchmarks.throughput.peers import MultiLoraTrials, Span, covered_seconds, trials_of
+from benchmarks.throughput.results import Environment, Measurement, Peer, Run, file_name, page
+from benchmarks.throughput.setup import (
+    LENGTHS,
+    SPECS,
+    BenchmarkSetup,
+    configuration,
+    corpus_of,
+    draw,
+    matrix_parameters,
+    plans,
+    random_table,
+    read_base,
+    write_random,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = ("optuna", "mlflow", "datasets", "evaluate", "pydantic", "pandas", "sklearn", "scipy", "ruamel", "rich")
@@ -187,7 +197,7 @@ def run_of(*rounds: tuple[Measurement, ...]) -> Run:
         command="the command",
         commit="Commit 0123, ",
         date=datetime.date(2026, 1, 31),
-        setup=Setup("minilm", 10_000_000, "minilm", "cuda", "NVIDIA H200", True, "3", "2", "5", "1"),
+        environment=Environment("minilm", 10_000_000, "minilm", "cuda", "NVIDIA H200", True, "3", "2", "5", "1"),
         batch_size=16,
         steps=8,
         warmup_steps=2,
@@ -229,34 +239,34 @@ def test_time_in_which_several_train_counts_once(spans: list[tuple[float, float]
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+def setup(tmp_path_factory: pytest.TempPathFactory) -> BenchmarkSetup:
     """A tiny model, and rows of which none is as long as another."""
-    folder = tmp_path_factory.mktemp("lab")
-    setup = write_random(str(tiny_config(folder / "tiny")), folder / "base")
+    folder = tmp_path_factory.mktemp("setup")
+    environment = write_random(str(tiny_config(folder / "tiny")), folder / "base")
     settings = TrainSettings(1, BATCH_SIZE, 4, 64, STEPS, 1, WARMUP_STEPS, 0.1, 0.01, 1.0, 0.0, "fp32")
     table = random_table(2 ** np.arange(13), TINY["vocab_size"], 0, 4, seed=1)
     corpus = corpus_of(table.take(range(10)), table.take([3, 4, 5]))
-    return Lab(read_base(setup, folder / "base"), corpus, settings, torch.device("cpu"))
+    return BenchmarkSetup(read_base(environment, folder / "base"), corpus, settings, torch.device("cpu"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the lab stands on the CPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the setup is on the CPU")
 @pytest.mark.parametrize("peer", [Peer("trainer"), Peer("multilora", 1), Peer("multilora", 4)], ids=str)
-def test_each_peer_trains_whole_trials(lab: Lab, tmp_path: Path, peer: Peer) -> None:
-    spans = trials_of(peer, lab).train(plans(tmp_path, TRIALS))
+def test_each_peer_trains_whole_trials(setup: BenchmarkSetup, tmp_path: Path, peer: Peer) -> None:
+    spans = trials_of(peer, setup).train(plans(tmp_path, TRIALS))
     together = len({span.began for span in spans})
     assert together == TRIALS // peer.slots
     assert {span.rows for span in spans} == {(STEPS - WARMUP_STEPS) * BATCH_SIZE}
     for span in spans:
-        left_out = int(lab.corpus.train.lengths.sum()) - span.tokens
+        left_out = int(setup.corpus.train.lengths.sum()) - span.tokens
         assert left_out.bit_count() == BATCH_SIZE  # lengths are powers of two: these are the rows of the first batch
         assert span.began < span.ended
     for folder in tmp_path.iterdir():
         assert list(folder.rglob("adapter_model.safetensors"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the lab stands on the CPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the setup is on the CPU")
 def test_slots_that_do_not_fit_are_not_measured_as_if_they_did(
-    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setup: BenchmarkSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole_pass, passes = MultiLoraModel.gradients, []
 
@@ -268,7 +278,7 @@ def test_slots_that_do_not_fit_are_not_measured_as_if_they_did(
 
     monkeypatch.setattr(MultiLoraModel, "gradients", tight)
     with pytest.raises(TrainingError, match="4 trials must train at once, but 2 did"):
-        MultiLoraTrials(lab, 4).train(plans(tmp_path, TRIALS))
+        MultiLoraTrials(setup, 4).train(plans(tmp_path, TRIALS))
 
 
 @pytest.mark.parametrize(("model", "parameters"), [("roberta-base", 84_934_656), ("minilm", 10_616_832)])
@@ -280,11 +290,11 @@ def test_known_shapes(model: str, parameters: int, tmp_path: Path) -> None:
 
 
 def test_the_mixture_is_one_that_a_sweep_could_ask_for() -> None:
-    for spec in MIXTURE:
+    for spec in SPECS:
         require_within_budget(spec, shape_of("roberta-base"), 1_000_000)
         require_within_budget(spec, shape_of(EMBEDDED), 100_000)
     for field in ("targets", "rank", "dropout", "learning_rate"):
-        assert len({getattr(spec, field) for spec in MIXTURE}) == len(MIXTURE)
+        assert len({getattr(spec, field) for spec in SPECS}) == len(SPECS)
 
 
 # Lengths --------------------------------------------------------------------------------------------------------------
@@ -313,17 +323,8 @@ def test_random_rows_hold_no_padding() -> None:
     assert set(table.ids.tolist()) <= {2, 3}
 
 
-def test_the_committed_histogram_is_made_by_the_command(tmp_path: Path) -> None:
-    make({"minilm": resolve(EMBEDDED).folder}, tmp_path / "lengths.csv")
-    assert counts(tmp_path / "lengths.csv", "minilm") == counts(LENGTHS, "minilm")
-
-
-def test_a_vocabulary_and_its_merges_are_tokenizer_enough(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-
-    whole = tiny_base(tmp_path / "whole", "roberta")
-    (tmp_path / "bare").mkdir()
-    Tokenizer.from_file(str(whole / "tokenizer.json")).model.save(str(tmp_path / "bare"))
-    for folder in (whole, tmp_path / "bare"):
-        make({"roberta": folder}, folder / "lengths.csv")
-    assert counts(whole / "lengths.csv", "roberta") == counts(tmp_path / "bare" / "lengths.csv", "roberta")
+def test_the_histogram_counts_the_tokens_of_generated_newswire() -> None:
+    tokenizer = load_tokenizer(resolve(EMBEDDED).folder)
+    texts = newswire.generate(10_000, "train", seed=13).texts
+    lengths = map(len, tokenizer(list(texts), truncation=True, max_length=80)["input_ids"])
+    assert Counter(lengths) == counts(LENGTHS, "minilm")

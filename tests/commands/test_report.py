@@ -1,220 +1,116 @@
-"""`agnews-lora report` over real stores: of a real sweep on a tiny base, and of sweeps in every other state."""
+"""`agnews-lora report` over a real store, with runs and results made by hand: nothing is trained."""
 
-import re
-import shutil
-import subprocess
+import json
+from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
 from agnews_lora.cli import main
-from agnews_lora.commands import report
-from agnews_lora.tracking.reading import newest_sweep
-from agnews_lora.tracking.runs import State, SweepRuns
+from agnews_lora.search.results import SweepResult
 from agnews_lora.tracking.store import open_client
-from agnews_lora.training.interface import EvalPoint, TrainPoint
-from tests.project import agnews_lora, write_project
-from tests.tiny import tiny_base
-
-SHARED = {
-    "experiment": "small",
-    "base": "sentence-transformers/all-MiniLM-L6-v2",
-    "budget": 100_000,
-    "engine": "multilora",
-    "seed": 13,
-}
+from tests.reporting.results import bare, curve, result
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stores of a sweep that was run to its end, and nothing else: no file of the project, no base, no data."""
-    folder = tmp_path_factory.mktemp("project")
-    tiny_base(folder / "base", "bert")
-    write_project(folder, experiment={"base": "base"}, sweep={"trials": 4, "confirmation": {"trials": 2, "seeds": 2}})
-    done = agnews_lora(folder, "sweep", "small")
-    assert done.returncode == 0, done.stderr
-    for name in ("experiments", "sweeps", "base", ".cache"):
-        shutil.rmtree(folder / name)
-    return folder
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("project")
 
 
-def parent(folder: Path) -> str:
-    run = newest_sweep(open_client(folder / "mlruns"), "small")
-    assert run is not None
-    return run.run_id
+@pytest.fixture(scope="module")
+def client(folder: Path) -> MlflowClient:
+    """Of the folder's run store, in which each test has a sweep of its own."""
+    return open_client(folder / "mlruns")
 
 
-def pages(pdf: Path) -> str:
-    """The text of a PDF; of its pages' number where no tool reads it."""
-    if shutil.which("pdftotext") is None:
-        pytest.skip("pdftotext is not installed")
-    return subprocess.run(["pdftotext", pdf, "-"], capture_output=True, text=True, check=True).stdout
+@pytest.fixture(autouse=True)
+def in_folder(client: MlflowClient, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
 
 
-def test_a_finished_sweep_is_reported_from_its_stores_alone(
-    swept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def parent_run(client: MlflowClient, sweep: str, state: str, text: str | None) -> str:
+    """A new parent run. text: of its `result.json`; None where it has none."""
+    known = client.get_experiment_by_name(sweep)
+    experiment = known.experiment_id if known else client.create_experiment(sweep)
+    run = client.create_run(experiment, tags={"kind": "sweep", "state": state}, run_name="small-2").info.run_id
+    if text is not None:
+        client.log_text(run, text, "result.json")
+    return str(run)
+
+
+def with_runs(client: MlflowClient, sweep: str, of: SweepResult) -> SweepResult:
+    """The result with the ids of new runs that have its trials' curves."""
+    experiment, rows = client.create_experiment(sweep), []
+    for row in of.trials:
+        run = client.create_run(experiment, tags={"kind": "trial"}).info.run_id
+        for point in curve(row).to_dict("records"):
+            for name in ("train/loss", "eval/accuracy"):
+                client.log_metric(run, name, point[name], step=point["step"])
+        rows.append(replace(row, run_id=run))
+    return replace(of, trials=tuple(rows))
+
+
+def test_a_finished_sweep_is_reported_from_its_run_store_alone(
+    client: MlflowClient, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(swept)
-    assert main(["report", "small"]) == 0
+    parent = parent_run(client, "full", "COMPLETE", with_runs(client, "full", result(confirmed=())).to_json())
+    assert main(["report", "full"]) == 0
     shown = capsys.readouterr().out
-    page, paper = swept / "reports/small.html", swept / "reports/small.pdf"
-    assert "reports/small.html" in shown
-    winner = str(newest_sweep(open_client(swept / "mlruns"), "small").tags["best_trial"])  # type: ignore[union-attr]
-    assert winner in shown
-    text = page.read_text(encoding="utf-8")
-    assert winner in text
-    assert "budget: 100000" in text  # the sweep's file, from the run
-    assert not re.search(r'(src|href)="(?!data:image/png|#)', text)
-    assert paper.read_bytes().startswith(b"%PDF")
-    words = pages(paper)
-    assert winner in words
-    headings = ["Adapter configurations and the budget", "Results", "Error analysis", "How to reproduce"]
-    captions = ["The confirmation: the best trials over several seeds", "Confusion matrix of"]
-    if winner != "t0000":  # on so few rows, the baseline may win
-        headings.append("The winner against the baseline")
-        captions.append("Validation rows by who answers them rightly.")
-    flat = " ".join(words.split())
-    assert [heading for heading in headings if heading not in words] == []
-    assert [caption for caption in captions if caption not in flat] == []
-    assert words.count("\f") >= 4  # pages
-    assert sorted(path.name for path in (swept / "reports").iterdir()) == ["small.html", "small.pdf"]
+    assert "winner t0001" in shown and "reports/small-2.html" in shown
+    written = {path.name: path for path in (folder / "reports").iterdir()}
+    assert sorted(written) == ["small-2.html", "small-2.pdf"]
+    assert "Learning curves" in written["small-2.html"].read_text(encoding="utf-8")  # so the runs' curves were read
+    for name in ("html", "pdf"):
+        kept = download_artifacts(
+            run_id=parent, artifact_path=f"report.{name}", tracking_uri=client.tracking_uri, dst_path=str(folder)
+        )
+        assert Path(kept).read_bytes() == written[f"small-2.{name}"].read_bytes()
 
 
-def test_it_is_on_the_parent_run_and_the_same_when_written_again(swept: Path, tmp_path: Path) -> None:
-    client = open_client(swept / "mlruns")
-    before = client.get_run(parent(swept)).info
-    first = report.write(client, parent(swept), {}, tmp_path / "first")
-    second = report.write(client, parent(swept), {}, tmp_path / "second")
-    assert first.html.read_bytes() == second.html.read_bytes()
-    assert first.pdf.read_bytes() == second.pdf.read_bytes()
-    for name, written in (("report.html", second.html), ("report.pdf", second.pdf)):
-        kept = download_artifacts(run_id=parent(swept), artifact_path=name, tracking_uri=client.tracking_uri)
-        assert Path(kept).read_bytes() == written.read_bytes()
-    after = client.get_run(parent(swept)).info
-    assert (after.status, after.end_time) == (before.status, before.end_time)
+def test_the_newest_study_is_taken_and_a_trial_whose_run_is_gone_has_no_curve(
+    client: MlflowClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent_run(client, "newest", "COMPLETE", bare(study="small").to_json())
+    parent_run(client, "newest", "COMPLETE", bare().to_json())
+    assert main(["report", "sweeps/newest.yaml", "--to", "elsewhere", "--json"]) == 0
+    paths = {"html": "elsewhere/small-2.html", "pdf": "elsewhere/small-2.pdf"}
+    assert json.loads(capsys.readouterr().out) == {"study": "small-2", **paths}
 
 
-def test_a_study_that_is_gone_is_not_needed(swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(swept)
-    assert main(["report", "small", "--to", str(tmp_path / "with")]) == 0
-    study = swept / "mlruns/optuna.db"
-    study.rename(tmp_path / "optuna.db")
-    try:
-        assert main(["report", "sweeps/small.yaml", "--to", str(tmp_path / "without")]) == 0
-        assert main(["report", "small", "--storage", f"sqlite:///{tmp_path / 'optuna.db'}", "--to", "elsewhere"]) == 0
-    finally:
-        (tmp_path / "optuna.db").rename(study)
-    with_study, without = (tmp_path / name / "small.html" for name in ("with", "without"))
-    assert with_study.read_text() == without.read_text() == (swept / "elsewhere/small.html").read_text()
+@pytest.mark.parametrize(
+    ("sweep", "state", "text", "cause"),
+    [
+        ("under-way", "RUNNING", bare().to_json(), "not finished (its state is RUNNING)"),
+        ("stopped", "INTERRUPTED", None, "not finished (its state is INTERRUPTED)"),
+        ("old", "COMPLETE", None, "has no result.json"),
+        ("damaged", "COMPLETE", "{}", "Cannot read result.json"),
+    ],
+)
+def test_a_sweep_without_a_result_is_refused_with_the_remedy(
+    sweep: str, state: str, text: str | None, cause: str, client: MlflowClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent_run(client, sweep, state, text)
+    assert main(["report", sweep, "--to", "refused"]) == 2
+    message = capsys.readouterr().err
+    assert cause in message and f"agnews-lora sweep {sweep}" in message
+    assert not Path("refused").exists()
 
 
 def test_a_sweep_that_never_ran(
-    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for folder in (tmp_path, swept):
-        monkeypatch.chdir(folder)
-        assert main(["report", "other"]) == 2
-        message = capsys.readouterr().err
-        assert message.startswith("agnews-lora: a report needs a sweep that has run")
-        assert "agnews-lora sweep other" in message
+    assert main(["report", "other"]) == 2
+    assert "Run `agnews-lora sweep other`" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)  # which has no store, and gets none
+    assert main(["report", "other"]) == 2
+    assert "has no run of this sweep" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written(
-    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(swept)
-    (tmp_path / "file").touch()
-    assert main(["report", "small", "--to", str(tmp_path / "file")]) == 2
-    assert "name another with --to" in capsys.readouterr().err
-
-
-class Store:
-    """A store with the runs of a sweep that nothing trained."""
-
-    def __init__(self, folder: Path) -> None:
-        self.client: MlflowClient = open_client(folder / "mlruns")
-        self.runs = SweepRuns(self.client, "small", "small")
-        tags = {"device": "CPU", "version.agnews_lora": "0.1.0"}
-        self.parent = self.runs.open_parent("small", identity="1", params=SHARED, tags=tags, texts={})
-
-    def trial(self, number: int, state: State | None, accuracy: float = 0.5, error: str | None = None) -> str:
-        trial = f"t{number:04d}"
-        params = {"targets": "qv", "lora_r": 2, "lora_alpha": "4", "lora_dropout": 0.1, "learning_rate": 1e-3}
-        params |= {"head": "full", "trainable_parameters": 19_972, "seed": number, **SHARED}
-        run = self.runs.start_trial(trial, trial, params, {"baseline": str(number == 0).lower()})
-        if state != "FAILED":
-            points = [
-                TrainPoint(trial, 10, 1.0, 1e-3, 1_000),
-                EvalPoint(trial, 10, accuracy, 0.5, 0.9, 100, True, 2_000),
-            ]
-            self.runs.log_points(trial, points)
-        if state:
-            self.runs.finish_trial(trial, state, error=error)
-        return run
-
-    def report(self, to: Path) -> tuple[str, str]:
-        written = report.write(self.client, self.parent, {}, to)
-        return written.html.read_text(encoding="utf-8"), pages(written.pdf)
-
-
-def test_a_sweep_that_is_under_way(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.trial(0, "COMPLETE", 0.5)
-    store.trial(1, "COMPLETE", 0.7)
-    store.trial(2, None, 0.6)
-    for text in store.report(tmp_path / "reports"):
-        flat = " ".join(text.split())
-        assert "Unfinished" in flat
-        assert "still under way" in flat
-        assert "best trial so far" in flat
-        assert "t0001" in flat
-        assert "Optimisation history" in flat  # drawn, as the parent run has no figure yet
-
-
-def test_a_sweep_without_any_complete_trial(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.trial(0, "FAILED", error="out of memory: <b>4 GiB</b> #panic() $1$")
-    store.runs.close_parent("COMPLETE")
-    page, paper = store.report(tmp_path / "reports")
-    assert "No result." in page
-    assert "&lt;b&gt;4 GiB&lt;/b&gt; #panic() $1$" in page
-    assert "<b>4 GiB</b> #panic() $1$" in " ".join(paper.split())
-
-
-def test_a_sweep_that_has_just_begun(tmp_path: Path) -> None:
-    for text in Store(tmp_path).report(tmp_path / "reports"):
-        assert "No trial has been started yet." in " ".join(text.split())
-
-
-def test_repetitions_are_no_trials_of_the_search(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.trial(0, "COMPLETE", 0.5)
-    best = store.trial(1, "COMPLETE", 0.7)
-    repeated = store.trial(2, "COMPLETE", 0.9)
-    for key, value in {"confirms": "t0001", "trial": "t0001-s2"}.items():
-        store.client.set_tag(repeated, key, value)
-    frame = pd.DataFrame(
-        {
-            "trial": ["t0001"],
-            "seeds": [2],
-            "failed": [0],
-            "own_accuracy": [0.7],
-            "mean_accuracy": [0.8],
-            "std_accuracy": [0.1414],
-            "drop": [-0.1],
-            "chosen": [True],
-            "runs": [
-                '[{"trial": "t0001", "seed": 1, "accuracy": 0.7}, {"trial": "t0001-s2", "seed": 2, "accuracy": 0.9}]'
-            ],
-        }
-    )
-    store.client.log_text(store.parent, frame.to_csv(index=False), "confirmation.csv")
-    store.runs.close_parent("COMPLETE", tags={"best_trial": "t0001", "best_run": best})
-    page, _ = store.report(tmp_path / "reports")
-    assert "Both trials were trained to their end." in page
-    assert "t0001-s2" not in page
-    assert "80.00% on average over two runs" in page
+def test_a_folder_that_cannot_be_written(client: MlflowClient, capsys: pytest.CaptureFixture[str]) -> None:
+    parent_run(client, "no-place", "COMPLETE", bare(trials=()).to_json())
+    Path("file").touch()
+    assert main(["report", "no-place", "--to", "file"]) == 2
+    assert "name another one with --to" in capsys.readouterr().err

@@ -65,36 +65,35 @@ def test_what_csv_writes_is_read_back(tmp_path_factory, records, header):
 @pytest.mark.parametrize(
     ("content", "line", "said"),
     [
-        (HEADER + "1,a,b\n2,only a title\n", 3, "a row has 3 columns, but here are 2"),
-        (HEADER + "1,a,b,c\n", 2, "a row has 3 columns, but here are 4"),
-        ("1,a,b\n\n2,c,d\n", 2, "a row has 3 columns, but here are 0"),
-        (HEADER + "5,a,b\n", 2, "1 World, 2 Sports, 3 Business, 4 Sci/Tech, but here is '5'"),
-        ("1,a,b\n0,a,b\n", 2, "but here is '0'"),
-        ("1,a,b\nSports,a,b\n", 2, "but here is 'Sports'"),
-        ("label,title,text\n1,a,b\n", 1, "but here is 'label' (or the header Class Index,Title,Description)"),
-        ("1,a,b\n" + HEADER, 2, "but here is 'Class Index'"),
-        ("1,a,b\n2,,\n", 2, "title and description hold some text"),
-        ("1,a,b\n2,&lt;b&gt;,\\\n", 2, "title and description hold some text"),
-        ('1,"two\nlines",b\n2,"three\nmore\nlines"\n', 3, "a row has 3 columns, but here are 2"),
-        ('1,a,b\n2,"never closed,c\n3,d,e\n', 2, "a quoted field is closed"),
-        ('1,a,b\n2,"closed" too early,c\n', 2, "a quoted field is closed"),
-        ("1,a,b\r2,c,d\r", 1, "a line ends in LF or in CR LF, never in a CR alone"),
+        (HEADER + "1,a,b\n2,only a title\n", 3, "a row should have 3 columns, but has 2"),
+        (HEADER + "1,a,b,c\n", 2, "a row should have 3 columns, but has 4"),
+        ("1,a,b\n\n2,c,d\n", 2, "a row should have 3 columns, but has 0"),
+        (HEADER + "5,a,b\n", 2, "1 World, 2 Sports, 3 Business, 4 Sci/Tech, but is '5'"),
+        ("1,a,b\n0,a,b\n", 2, "but is '0'"),
+        ("1,a,b\nSports,a,b\n", 2, "but is 'Sports'"),
+        ("label,title,text\n1,a,b\n", 1, "but is 'label' (or the header Class Index,Title,Description)"),
+        ("1,a,b\n" + HEADER, 2, "but is 'Class Index'"),
+        ("1,a,b\n2,,\n", 2, "title and description have no text"),
+        ("1,a,b\n2,&lt;b&gt;,\\\n", 2, "title and description have no text"),
+        ('1,"two\nlines",b\n2,"three\nmore\nlines"\n', 3, "a row should have 3 columns, but has 2"),
+        ('1,a,b\n2,"never closed,c\n3,d,e\n', 2, "a quoted field is not closed"),
+        ('1,a,b\n2,"closed" too early,c\n', 2, "a quoted field is not closed"),
+        ("1,a,b\r2,c,d\r", 1, "a line ends in CR alone"),
         (
             f"1,a,b\n2,a,{'b' * 10_000}\n",
             2,
-            "title and description hold at most 10,000 characters, but here are 10,001",
+            "title and description may have at most 10,000 characters, but have 10,001",
         ),
-        (f"1,a,b\n2,a,{'b' * 200_000}\n", 2, "a field holds at most 131,072 characters (is a quote never closed?)"),
-        (b"1,a,b\n2,caf\xe9,b\n", 2, "text must be UTF-8, but byte 6 of the line is 0xE9"),
-        (b'1,"two\nlines \xff",b\n', 2, "text must be UTF-8, but byte 7 of the line is 0xFF"),
+        (f"1,a,b\n2,a,{'b' * 200_000}\n", 2, "a field has more than 131,072 characters (is a quote never closed?)"),
+        (b"1,a,b\n2,caf\xe9,b\n", 2, "text should be UTF-8, but byte 6 there is 0xE9"),
+        (b'1,"two\nlines \xff",b\n', 2, "text should be UTF-8, but byte 7 there is 0xFF"),
     ],
 )
 def test_a_malformed_row_is_named_by_its_line(write, content, line, said):
     path = write(content)
     message = fault(path)
-    assert message.startswith(f"{path}, line {line}: ")
+    assert message.startswith(f"Cannot read {path}: correct these rows\n  line {line}: ")
     assert said in message
-    assert message.endswith("correct rows.csv and start again")
 
 
 def test_the_first_five_malformed_rows_are_reported_at_once(write):
@@ -105,7 +104,7 @@ def test_the_first_five_malformed_rows_are_reported_at_once(write):
 def test_rows_before_a_broken_record_are_reported_with_it(write):
     message = fault(write('9,a,b\n1,"a\n'))
     assert "line 1: the class index" in message
-    assert "line 2: a quoted field" in message
+    assert "line 2: in the record that starts here, a quoted field" in message
 
 
 @pytest.mark.parametrize("content", ["", HEADER])
@@ -114,19 +113,17 @@ def test_a_file_without_rows_is_refused(write, content):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    assert fault(tmp_path / "absent.csv").startswith(f"{tmp_path / 'absent.csv'} cannot be read (No such file")
+    assert fault(tmp_path / "absent.csv").startswith(f"Cannot read {tmp_path / 'absent.csv'}: No such file")
 
 
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize(
-    ("name", "found"), [("pipe", "something else"), ("/dev/zero", "something else"), (".", "a folder")]
+    ("name", "found"), [("pipe", "no regular file"), ("/dev/zero", "no regular file"), (".", "a folder")]
 )
 def test_what_is_no_file_is_neither_waited_for_nor_read(tmp_path, monkeypatch, name, found):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
-    assert fault(Path(name)) == (
-        f"{name} cannot be read (it must be a regular file, but is {found}); name a CSV file of AG News"
-    )
+    assert fault(Path(name)) == (f"Cannot read {name}: it is {found}. Name a CSV file of AG News.")
 
 
 @pytest.mark.timeout(30)

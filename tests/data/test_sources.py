@@ -60,7 +60,7 @@ def test_caps_are_stratified_and_follow_the_seed(csv_files):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_check_names_the_csv_file_that_cannot_be_read(csv_files, split):
     Path(f"{split}.csv").unlink()
-    with pytest.raises(DataError, match=rf"data\.{split}: {split}\.csv cannot be read \(No such file"):
+    with pytest.raises(DataError, match=rf"data\.{split}: Cannot read {split}\.csv: No such file"):
         check(csv_files)
 
 
@@ -68,19 +68,14 @@ def test_check_names_the_csv_file_that_cannot_be_read(csv_files, split):
 def test_check_waits_for_no_pipe(csv_files):
     Path("test.csv").unlink()
     os.mkfifo("test.csv")
-    with pytest.raises(DataError, match=r"data\.test: test\.csv cannot be read \(it must be a regular file"):
+    with pytest.raises(DataError, match=r"data\.test: Cannot read test\.csv: it is no regular file"):
         check(csv_files)
-
-
-def test_check_names_the_csv_file_that_is_not_given(csv_files):
-    with pytest.raises(DataError, match=r"data\.test: `source: csv` needs a CSV file for either split"):
-        check(replace(csv_files, test=None))
 
 
 def test_check_reads_no_rows(csv_files):
     Path("train.csv").write_text("malformed")
     check(csv_files)
-    with pytest.raises(DataError, match=r"train\.csv, line 1"):
+    with pytest.raises(DataError, match=r"Cannot read train\.csv: .*\n  line 1"):
         load_train(csv_files, seed=0)
 
 
@@ -88,12 +83,6 @@ def test_newswire_makes_the_rows_asked_for():
     check(NEWSWIRE)
     assert load_train(NEWSWIRE, seed=5) == newswire.generate(40, "train", 5)
     assert load_test(NEWSWIRE, seed=5) == newswire.generate(20, "test", 5)
-
-
-@pytest.mark.parametrize("key", ["rows", "test_rows"])
-def test_newswire_needs_its_sizes(key):
-    with pytest.raises(DataError, match=rf"data\.{key}: .*give a number"):
-        check(replace(NEWSWIRE, **{key: None}))
 
 
 def test_best_accuracy_is_known_for_newswire_only(csv_files):
@@ -128,7 +117,7 @@ def test_without_the_hub_the_way_out_is_named(unreachable, call):
         call(HUB)
     message = str(caught.value)
     assert message.startswith(
-        f"data set {HUB_DATASET} is not on this machine, and the hub ({CLOSED}) cannot be reached"
+        f"Cannot get data set {HUB_DATASET}: it is not on this machine, and the hub ({CLOSED}) cannot be reached"
     )
     assert "experiment: embedded" in message
     assert "source: csv" in message
@@ -152,7 +141,7 @@ def test_a_damaged_row_of_the_hub_is_named(unreachable, tmp_path, text, label):
     with ArrowWriter(path=str(folder / "ag_news-train.arrow")) as writer:
         writer.write_table(datasets.Dataset.from_dict({"text": ["a", text], "label": [0, label]}).data.table)
         writer.finalize()
-    with pytest.raises(DataError, match=rf"{HUB_DATASET}, train row 1: needs some text and a label of 0 to 3"):
+    with pytest.raises(DataError, match=rf"{HUB_DATASET}: train row 1 needs some text and a label of 0 to 3"):
         load_train(HUB, seed=0)
 
 
@@ -229,15 +218,15 @@ def test_searching_never_reads_the_test_split(build, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (replace(LARGER, rows=30), "the validation split needs rows of every class, but of its 3 rows none is"),
-        (replace(LARGER, validation=0.0), "the validation split needs rows of every class, but of its 0 rows"),
+        (replace(LARGER, rows=30), "the validation split: none of its 3 rows is"),
+        (replace(LARGER, validation=0.0), "the validation split: none of its 0 rows"),
         (
             replace(LARGER, train_rows=3),
-            "the training split needs rows of every class, but of its 3 rows none is",
+            "the training split: none of its 3 rows is",
         ),
         (
             replace(LARGER, rows=4, validation=1.0),
-            "the training split .* of its 0 rows none is World or Sports or",
+            "the training split: none of its 0 rows is World or Sports or",
         ),
     ],
 )
@@ -247,7 +236,7 @@ def test_a_split_without_every_class_is_refused(build, settings, said):
 
 
 def test_a_test_split_without_every_class_is_refused(tokenizer, tmp_path):
-    with pytest.raises(DataError, match="the test split needs rows of every class"):
+    with pytest.raises(DataError, match="Cannot use the test split"):
         prepare_test(replace(LARGER, test_rows=2), 0, tokenizer, 64, tmp_path)
 
 

@@ -1,8 +1,7 @@
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,23 +140,15 @@ def test_a_damaged_or_foreign_file_is_made_anew(bert, tmp_path, monkeypatch, dam
 
 
 def test_processes_that_race_get_the_same_table(bert, tmp_path):
-    script = f"""
-from pathlib import Path
-from agnews_lora.data.rows import Rows
-from agnews_lora.data.tokens import tokenise
-table = tokenise(Rows(*{(ROWS.texts, ROWS.labels)!r}), Path({str(bert)!r}), 128, Path({str(tmp_path)!r}))
-print(table.digest, table.ids.tolist())
-"""
-    racers = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [racer.communicate()[0] for racer in racers]
-    assert [racer.returncode for racer in racers] == [0, 0]
-    assert outputs[0] == outputs[1] != ""
-    assert [entry.stem for entry in tmp_path.iterdir()] == [outputs[0].split()[0]]
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        first, *others = pool.starmap(tokenise, [(ROWS, bert, 128, tmp_path)] * 8, chunksize=1)
+    assert all(same(first, other) for other in others)
+    assert [entry.stem for entry in tmp_path.iterdir()] == [first.digest]
 
 
 def test_a_cache_that_cannot_be_written_is_named(bert, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
-    with pytest.raises(StorageError, match=r"the token cache .*cache must be writable, but is not"):
+    with pytest.raises(StorageError, match=r"Cannot write the token cache .*cache: "):
         tokenise(ROWS, bert, 128, tmp_path / "cache")
 
 
@@ -172,9 +163,7 @@ def test_a_locked_cache_is_named_and_left_empty(bert, tmp_path):
 
 def test_digest_follows_the_files_that_a_tokenizer_is_read_from(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(
-        BaseModelError, match=r"needs a tokenizer \(tokenizer.json or vocab.json \+ merges.txt or vocab.txt\)"
-    ):
+    with pytest.raises(BaseModelError, match=r"there is no tokenizer.json or vocab.json \+ merges.txt or vocab.txt"):
         tokenizer_digest(tmp_path)
     digests = []
     for name in ("merges.txt", "tokenizer_config.json", "tokenizer.json", "README.md"):
@@ -187,7 +176,7 @@ def test_digest_follows_the_files_that_a_tokenizer_is_read_from(tmp_path):
 def test_a_tokenizer_that_cannot_be_read_is_named(bert, tmp_path):
     broken = shutil.copytree(bert, tmp_path / "broken")
     (broken / "tokenizer.json").write_text("{}")
-    with pytest.raises(BaseModelError, match=r"the tokenizer in .*broken cannot be read"):
+    with pytest.raises(BaseModelError, match=r"Cannot read the tokenizer in .*broken: "):
         load_tokenizer(broken)
 
 
@@ -198,7 +187,7 @@ def test_a_tokenizer_without_padding_is_refused(bert, tmp_path):
             config = json.loads((folder / name).read_text())
             config.pop("pad_token")
             (folder / name).write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}))
-    with pytest.raises(BaseModelError, match="needs a padding token"):
+    with pytest.raises(BaseModelError, match="it has no padding token"):
         load_tokenizer(folder)
 
 

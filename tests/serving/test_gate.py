@@ -290,7 +290,7 @@ def test_a_champion_whose_record_changed_cannot_be_compared_with(
 def test_a_base_that_is_gone_is_named(registry: Registry, world: World, enter: Enter) -> None:
     version = enter(world.good)
     registry.set_tags(version, {"base": "gone"})
-    assert "a new process must answer as recorded: base model 'gone' must be one of" in refused(registry, world)
+    assert "a new process must answer as recorded: Cannot find base model 'gone'" in refused(registry, world)
 
 
 def test_promotion_reloads_in_a_new_process(

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from agnews_lora.errors import StorageError
 from agnews_lora.tracking.provenance import provenance
-from agnews_lora.tracking.runs import METRICS, SweepRuns
+from agnews_lora.tracking.runs import METRICS, SweepRuns, newest_parent, read_curve
 from agnews_lora.tracking.store import open_client, tracking_uri
 from agnews_lora.training.interface import EvalPoint, TrainPoint
 
@@ -388,3 +388,24 @@ def test_a_study_of_the_same_name_from_another_storage_has_its_own_runs(client: 
     first = runs.open_parent("relocated", identity="one", params={"budget": 1}, tags={}, texts={})
     assert runs.open_parent("relocated", identity="two", params={"budget": 2}, tags={}, texts={}) != first
     assert runs.open_parent("relocated", identity="one", params={}, tags={}, texts={}) == first
+
+
+def test_the_newest_parent_run_of_a_sweep_is_found(client: MlflowClient) -> None:
+    assert newest_parent(client, "newest") is None
+    experiment = client.create_experiment("newest")
+    for start, name in enumerate(["old", "new"], start=1):
+        client.create_run(experiment, start_time=start, tags={"kind": "sweep"}, run_name=name)
+    client.create_run(experiment, start_time=3, tags={"kind": "trial"})
+    newest = newest_parent(client, "newest")
+    assert newest is not None and newest.info.run_name == "new"
+
+
+def test_a_curve_is_read_back_by_step_and_is_empty_where_the_run_is_gone(client: MlflowClient) -> None:
+    run = client.create_run(client.create_experiment("read back")).info.run_id
+    for name, value, step in (("eval/loss", 0.5, 20), ("train/loss", 0.9, 10), ("eval/loss", 0.7, 10), ("other", 1, 5)):
+        client.log_metric(run, name, value, step=step)
+    found = read_curve(client, run, "t0001")
+    assert found["step"].tolist() == [10, 20] and found["eval/loss"].tolist() == [0.7, 0.5]
+    assert found["train/loss"].isna().tolist() == [False, True] and set(found["trial"]) == {"t0001"}
+    gone = read_curve(client, "0" * 32, "t0001")
+    assert gone.empty and list(gone) == list(found)

@@ -1,20 +1,27 @@
-"""Tiny bases with a token table each, and an observer that takes down what an engine reports."""
+"""Tiny bases with tokenised rows, an observer that records an engine's reports, and training by either engine."""
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
+from agnews_lora.adapters.adapter_files import WEIGHTS
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.adapters.spec import Family, TrialSpec
 from agnews_lora.data import newswire
 from agnews_lora.data.rows import LABELS, stratified_subset
 from agnews_lora.data.sources import Corpus
 from agnews_lora.data.tokens import tokenise
-from agnews_lora.training.interface import EvalPoint, TrainPoint, TrainSettings, TrialPlan, TrialResult, Verdict
+from agnews_lora.training.interface import Engine, EvalPoint, TrainPoint, TrainSettings, TrialPlan, TrialResult, Verdict
 from tests.tiny import tiny_base
+
+if TYPE_CHECKING:
+    import torch
+
+Point = TypeVar("Point", TrainPoint, EvalPoint)
 
 TRAIN_ROWS = 76  # ten batches of eight, one of them with four rows
 VALIDATION_ROWS = 44
@@ -40,7 +47,7 @@ STEPS = 20
 
 
 @dataclass(frozen=True)
-class Lab:
+class TinySetup:
     """A base model and rows tokenised for it."""
 
     base: BaseModel
@@ -48,7 +55,7 @@ class Lab:
 
 
 class Plans:
-    """A source of some plans."""
+    """A source of given plans. asked: called at each request."""
 
     def __init__(self, plans: Iterable[TrialPlan], asked: Callable[[], None] = lambda: None) -> None:
         self.plans, self.asked = list(plans), asked
@@ -60,9 +67,9 @@ class Plans:
 
 @dataclass
 class Recorder:
-    """An observer that takes everything down. stop_at: from this poll on (the first is number 1), a stop is requested.
+    """An observer that records everything.
 
-    prune_at: steps at which a trial is pruned.
+    stop_at: number of the poll (from 1) at which it requests a stop. prune_at: steps at which it prunes every trial.
     """
 
     stop_at: int | None = None
@@ -96,13 +103,25 @@ class Recorder:
 
 
 def train(
-    lab: Lab, plans: Iterable[TrialPlan], settings: TrainSettings = SETTINGS, recorder: Recorder | None = None
+    engine: str,
+    setup: TinySetup,
+    plans: Iterable[TrialPlan],
+    settings: TrainSettings = SETTINGS,
+    recorder: Recorder | None = None,
+    slots: int = 1,
 ) -> Recorder:
-    """What a new engine reports of some plans, to the recorder given or to a fresh one."""
-    from agnews_lora.training.hf_trainer import TrainerEngine
-
+    """Train plans by a new engine, `trainer` or `multilora`; its reports, in the recorder given or a fresh one."""
     recorder = recorder or Recorder()
-    TrainerEngine(lab.base, lab.corpus, settings, LABELS).run(Plans(plans), recorder)
+    made: Engine
+    if engine == "trainer":
+        from agnews_lora.training.hf_trainer import TrainerEngine
+
+        made = TrainerEngine(setup.base, setup.corpus, settings, LABELS)
+    else:
+        from agnews_lora.training.multilora.engine import MultiLoraEngine
+
+        made = MultiLoraEngine(setup.base, setup.corpus, settings, LABELS, slots)
+    made.run(Plans(plans), recorder)
     return recorder
 
 
@@ -110,31 +129,33 @@ def plan(folder: Path, trial: str = "t0000", spec: TrialSpec = SPEC, seed: int =
     return TrialPlan(trial, spec, seed, folder / trial, **changes)  # type: ignore[arg-type]
 
 
-def scores(points: Iterable[EvalPoint]) -> list[EvalPoint]:
-    """The points without the time that they were made at."""
+def untimed(points: Iterable[Point]) -> list[Point]:
+    """The points without the time at which they were made."""
     return [replace(point, timestamp=0) for point in points]
 
 
-def losses(points: Iterable[TrainPoint]) -> list[TrainPoint]:
-    """The points without the time that they were made at."""
-    return [replace(point, timestamp=0) for point in points]
+def losses(recorder: Recorder, trial: str = "t0000") -> list[float]:
+    """A trial's training losses."""
+    return [point.loss for point in recorder.train_points if point.trial == trial]
 
 
-@pytest.fixture(scope="package", autouse=True)
-def quick_collections() -> Iterator[None]:
-    """Engines collect garbage at each trial: let them not go over a million objects of libraries each time."""
-    import agnews_lora.training.hf_trainer  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+def adapter_folder(recorder: Recorder, trial: str = "t0000") -> Path:
+    [folder] = [result.adapter for result in recorder.results if result.trial == trial]
+    assert folder is not None
+    return folder
 
 
-def make_lab(base_folder: Path, cache: Path) -> Lab:
-    """The lab of a base model in a folder."""
+def adapter(recorder: Recorder, trial: str = "t0000") -> "dict[str, torch.Tensor]":
+    """The tensors in the file of a trial's adapter."""
+    from safetensors.torch import load_file
+
+    return load_file(adapter_folder(recorder, trial) / WEIGHTS)
+
+
+def tiny_setup(base_folder: Path, cache: Path) -> TinySetup:
+    """Rows of newswire, tokenised for the base in a folder."""
     stories = newswire.generate(TRAIN_ROWS + VALIDATION_ROWS, "train", seed=0)
-    # The tiny tokenizer cuts words to pieces: first words alone, so that rows are of many lengths.
+    # The tiny tokenizer cuts words to pieces: only the first words, so that rows are of many lengths.
     texts = tuple(" ".join(text.split()[: 2 + row % 9]) for row, text in enumerate(stories.texts))
     rows = replace(stories, texts=texts)
     train_rows, validation_rows = rows.take(range(TRAIN_ROWS)), rows.take(range(TRAIN_ROWS, len(rows)))
@@ -147,18 +168,22 @@ def make_lab(base_folder: Path, cache: Path) -> Lab:
         validation_rows=validation_rows,
         best_accuracy=None,
     )
-    return Lab(resolve(str(base_folder)), corpus)
+    return TinySetup(resolve(str(base_folder)), corpus)
 
 
 @pytest.fixture(scope="session")
-def labs(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Lab]:
-    folder = tmp_path_factory.mktemp("labs")
-    return {
-        family: make_lab(tiny_base(folder / f"tiny-{family}", family), folder / "cache")
-        for family in ("bert", "roberta")
-    }
+def setups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Family, TinySetup]]:
+    import agnews_lora.training.hf_trainer  # noqa: F401
+
+    folder = tmp_path_factory.mktemp("setups")
+    families: tuple[Family, ...] = ("bert", "roberta")
+    made = {family: tiny_setup(tiny_base(folder / f"tiny-{family}", family), folder / "cache") for family in families}
+    gc.collect()
+    gc.freeze()  # engines collect garbage at each trial: let that not search a million objects of libraries each time
+    yield made
+    gc.unfreeze()
 
 
-@pytest.fixture
-def roberta(labs: dict[Family, Lab]) -> Lab:
-    return labs["roberta"]
+@pytest.fixture(scope="session")
+def roberta(setups: dict[Family, TinySetup]) -> TinySetup:
+    return setups["roberta"]

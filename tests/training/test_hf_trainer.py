@@ -1,7 +1,11 @@
-"""The reference engine's trials: what is reported when, how they end, and that nothing else changes their numbers."""
+"""The reference engine against a training loop in torch and PEFT, and what it reports, loads, prints and downloads."""
 
 import gc
+import json
 import math
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,19 +13,20 @@ import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score, log_loss
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, set_seed
 
-from agnews_lora.adapters.adapter_files import WEIGHTS, load_with_peft
+from agnews_lora.adapters.adapter_files import load_with_peft
 from agnews_lora.adapters.base_models import resolve
-from agnews_lora.adapters.spec import TrialSpec
+from agnews_lora.adapters.spec import Family, TrialSpec
 from agnews_lora.data.rows import LABELS
 from agnews_lora.errors import BudgetError, TrainingError
 from agnews_lora.training import device
+from agnews_lora.training.data_order import batches
 from agnews_lora.training.hf_trainer import TrainerEngine
-from agnews_lora.training.interface import EvalPoint
+from agnews_lora.training.interface import EvalPoint, TrainSettings
 from agnews_lora.training.metrics import mean_cross_entropy, predict_logits
+from tests.training import conftest
 from tests.training.conftest import (
     MONITOR_ROWS,
     SETTINGS,
@@ -29,26 +34,150 @@ from tests.training.conftest import (
     STEPS,
     TRAIN_ROWS,
     VALIDATION_ROWS,
-    Lab,
     Plans,
     Recorder,
+    TinySetup,
+    adapter,
+    adapter_folder,
     losses,
     plan,
-    scores,
-    train,
+    untimed,
 )
 
-DROPPING = replace(SPEC, dropout=0.2, targets="ffn")
 CPU = torch.device("cpu")
+SEED = 7
+TARGETS = {"qv": ["query", "value"], "ffn": [r"intermediate.dense", *(f"layer.{n}.output.dense" for n in range(2))]}
 
 
-def plain_logits(lab: Lab, adapter: Path, rows: list[int]) -> np.ndarray:
-    """By plain PEFT on a fresh base, a row at a time: no batch, no padding, none of this package's loading."""
-    base = AutoModelForSequenceClassification.from_pretrained(lab.base.folder, num_labels=len(LABELS))
-    model = peft.PeftModel.from_pretrained(base, adapter).eval()
+def train(setup: TinySetup, plans: list, settings: TrainSettings = SETTINGS, **observer: object) -> Recorder:  # type: ignore[type-arg]
+    return conftest.train("trainer", setup, plans, settings, Recorder(**observer))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def recorder(roberta: TinySetup, tmp_path_factory: pytest.TempPathFactory) -> Recorder:
+    """The reports of one trial with the default settings."""
+    return train(roberta, [plan(tmp_path_factory.mktemp("trained"))])
+
+
+def fresh_base(setup: TinySetup) -> torch.nn.Module:
+    return AutoModelForSequenceClassification.from_pretrained(
+        setup.base.folder,
+        num_labels=4,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        classifier_dropout=0.0,
+    )
+
+
+def forward(model: torch.nn.Module, setup: TinySetup, split: str, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels of some rows, padded without this package's code."""
+    table = getattr(setup.corpus, split)
+    tokens = [torch.from_numpy(table.row(row).astype(np.int64)) for row in rows]
+    pad = torch.nn.utils.rnn.pad_sequence
+    input_ids = pad(tokens, batch_first=True, padding_value=table.pad_id)
+    attention_mask = pad([torch.ones_like(row) for row in tokens], batch_first=True, padding_value=0)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    return logits, torch.from_numpy(table.labels[rows])
+
+
+def plain_logits(setup: TinySetup, folder: Path, rows: list[int]) -> np.ndarray:
+    """Logits of validation rows, by plain PEFT on a fresh base whose head is drawn from another seed."""
+    torch.manual_seed(SEED + 1)
+    model = peft.PeftModel.from_pretrained(fresh_base(setup), folder).eval()
     with torch.inference_mode():
-        tokens = [torch.from_numpy(lab.corpus.validation.row(row).astype(np.int64))[None] for row in rows]
-        return torch.cat([model(input_ids=row).logits for row in tokens]).numpy()
+        return forward(model, setup, "validation", rows)[0].numpy()
+
+
+def same_trial(first: Recorder, second: Recorder, trial: str = "t0000") -> bool:
+    """Tell whether two recorders saw the same numbers of a trial, to the last bit."""
+
+    def reports(recorder: Recorder) -> list[object]:
+        points = [*untimed(recorder.train_points), *untimed(recorder.eval_points)]
+        return [point for point in points if point.trial == trial]
+
+    one, other = adapter(first, trial), adapter(second, trial)
+    equal = one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return equal and reports(first) == reports(second)
+
+
+# The same numbers as a plain loop ------------------------------------------------------------------------------------
+
+
+def plain_loop(setup: TinySetup, spec: TrialSpec) -> tuple[list[float], list[float], torch.nn.Module]:
+    """Train by AdamW, linear warm-up and decay, and clipping; (losses, learning rates, model)."""
+    set_seed(SEED)
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        r=spec.rank,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        target_modules=TARGETS[spec.targets],
+    )
+    model = peft.get_peft_model(fresh_base(setup), config)
+    if spec.head == "out_proj":
+        model.base_model.model.classifier.modules_to_save.default.dense.requires_grad_(False)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for name, p in trained.items() if not name.endswith("bias")], "weight_decay": 0.01},
+            {"params": [p for name, p in trained.items() if name.endswith("bias")], "weight_decay": 0.0},
+        ]
+    )
+    warmup = 2
+    step_losses, learning_rates = [], []
+    order = [rows for epoch in (0, 1) for rows in batches(setup.corpus.train.lengths.tolist(), 8, SEED, epoch)]
+    for step, rows in enumerate(order):
+        rate = spec.learning_rate * (step / warmup if step < warmup else (STEPS - step) / (STEPS - warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        logits, labels = forward(model.train(), setup, "train", rows)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step_losses.append(loss.item())
+        learning_rates.append(rate)
+    return step_losses, learning_rates, model.eval()
+
+
+@pytest.mark.parametrize(("family", "head", "targets"), [("roberta", "out_proj", "ffn"), ("bert", "full", "qv")])
+def test_trains_as_a_plain_loop_does(
+    setups: dict[Family, TinySetup], tmp_path: Path, family: Family, head: str, targets: str
+) -> None:
+    setup, spec = setups[family], replace(SPEC, targets=targets, head=head)
+    recorder = train(setup, [plan(tmp_path, spec=spec, seed=SEED)])
+    expected_losses, expected_rates, model = plain_loop(setup, spec)
+    np.testing.assert_allclose(losses(recorder), expected_losses, rtol=1e-4)
+    np.testing.assert_allclose([point.learning_rate for point in recorder.train_points], expected_rates, rtol=1e-9)
+    rows = list(range(VALIDATION_ROWS))
+    with torch.inference_mode():
+        expected = forward(model, setup, "validation", rows)[0].numpy()
+    np.testing.assert_allclose(plain_logits(setup, adapter_folder(recorder), rows), expected, atol=2e-4)
+    assert np.abs(expected).max() > 0.1
+
+
+# Reports -------------------------------------------------------------------------------------------------------------
+
+
+def test_evaluations_come_at_their_steps_and_the_last_on_all_rows(recorder: Recorder) -> None:
+    got = [(point.step, point.rows, point.final) for point in recorder.eval_points]
+    assert got == [*((step, MONITOR_ROWS, False) for step in (5, 10, 15)), (STEPS, VALIDATION_ROWS, True)]
+    assert [point.step for point in recorder.train_points] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(("log_every", "logged"), [(3, [3, 6, 9, 12, 15, 18, STEPS]), (5, [5, 10, 15, STEPS])])
+def test_losses_are_reported_at_every_log_step_and_cover_all_batches(
+    roberta: TinySetup, recorder: Recorder, tmp_path: Path, log_every: int, logged: list[int]
+) -> None:
+    """Evaluations at log steps must not swallow a point, and the last window may be a short one."""
+    points = train(roberta, [plan(tmp_path)], replace(SETTINGS, log_every=log_every, eval_every=5)).train_points
+    assert [point.step for point in points] == logged
+    every = recorder.train_points
+    for start, point in zip([0, *logged], points, strict=False):
+        window = every[start : point.step]
+        assert point.loss == pytest.approx(np.mean([each.loss for each in window]), rel=1e-5)
+        assert point.learning_rate == window[-1].learning_rate
 
 
 def require_scores(point: EvalPoint, logits: np.ndarray, labels: np.ndarray) -> None:
@@ -59,99 +188,43 @@ def require_scores(point: EvalPoint, logits: np.ndarray, labels: np.ndarray) -> 
     assert point.loss == pytest.approx(log_loss(labels, probabilities, labels=range(4)), rel=1e-5)
 
 
-def tensors(recorder: Recorder, trial: str = "t0000") -> dict[str, torch.Tensor]:
-    [adapter] = [result.adapter for result in recorder.results if result.trial == trial]
-    assert adapter is not None
-    return load_file(adapter / WEIGHTS)
-
-
-def same_trial(first: Recorder, second: Recorder, trial: str) -> bool:
-    """Whether two recorders saw the same numbers of a trial, to the last bit."""
-    own = [
-        (
-            losses(point for point in recorder.train_points if point.trial == trial),
-            scores(point for point in recorder.eval_points if point.trial == trial),
-        )
-        for recorder in (first, second)
-    ]
-    one, other = tensors(first, trial), tensors(second, trial)
-    return own[0] == own[1] and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-# What is reported ----------------------------------------------------------------------------------------------------
-
-
-def test_evaluations_come_at_their_steps_and_the_last_on_all_rows(roberta: Lab, tmp_path: Path) -> None:
-    recorder = train(roberta, [plan(tmp_path)])
-    got = [(point.step, point.rows, point.final) for point in recorder.eval_points]
-    assert got == [*((step, MONITOR_ROWS, False) for step in (5, 10, 15)), (STEPS, VALIDATION_ROWS, True)]
-    assert {point.trial for point in recorder.eval_points} == {"t0000"}
-
-
-def test_the_last_step_is_evaluated_where_nothing_else_is(roberta: Lab, tmp_path: Path) -> None:
-    recorder = train(roberta, [plan(tmp_path)], replace(SETTINGS, eval_every=3000))
-    assert [(point.step, point.final) for point in recorder.eval_points] == [(STEPS, True)]
-
-
-def test_losses_are_reported_at_every_log_step_and_cover_all_batches(roberta: Lab, tmp_path: Path) -> None:
-    """Evaluations at log steps (5, 15) must not swallow a point, and the last window may be a short one."""
-    every = train(roberta, [plan(tmp_path / "every")]).train_points
-    thirds = train(roberta, [plan(tmp_path / "thirds")], replace(SETTINGS, log_every=3)).train_points
-    fifths = train(roberta, [plan(tmp_path / "fifths")], replace(SETTINGS, log_every=5)).train_points
-    assert [point.step for point in every] == list(range(1, STEPS + 1))
-    assert [point.step for point in thirds] == [3, 6, 9, 12, 15, 18, STEPS]
-    assert [point.step for point in fifths] == [5, 10, 15, STEPS]
-    for points in (thirds, fifths):
-        start = 0
-        for point in points:
-            window = every[start : point.step]
-            assert point.loss == pytest.approx(np.mean([each.loss for each in window]), rel=1e-5)
-            assert point.learning_rate == window[-1].learning_rate
-            start = point.step
-
-
-def test_scores_are_those_of_plain_peft(labs: dict[str, Lab], tmp_path: Path) -> None:
-    for family, lab in labs.items():
-        recorder = train(lab, [plan(tmp_path / family)])
-        [result] = recorder.results
-        assert result.adapter is not None
-        assert result.final == recorder.eval_points[-1]
-        rows = list(range(VALIDATION_ROWS))
-        logits = plain_logits(lab, result.adapter, rows)
-        require_scores(result.final, logits, lab.corpus.validation.labels)
-        loaded = load_with_peft(result.adapter, lab.base)
-        batched = predict_logits(loaded, lab.corpus.validation, rows, 16, CPU)
-        np.testing.assert_allclose(batched, logits, atol=1e-5)
-
-
-def test_scores_on_the_way_are_those_of_the_monitored_rows(roberta: Lab, tmp_path: Path) -> None:
-    """A trial whose learning rate is zero from the start is at step 5 what it is at the last."""
-    still = plan(tmp_path, spec=replace(SPEC, learning_rate=0.0))
-    recorder = train(roberta, [still])
+def test_final_scores_are_those_of_the_adapter_in_plain_peft(roberta: TinySetup, recorder: Recorder) -> None:
     [result] = recorder.results
-    assert result.adapter is not None
+    assert result.final == recorder.eval_points[-1]
+    rows = list(range(VALIDATION_ROWS))
+    logits = plain_logits(roberta, adapter_folder(recorder), rows)
+    require_scores(result.final, logits, roberta.corpus.validation.labels)
+    loaded = load_with_peft(adapter_folder(recorder), roberta.base)
+    np.testing.assert_allclose(predict_logits(loaded, roberta.corpus.validation, rows, 16, CPU), logits, atol=1e-5)
+
+
+def test_scores_on_the_way_are_those_of_the_monitored_rows(roberta: TinySetup, tmp_path: Path) -> None:
+    """A trial whose learning rate is zero is at every step as at the last."""
+    recorder = train(roberta, [plan(tmp_path, spec=replace(SPEC, learning_rate=0.0))])
     monitor = list(roberta.corpus.monitor)
-    logits = plain_logits(roberta, result.adapter, monitor)
+    logits = plain_logits(roberta, adapter_folder(recorder), monitor)
     for point in recorder.eval_points[:-1]:
         require_scores(point, logits, roberta.corpus.validation.labels[monitor])
 
 
-def test_a_result_says_what_was_done(roberta: Lab, tmp_path: Path) -> None:
-    [result] = train(roberta, [plan(tmp_path)]).results
-    assert (result.steps, result.total_steps) == (STEPS, STEPS)
-    assert result.rows_seen == 2 * TRAIN_ROWS
+def test_a_result_counts_steps_rows_parameters_and_memory(recorder: Recorder) -> None:
+    [result] = recorder.results
+    assert (result.steps, result.total_steps, result.rows_seen) == (STEPS, STEPS, 2 * TRAIN_ROWS)
     assert result.trainable_parameters == 2 * 2 * 2 * 64 + (32 * 32 + 32) + (32 * 4 + 4)
     assert result.peak_memory_bytes > 0
-    assert result.train_seconds >= 0
-    assert result.eval_seconds >= 0
+    assert result.train_seconds >= 0 and result.eval_seconds >= 0
 
 
-# Data order and initialisation follow the seed -----------------------------------------------------------------------
+# Independence --------------------------------------------------------------------------------------------------------
 
 
-def test_numbers_do_not_depend_on_what_else_is_trained(roberta: Lab, tmp_path: Path) -> None:
-    specs = {"t0000": SPEC, "t0001": DROPPING, "t0002": replace(SPEC, head="out_proj", rank=3)}
-    settings = replace(SETTINGS, base_dropout=0.1)
+def test_numbers_do_not_depend_on_other_trials(roberta: TinySetup, tmp_path: Path) -> None:
+    specs = {
+        "t0000": SPEC,
+        "t0001": replace(SPEC, dropout=0.2, targets="ffn"),
+        "t0002": replace(SPEC, head="out_proj", rank=3),
+    }
+    settings = replace(SETTINGS, epochs=1, base_dropout=0.1)
 
     def trained(folder: str, trials: list[str]) -> Recorder:
         return train(roberta, [plan(tmp_path / folder, trial, specs[trial]) for trial in trials], settings)
@@ -160,28 +233,28 @@ def test_numbers_do_not_depend_on_what_else_is_trained(roberta: Lab, tmp_path: P
     assert all(same_trial(forwards, backwards, trial) for trial in specs)
 
 
-def test_another_seed_gives_other_numbers(roberta: Lab, tmp_path: Path) -> None:
-    recorder = train(roberta, [plan(tmp_path, "t0000", seed=1), plan(tmp_path, "t0001", seed=2)])
-    assert not torch.equal(*(next(iter(tensors(recorder, trial).values())) for trial in ("t0000", "t0001")))
+def test_another_seed_gives_other_numbers(roberta: TinySetup, recorder: Recorder, tmp_path: Path) -> None:
+    other = train(roberta, [plan(tmp_path, seed=SEED + 1)])
+    assert losses(other)[0] != losses(recorder)[0]
 
 
-def test_a_model_is_gone_before_the_next_is_built(roberta: Lab, tmp_path: Path) -> None:
+def test_a_model_is_gone_before_the_next_is_built(roberta: TinySetup, tmp_path: Path) -> None:
     def models() -> int:
         return sum(issubclass(type(thing), peft.PeftModel) for thing in gc.get_objects())
 
     gc.collect()
     before, alive = models(), []
-    engine = TrainerEngine(roberta.base, roberta.corpus, SETTINGS, LABELS)
+    engine = TrainerEngine(roberta.base, roberta.corpus, replace(SETTINGS, epochs=1), LABELS)
     source = Plans([plan(tmp_path, "t0000"), plan(tmp_path, "t0001")], asked=lambda: alive.append(models()))
     engine.run(source, Recorder())
     assert alive == [before] * 3
 
 
-# How trials end ------------------------------------------------------------------------------------------------------
+# Ends ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_pruned_trial_ends_there_and_the_next_starts(roberta: Lab, tmp_path: Path) -> None:
-    recorder = train(roberta, [plan(tmp_path, "t0000"), plan(tmp_path, "t0001")], recorder=Recorder(prune_at=(10,)))
+def test_a_pruned_trial_ends_there_and_the_next_starts(roberta: TinySetup, tmp_path: Path) -> None:
+    recorder = train(roberta, [plan(tmp_path, "t0000"), plan(tmp_path, "t0001")], prune_at=(10,))
     assert [result.trial for result in recorder.results] == ["t0000", "t0001"]
     for result in recorder.results:
         assert (result.steps, result.total_steps, result.final, result.adapter) == (10, STEPS, None, None)
@@ -190,36 +263,33 @@ def test_a_pruned_trial_ends_there_and_the_next_starts(roberta: Lab, tmp_path: P
     assert not (tmp_path / "t0000" / "adapter").exists()
 
 
-def test_the_last_verdict_is_not_read(roberta: Lab, tmp_path: Path) -> None:
-    [result] = train(roberta, [plan(tmp_path)], recorder=Recorder(prune_at=(STEPS,))).results
-    assert result.final is not None
-    assert result.adapter is not None
+def test_the_last_verdict_is_not_read(roberta: TinySetup, tmp_path: Path) -> None:
+    [result] = train(roberta, [plan(tmp_path)], replace(SETTINGS, eval_every=3000), prune_at=(STEPS,)).results
+    assert result.final is not None and result.adapter is not None
 
 
 @pytest.mark.parametrize(
-    ("log_every", "eval_every", "what"),
+    ("log_every", "eval_every", "name"),
     [(1, 3000, "training loss"), (3000, 5, "validation loss"), (3000, 3000, "training loss")],
     ids=["at a log step", "at an evaluation", "at the last step alone"],
 )
 def test_a_loss_that_is_not_finite_fails_the_trial(
-    roberta: Lab, tmp_path: Path, log_every: int, eval_every: int, what: str
+    roberta: TinySetup, recorder: Recorder, tmp_path: Path, log_every: int, eval_every: int, name: str
 ) -> None:
     settings = replace(SETTINGS, log_every=log_every, eval_every=eval_every)
-    wild, sound = plan(tmp_path, "t0000", replace(SPEC, learning_rate=1e30)), plan(tmp_path, "t0001")
-    recorder = train(roberta, [wild, sound], settings)
-    [(trial, error)] = recorder.failures
-    assert trial == "t0000"
-    assert isinstance(error, TrainingError)
-    assert f"the {what} became nan" in str(error)
-    assert "lr=1e+30" in str(error)
-    assert "a lower learning rate or alpha keeps it finite" in str(error)
-    assert all(math.isfinite(point.loss) for point in [*recorder.train_points, *recorder.eval_points])
-    assert not (tmp_path / "t0000" / "adapter").exists()
-    assert [result.trial for result in recorder.results] == ["t0001"]
-    assert same_trial(recorder, train(roberta, [plan(tmp_path / "alone", "t0001")], settings), "t0001")
+    diverging = replace(SPEC, learning_rate=1e30)
+    found = train(roberta, [plan(tmp_path, "diverging", diverging), plan(tmp_path)], settings)
+    [(trial, error)] = found.failures
+    assert trial == "diverging" and isinstance(error, TrainingError)
+    assert f"the {name} became nan" in str(error) and "lr=1e+30" in str(error)
+    assert all(math.isfinite(point.loss) for point in [*found.train_points, *found.eval_points])
+    assert not (tmp_path / "diverging" / "adapter").exists()
+    [result] = found.results
+    assert result.final is not None
+    assert untimed([result.final]) == untimed(recorder.eval_points[-1:])
 
 
-def test_a_base_of_another_shape_breaks_the_budget(roberta: Lab, tmp_path: Path) -> None:
+def test_a_base_of_another_shape_breaks_the_budget(roberta: TinySetup, tmp_path: Path) -> None:
     base = replace(roberta.base, shape=replace(roberta.base.shape, hidden_size=16))
     recorder = train(replace(roberta, base=base), [plan(tmp_path)])
     [(_, error)] = recorder.failures
@@ -228,7 +298,7 @@ def test_a_base_of_another_shape_breaks_the_budget(roberta: Lab, tmp_path: Path)
     assert not recorder.results
 
 
-def test_what_nobody_foresaw_is_reported_and_raised(roberta: Lab, tmp_path: Path) -> None:
+def test_an_unexpected_error_is_reported_and_raised(roberta: TinySetup, tmp_path: Path) -> None:
     class Broken(Recorder):
         def logged(self, points: object) -> None:
             raise RuntimeError("the screen is gone")
@@ -238,53 +308,115 @@ def test_what_nobody_foresaw_is_reported_and_raised(roberta: Lab, tmp_path: Path
     source = Plans([plan(tmp_path, "t0000"), plan(tmp_path, "t0001")])
     with pytest.raises(RuntimeError, match="the screen is gone"):
         engine.run(source, recorder)
-    [(trial, error)] = recorder.failures
-    assert (trial, str(error)) == ("t0000", "the screen is gone")
+    assert [trial for trial, _ in recorder.failures] == ["t0000"]
     assert [left.trial for left in source.plans] == ["t0001"]
+
+
+class Payload:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> object:
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_checkpoint_is_not_run(roberta: TinySetup, tmp_path: Path) -> None:
+    [(_, _, checkpoint)] = train(roberta, [plan(tmp_path)], stop_at=4).checkpoints
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        whole = (checkpoint / name).read_bytes()
+        torch.save(Payload(tmp_path / "created"), checkpoint / name)
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            train(roberta, [plan(tmp_path, checkpoint=checkpoint)])
+        (checkpoint / name).write_bytes(whole)
+    assert not (tmp_path / "created").exists()
 
 
 # Precision -----------------------------------------------------------------------------------------------------------
 
 
-def test_bf16_where_there_is_none_is_refused_before_any_trial(roberta: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_where_there_is_none_is_refused_before_any_trial(
+    roberta: TinySetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(device, "has_bf16", lambda _: False)
     with pytest.raises(TrainingError, match=r"precision bf16 was asked for, but .* has none; use `precision: auto`"):
         TrainerEngine(roberta.base, roberta.corpus, replace(SETTINGS, precision="bf16"), LABELS)
+    assert not TrainerEngine(roberta.base, roberta.corpus, replace(SETTINGS, precision="auto"), LABELS).bf16
 
 
-def test_auto_is_fp32_where_there_is_no_bf16(roberta: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "has_bf16", lambda _: False)
-    auto = train(roberta, [plan(tmp_path / "auto")], replace(SETTINGS, precision="auto"))
-    assert same_trial(auto, train(roberta, [plan(tmp_path / "fp32")]), "t0000")
-
-
-def test_bf16_computes_otherwise_and_keeps_fp32_files(roberta: Lab, tmp_path: Path) -> None:
+def test_bf16_computes_otherwise_and_keeps_fp32_files(roberta: TinySetup, recorder: Recorder, tmp_path: Path) -> None:
     if not device.has_bf16(device.training_device()):
         pytest.skip("this device does not compute in bf16")
-    exact = train(roberta, [plan(tmp_path / "fp32")])
-    auto = train(roberta, [plan(tmp_path / "auto")], replace(SETTINGS, precision="auto"))
-    assert same_trial(auto, train(roberta, [plan(tmp_path / "bf16")], replace(SETTINGS, precision="bf16")), "t0000")
-    assert auto.train_points[0].loss != exact.train_points[0].loss
-    assert auto.train_points[0].loss == pytest.approx(exact.train_points[0].loss, rel=0.02)
-    assert {tensor.dtype for tensor in tensors(auto).values()} == {torch.float32}
-    assert same_trial(exact, train(roberta, [plan(tmp_path / "fp32 again")]), "t0000")
+    auto, bf16 = (
+        train(roberta, [plan(tmp_path / precision)], replace(SETTINGS, precision=precision))  # type: ignore[arg-type]
+        for precision in ("auto", "bf16")
+    )
+    assert same_trial(auto, bf16)
+    assert losses(auto)[0] != losses(recorder)[0]
+    assert losses(auto)[0] == pytest.approx(losses(recorder)[0], rel=0.02)
+    assert {tensor.dtype for tensor in adapter(auto).values()} == {torch.float32}
 
 
 @pytest.mark.gpu
-def test_what_cuda_trained_answers_alike_on_the_cpu(roberta: Lab, tmp_path: Path) -> None:
+def test_an_adapter_trained_on_cuda_gives_the_same_logits_on_the_cpu(roberta: TinySetup, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     spec = TrialSpec("all-linear", rank=2, alpha=8, dropout=0.1, learning_rate=1e-2)
     recorder = train(roberta, [plan(tmp_path, spec=spec)], replace(SETTINGS, base_dropout=0.1))
     [result] = recorder.results
-    assert result.adapter is not None
     assert result.final is not None
     assert 0 < result.peak_memory_bytes == torch.cuda.max_memory_allocated()
-    rows = list(range(VALIDATION_ROWS))
-    base = resolve(str(roberta.base.folder))
-    on_cpu = predict_logits(load_with_peft(result.adapter, base), roberta.corpus.validation, rows, 16, CPU)
-    cuda = torch.device("cuda")
-    on_cuda = predict_logits(load_with_peft(result.adapter, base).to(cuda), roberta.corpus.validation, rows, 16, cuda)
+    rows, base = list(range(VALIDATION_ROWS)), resolve(str(roberta.base.folder))
+    on_cpu, on_cuda = (
+        predict_logits(
+            load_with_peft(adapter_folder(recorder), base).to(place), roberta.corpus.validation, rows, 16, place
+        )
+        for place in (CPU, torch.device("cuda"))
+    )
     np.testing.assert_allclose(on_cpu, on_cuda, atol=1e-3)
     expected = mean_cross_entropy(on_cpu, roberta.corpus.validation.labels)
     assert result.final.loss == pytest.approx(expected, rel=1e-3)
+
+
+# In a process of its own, as the command line sets it up -------------------------------------------------------------
+
+# Trains, is stopped, resumes, prunes, fails and loads an adapter, and writes down imports and network calls.
+SCRIPT = """
+import json, os, sys, warnings
+from pathlib import Path
+
+from agnews_lora.cli import ENVIRONMENT
+
+os.environ |= ENVIRONMENT
+warnings.simplefilter("ignore")
+asked = []
+CALLS = {"socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"}
+sys.addaudithook(lambda event, args: asked.append(repr(args)) if event in CALLS else None)
+
+from dataclasses import replace
+
+from agnews_lora.adapters.adapter_files import load_with_peft
+from tests.training.conftest import SETTINGS, SPEC, Recorder, plan, tiny_setup, train
+
+base, folder, report = map(Path, sys.argv[1:])
+setup = tiny_setup(base, folder / "cache")
+*_, (_, _, checkpoint) = train("trainer", setup, [plan(folder)], recorder=Recorder(stop_at=9)).checkpoints
+[result] = train("trainer", setup, [plan(folder, checkpoint=checkpoint)]).results
+load_with_peft(result.adapter, setup.base)
+diverging = plan(folder, "t0001", replace(SPEC, learning_rate=1e30))
+recorder = train("trainer", setup, [diverging, plan(folder, "t0002")], recorder=Recorder(prune_at=(5,)))
+ended = [len(recorder.failures), recorder.results[0].steps]
+imported = sorted({"optuna", "mlflow", "pydantic", "matplotlib", "ruamel"} & set(sys.modules))
+report.write_text(json.dumps({"imported": imported, "asked": asked, "ended": ended}))
+"""
+
+
+def test_the_engine_is_silent_offline_and_loads_no_library_of_search_or_tracking(
+    roberta: TinySetup, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-c", SCRIPT, str(roberta.base.folder), str(tmp_path), str(report)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (process.stdout, process.stderr) == ("", "")
+    assert json.loads(report.read_text()) == {"imported": [], "asked": [], "ended": [1, 5]}

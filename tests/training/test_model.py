@@ -9,7 +9,7 @@ from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import HEADS, PRESETS, Family, TrialSpec
 from agnews_lora.errors import BudgetError
 from agnews_lora.training.model import build_model, recount
-from tests.training.conftest import SPEC, Lab
+from tests.training.conftest import SPEC, TinySetup
 
 specs = st.builds(
     TrialSpec,
@@ -23,45 +23,47 @@ specs = st.builds(
 
 
 @given(specs, st.sampled_from(["bert", "roberta"]))
-@settings(max_examples=25, deadline=None)
-def test_what_trains_is_what_the_budget_counts(labs: dict[Family, Lab], spec: TrialSpec, family: Family) -> None:
-    base = labs[family].base
+@settings(max_examples=15, deadline=None)
+def test_what_trains_is_what_the_budget_counts(
+    setups: dict[Family, TinySetup], spec: TrialSpec, family: Family
+) -> None:
+    base = setups[family].base
     model = build_model(base, spec, num_labels=4, seed=0)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert trained == model.get_nb_trainable_parameters()[0] == trainable_parameters(spec, base.shape)
     assert recount(model, spec, base) == trained
 
 
-def test_the_seed_draws_adapters_and_head(labs: dict[Family, Lab]) -> None:
+def test_the_seed_draws_adapters_and_head(setups: dict[Family, TinySetup]) -> None:
     def drawn(family: Family, seed: int) -> dict[str, torch.Tensor]:
-        model = build_model(labs[family].base, SPEC, num_labels=4, seed=seed)
+        model = build_model(setups[family].base, SPEC, num_labels=4, seed=seed)
         return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
 
-    for family in labs:
+    for family in setups:
         first, again, other = drawn(family, 1), drawn(family, 1), drawn(family, 2)
         assert all(torch.equal(first[name], again[name]) for name in first)
         changed = {name for name in first if not torch.equal(first[name], other[name])}
         assert changed == {name for name in first if not name.endswith(("lora_B.default.weight", "bias"))}
 
 
-def test_only_the_last_layer_of_the_head_trains(labs: dict[Family, Lab]) -> None:
-    model = build_model(labs["roberta"].base, replace(SPEC, head="out_proj"), num_labels=4, seed=0)
+def test_only_the_last_layer_of_the_head_trains(setups: dict[Family, TinySetup]) -> None:
+    model = build_model(setups["roberta"].base, replace(SPEC, head="out_proj"), num_labels=4, seed=0)
     head = {name for name, tensor in model.named_parameters() if tensor.requires_grad and "lora" not in name}
     prefix = "base_model.model.classifier.modules_to_save.default.out_proj"
     assert head == {f"{prefix}.weight", f"{prefix}.bias"}
 
 
-def test_dropout_of_the_base_is_the_settings_and_of_the_adapters_the_trials(labs: dict[Family, Lab]) -> None:
+def test_dropout_of_the_base_is_the_settings_and_of_the_adapters_the_trials(setups: dict[Family, TinySetup]) -> None:
     spec = replace(SPEC, dropout=0.2)
-    for lab in labs.values():
-        model = build_model(lab.base, spec, num_labels=4, seed=0, base_dropout=0.3)
+    for setup in setups.values():
+        model = build_model(setup.base, spec, num_labels=4, seed=0, base_dropout=0.3)
         dropouts = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
         assert {p for name, p in dropouts.items() if "lora_" in name} == {0.2}
         assert {p for name, p in dropouts.items() if "lora_" not in name} == {0.3}
 
 
-def test_a_model_that_counts_otherwise_is_refused(labs: dict[Family, Lab]) -> None:
-    base = labs["roberta"].base
+def test_a_model_that_counts_otherwise_is_refused(setups: dict[Family, TinySetup]) -> None:
+    base = setups["roberta"].base
     wider = replace(base, shape=replace(base.shape, hidden_size=64))
     message = r"the built model has 1,700 trainable parameters, its specification \(qv r=2 .*\) stands for 5,444; "
     with pytest.raises(BudgetError, match=message):

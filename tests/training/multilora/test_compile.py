@@ -1,7 +1,7 @@
 """A compiled layer: the same numbers as an uncompiled one, compiled seldom, and training that outlives a failure."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from agnews_lora.training.multilora.encoder import Encoder
 from agnews_lora.training.multilora.model import MultiLoraModel, SlotBatch
 from agnews_lora.training.multilora.packing import DeviceTokens
 from agnews_lora.training.multilora.slots import SlotState
-from tests.training.conftest import SETTINGS, Lab, plan
-from tests.training.multilora.test_engine import DROPPING, UNLIKE, of_trial, train
+from tests.training.conftest import SETTINGS, TinySetup, losses, plan
+from tests.training.multilora.test_engine import DROPPING, UNLIKE, gpu, train
 
 CPU = torch.device("cpu")
 NUM_LAYERS = 4  # a first, a last, and two between that share what is compiled
@@ -68,35 +68,37 @@ attend.register_autograd(
 )
 
 
-def core_of(lab: Lab, num_slots: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> MultiLoraModel:
+def model_of(
+    setup: TinySetup, num_slots: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> MultiLoraModel:
     """Slots over the base with its first layer three times."""
-    encoder = Encoder(load_base(lab.base, 4), lab.base.shape.family, device, dtype)
+    encoder = Encoder(load_base(setup.base, 4), setup.base.shape.family, device, dtype)
     first, last = encoder.layers
     encoder.layers = [first, first, first, last]
-    core = MultiLoraModel(encoder, shape_of(lab), num_slots)
-    core.threads = None  # all slots in one pass, as on a GPU
-    return core
+    model = MultiLoraModel(encoder, shape_of(setup), num_slots)
+    model.threads = None  # all slots in one pass, as on a GPU
+    return model
 
 
-def shape_of(lab: Lab) -> ModelShape:
-    return replace(lab.base.shape, num_layers=NUM_LAYERS)
+def shape_of(setup: TinySetup) -> ModelShape:
+    return replace(setup.base.shape, num_layers=NUM_LAYERS)
 
 
-def place(core: MultiLoraModel, slot: int, spec: TrialSpec) -> None:
+def place(model: MultiLoraModel, slot: int, spec: TrialSpec) -> None:
     """Random weights, the same for the same trial wherever it is placed."""
     generator = torch.Generator().manual_seed(spec.rank)
-    shapes = tensor_shapes(spec, core.shape)
+    shapes = tensor_shapes(spec, model.shape)
     weights = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    core.slots.place(slot, spec, SlotState.fresh(weights))
+    model.slots.place(slot, spec, SlotState.fresh(weights))
 
 
 def batch(slot: int, rows: list[int], seed: int = 7) -> SlotBatch:
     return SlotBatch(slot, rows, 1e-3, step=5, seed=seed)
 
 
-def gradients(core: MultiLoraModel, store: DeviceTokens, batches: list[SlotBatch]) -> tuple[Tensor, Tensor]:
-    packing = store.pack([(each.slot, each.rows) for each in batches])
-    return core.compiler.run(lambda: core.gradients(packing, core._dropout_keys(batches)))
+def gradients(model: MultiLoraModel, tokens: DeviceTokens, batches: list[SlotBatch]) -> tuple[Tensor, Tensor]:
+    packed = tokens.pack([(each.slot, each.rows) for each in batches])
+    return model.compiler.run(lambda: model.gradients(packed, model._dropout_keys(batches)))
 
 
 @pytest.fixture
@@ -110,62 +112,62 @@ def compiled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("compiled_on_cpu")
-def test_few_compilations_serve_all_layers_sizes_slots_and_ranks(roberta: Lab) -> None:
+def test_few_compilations_serve_all_layers_sizes_slots_and_ranks(roberta: TinySetup) -> None:
     """Five in all: three places in training, two in scoring; and each computes what the uncompiled layer does."""
-    store = DeviceTokens(roberta.corpus.train, CPU, flat=True)
+    tokens = DeviceTokens(roberta.corpus.train, CPU, flat=True)
     before = counters["stats"]["unique_graphs"]
 
-    def same(core: MultiLoraModel, *batches: SlotBatch) -> None:
+    def same(model: MultiLoraModel, *batches: SlotBatch) -> None:
         found = []
-        for core.compiler.compiles in (False, True):
-            found.append(gradients(core, store, list(batches)))
-        (losses, own), (compiled_losses, compiled) = found
-        torch.testing.assert_close(compiled_losses, losses, rtol=1e-3, atol=0)  # bf16, rounded in other places
+        for model.compiler.compiles in (False, True):
+            found.append(gradients(model, tokens, list(batches)))
+        (exact_losses, own), (compiled_losses, compiled) = found
+        torch.testing.assert_close(compiled_losses, exact_losses, rtol=1e-3, atol=0)  # bf16, rounded in other places
         assert ((compiled - own).norm(dim=1) <= 0.01 * own.norm(dim=1)).all()
 
-    core = core_of(roberta, 3, CPU)
-    place(core, 0, SPEC)
-    same(core, batch(0, [1, 2, 3]))
-    place(core, 2, replace(SPEC, targets="qv", rank=7, dropout=0.0))
-    same(core, batch(0, [4, 5]), batch(2, list(range(10, 17))))
-    place(core, 1, replace(SPEC, targets="qkvo", rank=20))
-    same(core, batch(0, [7, 8, 9]), batch(1, [50, 51]), batch(2, [3, 4]))
-    core = core_of(roberta, 5, CPU)
-    place(core, 4, replace(SPEC, rank=9))
-    same(core, batch(4, [40, 41, 42, 43]))
+    model = model_of(roberta, 3, CPU)
+    place(model, 0, SPEC)
+    same(model, batch(0, [1, 2, 3]))
+    place(model, 2, replace(SPEC, targets="qv", rank=7, dropout=0.0))
+    same(model, batch(0, [4, 5]), batch(2, list(range(10, 17))))
+    place(model, 1, replace(SPEC, targets="qkvo", rank=20))
+    same(model, batch(0, [7, 8, 9]), batch(1, [50, 51]), batch(2, [3, 4]))
+    model = model_of(roberta, 5, CPU)
+    place(model, 4, replace(SPEC, rank=9))
+    same(model, batch(4, [40, 41, 42, 43]))
     assert counters["stats"]["unique_graphs"] - before == 3
     for batch_size in (6, 7):  # a single row would be one more: to a compiler, a size of 1 is a constant
-        for core.compiler.compiles in (False, True):
-            scored = [logits for _, logits in core.logits(store, range(21), [4], batch_size)]
+        for model.compiler.compiles in (False, True):
+            scored = [logits for _, logits in model.logits(tokens, range(21), [4], batch_size)]
             assert np.isfinite(np.concatenate(scored, axis=1)).all()
     assert counters["stats"]["unique_graphs"] - before == 5
 
 
 @pytest.mark.usefixtures("compiled_on_cpu")
 def test_training_goes_on_where_compiling_fails(
-    roberta: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    roberta: TinySetup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_compiler(*_: object) -> Any:
         raise RuntimeError("Failed to find a C compiler")
 
     broken = compile.compile_layer(no_compiler)
     monkeypatch.setattr(compile, "_compiled", lambda: broken)
-    store = DeviceTokens(roberta.corpus.train, CPU, flat=True)
-    core = core_of(roberta, 1, CPU)
-    place(core, 0, SPEC)
+    tokens = DeviceTokens(roberta.corpus.train, CPU, flat=True)
+    model = model_of(roberta, 1, CPU)
+    place(model, 0, SPEC)
     batches = [batch(0, [1, 2, 3])]
-    expected = gradients(core, store, batches)
-    core.compiler.compiles = True
+    expected = gradients(model, tokens, batches)
+    model.compiler.compiles = True
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            torch.testing.assert_close(gradients(core, store, batches), expected, rtol=0, atol=0)
+            torch.testing.assert_close(gradients(model, tokens, batches), expected, rtol=0, atol=0)
     [warning] = caplog.messages
     assert "uncompiled" in warning and "Failed to find a C compiler" in warning
 
 
-def test_what_is_not_the_compilers_fault_is_raised(roberta: Lab) -> None:
-    core = core_of(roberta, 1, CPU)
-    core.compiler.compiles = True
+def test_what_is_not_the_compilers_fault_is_raised(roberta: TinySetup) -> None:
+    model = model_of(roberta, 1, CPU)
+    model.compiler.compiles = True
     for fault, calls in ((ZeroDivisionError, 2), (torch.OutOfMemoryError, 1)):
         called = []
 
@@ -173,19 +175,14 @@ def test_what_is_not_the_compilers_fault_is_raised(roberta: Lab) -> None:
             called.append(1)
             raise fault("no")
 
-        core.compiler.compiles = True
+        model.compiler.compiles = True
         with pytest.raises(fault):
-            core.compiler.run(failing)
+            model.compiler.run(failing)
         assert len(called) == calls
-    assert core.compiler.compiles  # memory says nothing of the compiler
+    assert model.compiler.compiles  # memory says nothing of the compiler
 
 
 # On a GPU -------------------------------------------------------------------------------------------------------------
-
-
-def gpu(test: Callable[..., None]) -> Any:
-    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    return pytest.mark.gpu(skip(test))
 
 
 EIGHT = [replace(spec, rank=number + 1) for number, spec in enumerate([SPEC, *UNLIKE])]
@@ -196,67 +193,68 @@ def rows_of(number: int) -> list[int]:
 
 
 @gpu
-def test_compiled_bf16_follows_uncompiled_fp32(roberta: Lab, caplog: pytest.LogCaptureFixture) -> None:
+def test_compiled_bf16_follows_uncompiled_fp32(roberta: TinySetup, caplog: pytest.LogCaptureFixture) -> None:
     """Flat tokens, flash attention, grouped products and compiled dropout against padded rows on a CPU."""
     found = []
     for device, dtype in ((CPU, torch.float32), (torch.device("cuda", 0), torch.bfloat16)):
-        core = core_of(roberta, len(EIGHT), device, dtype)
-        store = DeviceTokens(roberta.corpus.train, device, flat=device.type == "cuda")
+        model = model_of(roberta, len(EIGHT), device, dtype)
+        tokens = DeviceTokens(roberta.corpus.train, device, flat=device.type == "cuda")
         for slot, spec in enumerate(EIGHT):
-            place(core, slot, spec)
+            place(model, slot, spec)
         batches = [batch(slot, rows_of(slot), seed=slot) for slot in range(len(EIGHT))]
-        losses, own = gradients(core, store, batches)
-        core.slots.zero_frozen(own)
+        found_losses, own = gradients(model, tokens, batches)
+        model.slots.zero_frozen(own)
         logits = np.empty((len(EIGHT), 21, 4), dtype=np.float32)
-        for positions, part in core.logits(store, range(21), range(len(EIGHT)), batch_size=6):
+        for positions, part in model.logits(tokens, range(21), range(len(EIGHT)), batch_size=6):
             logits[:, positions] = part
-        found.append((losses.cpu(), own.cpu(), logits))
-    (losses, own, logits), (rounded_losses, rounded, rounded_logits) = found
+        found.append((found_losses.cpu(), own.cpu(), logits))
+    (exact_losses, own, logits), (rounded_losses, rounded, rounded_logits) = found
     assert not caplog.messages  # that it was not compiled
-    torch.testing.assert_close(rounded_losses, losses, rtol=0.1, atol=0.05)
+    torch.testing.assert_close(rounded_losses, exact_losses, rtol=0.1, atol=0.05)
     assert ((rounded - own).norm(dim=1) / own.norm(dim=1)).max() < 0.15
     np.testing.assert_allclose(rounded_logits, logits, atol=0.1 * np.abs(logits).max())
 
 
 @gpu
-def test_a_slot_among_seven_others_is_as_alone(roberta: Lab) -> None:
+def test_a_slot_among_seven_others_is_as_alone(roberta: TinySetup) -> None:
     device = torch.device("cuda", 0)
-    store = DeviceTokens(roberta.corpus.train, device, flat=True)
+    tokens = DeviceTokens(roberta.corpus.train, device, flat=True)
     found = []
     for others in ([], range(1, 8)):
-        core = core_of(roberta, 8, device)
-        place(core, 0, SPEC)
+        model = model_of(roberta, 8, device)
+        place(model, 0, SPEC)
         for slot in others:
-            place(core, slot, EIGHT[slot])
+            place(model, slot, EIGHT[slot])
         batches = [batch(0, rows_of(0)), *(batch(slot, rows_of(slot), seed=slot) for slot in others)]
-        losses, own = gradients(core, store, batches)
-        found.append({name: part.clone() for name, part in core.slots.tensors(own[0], SPEC)} | {"loss": losses[0]})
+        found_losses, own = gradients(model, tokens, batches)
+        own_tensors = {name: part.clone() for name, part in model.slots.tensors(own[0], SPEC)}
+        found.append(own_tensors | {"loss": found_losses[0]})
     alone, among = found
     for name, part in alone.items():
         assert (among[name] - part).norm() <= 0.05 * part.norm(), name
 
 
 @gpu
-def test_a_step_does_not_wait_for_the_device(roberta: Lab) -> None:
+def test_a_step_does_not_wait_for_the_device(roberta: TinySetup) -> None:
     device = torch.device("cuda", 0)
-    core = core_of(roberta, 4, device)
-    store = DeviceTokens(roberta.corpus.train, device, flat=True)
+    model = model_of(roberta, 4, device)
+    tokens = DeviceTokens(roberta.corpus.train, device, flat=True)
     for slot in range(3):
-        place(core, slot, EIGHT[slot])
+        place(model, slot, EIGHT[slot])
     batches = [batch(slot, rows_of(slot)) for slot in range(3)]
-    core.step(store, batches, 0.01, 1.0)  # compiles, which may wait
+    model.step(tokens, batches, 0.01, 1.0)  # compiles, which may wait
     try:
         torch.cuda.set_sync_debug_mode("error")
-        _, own = gradients(core, store, batches)
-        optimizer.clip(core.slots, own, 1.0)
-        optimizer.step(core.slots, own, core._steps(batches), 0.01)
+        _, own = gradients(model, tokens, batches)
+        optimizer.clip(model.slots, own, 1.0)
+        optimizer.step(model.slots, own, model._steps(batches), 0.01)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert core.compiler.compiles
+    assert model.compiler.compiles
 
 
 @gpu
-def test_trials_end_to_end(roberta: Lab, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_trials_end_to_end(roberta: TinySetup, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Eight unlike trials through three slots in bf16, dropout on: each learns what it learns alone."""
     settings = replace(SETTINGS, precision="bf16")
     plans = [plan(tmp_path / "all", f"t{n}", spec) for n, spec in enumerate([DROPPING, *UNLIKE])]
@@ -264,5 +262,5 @@ def test_trials_end_to_end(roberta: Lab, tmp_path: Path, caplog: pytest.LogCaptu
     assert not together.failures and len(together.results) == 8
     assert all(result.adapter is not None for result in together.results)
     alone = train(roberta, [plan(tmp_path / "alone", "t0", DROPPING)], settings, slots=3)
-    np.testing.assert_allclose(of_trial(together, "t0")[:10], of_trial(alone, "t0")[:10], rtol=0.1)
+    np.testing.assert_allclose(losses(together, "t0")[:10], losses(alone, "t0")[:10], rtol=0.1)
     assert not caplog.messages

@@ -1,4 +1,4 @@
-"""Which features are dropped, and on what that depends."""
+"""Masks depend on trial seed, step, layer, module, row, place and feature alone, and drop as many as asked for."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from agnews_lora.adapters.spec import Family
 from agnews_lora.training.multilora.dropout import Dropout, DropoutKey, HashDropout, hash_dropout
 from agnews_lora.training.multilora.packing import DeviceTokens
-from tests.training.conftest import Lab
+from tests.training.conftest import TinySetup
 
 CPU = torch.device("cpu")
 ROWS = [3, 11, 40, 7, 29, 60]
@@ -17,23 +17,29 @@ OWN = DropoutKey(0.4, seed=7, step=5)
 
 
 def masks(
-    lab: Lab, slot: int, own: DropoutKey, neighbours: dict[int, DropoutKey], flat: bool, layer: int = 0, module: int = 0
+    setup: TinySetup,
+    slot: int,
+    own: DropoutKey,
+    neighbours: dict[int, DropoutKey],
+    flat: bool,
+    layer: int = 0,
+    module: int = 0,
 ) -> dict[tuple[int, int], torch.Tensor]:
-    """{(row, place): what is kept of a token's features} of a slot's tokens."""
+    """{(row, place): mask of a token's features} of a slot's tokens."""
     segments = [(slot, ROWS), *((other, [1, 2, 5 + other]) for other in neighbours)]
-    packing = DeviceTokens(lab.corpus.train, CPU, flat).pack(segments)
-    dropout = Dropout(packing, {slot: own, **neighbours}, num_slots=4)
+    packed = DeviceTokens(setup.corpus.train, CPU, flat).pack(segments)
+    dropout = Dropout(packed, {slot: own, **neighbours}, num_slots=4)
     of_tokens = HashDropout.apply(
-        torch.ones(len(packing.ids), FEATURES), *dropout.layer(layer).keys(module, of_rows=False)
+        torch.ones(len(packed.ids), FEATURES), *dropout.layer(layer).keys(module, of_rows=False)
     )
     of_rows = HashDropout.apply(
-        torch.ones(len(packing.first), FEATURES), *dropout.layer(layer).keys(module, of_rows=True)
+        torch.ones(len(packed.first), FEATURES), *dropout.layer(layer).keys(module, of_rows=True)
     )
-    assert torch.equal(of_rows, of_tokens[packing.first])
+    assert torch.equal(of_rows, of_tokens[packed.first])
     described = zip(
-        packing.token_slots.tolist(), packing.token_rows.tolist(), packing.positions.tolist(), of_tokens, strict=True
+        packed.token_slots.tolist(), packed.token_rows.tolist(), packed.positions.tolist(), of_tokens, strict=True
     )
-    lengths = lab.corpus.train.lengths
+    lengths = setup.corpus.train.lengths
     found: dict[tuple[int, int], torch.Tensor] = {}
     for token_slot, row, place, mask in described:
         if token_slot == slot:
@@ -43,7 +49,7 @@ def masks(
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["padded", "flat"])
-def test_neighbours_and_layout_change_nothing(roberta: Lab, flat: bool) -> None:
+def test_neighbours_and_layout_change_nothing(roberta: TinySetup, flat: bool) -> None:
     alone = masks(roberta, 0, OWN, {}, flat=False)
     among = masks(
         roberta, 2, OWN, {0: DropoutKey(0.1, 3, 17), 1: DropoutKey(0.9, 7, 5), 3: DropoutKey(0.0, 7, 5)}, flat
@@ -53,23 +59,27 @@ def test_neighbours_and_layout_change_nothing(roberta: Lab, flat: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("draw", "layer", "module"),
+    ("key", "layer", "module"),
     [(DropoutKey(0.4, 8, 5), 0, 0), (DropoutKey(0.4, 7, 6), 0, 0), (OWN, 1, 0), (OWN, 0, 1)],
     ids=["seed", "step", "layer", "module"],
 )
-def test_seed_step_layer_and_module_each_change_it(roberta: Lab, draw: DropoutKey, layer: int, module: int) -> None:
+def test_seed_step_layer_and_module_each_change_it(
+    roberta: TinySetup, key: DropoutKey, layer: int, module: int
+) -> None:
     one = torch.stack(list(masks(roberta, 0, OWN, {}, flat=True).values()))
-    other = torch.stack(list(masks(roberta, 0, draw, {}, flat=True, layer=layer, module=module).values()))
+    other = torch.stack(list(masks(roberta, 0, key, {}, flat=True, layer=layer, module=module).values()))
     both = (one * other).mean().item()
     assert both == pytest.approx(0.6 * 0.6, abs=0.05)  # as unrelated draws overlap
 
 
 @given(probability=st.floats(0.0, 0.95), seed=st.integers(0, 2**63 - 1), step=st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None)
-def test_as_many_are_dropped_as_asked_for(labs: dict[Family, Lab], probability: float, seed: int, step: int) -> None:
-    packing = DeviceTokens(labs["roberta"].corpus.train, CPU, True).pack([(1, list(range(60)))])
-    dropout = Dropout(packing, {1: DropoutKey(probability, seed, step)}, num_slots=2)
-    mask = HashDropout.apply(torch.ones(len(packing.ids), 96), *dropout.layer(2).keys(3, of_rows=False))
+def test_as_many_are_dropped_as_asked_for(
+    setups: dict[Family, TinySetup], probability: float, seed: int, step: int
+) -> None:
+    packed = DeviceTokens(setups["roberta"].corpus.train, CPU, True).pack([(1, list(range(60)))])
+    dropout = Dropout(packed, {1: DropoutKey(probability, seed, step)}, num_slots=2)
+    mask = HashDropout.apply(torch.ones(len(packed.ids), 96), *dropout.layer(2).keys(3, of_rows=False))
     deviation = (probability * (1 - probability) / mask.numel()) ** 0.5
     assert abs((mask == 0).double().mean().item() - probability) < 5 * deviation + 2**-15
     assert dropout.factors.tolist() == pytest.approx([1.0, 1 / (1 - probability)], rel=1e-3)

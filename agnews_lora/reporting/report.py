@@ -1,0 +1,560 @@
+"""The report of a sweep: one HTML page and one PDF, from its result and its trials' curves.
+
+Both show the same content: plain strings, numbers in words, tables and figures, which the two templates beside this
+module set. Strings from data are never read as markup: jinja2 escapes them, and Typst gets them as JSON.
+"""
+
+import base64
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import pandas as pd
+
+from agnews_lora.adapters.budget import head_parameters, parameters_per_rank
+from agnews_lora.errors import StorageError
+from agnews_lora.reporting import figures
+from agnews_lora.reporting.paired import Pairs, difference_interval, two_sided_p_value
+from agnews_lora.reporting.progress import duration
+from agnews_lora.search.results import Confirmed, SweepResult, TrialSummary
+from agnews_lora.serving.stats import accuracy_interval
+
+TEMPLATES: Final = Path(__file__).parent
+TOP: Final = 10  # trials of the leaderboard
+MAX_FAILURES: Final = 10
+MAX_MISTAKES: Final = 10
+MAX_TEXT: Final = 220  # characters of a row or an error that are shown
+FEW_TRIALS: Final = 10
+SIGNIFICANT: Final = 0.05
+SIZE: Final = "accuracy_against_parameters.png"
+CONFUSION: Final = "confusion_matrix.png"
+
+Block = dict[str, Any]
+
+
+def write_report(result: SweepResult, curves: Mapping[str, pd.DataFrame], to: Path) -> tuple[Path, Path]:
+    """Write `<study>.html` and `<study>.pdf`. The same input gives the same bytes.
+
+    Args:
+        result: the sweep's, finished or not.
+        curves: points by trial, as `reporting.figures` reads them; may be empty.
+        to: a folder; created.
+
+    Returns:
+        The HTML file and the PDF.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        pictures = figures.draw(result, curves, folder)
+        content = compose(result, set(pictures))
+        written = {
+            to / f"{result.study}.html": _html(content, pictures).encode("utf-8"),
+            to / f"{result.study}.pdf": _pdf(content, folder, result.ended_at),
+        }
+    for path, data in written.items():
+        beside = path.with_name(f".{path.name}.part")
+        try:
+            to.mkdir(parents=True, exist_ok=True)
+            beside.write_bytes(data)
+            beside.replace(path)
+        except OSError as error:
+            raise StorageError(
+                f"Cannot write the report to {path}: {error.strerror}. Free or unlock its folder, or name another "
+                "one with --to."
+            ) from error
+    page, paper = written
+    return page, paper
+
+
+def compose(result: SweepResult, pictures: set[str]) -> dict[str, Any]:
+    """Everything that both forms show, JSON-ready: `title`, `subtitle`, `date`, `first` (page) and `sections`.
+
+    pictures: names of the figures that there are.
+    """
+    facts = result.facts
+    ended = datetime.fromtimestamp(result.ended_at, UTC) if result.ended_at is not None else None
+    sections = [
+        ("Leaderboard", _leaderboard(result)),
+        ("Confirmation over seeds", _confirmation(result)),
+        ("Promotion checks", _checks(result)),
+        ("The search in figures", [_figure(name) for name in SEARCH_FIGURES if name in pictures]),
+        ("Mistakes", _mistakes(result, pictures)),
+        ("Configuration", _configuration(result)),
+        ("Provenance", _provenance(result)),
+    ]
+    return {
+        "title": f"{result.study}: LoRA within {facts.budget:,} trainable parameters",
+        "subtitle": f"Sweep {facts.sweep} over experiment {facts.experiment}, on {facts.base}",
+        "date": f"{ended:%-d %B %Y}" if ended else "",
+        "day": [ended.year, ended.month, ended.day] if ended else None,
+        "first": _first_page(result, pictures),
+        "sections": [{"title": title, "blocks": blocks} for title, blocks in sections if blocks],
+    }
+
+
+# The first page: everything for a decision --------------------------------------------------------------------------
+
+
+def _first_page(result: SweepResult, pictures: set[str]) -> list[Block]:
+    blocks = [_text(_verdict(result), kind="verdict"), _decision(result)]
+    if SIZE in pictures:
+        blocks.append(_figure(SIZE))
+    risks = _risks(result)
+    blocks.append({"kind": "list", "title": "Risks", "items": risks or ["None is known."]})
+    purpose, command = _next_step(result)
+    return [*blocks, {"kind": "next", "title": "Next step", "text": purpose, "command": command}]
+
+
+def _verdict(result: SweepResult) -> str:
+    winner, test = result.winner, result.registration and result.registration.test
+    if winner is None:
+        ended = sum(result.counts.values())
+        return f"No winner: {_counted(ended, 'trial')} ended, and none of them completed its training."
+    called = "is the winner" if result.state == "COMPLETE" else "leads so far"
+    if test:
+        score = f"{_percent(test['accuracy'])} of the test split"
+    elif mean := result.confirmation:
+        score = f"{_percent(mean.mean_accuracy)} of the validation split (mean over {len(mean.runs)} seeds)"
+    else:
+        score = f"{_percent(winner.accuracy)} of the validation split"
+    return f"Trial {winner.trial} {called}: its adapter ({winner.spec}) labels {score} correctly."
+
+
+def _decision(result: SweepResult) -> Block:
+    """The numbers of the first page: what, value, and what qualifies it."""
+    facts, winner, baseline = result.facts, result.winner, result.baseline
+    rows: list[tuple[str, str, str]] = []
+    if result.registration and (test := result.registration.test):
+        note = f"95% interval {_range(test['low'], test['high'])}, {test['rows']:,} rows, scored once after the choice"
+        rows.append(("Test accuracy", _percent(test["accuracy"]), note))
+    if winner is not None:
+        rows.append(("Validation accuracy", _percent(winner.accuracy), _interval_note(winner.accuracy, result)))
+    if mean := result.confirmation:
+        spread = f", standard deviation {_points(mean.std_accuracy)}" if mean.std_accuracy is not None else ""
+        rows.append(("Mean over seeds", _percent(mean.mean_accuracy), f"{_counted(len(mean.runs), 'run')}{spread}"))
+    if baseline is not None:
+        note = "the experiment's own configuration"
+        if result.gain is not None and winner != baseline:
+            note = f"{note}; the winner gains {_gain(result)}"
+        rows.append(("Baseline", _percent(baseline.accuracy), note))
+    if facts.bound is not None:
+        rows.append(("Best possible", _percent(facts.bound), "the data's own ceiling: some rows fit two labels"))
+    if winner is not None and winner.spec is not None and winner.trainable_parameters:
+        spec, shape = winner.spec, facts.shape
+        head, step = head_parameters(spec.head, shape), parameters_per_rank(spec.targets, shape)
+        share = winner.trainable_parameters / facts.budget
+        note = f"{share:.1%} of {facts.budget:,}: head {head:,} + rank {spec.rank} × {step:,}"
+        rows.append(("Trainable parameters", f"{winner.trainable_parameters:,}", note))
+    rows.append(("Trials", str(len(result.trials)), _ends(result)))
+    rows.append(("Cost", *_cost(result)))
+    return {"kind": "facts", "rows": [{"name": name, "value": value, "note": note} for name, value, note in rows]}
+
+
+def _gain(result: SweepResult) -> str:
+    """The winner's accuracy less the baseline's, with its interval where both answered the same rows."""
+    if (pairs := _pairs(result)) is None:
+        return _points(result.gain, signed=True)
+    low, high = difference_interval(pairs)
+    return (
+        f"{_points(pairs.difference, signed=True)} (95% interval {_signed(low)} to {_signed(high)}; McNemar "
+        f"{_p_value(two_sided_p_value(pairs))})"
+    )
+
+
+def _ends(result: SweepResult) -> str:
+    words = [f"{count} {word}" for word, count in result.counts.items() if count]
+    left = len(result.trials) - sum(result.counts.values())
+    words += [f"{left} not ended"] if left else []
+    planned = result.facts.planned_trials
+    return ", ".join(words) + (f"; {planned} planned" if planned != len(result.trials) else "")
+
+
+def _cost(result: SweepResult) -> tuple[str, str]:
+    repeats = [row for each in result.confirmed for row in each.repeats]
+    ran = [*result.trials, *repeats]
+    train, evaluate = (sum(getattr(row, name) or 0.0 for row in ran) for name in ("train_seconds", "eval_seconds"))
+    memory = max((row.peak_memory_bytes or 0 for row in ran), default=0)
+    notes = [f"summed over {_counted(len(ran), 'run')}: training {duration(train)}, evaluation {duration(evaluate)}"]
+    if result.facts.engine == "multilora":
+        notes.append("trials that train at once each count the same second")
+    if result.wall_seconds is not None:
+        notes.append(f"the last start took {duration(result.wall_seconds)}")
+    if memory:
+        notes.append(f"peak memory {memory / 2**30:.1f} GiB")
+    return duration(train + evaluate), "; ".join(notes)
+
+
+def _risks(result: SweepResult) -> list[str]:
+    """Reasons to doubt the result, or to wait with it."""
+    winner, baseline, counts = result.winner, result.baseline, result.counts
+    registration, planned = result.registration, result.facts.planned_trials
+    found: list[str] = []
+    if result.state != "COMPLETE":
+        ended = sum(counts.values())
+        found.append(f"The sweep is not finished: {ended} of {planned} trials have ended, and the winner may change.")
+    if 0 < counts["complete"] < FEW_TRIALS:
+        completed = _counted(counts["complete"], "trial")
+        found.append(f"Few trials: {completed} completed, so the space is hardly explored.")
+    if winner is not None and winner == baseline:
+        found.append("No trial beats the baseline: the winner is the experiment's own configuration.")
+    elif noise := _noise(result):
+        found.append(noise)
+    if winner is not None and (mean := result.confirmation) is None:
+        found.append("Not confirmed over other seeds: the best of several trials on the same rows owes a part to luck.")
+    elif winner is not None and mean is not None and mean.num_failed:
+        found.append(f"{_counted(mean.num_failed, 'repetition')} of the winner failed; the mean is over the others.")
+    if registration and any(not check["passed"] for check in registration.checks):
+        found.append("The version failed a promotion check.")
+    elif winner is not None and not (registration and registration.test):
+        found.append("Not promoted: the test split has not been scored, and the validation accuracy is optimistic.")
+    if counts["failed"]:
+        found.append(f"{_counted(counts['failed'], 'trial')} failed.")
+    if result.facts.provenance.get("git.dirty") == "true":
+        found.append("The code had uncommitted changes: its commit does not say all of it.")
+    return found
+
+
+def _noise(result: SweepResult) -> str | None:
+    """A warning where the gain over the baseline may be chance."""
+    winner, baseline, rows = result.winner, result.baseline, result.facts.num_validation_rows
+    if winner is None or baseline is None or baseline.accuracy is None or winner.accuracy is None:
+        return None
+    if pairs := _pairs(result):
+        p = two_sided_p_value(pairs)
+        within = f"McNemar {_p_value(p)}" if p >= SIGNIFICANT or pairs.difference <= 0 else None
+    else:
+        low, _ = accuracy_interval(round(winner.accuracy * rows), rows)
+        within = "it lies within the winner's 95% interval" if baseline.accuracy >= low else None
+    return f"The gain over the baseline may be chance ({within})." if within else None
+
+
+def _pairs(result: SweepResult) -> Pairs | None:
+    counts = result.answers and result.answers.against_baseline
+    if not counts or result.winner == result.baseline or not sum(counts.values()):
+        return None
+    return Pairs(counts["both"], counts["only_winner"], counts["only_baseline"], counts["neither"])
+
+
+def _next_step(result: SweepResult) -> tuple[str, str]:
+    """(what for, command)."""
+    sweep, registration = result.facts.sweep, result.registration
+    if result.state != "COMPLETE":
+        return "Resume the sweep where it stopped:", f"agnews-lora sweep {sweep}"
+    if result.winner is None:
+        return "Remove the cause of the failures, then start another study:", f"agnews-lora sweep {sweep} --new"
+    if registration and "champion" in registration.aliases:
+        return "Serve the champion over HTTP:", f"agnews-lora serve {sweep}"
+    if registration and any(not check["passed"] for check in registration.checks):
+        more = result.facts.planned_trials + FEW_TRIALS
+        return "Search on for a version that passes its checks:", f"agnews-lora sweep {sweep} --trials {more}"
+    return "Run the promotion checks and score the test split:", f"agnews-lora promote {sweep}"
+
+
+# The sections ---------------------------------------------------------------------------------------------------------
+
+
+def _leaderboard(result: SweepResult) -> list[Block]:
+    ranked = [row for row in result.ranking if row.state == "COMPLETE"]
+    means = {each.own.trial: each for each in result.confirmed}
+    columns = ["", "trial", "targets", "r", "alpha", "dropout", "learning rate", "trainable", "accuracy"]
+    columns += ["seed mean"] if means else ["95% interval"]
+    rows = []
+    for place, row in enumerate(ranked, start=1):
+        if place > TOP and row != result.baseline:
+            continue
+        last = _mean(means.get(row.trial)) if means else _interval(row.accuracy, result)
+        name = f"{row.trial} (baseline)" if row.baseline else row.trial
+        size = f"{row.trainable_parameters or 0:,}"
+        rows.append([str(place), name, *_configured(row), size, _percent(row.accuracy), last])
+    blocks: list[Block] = []
+    if rows:
+        shown = f"The best {TOP} of {len(ranked)} completed trials" if len(ranked) > TOP else "All completed trials"
+        order = "by their mean over seeds, then by validation accuracy" if means else "by validation accuracy"
+        blocks.append(_table(f"{shown}, {order}.", columns, rows, right=(0, *range(3, len(columns))), strong=(0,)))
+    failed = [row for row in result.trials if row.state == "FAIL"]
+    if failed:
+        more = f" {len(failed) - MAX_FAILURES} more are not shown." if len(failed) > MAX_FAILURES else ""
+        errors = [[row.trial, _one_line(row.reason or "unknown")] for row in failed[:MAX_FAILURES]]
+        caption = f"Trials that failed, with the start of their error.{more}"
+        blocks.append(_table(caption, ["trial", "error"], errors, wide=(1,)))
+    return blocks
+
+
+def _configured(row: TrialSummary) -> list[str]:
+    spec = row.spec
+    if spec is None:
+        return ["–"] * 5
+    return [spec.targets, str(spec.rank), f"{spec.alpha:g}", f"{spec.dropout:.3g}", f"{spec.learning_rate:.3g}"]
+
+
+def _mean(confirmed: Confirmed | None) -> str:
+    return _percent(confirmed.mean_accuracy) if confirmed else "–"
+
+
+def _confirmation(result: SweepResult) -> list[Block]:
+    if not result.confirmed:
+        return []
+    rows = [
+        [
+            each.own.trial,
+            _percent(each.accuracies[0]),
+            ", ".join(_percent(accuracy) for accuracy in each.accuracies[1:]) or "–",
+            str(each.num_failed),
+            _percent(each.mean_accuracy),
+            "–" if each.std_accuracy is None else _points(each.std_accuracy),
+            _points(-each.drop, signed=True),
+        ]
+        for each in result.confirmed
+    ]
+    columns = ["trial", "search", "other seeds", "failed", "mean", "deviation", "change"]
+    caption = (
+        "The best trials of the search, trained again with other seeds; the winner has the best mean. Change: from the "
+        "search's accuracy to the mean."
+    )
+    return [_table(caption, columns, rows, right=(1, 3, 4, 5, 6), wide=(2,), strong=(0,))]
+
+
+def _checks(result: SweepResult) -> list[Block]:
+    registration = result.registration
+    if registration is None:
+        return []
+    known = f"version {registration.version} of model {registration.model}"
+    aliases = f" ({', '.join(registration.aliases)})" if registration.aliases else ""
+    if not registration.checks:
+        return [_text(f"The winner is {known}{aliases} in the registry. Its promotion checks have not been run.")]
+    rows = [
+        [_one_line(check["rule"]), _one_line(check["found"]), "passed" if check["passed"] else "FAILED"]
+        for check in registration.checks
+    ]
+    blocks = [_table(f"Checks of {known}{aliases}.", ["rule", "found", "result"], rows, wide=(0, 1))]
+    if test := registration.test:
+        blocks.append(
+            _text(
+                f"After they had passed, the test split was scored, once for this version: accuracy "
+                f"{_percent(test['accuracy'])} (95% interval {_range(test['low'], test['high'])}), macro-F1 "
+                f"{_percent(test['macro_f1'])}, on {test['rows']:,} rows."
+            )
+        )
+    return blocks
+
+
+def _mistakes(result: SweepResult, pictures: set[str]) -> list[Block]:
+    answers = result.answers
+    if answers is None:
+        return []
+    blocks: list[Block] = []
+    total = sum(map(sum, answers.confusion))
+    wrong = total - sum(row[label] for label, row in enumerate(answers.confusion))
+    if total:
+        error = figures.expected_calibration_error(answers.calibration)
+        blocks.append(
+            _text(
+                f"The exported adapter, loaded in a new process in fp32, is wrong on {wrong:,} of {total:,} validation "
+                f"rows. Its confidence is {error:.1%} from its accuracy, on average over ten bins "
+                "(expected calibration error)."
+            )
+        )
+    if CONFUSION in pictures:
+        blocks.append(_figure(CONFUSION))
+    rows = [
+        [str(each["row"]), each["label"], each["predicted"], f"{each['confidence']:.1%}", _one_line(each["text"])]
+        for each in answers.mistakes[:MAX_MISTAKES]
+    ]
+    if rows:
+        caption = "The mistakes with the highest confidence. Row: in the validation split, from 0."
+        columns = ["row", "label", "predicted", "confidence", "text"]
+        blocks.append(_table(caption, columns, rows, right=(0, 3), wide=(4,)))
+    return blocks
+
+
+def _configuration(result: SweepResult) -> list[Block]:
+    facts = result.facts
+    space = [[name.replace("_", " "), _values(name, values)] for name, values in facts.space.items()]
+    settings = [[name.replace("_", " "), _plain(value)] for name, value in facts.settings.items()]
+    blocks = []
+    if space:
+        caption = f"The search space. A rank goes up to the largest that fits {facts.budget:,} parameters."
+        blocks.append(_table(caption, ["parameter", "values"], space, wide=(1,)))
+    if settings:
+        blocks.append(_table("Settings that all trials share.", ["setting", "value"], settings, wide=(1,)))
+    listings = [{"kind": "listing", "title": name, "text": text.rstrip("\n")} for name, text in facts.texts.items()]
+    return [*blocks, *listings]
+
+
+def _values(name: str, values: Any) -> str:
+    """Of a parameter of the space: a range, or the choices."""
+    if name.startswith(("rank", "dropout", "learning_rate")):
+        return " to ".join(map(_plain, values))
+    return ", ".join(map(_plain, values))
+
+
+def _provenance(result: SweepResult) -> list[Block]:
+    facts = result.facts
+    rows = [
+        ["base model", f"{facts.base}, revision {facts.base_revision}"],
+        ["data", ", ".join(f"{name} {value}" for name, value in facts.data.items())],
+        ["rows", f"{facts.num_train_rows:,} for training, {facts.num_validation_rows:,} for validation"],
+        ["digest of the rows", facts.data_digest],
+        ["labels", ", ".join(facts.labels)],
+        ["engine", f"{facts.engine}, {facts.total_steps:,} steps a trial"],
+        ["seed", str(facts.seed)],
+        ["study", f"{result.study}, id {result.study_id}"],
+        ["parent run", result.run_id or "–"],
+        *([_provenance_name(name), _plain(value)] for name, value in facts.provenance.items()),
+    ]
+    return [_table("Where the result comes from.", ["fact", "value"], rows, wide=(1,))]
+
+
+def _provenance_name(name: str) -> str:
+    names = {"mlflow.source.git.commit": "commit", "git.dirty": "uncommitted changes"}
+    return names.get(name, name.removeprefix("version.").replace("_", "-"))
+
+
+# name: (caption, what a reader who cannot see it must know, share of the page's width)
+CAPTIONS: Final[dict[str, tuple[str, str, float]]] = {
+    SIZE: (
+        "Accuracy against size: each mark is a trial, coloured by the matrices that it adapts, hollow where it was "
+        "pruned. The grey line is the best accuracy for a size.",
+        "Validation accuracy of each trial by its number of trainable parameters, with the budget as a line.",
+        0.74,
+    ),
+    "optimization_history.png": (
+        "Optimisation history: accuracy of every trial in the order of their start. Pruned ones are shown at their "
+        "last evaluation; the star is the baseline.",
+        "Validation accuracy of each trial by number, with the best so far as a stepped line.",
+        0.62,
+    ),
+    "learning_curves.png": (
+        "Learning curves: a fixed subset of the validation split is scored on the way, the whole split at the end, so "
+        "that a small step at the end may come from the rows alone.",
+        "Validation accuracy of all trials by training step.",
+        0.62,
+    ),
+    "parallel_coordinates.png": (
+        "Configurations: one line a trial through the parameters of the space, darker where it is more accurate.",
+        "Parallel coordinates of all trials through the searched parameters and their accuracy.",
+        0.62,
+    ),
+    "parameter_importance.png": (
+        "Importance: the share of the accuracy's variance among completed trials that each parameter explains "
+        "(functional ANOVA). With few trials, it is a hint.",
+        "Bars of the importance of each searched parameter.",
+        0.62,
+    ),
+    CONFUSION: (
+        "Confusion matrix of the winner on the validation split: counts, and shares of their label's rows.",
+        "A matrix of counts, labels against predictions.",
+        0.66,
+    ),
+}
+SEARCH_FIGURES: Final = [name for name in CAPTIONS if name not in (SIZE, CONFUSION)]
+
+
+def _figure(name: str) -> Block:
+    caption, alt, width = CAPTIONS[name]
+    return {"kind": "figure", "name": name, "caption": caption, "alt": alt, "width": width}
+
+
+def _text(text: str, kind: str = "text") -> Block:
+    return {"kind": kind, "text": text}
+
+
+def _table(
+    caption: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Sequence[int] = (),
+    wide: Sequence[int] = (),
+    strong: Sequence[int] = (),
+) -> Block:
+    """right: columns of numbers. wide: columns that take the rest of the width and wrap. strong: rows in bold."""
+    heads = [{"title": title, "right": at in right, "wide": at in wide} for at, title in enumerate(columns)]
+    lines = [{"cells": list(row), "strong": at in strong} for at, row in enumerate(rows)]
+    return {"kind": "table", "caption": caption, "columns": heads, "rows": lines}
+
+
+# Numbers in words -----------------------------------------------------------------------------------------------------
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.2%}"
+
+
+def _range(low: float, high: float) -> str:
+    return f"{_percent(low)} to {_percent(high)}"
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.2f}".replace("-", "−")
+
+
+def _points(share: float | None, *, signed: bool = False) -> str:
+    """A difference of two shares, in percentage points."""
+    if share is None:
+        return "–"
+    return f"{_signed(share) if signed else f'{100 * share:.2f}'} points"
+
+
+def _interval(accuracy: float | None, result: SweepResult) -> str:
+    rows = result.facts.num_validation_rows
+    return "–" if accuracy is None or not rows else _range(*accuracy_interval(round(accuracy * rows), rows))
+
+
+def _interval_note(accuracy: float | None, result: SweepResult) -> str:
+    return f"95% interval {_interval(accuracy, result)}, {result.facts.num_validation_rows:,} rows"
+
+
+def _p_value(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _plain(value: Any) -> str:
+    if value in ("true", "false"):
+        return "yes" if value == "true" else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _one_line(text: object) -> str:
+    line = " ".join(str(text).split())
+    return line if len(line) <= MAX_TEXT else f"{line[: MAX_TEXT - 1]}…"
+
+
+# The two forms --------------------------------------------------------------------------------------------------------
+
+
+def _html(content: Mapping[str, Any], pictures: Mapping[str, Path]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    images = {
+        name: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+        for name, path in pictures.items()
+    }
+    loader = FileSystemLoader(TEMPLATES)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html").render(content, images=images) + "\n"
+
+
+def _pdf(content: Mapping[str, Any], folder: Path, ended_at: float | None) -> bytes:
+    """folder: with the pictures. The fonts are those that the compiler carries, so that pages are alike everywhere."""
+    import typst
+
+    main = Path(shutil.copy(TEMPLATES / "report.typ", folder))
+    (folder / "report.json").write_text(json.dumps(content), encoding="utf-8")
+    compiler = typst.Compiler(input=main, root=folder, ignore_system_fonts=True)
+    written = compiler.compile(format="pdf", timestamp=int(ended_at or 0))
+    assert isinstance(written, bytes)
+    return written

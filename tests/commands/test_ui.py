@@ -1,0 +1,15 @@
+"""`agnews-lora ui`: MLflow's server over a project's runs, on loopback."""
+
+import re
+import urllib.request
+from pathlib import Path
+
+from tests.browser.mlflow_ui import served
+
+
+def test_it_answers_at_the_address_that_it_prints(finished_once: Path, tmp_path: Path) -> None:
+    with served(finished_once, tmp_path / "log") as said:
+        [address] = re.findall(r"^Runs: (http://127\.0\.0\.1:\d+)/", said, flags=re.MULTILINE)
+        assert re.search(rf"^small: {address}/#/experiments/\d+/runs/", said, flags=re.MULTILINE)
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            assert answer.status == 200

@@ -20,8 +20,8 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
 from agnews_lora.commands import report
+from agnews_lora.commands.prepare import Prepared
 from agnews_lora.commands.report import RESULT
-from agnews_lora.commands.stage import Stage
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
 from agnews_lora.data.rows import LABELS
@@ -70,7 +70,7 @@ Logits = npt.NDArray[np.float32]  # [validation rows, classes]
 
 def finish(
     sweep: Sweep,
-    prepared: Stage,
+    prepared: Prepared,
     study: optuna.Study,
     rounds: optuna.Study | None,
     runs: SweepRuns,
@@ -143,12 +143,12 @@ def refresh(client: MlflowClient, version: Version) -> None:
         report.write(client, parent.run_id, result, Path(folder))
 
 
-def opening(sweep: Sweep, prepared: Stage) -> str:
+def opening(sweep: Sweep, prepared: Prepared) -> str:
     """The description of the parent run while the sweep is under way."""
     return opening_description(facts_of(sweep, prepared))
 
 
-def facts_of(sweep: Sweep, prepared: Stage) -> SweepFacts:
+def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
     """What a result says of its sweep beside the trials."""
     experiment, base, corpus = sweep.experiment, prepared.base, prepared.corpus
     return SweepFacts(
@@ -244,7 +244,7 @@ def write(result: SweepResult) -> Path:
 # The winner ----------------------------------------------------------------------------------------------------------
 
 
-def _logits(client: MlflowClient, prepared: Stage, folder: Path, run_id: str) -> Logits:
+def _logits(client: MlflowClient, prepared: Prepared, folder: Path, run_id: str) -> Logits:
     """Of the adapter that a run has, on the validation split, by plain PEFT in fp32."""
     return reload.logits(_adapter(client, folder, run_id), prepared.base, prepared.corpus.validation)
 
@@ -259,7 +259,7 @@ def _adapter(client: MlflowClient, folder: Path, run_id: str) -> Path:
 def _register(
     result: SweepResult,
     sweep: Sweep,
-    prepared: Stage,
+    prepared: Prepared,
     runs: SweepRuns,
     registry: Registry,
     folder: Path,

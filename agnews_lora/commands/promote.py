@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from agnews_lora.commands.finish import refresh
-from agnews_lora.commands.stage import prepare
+from agnews_lora.commands.prepare import prepare
 from agnews_lora.config.sweep import load_sweep
 from agnews_lora.data.sources import prepare_test
 from agnews_lora.paths import STORES, TOKENS

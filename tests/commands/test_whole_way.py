@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification
 
 from agnews_lora.adapters.adapter_files import load_with_peft, recount
 from agnews_lora.adapters.base_models import resolve
-from agnews_lora.commands.stage import prepare
+from agnews_lora.commands.prepare import prepare
 from agnews_lora.config.experiment import load_experiment
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.search.study import open_storage

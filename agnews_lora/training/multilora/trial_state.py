@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import ceil, isfinite
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from agnews_lora.errors import TrainingError
 from agnews_lora.training import checkpoints
 from agnews_lora.training.data_order import batches
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrainSettings, TrialPlan, timestamp
-from agnews_lora.training.metrics import accuracy, macro_f1, mean_cross_entropy
+from agnews_lora.training.metrics import accuracy, macro_f1, mean_cross_entropy, require_finite
 from agnews_lora.training.model import build_model
 from agnews_lora.training.multilora.model import SlotBatch
 from agnews_lora.training.multilora.optimizer import linear_rate
@@ -154,11 +154,7 @@ class TrialState:
         return seen + sum(len(rows) for rows in self._batches(epoch)[:position]) if position else seen
 
     def _require_finite(self, name: str, value: float) -> None:
-        if not isfinite(value):
-            raise TrainingError(
-                f"the {name} became {value} by step {self.progress.step} ({self.plan.spec}); a lower learning rate or "
-                "alpha keeps it finite"
-            )
+        require_finite(name, value, self.progress.step, self.plan.spec)
 
     def _rate(self, step: int) -> float:
         warmup = round(self.settings.warmup * self.total_steps)

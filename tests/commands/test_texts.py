@@ -64,6 +64,7 @@ def test_predict_shows_a_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> No
         assert line.rstrip().endswith(f"75.0%  {text}")
 
 
+@pytest.mark.usefixtures("folder")
 def test_predict_refuses_input_that_is_not_utf_8(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

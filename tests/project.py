@@ -80,7 +80,7 @@ class Running:
 
     def __init__(self, folder: Path, *arguments: str, variables: Mapping[str, str] | None = None) -> None:
         self.stdout = ""
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self.process = subprocess.Popen(
             command(*arguments),
             cwd=folder,

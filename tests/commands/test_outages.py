@@ -1,6 +1,6 @@
 """Study and runs on servers that go away in the middle of a sweep: for a while, for good, or while Ctrl-C is pressed.
 
-Training goes on, the trial log keeps what it reports, and the stores get it once they are back: in order, nothing twice.
+Training goes on, the trial log keeps what it reports, and the stores get it once they are back, in order and once.
 """
 
 import importlib.util

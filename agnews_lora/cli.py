@@ -101,7 +101,7 @@ def _add_training(add: Add) -> None:
 
 
 def _add_using(add: Add) -> None:
-    promote = add("promote", _promote, "put the candidate through the gate and make it champion", "promote embedded")
+    promote = add("promote", _promote, "make the candidate champion, if it passes its checks", "promote embedded")
     _name_sweep(promote)
     which = promote.add_mutually_exclusive_group()
     which.add_argument("--version", type=_count, metavar="N", help="this version instead of the candidate")
@@ -116,9 +116,7 @@ def _add_using(add: Add) -> None:
     predict.add_argument("--json", action="store_true", help="as JSON, an object a line")
     _name_tracking(predict)
 
-    _name_serving(
-        add("serve", _serve, "answer over HTTP with the champion, by MLflow's scoring server", "serve --merged")
-    )
+    _name_serving(add("serve", _serve, "answer over HTTP with the champion", "serve --merged"))
 
     export = add("export", _export, "write the champion as a PEFT folder", "export --to exported")
     _name_sweep(export)
@@ -276,9 +274,9 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     _loaded_sweep(options)
-    from agnews_lora.commands import export
+    from agnews_lora.commands import predict
 
-    return export.run(options.sweep, options.to, options.tracking, options.json)
+    return predict.export(options.sweep, options.to, options.tracking, options.json)
 
 
 def _report(options: argparse.Namespace) -> int:

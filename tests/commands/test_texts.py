@@ -6,11 +6,12 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from agnews_lora.cli import main
-from agnews_lora.commands import predict, ui
+from agnews_lora.commands import inspect, predict
 from agnews_lora.serving.predict import Prediction
 from tests.project import write_project
 from tests.tiny import HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_LAYERS
@@ -40,7 +41,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def parrot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict, "open_client", lambda place: None)
-    monkeypatch.setattr(predict, "load_champion", lambda registry: Parrot())
+    champion = SimpleNamespace(tags={"base": "none"})
+    monkeypatch.setattr(predict, "Registry", lambda client, name: SimpleNamespace(champion=lambda: champion))
+    monkeypatch.setattr(predict.Package, "verified", lambda registry, version: None)
+    monkeypatch.setattr(predict.Classifier, "load", lambda package, base: Parrot())
 
 
 @pytest.mark.usefixtures("parrot")
@@ -68,10 +72,10 @@ def test_predict_shows_a_text_as_it_is(text: str, shown: str, capsys: pytest.Cap
 @pytest.mark.usefixtures("parrot")
 def test_predict_refuses_what_is_no_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["predict", "--sweep", "small", "caf\udce9"]) == 2
-    assert "a text must be valid UTF-8, but 'caf\ufffd' is not" in capsys.readouterr().err
+    assert "'caf\ufffd': it is not UTF-8" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
     assert main(["predict", "--sweep", "small"]) == 2
-    assert "standard input as UTF-8, but it is not" in capsys.readouterr().err
+    assert "it is not UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("folder")
@@ -85,9 +89,7 @@ def test_budget_and_doctor_name_a_strange_base(capsys: pytest.CaptureFixture[str
 
 def test_the_ui_is_served_to_this_machine_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(ui.os, "execv", lambda program, command: started.append(command))
-    monkeypatch.setattr(ui, "open_client", lambda place: None)
-    monkeypatch.setattr(ui, "newest_sweeps", lambda client: {})
-    ui.run(5001)
+    monkeypatch.setattr(inspect.os, "execv", lambda program, command: started.append(command))
+    inspect.ui(5001)
     [command] = started
     assert command[command.index("--host") + 1] == "127.0.0.1"

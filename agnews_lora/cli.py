@@ -85,31 +85,23 @@ def _add_training(add: Add) -> None:
     train.add_argument("experiment", nargs="?", default="seed", metavar="EXPERIMENT", help="name or path (seed)")
     _name_output(train)
 
-    sweep = add("sweep", _sweep, "search for the best adapter; goes on where it stopped", "sweep embedded --trials 20")
+    sweep = add("sweep", _sweep, "search for the best adapter; resumes where it stopped", "sweep embedded --trials 20")
     _name_sweep(sweep)
     sweep.add_argument("--trials", type=_count, metavar="N", help="trials that are to have ended, in all")
-    sweep.add_argument("--timeout", type=_seconds, metavar="S", help="stop after S seconds, to go on at the next start")
+    sweep.add_argument("--timeout", type=_seconds, metavar="S", help="stop after S seconds; the next start resumes")
     sweep.add_argument("--new", action="store_true", help="start another study")
     sweep.add_argument(
-        "--workers", type=_count, default=1, metavar="N", help="processes that train: one a GPU, or N on the CPU (1)"
+        "--workers", type=_count, metavar="N", help="train in N processes (Ray actors): one a GPU, or N on the CPU"
+    )
+    sweep.add_argument(
+        "--address", metavar="ADDRESS", help="train on a running Ray cluster, one worker a GPU: auto, or HOST:PORT"
     )
     _name_stores(sweep)
     _name_output(sweep)
 
-    worker = add(
-        "worker",
-        _worker,
-        "join a sweep that is open, from any machine, and train its trials",
-        "worker agnews --storage postgresql://agnews@db/agnews --tracking http://mlflow:5000",
-    )
-    _name_sweep(worker)
-    _name_stores(worker)
-    worker.add_argument("--quiet", action="store_true", help="show nothing but warnings and errors")
-    worker.add_argument("--supervised", metavar="OWNER", help=argparse.SUPPRESS)  # by the sweep that starts it
-
 
 def _add_using(add: Add) -> None:
-    promote = add("promote", _promote, "put the candidate through the gate and make it champion", "promote embedded")
+    promote = add("promote", _promote, "make the candidate champion, if it passes its checks", "promote embedded")
     _name_sweep(promote)
     which = promote.add_mutually_exclusive_group()
     which.add_argument("--version", type=_count, metavar="N", help="this version instead of the candidate")
@@ -124,9 +116,7 @@ def _add_using(add: Add) -> None:
     predict.add_argument("--json", action="store_true", help="as JSON, an object a line")
     _name_tracking(predict)
 
-    _name_serving(
-        add("serve", _serve, "answer over HTTP with the champion, by MLflow's scoring server", "serve --merged")
-    )
+    _name_serving(add("serve", _serve, "answer over HTTP with the champion", "serve --merged"))
 
     export = add("export", _export, "write the champion as a PEFT folder", "export --to exported")
     _name_sweep(export)
@@ -227,14 +217,14 @@ def _loaded_sweep(options: argparse.Namespace) -> "Sweep":
 def _train(options: argparse.Namespace) -> int:
     from agnews_lora.config.experiment import load_experiment
 
-    load_experiment(options.experiment)
+    experiment = load_experiment(options.experiment)
     from agnews_lora.commands import train
 
-    return train.run(options.experiment, options.quiet, options.json)
+    return train.run(experiment, options.quiet, options.json)
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    _loaded_sweep(options)
+    loaded = _loaded_sweep(options)
     from agnews_lora.commands import sweep
 
     given = sweep.Options(
@@ -242,24 +232,14 @@ def _sweep(options: argparse.Namespace) -> int:
         timeout=options.timeout,
         new=options.new,
         workers=options.workers,
+        address=options.address,
         storage=options.storage,
         tracking=options.tracking,
         patience=options.patience,
         quiet=options.quiet,
         json=options.json,
     )
-    return sweep.run(options.sweep, given)
-
-
-def _worker(options: argparse.Namespace) -> int:
-    from agnews_lora.commands.interrupts import Supervisor
-
-    # Before anything heavy is imported: a supervisor may die at any time.
-    supervisor = Supervisor(options.supervised) if options.supervised else None
-    _loaded_sweep(options)
-    from agnews_lora.commands import worker
-
-    return worker.run(options.sweep, options.storage, options.tracking, options.patience, options.quiet, supervisor)
+    return sweep.run(loaded, given)
 
 
 def _budget(options: argparse.Namespace) -> int:
@@ -294,9 +274,9 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     _loaded_sweep(options)
-    from agnews_lora.commands import export
+    from agnews_lora.commands import predict
 
-    return export.run(options.sweep, options.to, options.tracking, options.json)
+    return predict.export(options.sweep, options.to, options.tracking, options.json)
 
 
 def _report(options: argparse.Namespace) -> int:

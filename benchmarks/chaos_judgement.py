@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Final
 
 import optuna
+from agnews_lora.commands.stage import Stage, prepare
+from agnews_lora.search.standings import trial_name
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
@@ -17,10 +19,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from optuna.trial import FrozenTrial, TrialState
 
 from agnews_lora.adapters.adapter_files import load_with_peft, recount
-from agnews_lora.commands.stage import Stage, prepare
 from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.paths import STORES
-from agnews_lora.search.standings import trial_name
 from agnews_lora.search.study import RUN_ID, SPEC, TRAINABLE, open_storage
 from agnews_lora.tracking.runs import METRICS, RUN_STATUS
 from agnews_lora.tracking.store import open_client, tracking_uri

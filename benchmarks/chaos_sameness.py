@@ -5,10 +5,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from agnews_lora.search.standings import trial_name
+
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data.rows import LABELS
 from agnews_lora.search.sampler import derived_seed
-from agnews_lora.search.standings import trial_name
 from agnews_lora.search.study import BASELINE, SPEC
 from agnews_lora.tracking.runs import METRICS
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict

@@ -1,36 +1,36 @@
-"""A study replayed: the sweep's own runner, sampler and pruner, over trials whose accuracies come from a table."""
+"""A study replayed: the sweep's own driver, sampler and pruner, over trials whose accuracies come from a table."""
 
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.trial import FrozenTrial
-from sqlalchemy import create_engine
-from sqlalchemy.pool import StaticPool
 
+from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.errors import TrainingError
 from agnews_lora.search import space as search_space
-from agnews_lora.search.claims import set_quota
-from agnews_lora.search.leases import Leases, create_table
+from agnews_lora.search.driver import Driver, Search
 from agnews_lora.search.pruner import PeerMedianPruner, peer_accuracies
-from agnews_lora.search.quest import Search
-from agnews_lora.search.queue import enqueue_baseline
-from agnews_lora.search.runner import StudyRunner
+from agnews_lora.search.results import best_first, summaries
 from agnews_lora.search.sampler import TrialSeededTPE
-from agnews_lora.search.standings import best_of, standings
+from agnews_lora.search.study import enqueue_baseline
+from agnews_lora.search.trial_log import Point
 from agnews_lora.training.interface import (
     EvalPoint,
     Observer,
+    TrainPoint,
+    TrialEnd,
     TrialResult,
     TrialSource,
     Verdict,
 )
-from benchmarks.nowhere import Nowhere
 from benchmarks.pruning_table import Row, Table
 
 TRIALS = 30  # of a study
@@ -130,26 +130,39 @@ class Outcome:
 def replay_study(
     table: Table, pruner: BasePruner, startup_trials: int, num_slots: int, seed: int, backwards: bool = False
 ) -> Outcome:
-    """One study of `TRIALS` trials by the sweep's own sampler and runner. startup_trials: drawn at random."""
+    """One study of `TRIALS` trials by the sweep's own sampler and driver. startup_trials: drawn at random."""
     sweep, shape = table.sweep, table.shape
     sampler = TrialSeededTPE(seed, startup_trials, search_space.shared(sweep.space, shape, sweep.budget))
     study = optuna.create_study(sampler=sampler, pruner=pruner, direction="maximize")
     baseline = sweep.experiment.spec
     enqueue_baseline(study, baseline, sweep.space, shape, sweep.budget)
-    set_quota(study, TRIALS)
-    quest = Search(sweep.space, shape, sweep.budget, seed, baseline, sweep.experiment.seed, table.total_steps)
-    engine = TableEngine(table, num_slots, backwards)
+    search = Search(sweep.space, shape, sweep.budget, seed, baseline, sweep.experiment.seed, table.total_steps, TRIALS)
+    engine, nothing = TableEngine(table, num_slots, backwards), NullTracker()
     with tempfile.TemporaryDirectory() as folder:
-        StudyRunner(study, _alone(), quest, Nowhere(), Nowhere(), Path(folder), lambda: False).work(engine)
-    rows = standings(study)
-    winner = best_of(rows)
-    assert winner is not None and winner.accuracy is not None, "the baseline is never pruned"
+        Driver(study, search, nothing, nothing, Path(folder), lambda: False).run(engine)
+    rows = summaries(study)
+    winner = best_first(rows)[0]  # the baseline is never pruned
+    assert winner.accuracy is not None
     saved = 1 - engine.num_steps / (TRIALS * table.total_steps)
     return Outcome(winner.accuracy, saved, frozenset(row.number for row in rows if row.state == "PRUNED"))
 
 
-def _alone() -> Leases:
-    """Leases in memory, for a study that nobody else works on: their clock stands still, so that they need no heart."""
-    engine = create_engine("sqlite://", poolclass=StaticPool)
-    create_table(engine)
-    return Leases(engine, 0, "replay", clock=lambda: 0.0)
+class NullTracker:
+    """Implements the driver's `Tracker` and `Screen`; keeps nothing."""
+
+    def start_trial(self, trial: str, spec: TrialSpec, facts: dict[str, Any], run_id: str | None) -> str:
+        return run_id or f"run-of-{trial}"
+
+    def log_points(self, trial: str, points: Sequence[Point]) -> None: ...
+
+    def finish_trial(self, trial: str, end: TrialEnd) -> None: ...
+
+    def trial_started(self, trial: str, label: str, total_steps: int) -> None: ...
+
+    def logged(self, points: Sequence[TrainPoint]) -> None: ...
+
+    def evaluated(self, points: Sequence[EvalPoint]) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def trial_ended(self, trial: str, state: str, accuracy: float | None, reason: str | None) -> None: ...

@@ -13,7 +13,7 @@ import optuna
 
 from agnews_lora.adapters.budget import max_rank
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
-from agnews_lora.commands.stage import Stage, prepare
+from agnews_lora.commands.prepare import Prepared, prepare
 from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.data.rows import LABELS
 from agnews_lora.search import space as search_space
@@ -184,14 +184,14 @@ def fill_table(num_rows: int) -> None:
     """Train what the table lacks of its first `num_rows` configurations, one after another, at the sweep's settings."""
     from agnews_lora.training.multilora.engine import MultiLoraEngine
 
-    with shipped_sweep() as (sweep, stage):
-        engine = MultiLoraEngine(stage.base, stage.corpus, stage.experiment.settings, LABELS, slots=1)
-        filling = Filling(sweep, stage.base.shape, Path.cwd(), num_rows, read_table(TABLE))
+    with shipped_sweep() as (sweep, prepared):
+        engine = MultiLoraEngine(prepared.base, prepared.corpus, prepared.experiment.settings, LABELS, slots=1)
+        filling = Filling(sweep, prepared.base.shape, Path.cwd(), num_rows, read_table(TABLE))
         engine.run(filling, filling)
 
 
 @contextmanager
-def shipped_sweep() -> Iterator[tuple[Sweep, Stage]]:
+def shipped_sweep() -> Iterator[tuple[Sweep, Prepared]]:
     """The sweep and its data, in an empty working directory."""
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         for shipped in ("experiments", "sweeps"):

@@ -27,7 +27,7 @@ from agnews_lora.adapters.base_models import resolve
 from agnews_lora.cli import ENVIRONMENT
 from agnews_lora.data import newswire
 from agnews_lora.paths import STORES
-from agnews_lora.serving.package import Package
+from agnews_lora.serving.model_package import Package
 from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client
 from tests.project import command, environment, write_project

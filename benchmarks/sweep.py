@@ -25,18 +25,17 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from agnews_lora.commands.stage import Stage, prepare
+from agnews_lora.commands.finish import RESULTS as SWEEP_RESULTS
+from agnews_lora.commands.prepare import Prepared, prepare
 from agnews_lora.config.sweep import load_sweep
 from agnews_lora.data.rows import Rows
 from agnews_lora.data.sources import prepare_test
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.paths import STORES, TOKENS
-from agnews_lora.search.confirmation import confirmed, find_round
-from agnews_lora.search.standings import Standing, standings
-from agnews_lora.search.study import open_storage
+from agnews_lora.search.results import SweepResult, TrialSummary
 from agnews_lora.serving import reload
 from agnews_lora.tracking.provenance import provenance
-from agnews_lora.tracking.store import open_client, tracking_uri
+from agnews_lora.tracking.store import tracking_uri
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -100,25 +99,22 @@ def run_and_measure(keys: dict[str, object]) -> dict[str, str]:
 def measure(began: float, ended: float) -> dict[str, str]:
     """The table's rows, from the stores below the working directory. began, ended: Unix time of the process."""
     sweep = load_sweep(SWEEP)
-    stage = prepare(sweep.experiment)
-    study = optuna.load_study(study_name=SWEEP, storage=open_storage(STORES))
-    trials = standings(study)
-    client = open_client(STORES)
-    repeated = find_round(study)
-    repeats = standings(repeated) if repeated else []
-    metrics = [client.get_run(str(trial.run_id)).data.metrics for trial in [*trials, *repeats]]
-    train_seconds = sum(each["train_seconds"] for each in metrics)
-    eval_seconds = sum(each["eval_seconds"] for each in metrics)
-    samples = sum(each["rows_seen"] for each in metrics)
+    prepared = prepare(sweep.experiment)
+    result = SweepResult.from_json((SWEEP_RESULTS / f"{SWEEP}.json").read_text(encoding="utf-8"))
+    repeats = [row for each in result.confirmed for row in each.repeats]
+    rows = [*result.trials, *repeats]
+    train_seconds = sum(row.train_seconds or 0 for row in rows)
+    eval_seconds = sum(row.eval_seconds or 0 for row in rows)
+    samples = sum(row.rows_seen or 0 for row in rows)
+    study = optuna.load_study(study_name=SWEEP, storage=f"sqlite:///{STORES / 'optuna.db'}")
     started = min(trial.datetime_start for trial in study.trials if trial.datetime_start).timestamp()
     neither = (ended - started) - train_seconds - eval_seconds
-    complete = [trial for trial in trials if trial.state == "COMPLETE"]
-    unpruned = [each["rows_seen"] for trial, each in zip(trials, metrics, strict=False) if trial in complete]
+    complete = [row for row in result.trials if row.state == "COMPLETE"]
     table = {
         "repetitions of the best, to confirm them": f"{len(repeats)}",
-        "trials ended (complete, pruned)": f"{len(trials)} ({len(complete)}, {len(trials) - len(complete)})",
+        "trials ended (complete, pruned)": f"{len(result.trials)} ({len(complete)}, {result.counts['pruned']})",
         "training rows of all trials": f"{samples:,.0f}",
-        "training rows of an unpruned trial, at least": f"{min(unpruned):,.0f}",
+        "training rows of an unpruned trial, at least": f"{min(row.rows_seen or 0 for row in complete):,.0f}",
         WALL: f"{ended - began:.0f} s",
         "of it start-up, until the first trial begins": f"{started - began:.0f} s",
     }
@@ -129,31 +125,31 @@ def measure(began: float, ended: float) -> dict[str, str]:
             "neither, after start-up": f"{neither:.0f} s = {neither / (ended - started):.1%}",
             "samples/s while training": f"{samples / train_seconds:.0f}",
         }
-    winner = confirmed(study)[0].own
-    return table | compare(stage, winner, trials)
+    return table | compare(prepared, result)
 
 
-def compare(stage: Stage, winner: Standing, trials: list[Standing]) -> dict[str, str]:
+def compare(prepared: Prepared, result: SweepResult) -> dict[str, str]:
     """Accuracy on the test split: winner, baseline, TF-IDF + logistic regression, and the best possible."""
-    experiment = stage.experiment
+    experiment = prepared.experiment
     rows, table = prepare_test(
-        experiment.data_settings, experiment.seed, stage.base.folder, experiment.settings.max_length, TOKENS
+        experiment.data_settings, experiment.seed, prepared.base.folder, experiment.settings.max_length, TOKENS
     )
-    baseline = next(trial for trial in trials if trial.baseline)
+    winner, baseline = result.winner, result.baseline
+    assert winner is not None and baseline is not None
     return {
         "test rows": f"{len(rows):,}",
         "winner": f"{winner.trial}: {winner.spec}",
-        "winner on the test split": f"{accuracy(stage, winner, table):.2%}",
-        f"baseline ({baseline.spec})": f"{accuracy(stage, baseline, table):.2%}",
-        "TF-IDF + logistic regression, same training rows": f"{tf_idf(stage.corpus.train_rows, rows):.2%}",
-        "best possible": f"{stage.corpus.best_accuracy:.2%}",
+        "winner on the test split": f"{accuracy(prepared, winner, table):.2%}",
+        f"baseline ({baseline.spec})": f"{accuracy(prepared, baseline, table):.2%}",
+        "TF-IDF + logistic regression, same training rows": f"{tf_idf(prepared.corpus.train_rows, rows):.2%}",
+        "best possible": f"{prepared.corpus.best_accuracy:.2%}",
     }
 
 
-def accuracy(stage: Stage, trial: Standing, test: TokenTable) -> float:
+def accuracy(prepared: Prepared, trial: TrialSummary, test: TokenTable) -> float:
     """Accuracy of a trial's adapter, loaded by plain PEFT, in fp32."""
     adapter = download_artifacts(run_id=trial.run_id, artifact_path="adapter", tracking_uri=tracking_uri(STORES))
-    logits = reload.logits(Path(adapter), stage.base, test)
+    logits = reload.logits(Path(adapter), prepared.base, test)
     return float(np.mean(logits.argmax(axis=-1) == test.labels))
 
 

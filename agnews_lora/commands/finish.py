@@ -20,8 +20,8 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
 from agnews_lora.commands import report
+from agnews_lora.commands.prepare import Prepared
 from agnews_lora.commands.report import RESULT
-from agnews_lora.commands.stage import Stage
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
 from agnews_lora.data.rows import LABELS
@@ -29,10 +29,9 @@ from agnews_lora.data.sources import Corpus
 from agnews_lora.paths import STORES
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, draw, thumbnails
 from agnews_lora.search import space
-from agnews_lora.search.results import Answers, Registration, SweepFacts, SweepResult
+from agnews_lora.search.results import Answers, SweepFacts, SweepResult
 from agnews_lora.serving import reload
-from agnews_lora.serving.gate import recorded_score
-from agnews_lora.serving.registration import Winner, register
+from agnews_lora.serving.model_package import Winner, register, registration_of
 from agnews_lora.tracking.descriptions import (
     Pages,
     model_description,
@@ -70,7 +69,7 @@ Logits = npt.NDArray[np.float32]  # [validation rows, classes]
 
 def finish(
     sweep: Sweep,
-    prepared: Stage,
+    prepared: Prepared,
     study: optuna.Study,
     rounds: optuna.Study | None,
     runs: SweepRuns,
@@ -84,7 +83,7 @@ def finish(
         wall_seconds, record_seconds: of this start of the sweep so far, see `SweepResult`.
 
     Raises:
-        GateError, BudgetError, AdapterError: the winner cannot be registered; the parent run stays open.
+        PromotionError, BudgetError, AdapterError: the winner cannot be registered; the parent run stays open.
     """
     began, parent, registry = time.perf_counter(), runs.page(), Registry(runs.client, sweep.experiment.name)
     result = SweepResult.from_study(
@@ -143,12 +142,12 @@ def refresh(client: MlflowClient, version: Version) -> None:
         report.write(client, parent.run_id, result, Path(folder))
 
 
-def opening(sweep: Sweep, prepared: Stage) -> str:
+def opening(sweep: Sweep, prepared: Prepared) -> str:
     """The description of the parent run while the sweep is under way."""
     return opening_description(facts_of(sweep, prepared))
 
 
-def facts_of(sweep: Sweep, prepared: Stage) -> SweepFacts:
+def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
     """What a result says of its sweep beside the trials."""
     experiment, base, corpus = sweep.experiment, prepared.base, prepared.corpus
     return SweepFacts(
@@ -179,14 +178,6 @@ def facts_of(sweep: Sweep, prepared: Stage) -> SweepFacts:
         adapter=experiment.spec,
         confirmation=sweep.confirmation.model_dump() if sweep.confirmation else None,
     )
-
-
-def registration_of(registry: Registry, version: Version) -> Registration:
-    score = recorded_score(version)
-    test = {name: getattr(score, name) for name in ("accuracy", "low", "high", "macro_f1")} if score else None
-    if score and test:
-        test["rows"] = score.num_rows
-    return Registration(version.model, version.number, version.aliases, (), test)
 
 
 def metrics_of(result: SweepResult) -> dict[str, float]:
@@ -244,7 +235,7 @@ def write(result: SweepResult) -> Path:
 # The winner ----------------------------------------------------------------------------------------------------------
 
 
-def _logits(client: MlflowClient, prepared: Stage, folder: Path, run_id: str) -> Logits:
+def _logits(client: MlflowClient, prepared: Prepared, folder: Path, run_id: str) -> Logits:
     """Of the adapter that a run has, on the validation split, by plain PEFT in fp32."""
     return reload.logits(_adapter(client, folder, run_id), prepared.base, prepared.corpus.validation)
 
@@ -259,7 +250,7 @@ def _adapter(client: MlflowClient, folder: Path, run_id: str) -> Path:
 def _register(
     result: SweepResult,
     sweep: Sweep,
-    prepared: Stage,
+    prepared: Prepared,
     runs: SweepRuns,
     registry: Registry,
     folder: Path,

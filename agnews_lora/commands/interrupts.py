@@ -1,14 +1,9 @@
-"""What asks for a stop: Ctrl-C and SIGTERM (a second Ctrl-C leaves at once), and the death of a worker's supervisor."""
+"""Ctrl-C and SIGTERM as a request to stop in order; a second Ctrl-C leaves at once."""
 
-import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Final
-
-ORPHAN_SECONDS: Final = 3.0
 
 
 class StopRequest:
@@ -42,23 +37,3 @@ def orderly_stop() -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-class Supervisor:
-    """The sweep that started this worker, watched through a pipe that ends when it does, however it ends.
-
-    owner: what this worker's leases are held in the name of. Once the supervisor is gone, the worker is to stop, and
-    is ended where it has not after `ORPHAN_SECONDS`: a trial then goes on from its last checkpoint.
-    """
-
-    def __init__(self, owner: str) -> None:
-        self.owner = owner
-        self.is_gone = False
-        threading.Thread(target=self._watch, name="supervisor", daemon=True).start()
-
-    def _watch(self) -> None:
-        while os.read(0, 1):
-            pass
-        self.is_gone = True
-        # Its SIGALRM ends the process even while Python shuts down, when this thread runs no more.
-        signal.setitimer(signal.ITIMER_REAL, ORPHAN_SECONDS)

@@ -47,7 +47,9 @@ def run(name: str, to: Path | None, tracking: str | None, as_json: bool) -> int:
     study, state = parent.info.run_name, parent.data.tags.get("state", "RUNNING")
     if text is None or state != "COMPLETE":
         cause = f"its state is {state}" if state != "COMPLETE" else f"its run has no {RESULT}"
-        raise StudyError(f"Cannot write a report of {sweep}: study {study} is not finished ({cause}). {remedy} to end.")
+        raise StudyError(
+            f"Cannot write a report of {sweep}: study {study} is not finished ({cause}). {remedy} to finish it."
+        )
     try:
         result = SweepResult.from_json(text)
     except ValueError as error:

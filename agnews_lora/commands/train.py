@@ -1,65 +1,88 @@
-"""`agnews-lora train`: one experiment, trained once, kept as a folder with checkpoint and tokenizer."""
+"""`agnews-lora train`: one experiment, trained once, kept as a folder with adapter and tokenizer."""
 
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Final
 
+import optuna
+from mlflow.artifacts import download_artifacts
+from optuna.pruners import NopPruner
 from rich.console import Console
 
 from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import head_parameters, trainable_parameters
-from agnews_lora.commands.interrupts import StopRequest, orderly_stop
-from agnews_lora.commands.records import Records
-from agnews_lora.commands.stage import Stage, prepare
-from agnews_lora.config.experiment import Experiment, load_experiment
+from agnews_lora.commands.interrupts import orderly_stop
+from agnews_lora.commands.prepare import Prepared, prepare
+from agnews_lora.config.experiment import Experiment
+from agnews_lora.config.sweep import Range, Space
 from agnews_lora.data.tokens import load_tokenizer
 from agnews_lora.paths import STORES, TRAINED, WORK
 from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.reporting.progress import Progress
-from agnews_lora.search.trial_log import End
+from agnews_lora.search import study as keys
+from agnews_lora.search.driver import Driver, Search
+from agnews_lora.search.results import TrialSummary
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
-from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
 
-TRIAL = "train"
+TRIAL: Final = "train"
 
 
-def run(name: str, quiet: bool, as_json: bool) -> int:
-    """Train an experiment and give the exit code: 0, 1 where the training failed, 128 + signal when stopped.
+def run(experiment: Experiment, quiet: bool, as_json: bool) -> int:
+    """Train an experiment and return the exit code: 0, 1 where the training failed, 128 + signal when stopped.
 
     Writes `trained_models/final_model/`, `accuracy_curve.png` and `loss_curve.png`, and a run in MLflow.
 
-    quiet: show the result alone. as_json: show it as JSON, and nothing else.
+    Args:
+        quiet: show the result alone.
+        as_json: show it as JSON, and nothing else.
 
     Raises:
-        AgnewsLoraError: anything that the user can mend.
+        AgnewsLoraError: anything that the user can fix.
     """
-    experiment = load_experiment(name)
-    stage = prepare(experiment)
-    runs = SweepRuns(open_client(STORES), experiment.name, experiment.name)
-    records = Records(runs, {"experiment": experiment.name, "base": stage.base.hub_id}, provenance())
+    prepared = prepare(experiment)
+    shared = {"experiment": experiment.name, "base": prepared.base.hub_id}
+    runs = SweepRuns(open_client(STORES), experiment.name, experiment.name, shared, provenance(), trial_curves)
+    study = optuna.create_study(pruner=NopPruner(), direction="maximize")
+    keys.enqueue_named(study, TRIAL, experiment.spec, experiment.seed)
+    WORK.mkdir(parents=True, exist_ok=True)
     with (
-        TemporaryDirectory(dir=_made(WORK)) as folder,
+        TemporaryDirectory(dir=WORK) as folder,
         orderly_stop() as request,
-        Progress(total_trials=1, quiet=quiet or as_json) as progress,
+        Progress(total_trials=1, quiet=quiet or as_json) as screen,
     ):
-        training = _Solo(stage, Path(folder) / TRIAL, records, progress, request)
-        stage.engine("trainer").run(training, training)
-        if training.result is not None:
-            _keep(training.result, stage, records)
-    if training.result is None:
-        training.close()
-        _say_unfinished(experiment.name, training.failure, as_json)
-        return 1 if training.failure else request.exit_code
-    _say_finished(experiment, training.result, as_json)
+        driver = Driver(study, _search(prepared), runs, screen, Path(folder), lambda: bool(request))
+        driver.run(prepared.engine("trainer")())
+    trained = TrialSummary.from_trial(study.trials[0])
+    if trained.state != "COMPLETE":
+        failure = trained.reason if trained.state == "FAIL" else None
+        _print_unfinished(experiment.name, failure, as_json)
+        return 1 if failure else request.exit_code
+    _keep(trained, prepared, runs)
+    _print_finished(experiment, trained, len(prepared.corpus.validation), as_json)
     return 0
 
 
-def _say_unfinished(experiment: str, failure: str | None, as_json: bool) -> None:
+def _search(prepared: Prepared) -> Search:
+    """Of one trial whose configuration is given: nothing is asked from the space, and the budget is its own size."""
+    experiment, shape = prepared.experiment, prepared.base.shape
+    rate = experiment.spec.learning_rate
+    return Search(
+        space=Space(learning_rate=Range(low=rate, high=rate)),
+        shape=shape,
+        budget=trainable_parameters(experiment.spec, shape),
+        seed=experiment.seed,
+        baseline=experiment.spec,
+        baseline_seed=experiment.seed,
+        total_steps=prepared.total_steps,
+        num_trials=1,
+    )
+
+
+def _print_unfinished(experiment: str, failure: str | None, as_json: bool) -> None:
     if as_json:
         state = "FAILED" if failure else "INTERRUPTED"
         print(json.dumps({"experiment": experiment, "state": state, "reason": failure}))
@@ -68,110 +91,49 @@ def _say_unfinished(experiment: str, failure: str | None, as_json: bool) -> None
     Console(highlight=False, markup=False).print(failure or stopped)
 
 
-def _say_finished(experiment: Experiment, result: TrialResult, as_json: bool) -> None:
-    final, spec, written = result.final, experiment.spec, TRAINED / "final_model"
-    assert final is not None, "nothing prunes a single training"
+def _print_finished(experiment: Experiment, trained: TrialSummary, num_rows: int, as_json: bool) -> None:
+    spec, written = experiment.spec, TRAINED / "final_model"
     if as_json:
         found = {
             "experiment": experiment.name,
             "state": "COMPLETE",
             "configuration": spec.as_dict(),
-            "accuracy": final.accuracy,
-            "macro_f1": final.macro_f1,
-            "loss": final.loss,
-            "validation_rows": final.rows,
-            "trainable_parameters": result.trainable_parameters,
+            "accuracy": trained.accuracy,
+            "macro_f1": trained.macro_f1,
+            "loss": trained.loss,
+            "validation_rows": num_rows,
+            "trainable_parameters": trained.trainable_parameters,
             "folder": str(written),
         }
         print(json.dumps(found))
         return
     shape = shape_of(experiment.base)
-    head = head_parameters(spec.head, shape)
+    head, size = head_parameters(spec.head, shape), trainable_parameters(spec, shape)
     Console(highlight=False).print(
         f"\n[bold]{experiment.name}[/]: {spec}\n"
-        f"validation accuracy   {final.accuracy:.2%}  (macro-F1 {final.macro_f1:.4f}, {final.rows:,} rows)\n"
-        f"trainable parameters  {result.trainable_parameters:,}"
-        f"  ({head:,} head + {trainable_parameters(spec, shape) - head:,} adapter)\n"
+        f"validation accuracy   {trained.accuracy:.2%}  (macro-F1 {trained.macro_f1:.4f}, {num_rows:,} rows)\n"
+        f"trainable parameters  {size:,}  ({head:,} head + {size - head:,} adapter)\n"
         f"written               {written}/  accuracy_curve.png  loss_curve.png",
         soft_wrap=True,
     )
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _keep(result: TrialResult, stage: Stage, records: Records) -> None:
-    """Put checkpoint, tokenizer and curves where the seed project put them."""
-    assert result.adapter is not None, "a training that ended has its adapter"
-    beside = _made(TRAINED) / "final_model.partial"
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(result.adapter, beside)
-    load_tokenizer(stage.base.folder).save_pretrained(str(beside))
-    final = TRAINED / "final_model"
-    shutil.rmtree(final, ignore_errors=True)
-    beside.replace(final)
+def _keep(trained: TrialSummary, prepared: Prepared, runs: SweepRuns) -> None:
+    """Put adapter, tokenizer and curves where the seed project put them."""
+    TRAINED.mkdir(parents=True, exist_ok=True)
+    uri = runs.client.tracking_uri
     with TemporaryDirectory(dir=TRAINED) as folder:
-        title = f"{TRIAL}-{stage.experiment.spec.targets}-r{stage.experiment.spec.rank}"
-        for path in trial_curves(records.runs.curve(TRIAL), title, Path(folder)).values():
-            if path.parent == Path(folder):  # not the thumbnails
-                path.replace(Path(path.name))
+        adapter = download_artifacts(run_id=trained.run_id, artifact_path="adapter", tracking_uri=uri, dst_path=folder)
+        load_tokenizer(prepared.base.folder).save_pretrained(adapter)
+        final = TRAINED / "final_model"
+        shutil.rmtree(final, ignore_errors=True)
+        Path(adapter).replace(final)
+        for name, path in trial_curves(runs.curve(TRIAL), experiment_title(prepared), Path(folder)).items():
+            if "/" not in name:
+                path.replace(Path(name))
 
 
-@dataclass
-class _Solo:
-    """The engine's source and observer for one plan; nothing prunes it."""
-
-    stage: Stage
-    folder: Path
-    records: Records
-    screen: Progress
-    request: StopRequest
-    result: TrialResult | None = None
-    failure: str | None = None
-    _given: bool = field(default=False, init=False)
-
-    def next(self) -> TrialPlan | None:
-        if self._given:
-            return None
-        self._given = True
-        experiment = self.stage.experiment
-        facts = {
-            "seed": experiment.seed,
-            "baseline": False,
-            "trainable_parameters": trainable_parameters(experiment.spec, self.stage.base.shape),
-        }
-        self.records.start_trial(TRIAL, experiment.spec, facts, None)
-        self.screen.trial_started(TRIAL, str(experiment.spec), self.stage.total_steps)
-        return TrialPlan(TRIAL, experiment.spec, experiment.seed, self.folder)
-
-    def logged(self, points: Sequence[TrainPoint]) -> None:
-        self.records.log_points(TRIAL, points)
-        self.screen.logged(points)
-
-    def evaluated(self, points: Sequence[EvalPoint]) -> Sequence[Verdict]:
-        self.records.log_points(TRIAL, points)
-        self.screen.evaluated(points)
-        return [Verdict.CONTINUE for _ in points]
-
-    def checkpointed(self, trial: str, step: int, path: Path) -> None:
-        """Not gone on from: a single training starts again."""
-
-    def finished(self, result: TrialResult) -> None:
-        self.result = result
-        self.records.finish_trial(TRIAL, End("COMPLETE", result))
-        self.screen.trial_ended(TRIAL, "COMPLETE", result.final.accuracy if result.final else None, None)
-
-    def failed(self, trial: str, error: Exception) -> None:
-        self.failure = str(error)
-        self.records.finish_trial(TRIAL, End("FAILED", reason=self.failure))
-        self.screen.trial_ended(TRIAL, "FAIL", None, self.failure)
-
-    def stop_requested(self) -> bool:
-        return bool(self.request)
-
-    def close(self) -> None:
-        """End the run of a training that was stopped."""
-        if self._given and self.failure is None:
-            self.records.finish_trial(TRIAL, End("INTERRUPTED", reason="stopped"))
+def experiment_title(prepared: Prepared) -> str:
+    """Of the curves."""
+    spec = prepared.experiment.spec
+    return f"{TRIAL}-{spec.targets}-r{spec.rank}"

@@ -1,25 +1,30 @@
 """The study in storage: opened or resumed by name, with the fingerprint of what it searches."""
 
+import fcntl
 import json
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from uuid import uuid4
 
 import optuna
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
+from optuna.trial import FixedTrial, TrialState
+from sqlalchemy import func, select
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from agnews_lora.adapters.spec import ModelShape, TrialSpec
+from agnews_lora.config.sweep import Space
 from agnews_lora.errors import StorageError, StudyError
-from agnews_lora.search.leases import create_table
-from agnews_lora.search.lines import STORAGE_FAULTS, brief
+from agnews_lora.search import space as search_space
+from agnews_lora.search.retry import STORAGE_FAULTS, brief
 
 # User attributes of a study and of its trials.
 SWEEP = "sweep"
@@ -27,7 +32,7 @@ IDENTITY = "identity"
 FINGERPRINT = "fingerprint"
 TRIALS = "trials"
 BASELINE = "baseline"
-NAME = "name"
+NAME = "name"  # of a trial that was enqueued with its configuration and seed
 CONFIRMS = "confirms"
 SEED = "seed"
 SPEC = "spec"
@@ -40,7 +45,7 @@ MACRO_F1 = "macro_f1"
 REASON = "reason"
 COSTS = "costs"
 
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+ENDING_SECONDS: Final = 5.0  # that a driver which was asked to stop, or killed, may take to release a lock
 
 
 def open_storage(where: Path | str, create: bool = True) -> RDBStorage:
@@ -60,12 +65,7 @@ def open_storage(where: Path | str, create: bool = True) -> RDBStorage:
                 path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab" if create else "rb"):
                 pass
-        storage = RDBStorage(
-            url.render_as_string(), engine_kwargs=_engine_arguments(url), skip_table_creation=not create
-        )
-        if create:
-            create_table(storage.engine)
-        return storage
+        return RDBStorage(url.render_as_string(), engine_kwargs=_engine_arguments(url), skip_table_creation=not create)
     except ImportError as error:
         raise StorageError(
             "a study in PostgreSQL needs psycopg, but it is not installed; pip install 'agnews-lora[postgres]'"
@@ -158,6 +158,61 @@ def study_names(storage: RDBStorage, sweep: str) -> list[str]:
     return [study.study_name for study in storage.get_all_studies() if study.user_attrs.get(SWEEP) == sweep]
 
 
+@contextmanager
+def sole_driver(folder: Path, sweep: str) -> Iterator[None]:
+    """Hold the work folder of a sweep for one driver; the system releases it when the process ends, however it ends.
+
+    Raises:
+        StudyError: another driver holds it, and is not just ending.
+        StorageError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("a+", encoding="ascii")
+    except OSError as error:
+        raise StorageError(f"Cannot write the work folder {folder}: {error.strerror}. Fix its permissions.") from error
+    with file:
+        _wait_for(lambda: _locked(file.fileno()), sweep)
+        yield
+
+
+@contextmanager
+def sole_driver_of(study: optuna.Study) -> Iterator[None]:
+    """Hold a study on a PostgreSQL server for one driver, wherever its work folder lies (an advisory lock).
+
+    Raises:
+        StudyError: another driver holds it, and is not just ending.
+    """
+    storage: Any = study._storage
+    engine = getattr(storage, "_backend", storage).engine  # behind Optuna's cache
+    if engine.dialect.name != "postgresql":
+        yield
+        return
+    key = int.from_bytes(bytes.fromhex(study.user_attrs[IDENTITY])[:8], "big", signed=True)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        _wait_for(lambda: connection.execute(select(func.pg_try_advisory_lock(key))).scalar(), study.study_name)
+        yield
+
+
+def _wait_for(locked: Callable[[], Any], sweep: str) -> None:
+    deadline = time.monotonic() + ENDING_SECONDS
+    while not locked():
+        if time.monotonic() > deadline:
+            raise StudyError(
+                f"Cannot start sweep {sweep}: another process is running it. Wait for it to end or stop it, and start "
+                "again."
+            )
+        time.sleep(0.1)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def open_study(
     storage: RDBStorage, sweep: str, fingerprint: dict[str, Any], sampler: BaseSampler, pruner: BasePruner, new: bool
 ) -> optuna.Study:
@@ -167,7 +222,7 @@ def open_study(
         StudyError: the study in storage was made with another fingerprint; the message says what changed.
         StorageError: the storage cannot be read or written.
     """
-    try:
+    with answering():
         names = study_names(storage, sweep)
         study = optuna.create_study(
             storage=storage,
@@ -182,32 +237,44 @@ def open_study(
             study.set_user_attr(IDENTITY, uuid4().hex)
             study.set_user_attr(FINGERPRINT, fingerprint)
             return study
-    except STORAGE_FAULTS as error:
-        raise StorageError(
-            f"the studies' storage {storage.url} cannot be read and written: {brief(error)}; mend its permissions or "
-            "the disk, and start again"
-        ) from error
     _require_same(study, fingerprint)
     return study
 
 
-def join_study(
-    storage: RDBStorage, sweep: str, fingerprint: dict[str, Any], sampler: BaseSampler, pruner: BasePruner
-) -> optuna.Study:
-    """The sweep's newest study, which another process has opened.
+def enqueue_baseline(study: optuna.Study, baseline: TrialSpec, space: Space, shape: ModelShape, budget: int) -> None:
+    """Enqueue the experiment's own configuration as the first trial, once in a study's life.
 
-    Raises:
-        StudyError: there is none, or it was made with another fingerprint.
+    Where it lies inside the space, the sampler learns from it. Where it lies outside (a learning rate that is not
+    searched, say), it has no parameters, and only its result counts.
     """
-    studies = [study for study in storage.get_all_studies() if study.user_attrs.get(SWEEP) == sweep]
-    if not studies or FINGERPRINT not in studies[-1].user_attrs:
-        raise StudyError(
-            f"a worker joins a study that is there, but this storage has none of sweep {sweep}; start "
-            f"`agnews-lora sweep {sweep}` with the same --storage and --tracking first"
-        )
-    study = optuna.load_study(study_name=studies[-1].study_name, storage=storage, sampler=sampler, pruner=pruner)
-    _require_same(study, fingerprint)
-    return study
+    if any(trial.user_attrs.get(BASELINE) for trial in study.get_trials(deepcopy=False)):
+        return
+    inside = not search_space.outside(baseline, space, shape, budget)
+    parameters = search_space.parameters_of(baseline, space, shape, budget) if inside else {}
+    study.enqueue_trial(parameters, user_attrs={BASELINE: True})
+
+
+def enqueue_named(study: optuna.Study, name: str, spec: TrialSpec, seed: int, **attributes: Any) -> None:
+    """Enqueue a trial whose configuration and seed are given, not asked from a space."""
+    study.enqueue_trial({}, user_attrs={NAME: name, SPEC: spec.as_dict(), SEED: seed, **attributes})
+
+
+def enqueued_specs(
+    study: optuna.Study, space: Space, shape: ModelShape, budget: int
+) -> Iterator[tuple[int, TrialSpec]]:
+    """(number, configuration) of each trial that a person enqueued, completed by the smallest values.
+
+    One with a value that Optuna refuses has no configuration; it fails when its turn comes.
+    """
+    smallest = search_space.smallest(space, shape, budget)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        if SPEC in trial.user_attrs or BASELINE in trial.user_attrs:  # requeued, or not asked from the space
+            continue
+        fixed = trial.system_attrs.get("fixed_params", {})  # Optuna's own key
+        try:
+            yield trial.number, search_space.suggest(FixedTrial(smallest | fixed), space, shape, budget)
+        except ValueError:
+            continue
 
 
 def _require_same(study: optuna.Study, fingerprint: dict[str, Any]) -> None:

@@ -1,44 +1,30 @@
-"""What a trial reported, on disk in its work folder before any store has it.
+"""The trial log: a trial's events, appended and fsynced in its work folder before any store has them.
 
-A line a point, then one for how it ended: whatever happens to a store or to this process, nothing that was observed is
-lost, and nothing is taken down twice. A point is known by (kind, step): a trial that goes on from a checkpoint reports
-the steps behind it again.
+A line a point, then one for how the trial ended. So nothing is lost, whatever happens to a store or to this process,
+and nothing is recorded twice: a point is known by (kind, step), and a trial that resumes from a checkpoint reports the
+steps behind it again.
 """
 
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from agnews_lora.errors import StorageError
-from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialResult
+from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialEnd, TrialResult
 
-FILE: Final = "journal.jsonl"
+FILE: Final = "trial.jsonl"
 
 Point = TrainPoint | EvalPoint
-RunState = Literal["COMPLETE", "PRUNED", "FAILED", "INTERRUPTED"]
 
 
-@dataclass(frozen=True)
-class End:
-    """How a trial ended. reason: one line, for the study. report: in full, for the run of a failed trial."""
+class TrialLog:
+    """Reads what an earlier process left of a trial's log, and appends to it.
 
-    state: RunState
-    result: TrialResult | None = None
-    reason: str | None = None
-    report: str | None = None
-
-
-class FolderGone(StorageError):
-    """The work folder is not there any more: another process on this machine has ended the trial and removed it."""
-
-
-class Journal:
-    """The journal of one trial; what an earlier process left of it is read first.
-
-    folder: the trial's work folder, made where there is none.
+    Args:
+        folder: the trial's work folder, created if missing.
 
     Raises:
         StorageError: the folder cannot be read or written.
@@ -47,7 +33,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
         self.points: list[Point] = []
-        self.end: End | None = None
+        self.end: TrialEnd | None = None
         self._known: set[tuple[type[Point], int]] = set()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -60,24 +46,28 @@ class Journal:
         except OSError as error:
             raise self._fault(error) from error
 
-    def add(self, points: Sequence[Point]) -> list[Point]:
-        """Write points down; those of them that were not known."""
+    @property
+    def accuracy(self) -> float | None:
+        """The last one that was measured."""
+        return next((point.accuracy for point in reversed(self.points) if isinstance(point, EvalPoint)), None)
+
+    def append(self, points: Sequence[Point]) -> None:
+        """Write the points that are new."""
         new = [point for point in points if (type(point), point.step) not in self._known]
         self._write([{type(point).__name__: asdict(point)} for point in new])
         for point in new:
             self._take(point)
-        return new
 
-    def finish(self, end: End) -> None:
-        """Write down how the trial ended."""
+    def finish(self, end: TrialEnd) -> None:
+        """Write how the trial ended."""
         result = asdict(end.result) if end.result else None
         if result is not None:
             result["adapter"] = end.result.adapter.name if end.result and end.result.adapter else None
-        self._write([{"End": {**asdict(end), "result": result}}])
+        self._write([{"TrialEnd": {**asdict(end), "result": result}}])
         self.end = end
 
     def _take(self, point: Point) -> None:
-        if (type(point), point.step) not in self._known:  # two may have written, one of them after a long pause
+        if (type(point), point.step) not in self._known:
             self.points.append(point)
             self._known.add((type(point), point.step))
 
@@ -89,8 +79,6 @@ class Journal:
                 file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
                 file.flush()
                 os.fsync(file.fileno())
-        except FileNotFoundError as error:
-            raise FolderGone(self._fault(error)) from error
         except OSError as error:
             raise self._fault(error) from error
 
@@ -113,12 +101,12 @@ class Journal:
 
     def _fault(self, error: OSError) -> StorageError:
         return StorageError(
-            f"what a trial reports is kept in {self.path} first, but it cannot be written ({error.strerror}); free or "
-            "unlock that folder, and start again: the trial goes on from its last checkpoint"
+            f"Cannot write the trial log {self.path}: {error.strerror}. Free space or fix the folder's permissions, "
+            "and start again: the trial resumes from its last checkpoint."
         )
 
 
-def _end(entry: dict[str, Any], folder: Path) -> End:
+def _end(entry: dict[str, Any], folder: Path) -> TrialEnd:
     result = entry["result"]
     if result is not None:
         final, adapter = result["final"], result["adapter"]
@@ -129,4 +117,4 @@ def _end(entry: dict[str, Any], folder: Path) -> End:
                 "adapter": folder / Path(adapter).name if adapter else None,
             }
         )
-    return End(entry["state"], result, entry["reason"], entry["report"])
+    return TrialEnd(entry["state"], result, entry["reason"], entry["report"])

@@ -15,11 +15,12 @@ from urllib.parse import quote
 
 from agnews_lora.adapters.budget import head_parameters, max_rank, parameters_per_rank
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
-from agnews_lora.tracking.registry import Version
-from agnews_lora.tracking.runs import RunPage
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+    from agnews_lora.tracking.registry import Version
+    from agnews_lora.tracking.runs import RunPage
 
 # Figures of a trial's run, with their captions.
 TRIAL_FIGURES: Final = {"accuracy_curve.png": "Validation accuracy", "loss_curve.png": "Loss"}
@@ -32,7 +33,7 @@ _HTML: Final = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _LINKS: Final = {"@": "&#64;", ":": "&#58;", "www.": "www&#46;"}
 _NBSP: Final = "\N{NO-BREAK SPACE}"
 
-Pages = Callable[[str], RunPage]  # the page of a run, by its id
+Pages = Callable[[str], "RunPage"]  # the page of a run, by its id
 
 
 class Markdown(str):
@@ -64,7 +65,7 @@ def sweep_description(result: Any, pages: Pages, figures: Mapping[str, str]) -> 
     )
 
 
-def trial_description(spec: TrialSpec, facts: Mapping[str, Any], page: RunPage | None = None, end: Any = None) -> str:
+def trial_description(spec: TrialSpec, facts: Mapping[str, Any], page: "RunPage | None" = None, end: Any = None) -> str:
     """Describe a trial's run.
 
     Args:
@@ -101,7 +102,7 @@ def model_description(name: str, sweep_name: str) -> str:
     return _render("model", model=name, sweep=sweep_name)
 
 
-def version_description(registered: Version, run: RunPage, parent: RunPage | None) -> str:
+def version_description(registered: "Version", run: "RunPage", parent: "RunPage | None") -> str:
     """Describe a registered version by its tags. run: its trial's page. parent: the sweep's, where it is known."""
     tags = registered.tags
     return _render(
@@ -109,7 +110,7 @@ def version_description(registered: Version, run: RunPage, parent: RunPage | Non
         tags=tags,
         data="; ".join(f"{key} {value}" for key, value in json.loads(tags.get("data", "{}")).items()),
         run=run.url,
-        report=run.artifact_url(f"gate/v{registered.number}/gate_report.md"),
+        report=run.artifact_url(f"promotion/v{registered.number}/report.md"),
         parent=parent.url if parent else None,
     )
 
@@ -180,7 +181,7 @@ def arithmetic(spec: TrialSpec, shape: ModelShape, budget: int) -> Markdown:
     )
 
 
-def gallery(page: RunPage, figures: Mapping[str, str]) -> Markdown:
+def gallery(page: "RunPage", figures: Mapping[str, str]) -> Markdown:
     """Thumbnails of a run's figures, two a row, each a link to the figure. figures: captions by artifact name."""
     shown = [
         f"[![{caption}]({page.image_url(f'{THUMBNAILS}/{name}')})]({page.artifact_url(name)})"

@@ -11,11 +11,11 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 from urllib.parse import quote, urlencode
 
 import pandas as pd
@@ -29,10 +29,10 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_RUN_NOTE,
 )
 
-from agnews_lora.errors import StorageError
-from agnews_lora.tracking.kept import KeptCheckpoints
+from agnews_lora.adapters.spec import TrialSpec
+from agnews_lora.tracking.descriptions import trial_description
 from agnews_lora.tracking.store import experiment_id, reaching
-from agnews_lora.training.interface import EvalPoint, TrainPoint
+from agnews_lora.training.interface import EvalPoint, RunState, TrainPoint, TrialEnd
 
 MAX_DIGEST_LENGTH: Final = 36  # MLflow's limit
 SCHEMA: Final = json.dumps(
@@ -68,37 +68,56 @@ METRICS: Final = ("train/loss", "train/learning_rate", "eval/accuracy", "eval/ma
 
 
 @dataclass
-class RecordedRun:
-    """A run being written, or read. began: in ms since 1970. points: all it has; buffer: those not yet in the store."""
+class TrialRun:
+    """A trial's run. started: in ms since 1970. points: all it has; buffer: those not yet in the store."""
 
     run_id: str
-    began: int
+    started: int
+    name: str = ""
+    spec: TrialSpec | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
     points: dict[tuple[str, int], Metric] = field(default_factory=dict)
     buffer: list[Metric] = field(default_factory=list)
 
     @classmethod
-    def read(cls, client: MlflowClient, run: Run) -> "RecordedRun":
+    def read(
+        cls,
+        client: MlflowClient,
+        run: Run,
+        name: str = "",
+        spec: TrialSpec | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> "TrialRun":
         """A run with all points that are in the store."""
         histories = [client.get_metric_history(run.info.run_id, key) for key in run.data.metrics]
         points = {(metric.key, metric.step): metric for history in histories for metric in history}
-        return cls(run.info.run_id, run.info.start_time, points)
+        return cls(run.info.run_id, run.info.start_time, name, spec, facts or {}, points)
 
     def add(self, key: str, value: float, step: int, timestamp: int) -> None:
-        """Take a point down, unless it is known."""
+        """Buffer a point, unless it is known."""
         if (key, step) not in self.points:
             self.points[key, step] = Metric(key, value, timestamp, step)
             self.buffer.append(self.points[key, step])
 
     def curve(self, trial: str) -> pd.DataFrame:
-        """One row a step, ascending, with columns `trial`, `step` and those of `METRICS`; NaN: not measured."""
-        steps = sorted({step for key, step in self.points if key in METRICS})
-        columns = {key: [_value(self.points.get((key, step))) for step in steps] for key in METRICS}
-        return pd.DataFrame({"trial": [trial] * len(steps), "step": steps, **columns})
+        """As `curve_of` gives it."""
+        return curve_of({at: metric.value for at, metric in self.points.items()}, trial)
 
     def times(self) -> list[float]:
-        """The run's beginning and the time of every point of `METRICS`, ascending, in seconds since 1970."""
+        """The run's start and the time of every point of `METRICS`, ascending, in seconds since 1970."""
         stamps = {point.timestamp for (key, _), point in self.points.items() if key in METRICS}
-        return [stamp / 1000 for stamp in sorted({self.began, *stamps})] if self.run_id else []
+        return [stamp / 1000 for stamp in sorted({self.started, *stamps})]
+
+
+def curve_of(points: Mapping[tuple[str, int], float], trial: str) -> pd.DataFrame:
+    """One row a step, ascending, with columns `trial`, `step` and those of `METRICS`; NaN: not measured.
+
+    Args:
+        points: value by (metric, step).
+    """
+    steps = sorted({step for key, step in points if key in METRICS})
+    columns = {key: [points.get((key, step), float("nan")) for step in steps] for key in METRICS}
+    return pd.DataFrame({"trial": [trial] * len(steps), "step": steps, **columns})
 
 
 def metrics_of(point: TrainPoint | EvalPoint) -> dict[str, float]:
@@ -106,10 +125,6 @@ def metrics_of(point: TrainPoint | EvalPoint) -> dict[str, float]:
     if isinstance(point, EvalPoint):
         return {"eval/accuracy": point.accuracy, "eval/macro_f1": point.macro_f1, "eval/loss": point.loss}
     return {"train/loss": point.loss, "train/learning_rate": point.learning_rate}
-
-
-def _value(point: Metric | None) -> float:
-    return float("nan") if point is None else point.value
 
 
 MAX_DESCRIPTION: Final = 8000  # characters: MLflow's limit of a tag
@@ -214,10 +229,10 @@ class RunPage:
         return f"get-artifact?path={quote(name, safe='')}&run_uuid={self.run_id}"
 
 
-State = Literal["COMPLETE", "PRUNED", "FAILED", "INTERRUPTED"]
+COSTS: Final = ("rows_seen", "train_seconds", "eval_seconds", "peak_memory_bytes")  # of a `TrialResult`
 
 # MLflow has no status of its own for pruned and interrupted runs: the tag `state` tells them apart.
-RUN_STATUS: Final[dict[State, str]] = {
+RUN_STATUS: Final[dict[RunState, str]] = {
     "COMPLETE": "FINISHED",
     "PRUNED": "KILLED",
     "FAILED": "FAILED",
@@ -228,22 +243,35 @@ ERROR_TAG_LENGTH: Final = 500
 
 
 class SweepRuns:
-    """The runs of one sweep: its parent run and one child run a trial.
+    """The runs of one sweep: its parent run and one child run a trial. It is the driver's tracker.
 
     Without `open_parent` the trials are runs of their own: so is a single training.
+
+    Args:
+        params, tags: what every trial's run carries beside its own.
+        draw: draws a trial's curves, given its points and name, into a folder; returns them by artifact name.
 
     Raises:
         StorageError: the MLflow experiment was deleted, or its artifacts belong to another folder of stores.
     """
 
-    def __init__(self, client: MlflowClient, experiment_name: str, sweep_name: str) -> None:
+    def __init__(
+        self,
+        client: MlflowClient,
+        experiment_name: str,
+        sweep_name: str,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+        draw: Callable[[pd.DataFrame, str, Path], Mapping[str, Path]] = lambda curve, name, folder: {},
+    ) -> None:
         self.client = client
         self._experiment_id = experiment_id(client, experiment_name)
         self._sweep_name = sweep_name
+        self._params, self._tags = dict(params or {}), dict(tags or {})
+        self._draw = draw
         self._parent: str | None = None
-        self._trials: dict[str, RecordedRun] = {}
-        self._ended: dict[str, RecordedRun] = {}
-        self._kept = KeptCheckpoints(client)
+        self._study_name: str | None = None
+        self._trials: dict[str, TrialRun] = {}
         self._datasets: list[DatasetInput] = []
 
     def reaching(self) -> AbstractContextManager[None]:
@@ -268,25 +296,11 @@ class SweepRuns:
         if run is None:
             own = {"kind": "sweep", "study": study_name, "study_id": identity, "sweep": self._sweep_name}
             run = self.client.create_run(self._experiment_id, run_name=study_name, tags=own)
-        self._parent = run.info.run_id
+        self._parent, self._study_name = run.info.run_id, study_name
         self._start(run, params, tags)
         for name, text in texts.items():
             self.client.log_text(self._parent, text, name)
         return self._parent
-
-    def join_parent(self, study_name: str, identity: str) -> None:
-        """Take the parent run that another process opened as the parent of what is started here.
-
-        Raises:
-            StorageError: there is none in this store.
-        """
-        run = self._find(f"tags.kind = 'sweep' AND tags.study = '{study_name}' AND tags.study_id = '{identity}'")
-        if run is None:
-            raise StorageError(
-                f"the run store {self.client.tracking_uri} must have the parent run of study {study_name}, but has "
-                "none; give the --tracking that the sweep was started with"
-            )
-        self._parent = run.info.run_id
 
     def log_dataset(
         self, name: str, digest: str, *, num_rows: int, profile: Mapping[str, Any], source: str, context: str
@@ -297,24 +311,41 @@ class SweepRuns:
         if self._parent is not None:
             self.client.log_inputs(self._parent, [used])
 
-    def start_trial(
-        self, trial: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str], run_id: str | None = None
-    ) -> str:
+    def start_trial(self, trial: str, spec: TrialSpec, facts: Mapping[str, Any], run_id: str | None) -> str:
         """The run id of a trial, running: the run that it already has (with the points in it), or a new one.
 
-        run_id: what the study knows. Where it knows none, a run that was created just before a kill is still found.
+        Args:
+            facts: `seed`, `trainable_parameters`, `baseline`, and `study_trial` or `confirms`.
+            run_id: what the study knows. Where it knows none, a run that was created just before a kill is still found.
+
+        Raises:
+            StorageError: the store cannot be read or written. So it is with every method of the tracker.
         """
-        run = self._active_run(run_id) if run_id else None
-        run = run or self._child(trial)
-        if run is None:
-            own = {"kind": "trial", "trial": trial, "sweep": self._sweep_name}
-            if self._parent is not None:
-                own[MLFLOW_PARENT_RUN_ID] = self._parent
-            run = self.client.create_run(self._experiment_id, run_name=name, tags=own)
-        self._trials[trial] = RecordedRun.read(self.client, run)
-        self._start(run, params, tags)
-        if self._datasets:
-            self.client.log_inputs(run.info.run_id, self._datasets)
+        with self.reaching():
+            run = (self._active_run(run_id) if run_id else None) or self._child(trial)
+            name, known = f"{trial}-{spec.targets}-r{spec.rank}", {**facts, "budget": self._params.get("budget")}
+            if run is None:
+                own = {"kind": "trial", "trial": trial, "sweep": self._sweep_name}
+                if self._parent is not None:
+                    own[MLFLOW_PARENT_RUN_ID] = self._parent
+                run = self.client.create_run(self._experiment_id, run_name=name, tags=own)
+            self._trials[trial] = TrialRun.read(self.client, run, name, spec, known)
+            params = {
+                "targets": spec.targets,
+                "lora_r": spec.rank,
+                "lora_alpha": f"{spec.alpha:g}",
+                "lora_dropout": spec.dropout,
+                "learning_rate": spec.learning_rate,
+                "head": spec.head,
+                **{key: facts[key] for key in ("trainable_parameters", "seed") if key in facts},
+                **self._params,
+            }
+            tags = self._tags | {key: str(facts[key]) for key in ("study_trial", "confirms") if key in facts}
+            tags |= {"baseline": str(facts["baseline"]).lower(), **description(trial_description(spec, known))}
+            tags |= {"study": self._study_name} if self._study_name else {}
+            self._start(run, params, tags)
+            if self._datasets:
+                self.client.log_inputs(run.info.run_id, self._datasets)
         return run.info.run_id
 
     def log_points(self, trial: str, points: Sequence[TrainPoint | EvalPoint]) -> None:
@@ -323,51 +354,33 @@ class SweepRuns:
         for point in points:
             for key, value in metrics_of(point).items():
                 run.add(key, value, point.step, point.timestamp)
-        self._flush(run)
+        with self.reaching():
+            self._flush(run)
 
-    def finish_trial(
-        self,
-        trial: str,
-        state: State,
-        *,
-        metrics: Mapping[str, float] | None = None,
-        tags: Mapping[str, str] | None = None,
-        error: str | None = None,
-        adapter: Path | None = None,
-        figures: Mapping[str, Path] | None = None,
-    ) -> None:
-        """End a trial's run. Its status comes last: a run that has ended has all that belongs to it.
-
-        metrics: single values of the whole trial. error: text of a failure, in full as `error.txt`. adapter: folder
-        that becomes the artifact `adapter`. figures: files by artifact name.
-        """
-        run = self._trials[trial]
-        last_step = max((step for _, step in run.points), default=0)
-        for key, value in (metrics or {}).items():
-            run.add(key, value, last_step, _now())
-        self._flush(run)
-        if adapter is not None:
-            self.client.log_artifacts(run.run_id, str(adapter), "adapter")
-        self.page(run.run_id).log_files(figures or {})
-        if state != "INTERRUPTED":
-            self._kept.drop(run.run_id)
-        own = {}
-        if error is not None:
-            self.client.log_text(run.run_id, error, "error.txt")
-            own["error"] = error[:ERROR_TAG_LENGTH]
-        self._end(run.run_id, state, {**own, **(tags or {})})
-
-    def keep_checkpoint(self, trial: str, checkpoint: Path) -> None:
-        """Keep the newest checkpoints with the run, for whoever goes on with the trial elsewhere; see `kept`."""
-        self._kept.keep(self._trials[trial].run_id, checkpoint)
-
-    def fetch_checkpoints(self, trial: str, folder: Path) -> None:
-        """Download the checkpoints that were kept into a folder, beside those that are there."""
-        self._kept.fetch(self._trials[trial].run_id, folder)
+    def finish_trial(self, trial: str, end: TrialEnd) -> None:
+        """End a trial's run. Its status comes last: a run that has ended has all that belongs to it."""
+        run, result = self._trials[trial], end.result
+        assert run.spec is not None, "start_trial comes first"
+        page = self.page(run.run_id)
+        tags = {"reason": end.reason or "", **description(trial_description(run.spec, run.facts, page, end))}
+        with self.reaching(), tempfile.TemporaryDirectory() as folder:
+            if end.state == "FAILED":
+                error = end.report or end.reason or ""
+                self.client.log_text(run.run_id, error, "error.txt")
+                tags["error"] = error[:ERROR_TAG_LENGTH]
+            if result is not None:
+                last_step, now = max((step for _, step in run.points), default=0), _now()
+                for key in COSTS:
+                    run.add(key, getattr(result, key), last_step, now)
+                self._flush(run)
+                page.log_files(self._draw(run.curve(trial), run.name, Path(folder)))
+                if result.adapter is not None:
+                    self.client.log_artifacts(run.run_id, str(result.adapter), "adapter")
+            self._end(run.run_id, end.state, tags)
 
     def close_parent(
         self,
-        state: State,
+        state: RunState,
         *,
         metrics: Mapping[str, float] | None = None,
         tags: Mapping[str, str] | None = None,
@@ -406,14 +419,13 @@ class SweepRuns:
 
         NaN where a metric was not measured at a step; no rows where the trial has no run.
         """
-        return self._known(trial).curve(trial)
+        run = self._known(trial)
+        return run.curve(trial) if run else curve_of({}, trial)
 
     def times(self, trial: str) -> list[float]:
-        """When a trial gave a sign: its run's beginning and its points, ascending, in seconds since 1970.
-
-        Empty where the trial has no run.
-        """
-        return self._known(trial).times()
+        """When a trial's run started and reported, ascending, in seconds since 1970; empty where it has no run."""
+        run = self._known(trial)
+        return run.times() if run else []
 
     def _require_parent(self) -> str:
         assert self._parent is not None, "open_parent comes first"
@@ -445,27 +457,20 @@ class SweepRuns:
         new = [Param(key, str(value)) for key, value in params.items() if key not in run.data.params]
         self.client.log_batch(run.info.run_id, params=new, tags=_run_tags({**tags, "state": "RUNNING"}))
 
-    def _end(self, run_id: str, state: State, tags: Mapping[str, str]) -> None:
+    def _end(self, run_id: str, state: RunState, tags: Mapping[str, str]) -> None:
         self.client.log_batch(run_id, tags=_run_tags({**tags, "state": state}))
         self.client.set_terminated(run_id, RUN_STATUS[state])
 
-    def _flush(self, run: RecordedRun) -> None:
+    def _flush(self, run: TrialRun) -> None:
         for start in range(0, len(run.buffer), MAX_METRICS_PER_BATCH):
             self.client.log_batch(run.run_id, metrics=run.buffer[start : start + MAX_METRICS_PER_BATCH])
         run.buffer.clear()
 
-    def _known(self, trial: str) -> RecordedRun:
-        """A trial's run, read from the store where another process wrote it; one with no id where there is none."""
-        if trial in self._trials:
-            return self._trials[trial]
-        if trial not in self._ended:
-            run = self._child(trial)
-            if run is None:
-                return RecordedRun("", 0)
-            if run.info.status == "RUNNING":
-                return RecordedRun.read(self.client, run)
-            self._ended[trial] = RecordedRun.read(self.client, run)
-        return self._ended[trial]
+    def _known(self, trial: str) -> "TrialRun | None":
+        """A trial's run, read from the store where an earlier process wrote it."""
+        if trial not in self._trials and (run := self._child(trial)) is not None:
+            self._trials[trial] = TrialRun.read(self.client, run)
+        return self._trials.get(trial)
 
 
 def _run_tags(tags: Mapping[str, str]) -> list[RunTag]:
@@ -488,14 +493,11 @@ def newest_parent(client: MlflowClient, sweep: str) -> Run | None:
 
 
 def read_curve(client: MlflowClient, run_id: str, trial: str) -> pd.DataFrame:
-    """Points of a trial's run, as `SweepRuns.curve` gives them; none where the run is gone."""
+    """Points of a trial's run, as `curve_of` gives them; none where the run is gone."""
     try:
         points = [point for name in METRICS for point in client.get_metric_history(run_id, name)]
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         points = []
-    values = {(point.key, point.step): point.value for point in points}
-    steps = sorted({step for _, step in values})
-    columns = {name: [values.get((name, step), float("nan")) for step in steps] for name in METRICS}
-    return pd.DataFrame({"trial": [trial] * len(steps), "step": steps, **columns})
+    return curve_of({(point.key, point.step): point.value for point in points}, trial)

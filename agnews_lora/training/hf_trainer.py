@@ -40,7 +40,7 @@ from agnews_lora.training.interface import (
     Verdict,
     timestamp,
 )
-from agnews_lora.training.metrics import accuracy, by_length, macro_f1, mean_cross_entropy
+from agnews_lora.training.metrics import accuracy, by_length, macro_f1, mean_cross_entropy, require_finite
 from agnews_lora.training.model import build_model, recount
 
 # Errors that end one trial and leave the sweep sound. Any other is a fault of the program: reported, then raised.
@@ -145,8 +145,8 @@ class LossWindow:
             return cls(**json.loads((checkpoint / WINDOW).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise TrainingError(
-                f"{checkpoint} must be a checkpoint of engine trainer, but cannot be read as one ({error}); go on with "
-                "the engine that wrote it, or start the trial again"
+                f"Cannot resume from {checkpoint}: it is no sound checkpoint of engine trainer ({error}). Use the "
+                "engine that wrote it, or start the trial again."
             ) from error
 
 
@@ -335,7 +335,7 @@ class _TrialTraining(TrainerCallback):
         return step == len(self.train_batches) or step % self.settings.eval_every == 0
 
     def _log(self, step: int, loss: float, learning_rate: float) -> None:
-        self._require_finite("training loss", loss, step)
+        require_finite("training loss", loss, step, self.plan.spec)
         self.observer.logged([TrainPoint(self.plan.trial, step, loss, learning_rate, timestamp())])
 
     def _evaluate_and_judge(self, step: int) -> None:
@@ -359,7 +359,7 @@ class _TrialTraining(TrainerCallback):
             metrics = self.trainer.evaluate(TableRows(validation, rows))
         finally:
             self.eval_seconds += time.perf_counter() - began
-        self._require_finite("validation loss", metrics["eval_cross_entropy"], step)
+        require_finite("validation loss", metrics["eval_cross_entropy"], step, self.plan.spec)
         return EvalPoint(
             trial=self.plan.trial,
             step=step,
@@ -370,13 +370,6 @@ class _TrialTraining(TrainerCallback):
             final=last,
             timestamp=timestamp(),
         )
-
-    def _require_finite(self, name: str, loss: float, step: int) -> None:
-        if not np.isfinite(loss):
-            raise TrainingError(
-                f"the {name} became {loss} by step {step} ({self.plan.spec}); a lower learning rate or alpha keeps it "
-                "finite"
-            )
 
     def _result(self) -> TrialResult:
         plan, base, steps = self.plan, self.engine.base, self.trainer.state.global_step

@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 from agnews_lora.adapters.spec import TrialSpec
 
 Precision = Literal["auto", "fp32", "bf16"]
+RunState = Literal["COMPLETE", "PRUNED", "FAILED", "INTERRUPTED"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,19 @@ class TrialResult:
     train_seconds: float
     eval_seconds: float
     peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class TrialEnd:
+    """How a trial ended, for its run and its study.
+
+    state: of the run. reason: one line. report: in full, of a failed trial.
+    """
+
+    state: RunState
+    result: TrialResult | None = None
+    reason: str | None = None
+    report: str | None = None
 
 
 class TrialSource(Protocol):

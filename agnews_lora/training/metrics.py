@@ -1,10 +1,14 @@
 """Scores of a classifier, and its logits over a token table: one definition for training, promotion and serving."""
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+from agnews_lora.adapters.spec import TrialSpec
+from agnews_lora.errors import TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +35,19 @@ def mean_cross_entropy(logits: npt.NDArray[np.floating], labels: npt.NDArray[np.
     exact = logits.astype(np.float64)
     with np.errstate(invalid="ignore"):  # the caller judges a loss that is not finite
         return float(np.mean(np.logaddexp.reduce(exact, axis=-1) - exact[np.arange(len(labels)), labels]))
+
+
+def require_finite(name: str, value: float, step: int, spec: TrialSpec) -> None:
+    """Check a loss or a gradient's norm.
+
+    Raises:
+        TrainingError: it is not finite.
+    """
+    if not isfinite(value):
+        raise TrainingError(
+            f"Cannot continue training {spec}: the {name} became {value} by step {step}. Lower the learning rate "
+            "or alpha."
+        )
 
 
 def by_length(lengths: npt.NDArray[np.integer], batch_size: int) -> list[list[int]]:

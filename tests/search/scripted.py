@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import optuna
 from optuna.pruners import BasePruner
@@ -18,20 +17,17 @@ from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.config.sweep import Range, Space
 from agnews_lora.errors import TrainingError
 from agnews_lora.search import space as search_space
-from agnews_lora.search.claims import set_quota
-from agnews_lora.search.leases import Leases
+from agnews_lora.search.driver import Driver, Search
 from agnews_lora.search.pruner import PeerMedianPruner
-from agnews_lora.search.quest import Search
-from agnews_lora.search.queue import enqueue_baseline
-from agnews_lora.search.runner import StudyRunner
 from agnews_lora.search.sampler import TrialSeededTPE
-from agnews_lora.search.study import open_storage, open_study
-from agnews_lora.search.trial_log import End, RunState
+from agnews_lora.search.study import enqueue_baseline, open_storage, open_study
 from agnews_lora.training import checkpoints
 from agnews_lora.training.interface import (
     EvalPoint,
     Observer,
+    RunState,
     TrainPoint,
+    TrialEnd,
     TrialPlan,
     TrialResult,
     TrialSource,
@@ -189,14 +185,8 @@ class RecordingTracker:
     def log_points(self, trial: str, points: Sequence[TrainPoint | EvalPoint]) -> None:
         self.trials[trial].points += points
 
-    def finish_trial(self, trial: str, end: End) -> None:
+    def finish_trial(self, trial: str, end: TrialEnd) -> None:
         self.trials[trial].ends.append((end.state, end.result, end.report or end.reason))
-
-    def keep_checkpoint(self, trial: str, checkpoint: Path) -> None:
-        """Other machines are none of these tests' matter."""
-
-    def fetch_checkpoints(self, trial: str, folder: Path) -> None:
-        """There are none."""
 
 
 class RecordingScreen:
@@ -243,32 +233,27 @@ class Session:
         sampler = TrialSeededTPE(7, STARTUP_TRIALS, shared)
         self.study = open_study(open_storage(self.root), "scripted", {}, sampler, self.pruner, new=False)
         enqueue_baseline(self.study, self.baseline, self.space, SHAPE, BUDGET)
-        set_quota(self.study, self.trials)
-        self.leases = Leases.of(self.study, f"scripted/{uuid4().hex}")
-        self.leases.revoke("scripted/")  # whoever worked on it before is dead
         self.screen = RecordingScreen()
-        self.runner = StudyRunner(
-            study=self.study,
-            leases=self.leases,
-            quest=Search(
-                space=self.space,
-                shape=SHAPE,
-                budget=BUDGET,
-                seed=7,
-                baseline=self.baseline,
-                baseline_seed=42,
-                total_steps=TOTAL_STEPS,
-            ),
-            tracker=self.tracker,
-            screen=self.screen,
-            folder=self.root / "work",
-            stop=lambda: self.stopped,
-            patience=self.patience,
+        self.driver = self.drive(self.study, self.trials)
+
+    def drive(self, study: optuna.Study, num_trials: int) -> Driver:
+        """A driver of the study, or of its confirmation."""
+        search = Search(
+            space=self.space,
+            shape=SHAPE,
+            budget=BUDGET,
+            seed=7,
+            baseline=self.baseline,
+            baseline_seed=42,
+            total_steps=TOTAL_STEPS,
+            num_trials=num_trials,
         )
+        folder = self.root / "work"
+        return Driver(study, search, self.tracker, self.screen, folder, lambda: self.stopped, self.patience)
 
     def stop(self) -> None:
         self.stopped = True
 
     def run(self) -> optuna.Study:
-        self.runner.work(self.engine)
+        self.driver.run(self.engine)
         return self.study

@@ -15,18 +15,10 @@ from optuna.trial import TrialState
 
 from agnews_lora.errors import TrainingError
 from agnews_lora.search import study as keys
-from agnews_lora.search.claims import is_done
-from agnews_lora.search.confirmation import (
-    Confirmed,
-    Repeats,
-    confirmed,
-    find_round,
-    num_missing,
-    open_round,
-)
-from agnews_lora.search.runner import StudyRunner
-from agnews_lora.search.standings import Standing, best_first, name_of, standings
-from tests.search.scripted import BUDGET, SHAPE, TOTAL_STEPS, ScriptedEngine, Session
+from agnews_lora.search.confirmation import find_confirmation, num_missing, open_confirmation
+from agnews_lora.search.driver import num_left
+from agnews_lora.search.results import Confirmed, TrialSummary, best_first, confirmed, summaries, trial_name
+from tests.search.scripted import TOTAL_STEPS, ScriptedEngine, Session
 from tests.search.test_study import SPEC
 
 SEED = 7
@@ -43,22 +35,18 @@ class Round:
 
     def __post_init__(self) -> None:
         session = self.session
-        opened = open_round(session.study, self.trials, self.seeds, SEED)
+        opened = open_confirmation(session.study, self.trials, self.seeds, SEED)
         assert opened is not None
         self.study = opened
-        self.runner = StudyRunner(
-            study=opened,
-            leases=session.leases,
-            quest=Repeats(SHAPE, BUDGET, TOTAL_STEPS),
-            tracker=session.tracker,
-            screen=session.screen,
-            folder=session.root / "work",
-            stop=lambda: session.stopped,
-        )
+        self.driver = session.drive(opened, len(opened.trials))
 
     def run(self) -> optuna.Study:
-        self.runner.work(self.engine)
+        self.driver.run(self.engine)
         return self.study
+
+
+def ranked(study: optuna.Study) -> list[Confirmed]:
+    return confirmed(summaries(study), find_confirmation(study))
 
 
 @pytest.fixture
@@ -69,15 +57,15 @@ def searched(tmp_path: Path) -> Session:
 
 
 def names(study: optuna.Study) -> list[str]:
-    return [name_of(trial) for trial in study.get_trials(deepcopy=False)]
+    return [trial_name(trial) for trial in study.get_trials(deepcopy=False)]
 
 
 def test_the_best_are_repeated_with_other_seeds_and_the_same_configuration(searched: Session) -> None:
-    first, second = best_first(standings(searched.study))[:2]
+    first, second = best_first(summaries(searched.study))[:2]
     engine = ScriptedEngine()
     repeated = Round(searched, engine=engine).run()
     assert names(repeated) == [f"{row.trial}-s{number}" for number in (2, 3) for row in (first, second)]
-    assert is_done(repeated)
+    assert num_left(repeated, len(repeated.trials)) == 0
     by_name = {plan.trial: plan for plan in engine.plans}
     for row in (first, second):
         plans = [by_name[f"{row.trial}-s{number}"] for number in (2, 3)]
@@ -92,9 +80,9 @@ def test_the_seeds_depend_on_the_sweeps_seed_and_the_trial_alone(tmp_path: Path)
     def seeds(folder: str, trials: int) -> dict[str, int]:
         session = Session(tmp_path / folder, trials=6)
         session.run()
-        opened = open_round(session.study, trials, 3, SEED)
+        opened = open_confirmation(session.study, trials, 3, SEED)
         assert opened is not None
-        return {name_of(trial): trial.user_attrs[keys.SEED] for trial in opened.get_trials(deepcopy=False)}
+        return {trial_name(trial): trial.user_attrs[keys.SEED] for trial in opened.get_trials(deepcopy=False)}
 
     few, many = seeds("a", 1), seeds("b", 3)
     assert few.items() <= many.items()
@@ -110,7 +98,7 @@ def test_the_search_learns_nothing_from_the_round(searched: Session) -> None:
 def test_nothing_is_pruned_however_bad_it_is(tmp_path: Path) -> None:
     session = Session(tmp_path, trials=8)
     session.run()
-    assert any(row.state == "PRUNED" for row in standings(session.study)), "the pruner of the search is awake"
+    assert any(row.state == "PRUNED" for row in summaries(session.study)), "the pruner of the search is awake"
     repeated = Round(session, trials=8, seeds=4, engine=ScriptedEngine(num_slots=4)).run()
     assert {trial.state for trial in repeated.trials} == {TrialState.COMPLETE}
     assert all(max(trial.intermediate_values) == TOTAL_STEPS for trial in repeated.trials)
@@ -118,14 +106,14 @@ def test_nothing_is_pruned_however_bad_it_is(tmp_path: Path) -> None:
 
 def test_a_round_that_was_stopped_goes_on_where_it_ended(searched: Session, tmp_path: Path) -> None:
     engine = ScriptedEngine()
-    best = best_first(standings(searched.study))[0].trial
+    best = best_first(summaries(searched.study))[0].trial
     engine.script[f"{best}-s3", 15] = searched.stop
     Round(searched, engine=engine).run()
     assert num_missing(searched.study, 2, 3) == 2
     again = Session(tmp_path, trials=8)
     rest = ScriptedEngine()
     study = Round(again, engine=rest).run()
-    assert num_missing(again.study, 2, 3) == 0 and is_done(study)
+    assert num_missing(again.study, 2, 3) == 0 and num_left(study, len(study.trials)) == 0
     assert rest.plans[0].trial == f"{best}-s3" and rest.plans[0].checkpoint is not None
     assert len(names(study)) == 4
 
@@ -141,7 +129,7 @@ def test_a_longer_search_repeats_only_what_is_new(searched: Session, tmp_path: P
     Round(searched).run()
     more = Session(tmp_path, trials=30)
     more.run()
-    best = {row.trial for row in best_first(standings(more.study))[:2]}
+    best = {row.trial for row in best_first(summaries(more.study))[:2]}
     engine = ScriptedEngine()
     Round(more, engine=engine).run()
     repeated = {plan.trial.split("-")[0] for plan in engine.plans}
@@ -150,11 +138,11 @@ def test_a_longer_search_repeats_only_what_is_new(searched: Session, tmp_path: P
 
 
 def test_a_repetition_that_fails_puts_its_trial_behind(searched: Session) -> None:
-    first, second = (row.trial for row in best_first(standings(searched.study))[:2])
+    first, second = (row.trial for row in best_first(summaries(searched.study))[:2])
     engine = ScriptedEngine()
     engine.script[f"{first}-s2", 10] = fail
     Round(searched, engine=engine).run()
-    rows = confirmed(searched.study)
+    rows = ranked(searched.study)
     assert [row.own.trial for row in rows] == [second, first]
     assert [row.num_failed for row in rows] == [0, 1]
     assert [len(row.runs) for row in rows] == [3, 2]
@@ -169,10 +157,10 @@ def test_without_a_complete_trial_there_is_no_round(tmp_path: Path) -> None:
     session = Session(tmp_path, trials=1)
     session.engine.script["t0000", 3] = fail
     session.run()
-    assert open_round(session.study, 3, 3, SEED) is None
-    assert find_round(session.study) is None
+    assert open_confirmation(session.study, 3, 3, SEED) is None
+    assert find_confirmation(session.study) is None
     assert num_missing(session.study, 3, 3) == 0
-    assert confirmed(session.study) == []
+    assert ranked(session.study) == []
 
 
 # The choice --------------------------------------------------------------------------------------------------
@@ -182,17 +170,17 @@ def tell(study: optuna.Study, luck: Callable[[str], float], losses: Mapping[str,
     """End all trials of a round, each with an accuracy by name."""
     for _ in study.get_trials(deepcopy=False):
         trial = study.ask()
-        trial.set_user_attr(keys.LOSS, (losses or {}).get(name_of(trial), 0.5))
-        study.tell(trial, luck(name_of(trial)))
+        trial.set_user_attr(keys.LOSS, (losses or {}).get(trial_name(trial), 0.5))
+        study.tell(trial, luck(trial_name(trial)))
 
 
 def test_the_mean_chooses_and_not_the_lucky_run(searched: Session) -> None:
-    lucky, steady = best_first(standings(searched.study))[:2]
+    lucky, steady = best_first(summaries(searched.study))[:2]
     assert lucky.accuracy is not None and steady.accuracy is not None
-    opened = open_round(searched.study, 2, 3, SEED)
+    opened = open_confirmation(searched.study, 2, 3, SEED)
     assert opened is not None
     tell(opened, lambda name: 0.1 if name.startswith(lucky.trial) else 0.999)
-    best, other = confirmed(searched.study)
+    best, other = ranked(searched.study)
     assert (best.own.trial, other.own.trial) == (steady.trial, lucky.trial)
     assert other.mean_accuracy == pytest.approx((lucky.accuracy + 0.2) / 3)
     assert other.drop == pytest.approx(lucky.accuracy - other.mean_accuracy)
@@ -200,18 +188,18 @@ def test_the_mean_chooses_and_not_the_lucky_run(searched: Session) -> None:
 
 
 def test_ties_go_to_the_lower_mean_loss(searched: Session) -> None:
-    rows = best_first(standings(searched.study))[:2]
+    rows = best_first(summaries(searched.study))[:2]
     assert all(row.accuracy is not None for row in rows)
-    opened = open_round(searched.study, 2, 2, SEED)
+    opened = open_confirmation(searched.study, 2, 2, SEED)
     assert opened is not None
     # Each repetition makes up for its own run's accuracy, so that both means are the same.
     accuracy = {f"{row.trial}-s2": 1 - float(row.accuracy or 0) for row in rows}
     tell(opened, accuracy.__getitem__, {f"{rows[0].trial}-s2": 0.9, f"{rows[1].trial}-s2": 0.01})
-    assert [row.own.trial for row in confirmed(searched.study)] == [rows[1].trial, rows[0].trial]
+    assert [row.own.trial for row in ranked(searched.study)] == [rows[1].trial, rows[0].trial]
 
 
-def standing(accuracy: float, state: str = "COMPLETE") -> Standing:
-    return Standing("t0000", 0, state, SPEC, False, accuracy, 0.5, 0.5, 1000, "run", None)
+def standing(accuracy: float, state: str = "COMPLETE") -> TrialSummary:
+    return TrialSummary("t0000", 0, state, False, SPEC, accuracy, 0.5, 0.5, 1000, 1, "run", None, 30)
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=9))
@@ -232,4 +220,4 @@ def test_a_round_belongs_to_one_study(tmp_path: Path) -> None:
     for session in sessions:
         session.run()
     Round(sessions[0]).run()
-    assert find_round(sessions[1].study) is None
+    assert find_confirmation(sessions[1].study) is None

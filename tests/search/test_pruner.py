@@ -13,7 +13,6 @@ from optuna.pruners import BasePruner, MedianPruner
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from agnews_lora.search.claims import give_back
 from agnews_lora.search.pruner import PeerMedianPruner, peer_accuracies
 from agnews_lora.search.study import open_storage, open_study
 from tests.search.scripted import ScriptedEngine, Session
@@ -194,7 +193,7 @@ def test_trials_given_back_and_running_again_are_judged_as_before(tmp_path: Path
     assert set(before) == {False, True}
     resumed = opened()
     for trial in resumed.get_trials(states=(TrialState.RUNNING,)):
-        give_back(resumed, trial._trial_id)
+        resumed._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
     again = [resumed.ask() for _ in range(3)]  # the others still wait
     assert [trial.number for trial in again] == [0, 1, 2]
     assert [trial.should_prune() for trial in again] == before[:3]

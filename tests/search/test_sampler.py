@@ -15,11 +15,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.config.sweep import Space
-from agnews_lora.search.claims import give_back
-from agnews_lora.search.queue import enqueue_baseline
 from agnews_lora.search.sampler import TrialSeededTPE, derived_seed
 from agnews_lora.search.space import shared, suggest
-from agnews_lora.search.study import BASELINE, open_storage, open_study
+from agnews_lora.search.study import BASELINE, enqueue_baseline, open_storage, open_study
 from tests.search.scripted import BOTH_HEADS, BUDGET, OUTSIDE, SHAPE, SPACE, STARTUP_TRIALS, accuracy
 
 SPACES = {"one head": SPACE, "both heads": BOTH_HEADS}
@@ -45,7 +43,7 @@ def opened(root: Path, space: Space) -> optuna.Study:
     study = open_study(open_storage(root), "sampled", {}, sampler(space), pruner, new=False)
     enqueue_baseline(study, OUTSIDE, space, SHAPE, BUDGET)
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        give_back(study, trial._trial_id)
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
     return study
 
 

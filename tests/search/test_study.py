@@ -204,7 +204,7 @@ def test_a_storage_below_a_file(tmp_path: Path) -> None:
 def test_a_storage_that_cannot_be_written_any_more(tmp_path: Path, new: bool) -> None:
     storage = open_storage(tmp_path)
     (tmp_path / "optuna.db-journal" / "file").mkdir(parents=True)
-    with pytest.raises(StorageError, match=r"optuna\.db cannot be read and written: .*mend") as raised:
+    with pytest.raises(StorageError, match=r"does not answer") as raised:
         open_study(storage, "embedded", FINGERPRINT, RandomSampler(), NopPruner(), new)
     assert "\n" not in str(raised.value)
 

@@ -194,8 +194,12 @@ def version(**tags: str) -> Version:
     ("tags", "first", "checks"),
     [
         ({}, "Not checked yet: validation accuracy 89.30", "not made yet"),
-        ({"gate": "failed"}, "Refused by the promotion checks: validation accuracy 89.30", "**refused**, [report]("),
-        ({"gate": "passed", **SCORE}, "Passed the promotion checks: test accuracy 89.90", "**passed**, [report]("),
+        (
+            {"promotion": "failed"},
+            "Refused by the promotion checks: validation accuracy 89.30",
+            "**refused**, [report](",
+        ),
+        ({"promotion": "passed", **SCORE}, "Passed the promotion checks: test accuracy 89.90", "**passed**, [report]("),
     ],
 )
 def test_a_version_says_how_it_was_judged_and_where_it_comes_from(

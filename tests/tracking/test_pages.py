@@ -7,7 +7,8 @@ from mlflow import MlflowClient
 
 from agnews_lora.tracking.runs import MAX_DESCRIPTION, RunPage, SweepRuns, description, newest_sweeps, page_of
 from agnews_lora.tracking.store import open_client
-from agnews_lora.training.interface import EvalPoint
+from agnews_lora.training.interface import EvalPoint, TrialEnd, TrialResult
+from tests.tracking.test_runs import FACTS, SPEC
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +67,13 @@ def test_files_keep_their_folders_and_what_is_not_there_is_none(
 def test_addresses_are_relative_to_the_ui(client: MlflowClient, runs: SweepRuns) -> None:
     page = runs.page()
     assert page.url == f"#/experiments/{page.experiment_id}/runs/{page.run_id}"
-    assert page.artifact_url("gate/v1/a b.md") == f"{page.url}/artifacts/gate/v1/a%20b.md"
+    assert page.artifact_url("promotion/v1/a b.md") == f"{page.url}/artifacts/promotion/v1/a%20b.md"
     assert page.image_url("thumbnails/a.png") == f"get-artifact?path=thumbnails%2Fa.png&run_uuid={page.run_id}"
     assert f"parentRunId%20%3D%20%27{page.run_id}%27" in page.children_url
 
 
 def test_a_child_knows_its_parent_and_the_parent_its_children(client: MlflowClient, runs: SweepRuns) -> None:
-    child = runs.start_trial("t0000", "t0000-qv-r8", {}, {"baseline": "true"})
+    child = runs.start_trial("t0000", SPEC, {**FACTS, "baseline": True}, None)
     above = page_of(client, child).parent()
     assert above is not None and above.url == runs.page().url
     assert runs.page().parent() is None
@@ -86,7 +87,7 @@ def test_a_child_knows_its_parent_and_the_parent_its_children(client: MlflowClie
 def test_more_children_than_a_page_of_the_store(
     client: MlflowClient, runs: SweepRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = {runs.start_trial(f"t{number:04d}", f"t{number:04d}", {}, {}) for number in range(5)}
+    expected = {runs.start_trial(f"t{number:04d}", SPEC, FACTS, None) for number in range(5)}
     search = client.search_runs
     monkeypatch.setattr(client, "search_runs", lambda *given, **named: search(*given, **{**named, "max_results": 2}))
     assert set(runs.children()) == expected
@@ -95,11 +96,12 @@ def test_more_children_than_a_page_of_the_store(
 def test_times_are_the_runs_beginning_and_its_points_from_memory_and_from_the_store(
     client: MlflowClient, runs: SweepRuns, request: pytest.FixtureRequest
 ) -> None:
-    run_id = runs.start_trial("t0000", "t0000-qv-r8", {}, {})
+    run_id = runs.start_trial("t0000", SPEC, FACTS, None)
     began = client.get_run(run_id).info.start_time
+    ended = TrialResult("t0000", 7, 7, None, None, 5_000, 112, 1.0, 0.5, 1_000)
     points = [EvalPoint("t0000", step, 0.5, 0.5, 1.0, 10, False, began + 1_000 * step) for step in (7, 3)]
     runs.log_points("t0000", points)
-    runs.finish_trial("t0000", "COMPLETE", metrics={"train_seconds": 1.0})
+    runs.finish_trial("t0000", TrialEnd("COMPLETE", ended))
     expected = [began / 1000, began / 1000 + 3, began / 1000 + 7]
     assert runs.times("t0000") == pytest.approx(expected)
     later = SweepRuns(client, request.node.name, "embedded")
@@ -115,6 +117,6 @@ def test_the_newest_parent_run_of_each_sweep(tmp_path: Path) -> None:
     for experiment, study in (("a", "a"), ("a", "a-2"), ("b", "b")):
         runs = SweepRuns(client, experiment, experiment)
         runs.open_parent(study, params={}, tags={}, texts={})
-        runs.start_trial("t0000", "t0000-qv-r8", {}, {})
+        runs.start_trial("t0000", SPEC, FACTS, None)
         pages[study] = runs.page().url
     assert {study: page.url for study, page in newest_sweeps(client).items()} == {"a-2": pages["a-2"], "b": pages["b"]}

@@ -3,20 +3,34 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
+from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.errors import StorageError
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.runs import METRICS, SweepRuns, newest_parent, read_curve
 from agnews_lora.tracking.store import open_client, tracking_uri
-from agnews_lora.training.interface import EvalPoint, TrainPoint
+from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialEnd, TrialResult
 
 TEXTS = {"sweep.yaml": "a: 1\n"}
-PARAMS = {"targets": "qv", "lora_r": 8, "learning_rate": 2e-4}
+SPEC = TrialSpec("qv", rank=8, alpha=16.0, dropout=0.1, learning_rate=2e-4)
+FACTS = {"seed": 1, "trainable_parameters": 5_000, "baseline": False, "study_trial": 0}
+PARAMS = {
+    "targets": "qv",
+    "lora_r": "8",
+    "lora_alpha": "16",
+    "lora_dropout": "0.1",
+    "learning_rate": "0.0002",
+    "head": "full",
+    "trainable_parameters": "5000",
+    "seed": "1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +66,11 @@ def train_points(*steps: int, trial: str = "t0000", timestamp: int = 1_000) -> l
 
 def eval_point(step: int, *, accuracy: float = 0.8, final: bool = False, timestamp: int = 1_000) -> EvalPoint:
     return EvalPoint("t0000", step, accuracy, accuracy - 0.01, 0.5, 2_000, final, timestamp + step)
+
+
+def ended(**changes: Any) -> TrialResult:
+    whole = TrialResult("t0000", 20, 20, None, None, 5_000, 1_200, 1.0, 0.5, 1_000)
+    return replace(whole, **changes)
 
 
 def history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float, int]]:
@@ -178,7 +197,7 @@ def test_dataset_is_an_input_of_parent_and_trials_under_our_digest(
         session.log_dataset(
             "newswire", digest, num_rows=1_800, profile={"labels": 4}, source="newswire, seed 7", context="training"
         )
-        child = session.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+        child = session.start_trial("t0000", SPEC, FACTS, None)
     for run_id in (parent, child):
         (dataset_input,) = client.get_run(run_id).inputs.dataset_inputs
         assert dataset_input.dataset.name == "newswire"
@@ -207,11 +226,11 @@ def test_leaderboard_of_a_resumed_sweep_replaces_the_earlier_one(
 
 
 def test_trial_is_a_child_run_with_its_points(client: MlflowClient, runs: SweepRuns, parent: str) -> None:
-    run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {"study_trial": "0"})
+    run_id = runs.start_trial("t0000", SPEC, FACTS, None)
     runs.log_points("t0000", [*train_points(5, 10), eval_point(10)])
     run = client.get_run(run_id)
     assert run.info.run_name == "t0000-qv-r8"
-    assert run.data.params == {"targets": "qv", "lora_r": "8", "learning_rate": "0.0002"}
+    assert run.data.params == PARAMS
     assert run.data.tags.items() >= {"mlflow.parentRunId": parent, "trial": "t0000", "study_trial": "0"}.items()
     assert history(client, run_id, "train/loss") == [(5, 0.2, 1_005), (10, 0.1, 1_010)]
     assert history(client, run_id, "train/learning_rate") == [(5, 5e-4, 1_005), (10, 1e-3, 1_010)]
@@ -222,7 +241,7 @@ def test_trial_is_a_child_run_with_its_points(client: MlflowClient, runs: SweepR
 
 
 def test_more_points_than_mlflow_takes_at_once(client: MlflowClient, runs: SweepRuns, parent: str) -> None:
-    run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    run_id = runs.start_trial("t0000", SPEC, FACTS, None)
     runs.log_points("t0000", train_points(*range(1, 902)))
     assert [step for step, _, _ in history(client, run_id, "train/loss")] == list(range(1, 902))
 
@@ -230,23 +249,23 @@ def test_more_points_than_mlflow_takes_at_once(client: MlflowClient, runs: Sweep
 def test_points_delivered_twice_are_kept_once(
     client: MlflowClient, runs: SweepRuns, parent: str, request: pytest.FixtureRequest
 ) -> None:
-    run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    run_id = runs.start_trial("t0000", SPEC, FACTS, None)
     runs.log_points("t0000", [*train_points(5, 10), eval_point(10)])
     runs.log_points("t0000", [*train_points(5, 10), eval_point(10)])
-    runs.finish_trial("t0000", "INTERRUPTED", metrics={"train_seconds": 3.0})
+    runs.finish_trial("t0000", TrialEnd("INTERRUPTED", reason="stopped"))
     assert client.get_run(run_id).info.status == "KILLED"
     assert client.get_run(run_id).data.tags["state"] == "INTERRUPTED"
 
     later = again(client, request)
     later.open_parent("embedded-1", params={}, tags={}, texts={})
-    assert later.start_trial("t0000", "t0000-qv-r8", {"lora_r": 9, "seed": 1}, {}, run_id) == run_id
+    assert later.start_trial("t0000", replace(SPEC, rank=9), FACTS, run_id) == run_id
     assert client.get_run(run_id).info.status == "RUNNING"
     later.log_points("t0000", [*train_points(5, 10, 15, timestamp=9_000), eval_point(10, timestamp=9_000)])
     later.log_points("t0000", [eval_point(20, accuracy=0.9, final=True, timestamp=9_000)])
-    later.finish_trial("t0000", "COMPLETE", metrics={"train_seconds": 7.0})
+    later.finish_trial("t0000", TrialEnd("COMPLETE", ended(train_seconds=7.0)))
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.params == {"targets": "qv", "lora_r": "8", "learning_rate": "0.0002", "seed": "1"}
+    assert run.data.params == PARAMS
     assert [(step, stamp) for step, _, stamp in history(client, run_id, "train/loss")] == [
         (5, 1_005),
         (10, 1_010),
@@ -259,25 +278,25 @@ def test_points_delivered_twice_are_kept_once(
 def test_run_made_just_before_a_kill_is_found_again(
     client: MlflowClient, runs: SweepRuns, parent: str, request: pytest.FixtureRequest
 ) -> None:
-    run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    run_id = runs.start_trial("t0000", SPEC, FACTS, None)
     later = again(client, request)
     later.open_parent("embedded-1", params={}, tags={}, texts={})
-    assert later.start_trial("t0000", "t0000-qv-r8", PARAMS, {}) == run_id
-    assert later.start_trial("t0001", "t0001-qv-r8", PARAMS, {}) != run_id
+    assert later.start_trial("t0000", SPEC, FACTS, None) == run_id
+    assert later.start_trial("t0001", SPEC, FACTS, None) != run_id
     later.open_parent("embedded-2", params={}, tags={}, texts={})
-    assert later.start_trial("t0000", "t0000-qv-r8", PARAMS, {}) != run_id
+    assert later.start_trial("t0000", SPEC, FACTS, None) != run_id
 
 
 def test_trial_whose_run_was_deleted_gets_a_new_one(client: MlflowClient, runs: SweepRuns, parent: str) -> None:
-    run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    run_id = runs.start_trial("t0000", SPEC, FACTS, None)
     client.delete_run(run_id)
-    assert runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {}, run_id) != run_id
+    assert runs.start_trial("t0000", SPEC, FACTS, run_id) != run_id
 
 
 def test_pruned_trial_is_killed_with_its_state(client: MlflowClient, runs: SweepRuns, parent: str) -> None:
-    run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    run_id = runs.start_trial("t0000", SPEC, FACTS, None)
     runs.log_points("t0000", train_points(3))
-    runs.finish_trial("t0000", "PRUNED", tags={"reason": "below the median"})
+    runs.finish_trial("t0000", TrialEnd("PRUNED", ended(), "below the median"))
     run = client.get_run(run_id)
     assert run.info.status == "KILLED"
     assert run.data.tags.items() >= {"state": "PRUNED", "reason": "below the median"}.items()
@@ -286,40 +305,41 @@ def test_pruned_trial_is_killed_with_its_state(client: MlflowClient, runs: Sweep
 
 
 def test_failed_trial_keeps_the_error(client: MlflowClient, runs: SweepRuns, parent: str) -> None:
-    run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    run_id = runs.start_trial("t0000", SPEC, FACTS, None)
     error = "Traceback (most recent call last):\n" + "x" * 2_000
-    runs.finish_trial("t0000", "FAILED", error=error)
+    runs.finish_trial("t0000", TrialEnd("FAILED", None, "it broke", error))
     run = client.get_run(run_id)
     assert run.info.status == "FAILED"
     assert run.data.tags["error"] == error[:500]
     assert text(client, run_id, "error.txt") == error
 
 
-def test_finished_trial_keeps_adapter_and_figures(
-    client: MlflowClient, runs: SweepRuns, parent: str, tmp_path: Path
-) -> None:
+def test_finished_trial_keeps_adapter_curves_and_costs(client: MlflowClient, tmp_path: Path) -> None:
+    def draw(points: pd.DataFrame, title: str, folder: Path) -> dict[str, Path]:
+        assert title == "t0000-qv-r8"
+        (folder / "drawn.png").write_bytes(b"png")
+        return {"accuracy_curve.png": folder / "drawn.png"}
+
+    runs = SweepRuns(client, "finished", "embedded", draw=draw)
     adapter = tmp_path / "work" / "adapter-of-t0000"
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}")
     (adapter / "adapter_model.safetensors").write_bytes(b"\0" * 64)
-    drawn = tmp_path / "t0000.png"
-    drawn.write_bytes(b"png")
-    run_id = runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
-    runs.finish_trial(
-        "t0000", "COMPLETE", metrics={"rows_seen": 1_200}, adapter=adapter, figures={"accuracy_curve.png": drawn}
-    )
+    run_id = runs.start_trial("t0000", SPEC, FACTS, None)
+    runs.finish_trial("t0000", TrialEnd("COMPLETE", ended(adapter=adapter)))
     assert artifacts(client, run_id) == {"adapter", "accuracy_curve.png"}
     assert artifacts(client, run_id, "adapter") == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
-    assert client.get_run(run_id).data.metrics == {"rows_seen": 1_200}
+    costs = {"rows_seen": 1_200, "train_seconds": 1.0, "eval_seconds": 0.5, "peak_memory_bytes": 1_000}
+    assert client.get_run(run_id).data.metrics == costs
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
 def test_curve_is_the_same_from_memory_and_from_the_store(
     client: MlflowClient, runs: SweepRuns, parent: str, request: pytest.FixtureRequest
 ) -> None:
-    runs.start_trial("t0000", "t0000-qv-r8", PARAMS, {})
+    runs.start_trial("t0000", SPEC, FACTS, None)
     runs.log_points("t0000", [*train_points(10, 5), eval_point(10), eval_point(20, accuracy=0.9, final=True)])
-    runs.finish_trial("t0000", "COMPLETE", metrics={"train_seconds": 1.0})
+    runs.finish_trial("t0000", TrialEnd("COMPLETE", ended()))
     curve = runs.curve("t0000")
     assert list(curve.columns) == ["trial", "step", *METRICS]
     assert curve["trial"].tolist() == ["t0000"] * 3
@@ -337,10 +357,10 @@ def test_curve_is_the_same_from_memory_and_from_the_store(
 
 def test_single_training_is_a_run_of_its_own_every_time(client: MlflowClient, runs: SweepRuns) -> None:
     runs.log_dataset("ag_news", "ab" * 32, num_rows=10, profile={}, source="a folder", context="training")
-    first = runs.start_trial("t0000", "seed", PARAMS, {})
+    first = runs.start_trial("t0000", SPEC, FACTS, None)
     runs.log_points("t0000", [eval_point(10)])
-    runs.finish_trial("t0000", "COMPLETE")
-    second = runs.start_trial("t0000", "seed", PARAMS, {})
+    runs.finish_trial("t0000", TrialEnd("COMPLETE", ended()))
+    second = runs.start_trial("t0000", SPEC, FACTS, None)
     assert first != second
     assert "mlflow.parentRunId" not in client.get_run(first).data.tags
     assert len(client.get_run(second).inputs.dataset_inputs) == 1

@@ -116,9 +116,7 @@ class Encoder:
         self.layers = [_layer(weights, f"encoder.layer.{number}", config) for number in range(config.num_hidden_layers)]
         self.pooler = _affine(weights, "pooler.dense") if family == "bert" else None
 
-    def __call__(
-        self, packed: PackedBatch, updates: Sequence[LayerUpdates], encode: LayerFunction = encode_layer
-    ) -> Tensor:
+    def __call__(self, packed: PackedBatch, updates: Sequence[LayerUpdates], encode: LayerFunction) -> Tensor:
         """Compute the classifier's input [rows, hidden]: RoBERTa's first token, or BERT's pooled one.
 
         Args:
@@ -158,6 +156,6 @@ def _require_known(config: Any) -> None:
     for key, value in known.items():
         if (found := getattr(config, key, value)) != value:
             raise BaseModelError(
-                f"engine multilora computes {key} {value!r}, but the base model's configuration says {found!r}; take "
-                "`engine: trainer`"
+                f"Cannot compute the base model's {key} {found!r}: engine multilora knows {value!r} only. Take "
+                "`engine: trainer`."
             )

@@ -129,14 +129,14 @@ def on_device(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[
     """Copy arrays to a device at once, out of page-locked memory: the host does not wait for it."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    return in_one_copy(arrays, device, pinned=True)
+    return in_one_copy(arrays, device)
 
 
-def in_one_copy(arrays: Sequence[npt.NDArray[Any]], device: torch.device, pinned: bool) -> list[torch.Tensor]:
-    """Copy arrays to a device side by side in one buffer, page-locked or not."""
+def in_one_copy(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
+    """Copy arrays to a device side by side in one buffer."""
     sources = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
     ends = np.cumsum([-(-source.nbytes // ALIGNMENT) * ALIGNMENT for source in sources]).tolist()
-    buffer = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=pinned)
+    buffer = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     places = [(end, source) for end, source in zip([0, *ends[:-1]], sources, strict=True)]
 
     def part(of: torch.Tensor, start: int, source: torch.Tensor) -> torch.Tensor:

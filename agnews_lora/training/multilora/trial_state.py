@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import ceil, isfinite
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from agnews_lora.errors import TrainingError
 from agnews_lora.training import checkpoints
 from agnews_lora.training.data_order import batches
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrainSettings, TrialPlan, timestamp
-from agnews_lora.training.metrics import accuracy, macro_f1, mean_cross_entropy
+from agnews_lora.training.metrics import accuracy, macro_f1, mean_cross_entropy, require_finite
 from agnews_lora.training.model import build_model
 from agnews_lora.training.multilora.model import SlotBatch
 from agnews_lora.training.multilora.optimizer import linear_rate
@@ -154,11 +154,7 @@ class TrialState:
         return seen + sum(len(rows) for rows in self._batches(epoch)[:position]) if position else seen
 
     def _require_finite(self, name: str, value: float) -> None:
-        if not isfinite(value):
-            raise TrainingError(
-                f"the {name} became {value} by step {self.progress.step} ({self.plan.spec}); a lower learning rate or "
-                "alpha keeps it finite"
-            )
+        require_finite(name, value, self.progress.step, self.plan.spec)
 
     def _rate(self, step: int) -> float:
         warmup = round(self.settings.warmup * self.total_steps)
@@ -200,13 +196,13 @@ def read_checkpoint(plan: TrialPlan) -> tuple[TrainProgress, SlotState]:
         spec, seed, progress = described["spec"], described["seed"], TrainProgress(**described["progress"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise TrainingError(
-            f"{folder} must be a checkpoint of engine multilora, but cannot be read as one ({error}); go on with the "
-            "engine that wrote it, or start the trial again"
+            f"Cannot resume from {folder}: it is no sound checkpoint of engine multilora ({error}). Use the engine "
+            "that wrote it, or start the trial again."
         ) from error
     if (spec, seed) != (asdict(plan.spec), plan.seed):
         raise TrainingError(
-            f"{folder} is the checkpoint of another trial ({spec}, seed {seed}), not of {plan.trial} ({plan.spec}, "
-            f"seed {plan.seed}); start the trial again"
+            f"Cannot resume {plan.trial} ({plan.spec}, seed {plan.seed}) from {folder}: it is the checkpoint of "
+            f"another trial ({spec}, seed {seed}). Start the trial again."
         )
     kinds = [
         {n.removeprefix(f"{kind}/"): t for n, t in tensors.items() if n.startswith(f"{kind}/")}

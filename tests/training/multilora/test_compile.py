@@ -29,7 +29,7 @@ SPEC = TrialSpec("all-linear", rank=3, alpha=6, dropout=0.3, learning_rate=1e-3)
 
 
 def by_row(q: Tensor, k: Tensor, v: Tensor, query_offsets: Tensor, offsets: Tensor) -> Iterator[tuple[Any, ...]]:
-    """For each row: where its queries and its tokens lie, and by head its queries, keys, values and shares."""
+    """Give each row's slices of queries and tokens, and by head its queries, keys, values and shares."""
     for row in range(len(offsets) - 1):
         own, seen = slice(*query_offsets[row : row + 2].tolist()), slice(*offsets[row : row + 2].tolist())
         of_row = [part.transpose(0, 1) for part in (q[own], k[seen], v[seen])]
@@ -38,7 +38,8 @@ def by_row(q: Tensor, k: Tensor, v: Tensor, query_offsets: Tensor, offsets: Tens
 
 @torch.library.custom_op("agnews_lora_tests::attend", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor, query_offsets: Tensor, offsets: Tensor, m: int, n: int) -> Tensor:
-    """What flash attention over variable lengths computes, opaque to a compiler as that is, for devices without it."""
+    """Attend as flash attention over variable lengths does, opaque to a compiler, on devices without it."""
+    assert m >= query_offsets.diff().max() and n >= offsets.diff().max()
     out = torch.empty_like(q)
     for own, _, _, _, values, shares in by_row(q, k, v, query_offsets, offsets):
         out[own] = (shares @ values).transpose(0, 1)
@@ -165,7 +166,7 @@ def test_training_goes_on_where_compiling_fails(
     assert "uncompiled" in warning and "Failed to find a C compiler" in warning
 
 
-def test_what_is_not_the_compilers_fault_is_raised(roberta: TinySetup) -> None:
+def test_a_fault_of_the_program_is_raised(roberta: TinySetup) -> None:
     model = model_of(roberta, 1, CPU)
     model.compiler.compiles = True
     for fault, calls in ((ZeroDivisionError, 2), (torch.OutOfMemoryError, 1)):
@@ -179,7 +180,7 @@ def test_what_is_not_the_compilers_fault_is_raised(roberta: TinySetup) -> None:
         with pytest.raises(fault):
             model.compiler.run(failing)
         assert len(called) == calls
-    assert model.compiler.compiles  # memory says nothing of the compiler
+    assert model.compiler.compiles  # out of memory is no fault of the compiler
 
 
 # On a GPU -------------------------------------------------------------------------------------------------------------

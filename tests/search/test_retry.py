@@ -1,4 +1,4 @@
-"""The line to a store: what is kept for later, how often it is tried, and when it counts as lost."""
+"""The retry to a store: what is kept for later, how often it is tried, and when it counts as lost."""
 
 import sqlite3
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError
 
 from agnews_lora.errors import StorageError, StoreAway
-from agnews_lora.search.lines import LONGEST_RETRY_SECONDS, RETRY_SECONDS, Line
+from agnews_lora.search.retry import LONGEST_RETRY_SECONDS, RETRY_SECONDS, Retry
 
 AWAY = StoreAway("the run store http://store cannot be reached (Connection refused)")
 
@@ -39,15 +39,15 @@ def database_error(code: int, text: str) -> StorageInternalError:
 
 
 def test_deliveries_go_through() -> None:
-    line, got = Line("the store"), []
-    assert line.deliver(lambda: got.append(1))
-    assert line.ask(lambda: 7, 0) == 7
-    assert got == [1] and line.loss is None
+    retry, got = Retry("the store"), []
+    assert retry.succeeds(lambda: got.append(1))
+    assert retry.call(lambda: 7, 0) == 7
+    assert got == [1] and retry.loss is None
 
 
 def test_while_it_is_away_it_is_tried_now_and_then_only() -> None:
     clock, tries = Clock(), []
-    line = Line("the store", patience=1e9, clock=clock)
+    retry = Retry("the store", patience=1e9, clock=clock)
 
     def deliver() -> None:
         tries.append(clock.now)
@@ -55,28 +55,28 @@ def test_while_it_is_away_it_is_tried_now_and_then_only() -> None:
 
     for tenth in range(1_000):
         clock.now = tenth / 10
-        assert not line.deliver(deliver)
+        assert not retry.succeeds(deliver)
     gaps = [later - earlier for earlier, later in pairwise(tries)]
     assert gaps[0] == pytest.approx(RETRY_SECONDS)
     assert max(gaps) == pytest.approx(LONGEST_RETRY_SECONDS)
     clock.now += LONGEST_RETRY_SECONDS
-    assert line.deliver(lambda: None)
-    assert line.ask(lambda: 1, 0) == 1
+    assert retry.succeeds(lambda: None)
+    assert retry.call(lambda: 1, 0) == 1
 
 
 def test_it_is_lost_when_it_was_away_for_longer_than_the_patience() -> None:
     clock = Clock()
-    line = Line("the store", patience=60, clock=clock)
-    line.deliver(raising(AWAY))
-    assert line.loss is None
+    retry = Retry("the store", patience=60, clock=clock)
+    retry.succeeds(raising(AWAY))
+    assert retry.loss is None
     clock.now = 61
-    assert str(line.loss).startswith("the store must take what the trials report, but it has not for 61 s (the run")
-    assert "Connection refused" in str(line.loss) and "start again" in str(line.loss)
-    assert line.deliver(lambda: None)
-    assert line.loss is None, "it came back after all"
+    assert str(retry.loss).startswith("Cannot write to the store for 61 s: ")
+    assert "Connection refused" in str(retry.loss) and "start the same command again" in str(retry.loss)
+    assert retry.succeeds(lambda: None)
+    assert retry.loss is None, "it came back after all"
     clock.now = 1_000
-    line.deliver(raising(AWAY))
-    assert line.loss is None, "the patience counts anew"
+    retry.succeeds(raising(AWAY))
+    assert retry.loss is None, "the patience counts anew"
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,13 @@ def test_it_is_lost_when_it_was_away_for_longer_than_the_patience() -> None:
     ],
 )
 def test_what_waiting_does_not_mend_is_lost_at_once(error: Exception, final: bool) -> None:
-    line = Line("the store", patience=60)
-    assert not line.deliver(raising(error))
-    assert (line.loss is not None) == final
+    retry = Retry("the store", patience=60)
+    assert not retry.succeeds(raising(error))
+    assert (retry.loss is not None) == final
     if final:
-        assert str(getattr(error.__cause__, "orig", error)) in str(line.loss)
+        assert str(getattr(error.__cause__, "orig", error)) in str(retry.loss)
 
 
 def test_a_fault_of_the_program_is_not_hidden() -> None:
     with pytest.raises(KeyError):
-        Line("the store").deliver(raising(KeyError("trial")))
+        Retry("the store").succeeds(raising(KeyError("trial")))

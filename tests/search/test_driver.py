@@ -1,4 +1,4 @@
-"""The runner between an engine and a study: quota, pruning, failures, and stopping at any point without losing any."""
+"""The driver between an engine and a study: quota, pruning, failures, and stopping at any point without losing any."""
 
 import os
 import shutil
@@ -20,19 +20,17 @@ from optuna.trial import FrozenTrial, TrialState
 
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import TrialSpec
-from agnews_lora.commands.records import Records
 from agnews_lora.errors import StorageError, StoreAway, TrainingError
+from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.search import study as keys
-from agnews_lora.search.claims import MAX_ATTEMPTS
-from agnews_lora.search.leases import Leases
+from agnews_lora.search.driver import MAX_ATTEMPTS
 from agnews_lora.search.pruner import PeerMedianPruner
+from agnews_lora.search.results import TrialSummary, summaries
 from agnews_lora.search.sampler import derived_seed
 from agnews_lora.search.space import parameters_of
-from agnews_lora.search.standings import Standing, standings
-from agnews_lora.search.trial_log import End
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
-from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialPlan
+from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialEnd, TrialPlan
 from tests.search.scripted import (
     BUDGET,
     EVAL_EVERY,
@@ -45,6 +43,7 @@ from tests.search.scripted import (
     ScriptedEngine,
     Session,
     accuracy,
+    checkpoint,
     eval_point,
 )
 
@@ -112,7 +111,7 @@ def test_more_trials_can_be_asked_for_later_and_fewer_change_nothing(tmp_path: P
 def test_nothing_starts_once_a_stop_is_due(tmp_path: Path) -> None:
     session = Session(tmp_path, 3)
     session.stop()
-    assert session.runner.next() is None
+    assert session.driver.next() is None
     assert states(session.run()) == ["WAITING"]
 
 
@@ -143,7 +142,7 @@ def test_plans_and_what_the_study_keeps_of_them(tmp_path: Path) -> None:
 
 def test_a_complete_trial(tmp_path: Path) -> None:
     session = Session(tmp_path, 2)
-    [_, row] = standings(session.run())
+    [_, row] = summaries(session.run())
     plan, recorded = session.engine.plans[1], session.tracker.trials["t0001"]
     final = eval_point(plan, TOTAL_STEPS)
     assert (row.state, row.accuracy, row.loss, row.macro_f1, row.reason) == (
@@ -167,7 +166,7 @@ def test_the_adapter_is_there_for_the_tracker_and_gone_with_the_work_folder_afte
     class Keeper(RecordingTracker):
         kept: dict[str, bytes]
 
-        def finish_trial(self, trial: str, end: End) -> None:
+        def finish_trial(self, trial: str, end: TrialEnd) -> None:
             super().finish_trial(trial, end)
             if end.result is not None and end.result.adapter is not None:
                 self.kept[trial] = (end.result.adapter / "adapter_model.safetensors").read_bytes()
@@ -175,7 +174,7 @@ def test_the_adapter_is_there_for_the_tracker_and_gone_with_the_work_folder_afte
     tracker = Keeper()
     tracker.kept = {}
     study = Session(tmp_path, 8, tracker=tracker).run()
-    complete = [row.trial for row in standings(study) if row.state == "COMPLETE"]
+    complete = [row.trial for row in summaries(study) if row.state == "COMPLETE"]
     assert tracker.kept == {trial: trial.encode() for trial in complete}
     assert list((tmp_path / "work").iterdir()) == []
 
@@ -197,7 +196,7 @@ def test_the_median_rule_prunes_but_never_the_baseline(tmp_path: Path) -> None:
     for _ in range(4):
         session.study.enqueue_trial({"targets": "qv", "rank_qv": 16, "learning_rate": 2e-3})
     session.study.enqueue_trial({}, user_attrs={keys.BASELINE: True})
-    rows = standings(session.run())
+    rows = summaries(session.run())
     baseline = rows[5]
     assert (baseline.baseline, baseline.state) == (True, "COMPLETE")
     assert baseline.accuracy == accuracy(OUTSIDE, TOTAL_STEPS) < min(row.accuracy or 0 for row in rows[1:5])
@@ -269,7 +268,7 @@ def test_a_failed_trial_keeps_its_reason_and_the_others_go_on(tmp_path: Path, nu
     )
     study = session.run()
     assert states(study) == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
-    row = standings(study)[2]
+    row = summaries(study)[2]
     assert (row.reason, row.accuracy) == (str(error), accuracy(session.engine.plans[2].spec, 10))
     [(state, result, report)] = session.tracker.trials["t0002"].ends
     assert (state, result) == ("FAILED", None)
@@ -282,13 +281,13 @@ def test_a_failed_trial_keeps_its_reason_and_the_others_go_on(tmp_path: Path, nu
 
 def test_an_error_without_a_text_is_named_by_its_kind(tmp_path: Path) -> None:
     session = Session(tmp_path, 2, engine=ScriptedEngine(1, {("t0001", 1): raising(TrainingError())}))
-    assert standings(session.run())[1].reason == "TrainingError"
+    assert summaries(session.run())[1].reason == "TrainingError"
 
 
 def test_a_trial_enqueued_beyond_the_budget_fails_before_the_engine_sees_it(tmp_path: Path) -> None:
     session = Session(tmp_path, 4)
     session.study.enqueue_trial({"targets": "qv", "rank_qv": 19})
-    rows = standings(session.run())
+    rows = summaries(session.run())
     assert [row.state for row in rows] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert [plan.trial for plan in session.engine.plans] == ["t0000", "t0002", "t0003"]
     assert rows[1].spec is not None
@@ -307,7 +306,7 @@ def test_a_trial_enqueued_with_a_value_that_is_none_fails_and_the_sweep_goes_on(
 ) -> None:
     session = Session(tmp_path, 3)
     session.study.enqueue_trial(parameters)
-    rows = standings(session.run())
+    rows = summaries(session.run())
     assert [row.state for row in rows] == ["COMPLETE", "FAIL", "COMPLETE"]
     [value] = [value for value in parameters.values() if value != "qv"]
     assert rows[1].reason is not None
@@ -335,7 +334,7 @@ def test_a_stop_gives_the_running_trials_back_with_their_checkpoints(
     for trial in given_back:
         name = f"t{trial.number:04d}"
         assert trial.user_attrs[keys.CHECKPOINT] == stopped_at
-        reason = f"goes on from checkpoint-{stopped_at} at the next start"
+        reason = f"resumes from checkpoint-{stopped_at} at the next start"
         assert first.tracker.trials[name].ends == [("INTERRUPTED", None, f"stopped; {reason}")]
         assert f"{name} INTERRUPTED: {reason}" in first.screen.lines
     assert first.screen.running == set()
@@ -365,15 +364,13 @@ def test_a_checkpoint_that_is_not_sound_is_not_gone_on_from(tmp_path: Path) -> N
     second.engine.script["t0001", 12] = second.stop
     study = second.run()
     assert [(plan.trial, plan.checkpoint) for plan in second.engine.plans] == [("t0001", folder / "checkpoint-10")]
-    assert second.screen.lines[1] == "t0001 goes on from checkpoint-10: the one of step 14 is damaged or elsewhere"
+    assert second.screen.lines[1] == "t0001 resumes from checkpoint-10: its checkpoint of step 14 is damaged or missing"
     assert study.trials[1].user_attrs[keys.CHECKPOINT] == 12
     shutil.rmtree(folder)
     third = Session(tmp_path, 2, pruner=NopPruner())
     study = third.run()
     assert third.engine.plans[0].checkpoint is None
-    assert third.screen.lines[1] == (
-        "t0001 starts again from step 0: its checkpoint of step 12 can be had neither here nor from its run"
-    )
+    assert third.screen.lines[1] == ("t0001 starts again from step 0: its checkpoint of step 12 is damaged or missing")
     assert study.trials[1].intermediate_values.keys() == {10, 20, 30}
     assert study.trials[1].user_attrs[keys.CHECKPOINT] == 30
 
@@ -383,7 +380,7 @@ def test_a_trial_stopped_before_its_first_checkpoint_says_so(tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         session.run()
     assert states(session.study) == ["WAITING"]
-    reason = "stopped; goes on from its first step at the next start"
+    reason = "stopped; resumes from its first step at the next start"
     assert session.tracker.trials["t0000"].ends == [("INTERRUPTED", None, reason)]
 
 
@@ -423,7 +420,7 @@ elif sys.argv[2] == "ending a run":
     session.tracker.finish_trial = lambda trial, *_: kill() if trial == "t0003" else None
 elif sys.argv[2] == "between checkpoint and close":
     session.engine.script["t0003", 8] = session.stop
-    session.runner.close = kill
+    session.driver._close = kill
 session.run()
 """
 
@@ -466,7 +463,7 @@ def test_an_engine_that_breaks_leaves_the_failed_trial_failed_and_gives_the_othe
     with pytest.raises(RuntimeError, match="the device fell off"):
         session.run()
     assert states(session.study) == ["WAITING", "FAIL", "WAITING"]
-    assert standings(session.study)[1].reason == "the device fell off"
+    assert summaries(session.study)[1].reason == "the device fell off"
     assert [end[0] for end in session.tracker.trials["t0001"].ends] == ["FAILED"]
     for trial in ("t0000", "t0002"):
         assert [end[0] for end in session.tracker.trials[trial].ends] == ["INTERRUPTED"]
@@ -479,7 +476,7 @@ def test_closing_twice_changes_nothing(tmp_path: Path) -> None:
     session = Session(tmp_path, 2, engine=ScriptedEngine(1, {("t0001", 4): raising(KeyboardInterrupt())}))
     with pytest.raises(KeyboardInterrupt):
         session.run()
-    session.runner.close()
+    session.driver._close()
     assert len(session.tracker.trials["t0001"].ends) == 1
 
 
@@ -498,7 +495,7 @@ class Broken(RecordingTracker):
         self._touch("log", trial)
         super().log_points(trial, points)
 
-    def finish_trial(self, trial: str, end: End) -> None:
+    def finish_trial(self, trial: str, end: TrialEnd) -> None:
         self._touch("finish", trial)
         super().finish_trial(trial, end)
 
@@ -523,7 +520,7 @@ def test_a_tracker_that_breaks_is_not_hidden_and_no_trial_stays_running(tmp_path
 def test_the_time_of_recording_is_counted(tmp_path: Path) -> None:
     seconds: list[float] = []
     session = Session(tmp_path, 2)
-    session.engine.each_step = lambda: seconds.append(session.runner.record_seconds)
+    session.engine.each_step = lambda: seconds.append(session.driver.record_seconds)
     session.run()
     assert seconds[0] > 0
     assert seconds == sorted(seconds)
@@ -537,7 +534,7 @@ RESUMED = """
 import shutil, sys
 from pathlib import Path
 import optuna
-from agnews_lora.search.queue import waiting_specs
+from agnews_lora.search.study import enqueued_specs
 from tests.search.scripted import BUDGET, SHAPE, SPACE, ScriptedEngine, Session
 
 root = Path(sys.argv[1])
@@ -545,7 +542,7 @@ first = Session(root, 8, engine=ScriptedEngine(2))
 first.study.enqueue_trial({"targets": "qv", "rank_qv": 19, "dropout": 0.5, "learning_rate": 0.5})
 first.study.enqueue_trial({"targets": "nothing"})
 first.study.enqueue_trial({"targets": "ffn", "dropout": 0.5})
-assert [number for number, _ in waiting_specs(first.study, SPACE, SHAPE, BUDGET)] == [1, 3]
+assert [number for number, _ in enqueued_specs(first.study, SPACE, SHAPE, BUDGET)] == [1, 3]
 first.engine.script["t0000", 25] = first.stop
 first.run()
 shutil.rmtree(root / "work" / "t0000")
@@ -573,12 +570,12 @@ def test_a_study_with_steps_reported_twice_and_values_out_of_range_says_nothing_
 @pytest.mark.filterwarnings("ignore:The reported value is ignored")
 def test_a_step_that_is_reported_again_keeps_its_first_value(tmp_path: Path) -> None:
     session = Session(tmp_path, 1)
-    plan = session.runner.next()
+    plan = session.driver.next()
     assert plan is not None
     for value in (0.4, 0.9):
-        session.runner.evaluated([EvalPoint(plan.trial, 10, value, value, 0.5, 50, False, 1_000)])
+        session.driver.evaluated([EvalPoint(plan.trial, 10, value, value, 0.5, 50, False, 1_000)])
     assert session.study.trials[0].intermediate_values == {10: 0.4}
-    session.runner.close()
+    session.driver._close()
 
 
 # With the runs of MLflow --------------------------------------------------------------------------------------
@@ -588,10 +585,9 @@ def test_with_the_real_tracker_a_study_and_its_runs_agree(tmp_path: Path) -> Non
     client = open_client(tmp_path)
 
     def session() -> Session:
-        runs = SweepRuns(client, "scripted", "scripted")
+        runs = SweepRuns(client, "scripted", "scripted", {"budget": BUDGET}, {}, trial_curves)
         runs.open_parent("scripted", params={}, tags={}, texts={})
-        tracker = Records(runs, {"budget": BUDGET}, {"study": "scripted"})
-        return Session(tmp_path, 6, tracker=tracker, engine=ScriptedEngine(2), pruner=PeerMedianPruner(1, 0))
+        return Session(tmp_path, 6, tracker=runs, engine=ScriptedEngine(2), pruner=PeerMedianPruner(1, 0))
 
     first = session()
     good, bad = {"targets": "qv", "learning_rate": 2e-3}, {"targets": "qk", "learning_rate": 1e-4}
@@ -599,15 +595,15 @@ def test_with_the_real_tracker_a_study_and_its_runs_agree(tmp_path: Path) -> Non
         first.study.enqueue_trial(parameters)
     first.engine.script["t0003", 12] = first.stop
     first.run()
-    interrupted = [row for row in standings(first.study) if row.state == "WAITING"]
+    interrupted = [row for row in summaries(first.study) if row.state == "WAITING"]
     assert interrupted
     for row in interrupted:
         run = client.get_run(str(row.run_id))
         assert (run.info.status, run.data.tags["state"]) == ("KILLED", "INTERRUPTED")
-        assert run.data.tags["reason"].startswith("stopped; goes on from checkpoint-")
+        assert run.data.tags["reason"].startswith("stopped; resumes from checkpoint-")
 
     second = session()
-    rows = standings(second.run())
+    rows = summaries(second.run())
     assert {row.run_id for row in interrupted} < {row.run_id for row in rows}
     assert [row.state for row in rows[:3]] == ["COMPLETE", "FAIL", "FAIL"]
     assert {row.state for row in rows} == ENDED
@@ -622,7 +618,7 @@ def test_with_the_real_tracker_a_study_and_its_runs_agree(tmp_path: Path) -> Non
     assert {run.info.run_id for run in children} == {row.run_id for row in recorded}
 
 
-def check_run(client: MlflowClient, run_id: str | None, row: Standing, end: tuple[str, str]) -> None:
+def check_run(client: MlflowClient, run_id: str | None, row: TrialSummary, end: tuple[str, str]) -> None:
     assert run_id is not None
     assert row.spec is not None
     run = client.get_run(run_id)
@@ -663,7 +659,7 @@ class Away(RecordingTracker):
         self._reach()
         super().log_points(trial, points)
 
-    def finish_trial(self, trial: str, end: End) -> None:
+    def finish_trial(self, trial: str, end: TrialEnd) -> None:
         self._reach()
         super().finish_trial(trial, end)
 
@@ -684,7 +680,7 @@ def steps_of(tracker: RecordingTracker, kind: type[TrainPoint | EvalPoint]) -> d
 def test_a_tracker_that_is_away_for_a_while_gets_everything_in_order_afterwards(
     tmp_path: Path, num_slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agnews_lora.search.lines.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("agnews_lora.search.retry.RETRY_SECONDS", 0.0)
     tracker = Away()
     engine = ScriptedEngine(num_slots)
     session = Session(tmp_path, 6, pruner=NopPruner(), tracker=tracker, engine=engine)
@@ -701,7 +697,7 @@ def test_a_tracker_that_is_away_for_a_while_gets_everything_in_order_afterwards(
     assert set(map(tuple, steps_of(tracker, EvalPoint).values())) == {(10, 20, 30)}
     assert set(map(tuple, steps_of(tracker, TrainPoint).values())) == {(5, 10, 15, 20, 25, 30)}
     assert all([end[0] for end in recorded.ends] == ["COMPLETE"] for recorded in tracker.trials.values())
-    for trial, row in zip(study.trials, standings(study), strict=True):
+    for trial, row in zip(study.trials, summaries(study), strict=True):
         assert row.run_id == f"run-of-{row.trial}"
         assert trial.intermediate_values.keys() == {10, 20, 30}
 
@@ -709,12 +705,12 @@ def test_a_tracker_that_is_away_for_a_while_gets_everything_in_order_afterwards(
 def test_a_tracker_that_stays_away_ends_the_sweep_and_the_next_start_delivers_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agnews_lora.search.lines.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("agnews_lora.search.retry.RETRY_SECONDS", 0.0)
     tracker = Away()
     first = Session(tmp_path, 4, pruner=NopPruner(), tracker=tracker, patience=0.2)
     first.engine.script["t0001", 12] = lambda: setattr(tracker, "away", True)
     first.engine.each_step = lambda: time.sleep(0.01)
-    with pytest.raises(StorageError, match=r"the run store must take .* nothing is lost"):
+    with pytest.raises(StorageError, match=r"Cannot write to the run store.*Nothing is lost"):
         first.run()
     told = states(first.study)
     assert told[0] == "COMPLETE" and set(told[1:]) == {"WAITING"}, "nothing is told that its run does not know"
@@ -731,23 +727,24 @@ def test_a_storage_that_is_away_for_a_while_gets_everything_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trials that run go on, without being judged; new ones begin when it is back."""
-    monkeypatch.setattr("agnews_lora.search.lines.RETRY_SECONDS", 0.0)
-    monkeypatch.setattr("agnews_lora.search.runner.IDLE_SECONDS", 0.01)
+    monkeypatch.setattr("agnews_lora.search.retry.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("agnews_lora.search.driver.IDLE_SECONDS", 0.01)
     session = Session(tmp_path, 5, pruner=PeerMedianPruner(1, 0), engine=ScriptedEngine(2))
+    engine = session.study._storage._backend.engine  # type: ignore[attr-defined]
     database, moved, other = (tmp_path / name for name in ("optuna.db", "moved.db", "other.db"))
     other.write_text("This is no database." * 100)
 
     def leave() -> None:
         database.rename(moved)
         other.rename(database)
-        session.leases._engine.dispose()  # what is open would still reach the file that was moved
+        engine.dispose()  # what is open would still reach the file that was moved
         threading.Timer(0.5, come_back).start()
 
     def come_back() -> None:
         moved.replace(database)
-        session.leases._engine.dispose()
+        engine.dispose()
 
-    monkeypatch.setattr("agnews_lora.search.lines._FINAL_CODES", set())
+    monkeypatch.setattr("agnews_lora.search.retry._FINAL_CODES", set())
     session.engine.script["t0001", 9] = leave
     study = session.run()
     assert set(states(study)) <= {"COMPLETE", "PRUNED"} and len(study.trials) == 5
@@ -759,13 +756,13 @@ def test_a_storage_that_is_away_for_a_while_gets_everything_afterwards(
 def test_a_trial_that_kills_its_process_again_and_again_fails_with_the_reason(tmp_path: Path) -> None:
     for _ in range(MAX_ATTEMPTS):
         session = Session(tmp_path, 3, pruner=NopPruner())
-        plan = session.runner.next()
+        plan = session.driver.next()
         while plan is not None and plan.trial == "t0000":  # the baseline is sound
-            session.engine.run(Given(plan), session.runner)
-            plan = session.runner.next()
+            session.engine.run(Given(plan), session.driver)
+            plan = session.driver.next()
         assert plan is not None and plan.trial == "t0001"  # and here the process dies
     last = Session(tmp_path, 3, pruner=NopPruner())
-    rows = standings(last.run())
+    rows = summaries(last.run())
     assert [row.state for row in rows] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert rows[1].reason is not None
     assert rows[1].reason.startswith("5 attempts in a row ended without getting beyond a first checkpoint")
@@ -774,7 +771,7 @@ def test_a_trial_that_kills_its_process_again_and_again_fails_with_the_reason(tm
 
 
 class Given:
-    """A source of one plan that was taken from the runner already."""
+    """A source of one plan that was taken from the driver already."""
 
     def __init__(self, plan: TrialPlan) -> None:
         self.plans = [plan]
@@ -787,34 +784,54 @@ def test_a_checkpoint_ends_the_row_of_attempts(tmp_path: Path) -> None:
     for attempt in range(2 * MAX_ATTEMPTS):
         engine = ScriptedEngine(1, {("t0000", 11 if attempt % 2 else 5): raising(SystemExit())})
         session = Session(tmp_path, 1, engine=engine)
-        session.runner.close = lambda: None  # type: ignore[method-assign]  # as where the process is killed
+        session.driver._close = lambda: None  # type: ignore[method-assign]  # as where the process is killed
         with pytest.raises(SystemExit):
             session.run()
         shutil.rmtree(tmp_path / "work" / "t0000" / "checkpoint-10", ignore_errors=True)
     assert states(Session(tmp_path, 1).run()) == ["COMPLETE"]
 
 
-def test_a_trial_that_somebody_else_took_over_is_left_to_them(tmp_path: Path) -> None:
-    session = Session(tmp_path, 2, pruner=NopPruner())
-
-    def taken_over() -> None:
-        other = Leases.of(session.study, "elsewhere")
-        other.revoke("scripted/")
-        assert other.take("t0001")
-        session.leases.beat()
-
-    def ended_there() -> None:
-        other = Leases.of(session.study, "elsewhere")
-        session.study.tell(1, 0.75)
-        other.release("t0001")
-
-    session.engine.script["t0001", 12] = taken_over
-    timer = threading.Timer(1.0, ended_there)
-    timer.start()
+def test_a_trial_that_somebody_ended_in_the_study_stops_and_keeps_their_verdict(tmp_path: Path) -> None:
+    session = Session(tmp_path, 3, pruner=NopPruner())
+    session.engine.script["t0001", 12] = lambda: session.study.tell(1, 0.75)
     study = session.run()
-    timer.join()
-    assert states(study) == ["COMPLETE", "COMPLETE"]
+    assert states(study) == ["COMPLETE"] * 3
     assert study.trials[1].value == 0.75
-    assert session.tracker.trials["t0001"].ends == [], "its run is theirs as well"
-    assert "t0001 INTERRUPTED: another process goes on with it: this one was away" in session.screen.lines
-    assert steps_of(session.tracker, EvalPoint)["t0001"] == [10]
+    assert [end[0] for end in session.tracker.trials["t0001"].ends] == ["PRUNED"]
+    assert study.trials[2].intermediate_values.keys() == {10, 20, 30}
+
+
+# Workers that die ---------------------------------------------------------------------------------------------
+
+
+def test_the_trials_of_a_dead_worker_go_to_the_next_that_asks_under_their_numbers(tmp_path: Path) -> None:
+    session = Session(tmp_path, 4, pruner=NopPruner())
+    driver = session.driver
+    lost, other = driver.next("first"), driver.next("second")
+    assert lost is not None and other is not None
+    checkpoint(lost, 10, driver)
+    driver.evaluated([eval_point(lost, 10)])
+    driver.requeue([lost.trial], "its worker died")
+    again = driver.next("second")
+    assert again is not None
+    assert (again.trial, again.spec, again.seed) == (lost.trial, lost.spec, lost.seed)
+    assert again.checkpoint == tmp_path / "work" / lost.trial / "checkpoint-10"
+    assert f"{lost.trial} INTERRUPTED: its worker died" in session.screen.lines
+    driver._close()
+    assert states(session.study) == ["WAITING", "WAITING"]
+
+
+def test_a_trial_that_took_its_worker_twice_trains_alone(tmp_path: Path) -> None:
+    session = Session(tmp_path, 4, pruner=NopPruner())
+    driver = session.driver
+    for _ in range(2):
+        plan = driver.next("first")
+        assert plan is not None and plan.trial == "t0000"
+        driver.requeue([plan.trial], "its worker died")
+    beside = Session(tmp_path, 4, pruner=NopPruner()).driver  # of another start: t0000 is suspect there as well
+    first = beside.next("first")
+    assert first is not None and first.trial == "t0000"
+    assert beside.next("first") is None, "the suspect has its process for itself"
+    second = beside.next("second")
+    assert second is not None and second.trial == "t0001"
+    beside._close()

@@ -9,15 +9,14 @@ import optuna
 import pytest
 from optuna.pruners import NopPruner
 from optuna.samplers import RandomSampler
+from optuna.trial import TrialState
 
 from agnews_lora.adapters.budget import require_within_budget, trainable_parameters
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.config.sweep import Space
 from agnews_lora.errors import BudgetError
-from agnews_lora.search.claims import give_back
-from agnews_lora.search.queue import enqueue_baseline, waiting_specs
 from agnews_lora.search.space import suggest
-from agnews_lora.search.study import BASELINE, SPEC, open_storage, open_study
+from agnews_lora.search.study import BASELINE, SPEC, enqueue_baseline, enqueued_specs, open_storage, open_study
 from tests.search.scripted import BOTH_HEADS, BUDGET, INSIDE, OUTSIDE, SHAPE, SPACE
 
 
@@ -34,7 +33,7 @@ def with_baseline(root: Path, baseline: TrialSpec = OUTSIDE, space: Space = SPAC
 def waiting(study: optuna.Study, space: Space = SPACE) -> dict[int, TrialSpec]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return dict(waiting_specs(study, space, SHAPE, BUDGET))
+        return dict(enqueued_specs(study, space, SHAPE, BUDGET))
 
 
 # The baseline -------------------------------------------------------------------------------------------------
@@ -141,6 +140,6 @@ def test_trials_that_were_given_back_ended_or_run_are_not_waiting(tmp_path: Path
     trials = [study.ask() for _ in range(4)]
     for trial in trials[1:]:
         trial.set_user_attr(SPEC, suggest(trial, SPACE, SHAPE, BUDGET).as_dict())
-    give_back(study, trials[1]._trial_id)
+    study._storage.set_trial_state_values(trials[1]._trial_id, TrialState.WAITING)
     study.tell(trials[2], 0.5)
     assert {number: spec.rank for number, spec in waiting(opened(tmp_path)).items()} == {4: 5}

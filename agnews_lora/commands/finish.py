@@ -129,8 +129,7 @@ def refresh(client: MlflowClient, version: Version) -> None:
     """
     registry, own = Registry(client, version.model), page_of(client, version.run_id)
     parent = own.parent()
-    text = parent.read_text(RESULT) if parent else None
-    result = SweepResult.from_json(text) if text else None
+    result = _stored(parent.read_text(RESULT) if parent else None)
     if parent is None or result is None or result.winner is None or result.winner.run_id != version.run_id:
         registry.describe(version, version_description(version, own, parent))
         return
@@ -232,6 +231,14 @@ def write(result: SweepResult) -> Path:
     return path
 
 
+def _stored(text: str | None) -> SweepResult | None:
+    """The result in a file's text; None without one, or where another release wrote it."""
+    try:
+        return SweepResult.from_json(text) if text else None
+    except ValueError:
+        return None
+
+
 # The winner ----------------------------------------------------------------------------------------------------------
 
 
@@ -278,9 +285,9 @@ def _register(
 
 def _known_answers(result: SweepResult) -> Answers | None:
     """From an earlier end of the same study with the same winner and baseline."""
-    try:
-        found = SweepResult.from_json((RESULTS / f"{result.study}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or another version's
+    path = RESULTS / f"{result.study}.json"
+    found = _stored(path.read_text(encoding="utf-8") if path.is_file() else None)
+    if found is None:
         return None
     old, new = ([row and row.run_id for row in (each.winner, each.baseline)] for each in (found, result))
     return found.answers if (found.study_id, old) == (result.study_id, new) else None
@@ -308,9 +315,8 @@ def _answer(
     )
     predictions.to_csv(folder / PREDICTIONS, index=False, float_format="%.6f")
     page.log_files({PREDICTIONS: folder / PREDICTIONS})
-    page.log_table(
-        "mistakes", pd.DataFrame(answers.mistakes, columns=["row", "label", "predicted", "confidence", "text"])
-    )
+    columns = ["row", "label", "predicted", "confidence", "text"]
+    page.log_table("mistakes", pd.DataFrame(answers.mistakes, columns=columns))
     return answers
 
 

@@ -39,6 +39,8 @@ def run(name: str, version: int | None, tracking: str | None, as_json: bool) -> 
             version,
         )
         refresh(client, outcome.version)
+        if outcome.replaced is not None:
+            refresh(client, registry.version(outcome.replaced))
     if as_json:
         print(json.dumps(_as_dict(outcome)))
     if not outcome.passed:
@@ -76,6 +78,8 @@ def rollback(name: str, tracking: str | None, as_json: bool) -> int:
     client = open_client(tracking or STORES)
     with reaching(client):
         outcome = promotion.rollback(Registry(client, load_sweep(name).experiment.name))
+        for version in (outcome.previous, outcome.champion):
+            refresh(client, version)
     if as_json:
         numbers = {"champion": outcome.champion.number, "previous": outcome.previous.number}
         print(json.dumps({"model": outcome.champion.model, **numbers}))

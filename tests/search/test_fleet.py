@@ -331,7 +331,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_sweep(setting: Callable[..
     each = setting(1, 1)
     each.driver.folder.parent.mkdir(parents=True, exist_ok=True)
     each.driver.folder.write_text("no folder")
-    with pytest.raises(AgnewsLoraError, match="cannot be written"):
+    with pytest.raises(AgnewsLoraError, match="Cannot write the checkpoint"):
         each.run()
 
 

@@ -250,33 +250,33 @@ def _budget(options: argparse.Namespace) -> int:
 
 
 def _promote(options: argparse.Namespace) -> int:
-    _loaded_sweep(options)
+    experiment = _loaded_sweep(options).experiment
     from agnews_lora.commands import promote
 
     if options.rollback:
-        return promote.rollback(options.sweep, options.tracking, options.json)
-    return promote.run(options.sweep, options.version, options.tracking, options.json)
+        return promote.rollback(experiment, options.tracking, options.json)
+    return promote.run(experiment, options.version, options.tracking, options.json)
 
 
 def _predict(options: argparse.Namespace) -> int:
-    _loaded_sweep(options)
+    experiment = _loaded_sweep(options).experiment
     from agnews_lora.commands import predict
 
-    return predict.run(options.sweep, options.texts, options.file, options.json, options.tracking)
+    return predict.run(experiment, options.texts, options.file, options.json, options.tracking)
 
 
 def _serve(options: argparse.Namespace) -> int:
-    _loaded_sweep(options)
+    experiment = _loaded_sweep(options).experiment
     from agnews_lora.commands import serve
 
-    return serve.run(options.sweep, options.version, options.merged, options.port, options.tracking)
+    return serve.run(experiment, options.version, options.merged, options.port, options.tracking)
 
 
 def _export(options: argparse.Namespace) -> int:
-    _loaded_sweep(options)
+    experiment = _loaded_sweep(options).experiment
     from agnews_lora.commands import predict
 
-    return predict.export(options.sweep, options.to, options.tracking, options.json)
+    return predict.export(experiment, options.to, options.tracking, options.json)
 
 
 def _report(options: argparse.Namespace) -> int:

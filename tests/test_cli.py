@@ -288,7 +288,7 @@ def test_stores_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFixtu
 
 def test_predict_without_a_champion(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, "predict", "--sweep", "small", "Oil prices rose.")
-    assert "champion of small is needed" in message
+    assert "Cannot use small: it has no champion" in message
     assert "agnews-lora promote" in message
 
 

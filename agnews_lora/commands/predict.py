@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from agnews_lora.config.sweep import load_sweep
+from agnews_lora.config.experiment import Experiment
 from agnews_lora.errors import DataError
 from agnews_lora.paths import STORES
 from agnews_lora.serving.export import export as write_folder
@@ -21,12 +21,12 @@ from agnews_lora.tracking.store import open_client, reaching
 MAX_TEXT_WIDTH = 36  # with the labels of AG News, a line fits into 80 columns
 
 
-def run(sweep: str, texts: list[str], file: Path | None, as_json: bool, tracking: str | None) -> int:
+def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bool, tracking: str | None) -> int:
     """Print label and probabilities of every text: given, a line each from a file, or from standard input.
 
     Raises:
         DataError: no text, an empty one, or a file that cannot be read.
-        RegistryError: the sweep has no champion yet.
+        RegistryError: the experiment has no champion yet.
     """
     asked = [*texts, *(_lines(file) if file else [])]
     if not texts and file is None:
@@ -37,7 +37,7 @@ def run(sweep: str, texts: list[str], file: Path | None, as_json: bool, tracking
         _require_unicode(text)
     client = open_client(tracking or STORES)
     with reaching(client):
-        registry = Registry(client, load_sweep(sweep).experiment.name)
+        registry = Registry(client, experiment.name)
         version = registry.champion()
         package = Package.verified(registry, version)
     classifier = Classifier.load(package, version.tags["base"])
@@ -59,15 +59,15 @@ def run(sweep: str, texts: list[str], file: Path | None, as_json: bool, tracking
     return 0
 
 
-def export(sweep: str, to: Path, tracking: str | None, as_json: bool) -> int:
-    """Write the sweep's champion to a folder that stands alone.
+def export(experiment: Experiment, to: Path, tracking: str | None, as_json: bool) -> int:
+    """Write the experiment's champion to a folder that stands alone.
 
     Raises:
         RegistryError: there is no champion yet, or its files changed.
         StorageError: the folder holds something, or cannot be written.
     """
     client = open_client(tracking or STORES)
-    registry = Registry(client, load_sweep(sweep).experiment.name)
+    registry = Registry(client, experiment.name)
     with reaching(client):
         version = registry.champion()
         written = write_folder(registry, version, to)

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from agnews_lora.commands.finish import refresh
 from agnews_lora.commands.prepare import prepare
-from agnews_lora.config.sweep import load_sweep
+from agnews_lora.config.experiment import Experiment
 from agnews_lora.data.sources import prepare_test
 from agnews_lora.errors import PromotionError
 from agnews_lora.paths import STORES, TOKENS
@@ -18,14 +18,16 @@ from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client, reaching
 
 
-def run(name: str, version: int | None, tracking: str | None, as_json: bool) -> int:
-    """Check the sweep's candidate, or a version, and make it champion. tracking: URL, or None for the project's own.
+def run(experiment: Experiment, version: int | None, tracking: str | None, as_json: bool) -> int:
+    """Check the experiment's candidate, or a version, and make it champion.
+
+    Args:
+        tracking: URL of the run store, or None for the project's own.
 
     Raises:
         PromotionError: a check failed; no alias moved.
         AgnewsLoraError: anything else that the user can mend.
     """
-    experiment = load_sweep(name).experiment
     client = open_client(tracking or STORES)
     stage = prepare(experiment)
     registry = Registry(client, experiment.name)
@@ -69,7 +71,7 @@ def _as_dict(outcome: promotion.Promotion) -> dict[str, Any]:
     }
 
 
-def rollback(name: str, tracking: str | None, as_json: bool) -> int:
+def rollback(experiment: Experiment, tracking: str | None, as_json: bool) -> int:
     """Make the previous champion champion again.
 
     Raises:
@@ -77,7 +79,7 @@ def rollback(name: str, tracking: str | None, as_json: bool) -> int:
     """
     client = open_client(tracking or STORES)
     with reaching(client):
-        outcome = promotion.rollback(Registry(client, load_sweep(name).experiment.name))
+        outcome = promotion.rollback(Registry(client, experiment.name))
         for version in (outcome.previous, outcome.champion):
             refresh(client, version)
     if as_json:

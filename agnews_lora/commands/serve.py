@@ -7,7 +7,7 @@ import sys
 from types import FrameType
 from typing import Final
 
-from agnews_lora.config.sweep import load_sweep
+from agnews_lora.config.experiment import Experiment
 from agnews_lora.errors import StorageError
 from agnews_lora.paths import STORES
 
@@ -15,8 +15,8 @@ HOST: Final = "127.0.0.1"
 EXAMPLE: Final = """-H 'Content-Type: application/json' -d '{"inputs": ["Oil prices rose to a record."]}'"""
 
 
-def run(sweep: str, version: int | None, merged: bool, port: int, tracking: str | None) -> int:
-    """Serve the sweep's champion, or a version, until Ctrl-C. merged: with the adapter in the base's weights.
+def run(experiment: Experiment, version: int | None, merged: bool, port: int, tracking: str | None) -> int:
+    """Serve the experiment's champion, or a version, until Ctrl-C. merged: with the adapter in the base's weights.
 
     Raises:
         StorageError: the port is taken.
@@ -29,7 +29,6 @@ def run(sweep: str, version: int | None, merged: bool, port: int, tracking: str 
     from agnews_lora.tracking.registry import Registry
     from agnews_lora.tracking.store import open_client, reaching
 
-    experiment = load_sweep(sweep).experiment
     with bound(port) as listener:
         client = open_client(tracking or STORES)
         registry = Registry(client, experiment.name)

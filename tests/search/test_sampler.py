@@ -156,7 +156,7 @@ def test_seeds_derived_for_trials_and_parameters_differ_and_have_31_bits() -> No
         derived_seed(seed, number, name)
         for seed in range(10)
         for number in range(100)
-        for name in ("", "rank_qk", "rank_qv", "dropout")
+        for name in ("", "rank_share", "head", "dropout")
     }
     assert len(seeds) == 10 * 100 * 4
     assert min(seeds) >= 0

@@ -101,7 +101,7 @@ def _add_training(add: Add) -> None:
 
 
 def _add_using(add: Add) -> None:
-    promote = add("promote", _promote, "put the candidate through the gate and make it champion", "promote embedded")
+    promote = add("promote", _promote, "make the candidate champion, if it passes its checks", "promote embedded")
     _name_sweep(promote)
     which = promote.add_mutually_exclusive_group()
     which.add_argument("--version", type=_count, metavar="N", help="this version instead of the candidate")
@@ -116,9 +116,7 @@ def _add_using(add: Add) -> None:
     predict.add_argument("--json", action="store_true", help="as JSON, an object a line")
     _name_tracking(predict)
 
-    _name_serving(
-        add("serve", _serve, "answer over HTTP with the champion, by MLflow's scoring server", "serve --merged")
-    )
+    _name_serving(add("serve", _serve, "answer over HTTP with the champion", "serve --merged"))
 
     export = add("export", _export, "write the champion as a PEFT folder", "export --to exported")
     _name_sweep(export)
@@ -252,33 +250,33 @@ def _budget(options: argparse.Namespace) -> int:
 
 
 def _promote(options: argparse.Namespace) -> int:
-    _loaded_sweep(options)
+    experiment = _loaded_sweep(options).experiment
     from agnews_lora.commands import promote
 
     if options.rollback:
-        return promote.rollback(options.sweep, options.tracking, options.json)
-    return promote.run(options.sweep, options.version, options.tracking, options.json)
+        return promote.rollback(experiment, options.tracking, options.json)
+    return promote.run(experiment, options.version, options.tracking, options.json)
 
 
 def _predict(options: argparse.Namespace) -> int:
-    _loaded_sweep(options)
+    experiment = _loaded_sweep(options).experiment
     from agnews_lora.commands import predict
 
-    return predict.run(options.sweep, options.texts, options.file, options.json, options.tracking)
+    return predict.run(experiment, options.texts, options.file, options.json, options.tracking)
 
 
 def _serve(options: argparse.Namespace) -> int:
-    _loaded_sweep(options)
+    experiment = _loaded_sweep(options).experiment
     from agnews_lora.commands import serve
 
-    return serve.run(options.sweep, options.version, options.merged, options.port, options.tracking)
+    return serve.run(experiment, options.version, options.merged, options.port, options.tracking)
 
 
 def _export(options: argparse.Namespace) -> int:
-    _loaded_sweep(options)
-    from agnews_lora.commands import export
+    experiment = _loaded_sweep(options).experiment
+    from agnews_lora.commands import predict
 
-    return export.run(options.sweep, options.to, options.tracking, options.json)
+    return predict.export(experiment, options.to, options.tracking, options.json)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -45,8 +45,8 @@ class AdapterError(AgnewsLoraError):
     """Adapter files that do not hold what their specification says."""
 
 
-class GateError(AgnewsLoraError):
-    """A registered version that does not pass the gate."""
+class PromotionError(AgnewsLoraError):
+    """A version that fails its promotion checks, or answers otherwise than when it was registered."""
 
 
 class RegistryError(AgnewsLoraError):

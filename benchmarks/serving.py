@@ -27,7 +27,7 @@ from agnews_lora.adapters.base_models import resolve
 from agnews_lora.cli import ENVIRONMENT
 from agnews_lora.data import newswire
 from agnews_lora.paths import STORES
-from agnews_lora.serving.package import Package
+from agnews_lora.serving.model_package import Package
 from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client
 from tests.project import command, environment, write_project
@@ -76,7 +76,7 @@ def measure(adapter: Mapping[str, object], folder: Path) -> Measured:
     os.chdir(folder)
     registry = Registry(open_client(STORES), "small")
     chosen = registry.version(1)
-    package, base = Package(registry.folder(chosen)), resolve(chosen.tags["base"])
+    package, base = Package.verified(registry, chosen), resolve(chosen.tags["base"])
     with ExitStack() as running:
         servers = {way: running.enter_context(serving(folder, merged)) for way, merged in WAYS.items()}
         over_http = in_turn({way: server.ask for way, server in servers.items()}, texts)
@@ -166,7 +166,7 @@ def table(measured: Measured) -> str:
 def report(measured: Mapping[str, Measured], loads: tuple[float, float], tags: Mapping[str, str]) -> str:
     """The result file. loads: the machine's average before and after. tags: the provenance of a run."""
     dirty = " (dirty)" if tags.get("git.dirty") == "true" else ""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "mlflow", "uvicorn"))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "fastapi", "uvicorn"))
     busy = " Other programs were running: read the ratios, not the times." if loads[0] > 0.5 else ""
     parts = [f"## {adapter}\n\n{table(each)}" for adapter, each in measured.items()]
     return f"""\
@@ -180,7 +180,7 @@ Both ways answer the same requests in turn, one client that waits for each answe
 seed {SEED}) cut at 80 tokens. Requests to each: {", ".join(f"{rounds} of {size}" for size, rounds in ROUNDS.items())} \
 texts. Rates are those
 of the median request, and their ratio is the median over pairs of requests that followed each other. In process
-is `Classifier.predict`; over HTTP adds the client, MLflow's scoring server and the layer in front of it.
+is `Classifier.predict`; over HTTP adds the client and the server.
 
 {chr(10).join(f"{part}{chr(10)}" for part in parts).rstrip()}
 """

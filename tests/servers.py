@@ -53,7 +53,7 @@ class Postgres:
         return self.database("agnews")
 
     def database(self, name: str) -> str:
-        """URL of one of the databases: `agnews`, `mlflow` or `mlflow_auth`."""
+        """URL of one of the databases: `agnews` or `mlflow`."""
         return f"postgresql://agnews@127.0.0.1:{self.port}/{name}"
 
     def start(self) -> None:

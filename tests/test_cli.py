@@ -51,6 +51,7 @@ def test_the_command_line_is_the_designs() -> None:
     assert words == {
         "train": ["--json", "--quiet", "experiment"],
         "sweep": [
+            "--address",
             "--json",
             "--new",
             "--patience",
@@ -62,7 +63,6 @@ def test_the_command_line_is_the_designs() -> None:
             "--workers",
             "sweep",
         ],
-        "worker": ["--patience", "--quiet", "--storage", "--supervised", "--tracking", "sweep"],
         "budget": ["--json", "sweep"],
         "promote": ["--json", "--rollback", "--tracking", "--version", "sweep"],
         "predict": ["--file", "--json", "--sweep", "--tracking", "texts"],
@@ -76,7 +76,7 @@ def test_the_command_line_is_the_designs() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "train", "sweep", "worker", "budget", "promote", "predict", "serve", "export", "report", "ui", "doctor"],
+    ["", "train", "sweep", "budget", "promote", "predict", "serve", "export", "report", "ui", "doctor"],
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -143,7 +143,7 @@ print("PROBE", code, used.ru_utime + used.ru_stime, *set(sys.argv[1].split()) & 
     ("arguments", "expected"),
     [
         *((words, 0) for words in ("--help", "sweep --help", "budget small", "budget small --json")),
-        *((f"{command} mistyped", 2) for command in ("sweep", "train", "worker", "budget", "promote", "serve")),
+        *((f"{command} mistyped", 2) for command in ("sweep", "train", "budget", "promote", "serve")),
         *((words, 2) for words in ("promote mistyped --rollback", "export mistyped --to out", "sweep absent")),
         ("predict --sweep mistyped text", 2),
     ],
@@ -288,7 +288,7 @@ def test_stores_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFixtu
 
 def test_predict_without_a_champion(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, "predict", "--sweep", "small", "Oil prices rose.")
-    assert "champion of small is needed" in message
+    assert "Cannot use small: it has no champion" in message
     assert "agnews-lora promote" in message
 
 

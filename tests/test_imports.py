@@ -42,7 +42,9 @@ HOMES = {
     "optuna": {"search", "commands"},  # `commands` joins the rooms: it hands a study and a client from one to another
     "ray": {"search.ray_cluster"},
     "mlflow": {"tracking", "serving", "commands"},
-    "uvicorn": {"commands.serve"},
+    "fastapi": {"serving.server"},
+    "starlette": {"serving.server"},
+    "uvicorn": {"serving.server"},
     "matplotlib": {"reporting"},
     "jinja2": {"reporting", "tracking"},
     "typst": {"reporting"},

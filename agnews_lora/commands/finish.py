@@ -29,10 +29,9 @@ from agnews_lora.data.sources import Corpus
 from agnews_lora.paths import STORES
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, draw, thumbnails
 from agnews_lora.search import space
-from agnews_lora.search.results import Answers, Registration, SweepFacts, SweepResult
+from agnews_lora.search.results import Answers, SweepFacts, SweepResult
 from agnews_lora.serving import reload
-from agnews_lora.serving.gate import recorded_score
-from agnews_lora.serving.registration import Winner, register
+from agnews_lora.serving.model_package import Winner, register, registration_of
 from agnews_lora.tracking.descriptions import (
     Pages,
     model_description,
@@ -84,7 +83,7 @@ def finish(
         wall_seconds, record_seconds: of this start of the sweep so far, see `SweepResult`.
 
     Raises:
-        GateError, BudgetError, AdapterError: the winner cannot be registered; the parent run stays open.
+        PromotionError, BudgetError, AdapterError: the winner cannot be registered; the parent run stays open.
     """
     began, parent, registry = time.perf_counter(), runs.page(), Registry(runs.client, sweep.experiment.name)
     result = SweepResult.from_study(
@@ -130,8 +129,7 @@ def refresh(client: MlflowClient, version: Version) -> None:
     """
     registry, own = Registry(client, version.model), page_of(client, version.run_id)
     parent = own.parent()
-    text = parent.read_text(RESULT) if parent else None
-    result = SweepResult.from_json(text) if text else None
+    result = _stored(parent.read_text(RESULT) if parent else None)
     if parent is None or result is None or result.winner is None or result.winner.run_id != version.run_id:
         registry.describe(version, version_description(version, own, parent))
         return
@@ -179,14 +177,6 @@ def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
         adapter=experiment.spec,
         confirmation=sweep.confirmation.model_dump() if sweep.confirmation else None,
     )
-
-
-def registration_of(registry: Registry, version: Version) -> Registration:
-    score = recorded_score(version)
-    test = {name: getattr(score, name) for name in ("accuracy", "low", "high", "macro_f1")} if score else None
-    if score and test:
-        test["rows"] = score.num_rows
-    return Registration(version.model, version.number, version.aliases, (), test)
 
 
 def metrics_of(result: SweepResult) -> dict[str, float]:
@@ -241,6 +231,14 @@ def write(result: SweepResult) -> Path:
     return path
 
 
+def _stored(text: str | None) -> SweepResult | None:
+    """The result in a file's text; None without one, or where another release wrote it."""
+    try:
+        return SweepResult.from_json(text) if text else None
+    except ValueError:
+        return None
+
+
 # The winner ----------------------------------------------------------------------------------------------------------
 
 
@@ -287,9 +285,9 @@ def _register(
 
 def _known_answers(result: SweepResult) -> Answers | None:
     """From an earlier end of the same study with the same winner and baseline."""
-    try:
-        found = SweepResult.from_json((RESULTS / f"{result.study}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or another version's
+    path = RESULTS / f"{result.study}.json"
+    found = _stored(path.read_text(encoding="utf-8") if path.is_file() else None)
+    if found is None:
         return None
     old, new = ([row and row.run_id for row in (each.winner, each.baseline)] for each in (found, result))
     return found.answers if (found.study_id, old) == (result.study_id, new) else None
@@ -317,9 +315,8 @@ def _answer(
     )
     predictions.to_csv(folder / PREDICTIONS, index=False, float_format="%.6f")
     page.log_files({PREDICTIONS: folder / PREDICTIONS})
-    page.log_table(
-        "mistakes", pd.DataFrame(answers.mistakes, columns=["row", "label", "predicted", "confidence", "text"])
-    )
+    columns = ["row", "label", "predicted", "confidence", "text"]
+    page.log_table("mistakes", pd.DataFrame(answers.mistakes, columns=columns))
     return answers
 
 

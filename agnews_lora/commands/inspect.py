@@ -149,7 +149,7 @@ def ui(port: int) -> int:
     Raises:
         StorageError: the run store cannot be opened, or the port is taken.
     """
-    from agnews_lora.commands.loopback import HOST, bound
+    from agnews_lora.commands.serve import HOST, bound
     from agnews_lora.tracking.runs import newest_sweeps
     from agnews_lora.tracking.store import open_client, tracking_uri
 

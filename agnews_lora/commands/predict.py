@@ -1,4 +1,4 @@
-"""`agnews-lora predict`: ask the champion."""
+"""`agnews-lora predict` and `agnews-lora export`: use the champion."""
 
 import json
 import sys
@@ -8,34 +8,39 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from agnews_lora.config.sweep import load_sweep
+from agnews_lora.config.experiment import Experiment
 from agnews_lora.errors import DataError
 from agnews_lora.paths import STORES
-from agnews_lora.serving.markdown import one_line
-from agnews_lora.serving.predict import load_champion
+from agnews_lora.serving.export import export as write_folder
+from agnews_lora.serving.model_package import Package
+from agnews_lora.serving.predict import Classifier
+from agnews_lora.tracking.descriptions import one_line
 from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client, reaching
 
 MAX_TEXT_WIDTH = 36  # with the labels of AG News, a line fits into 80 columns
 
 
-def run(sweep: str, texts: list[str], file: Path | None, as_json: bool, tracking: str | None) -> int:
+def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bool, tracking: str | None) -> int:
     """Print label and probabilities of every text: given, a line each from a file, or from standard input.
 
     Raises:
         DataError: no text, an empty one, or a file that cannot be read.
-        RegistryError: the sweep has no champion yet.
+        RegistryError: the experiment has no champion yet.
     """
     asked = [*texts, *(_lines(file) if file else [])]
     if not texts and file is None:
         asked = [line for line in _standard_input().splitlines() if line.strip()]
     if not asked:
-        raise DataError("at least one text is needed, but none was given; name it, or a file with --file")
+        raise DataError("Cannot predict: no text was given. Name one, or a file with --file.")
     for text in asked:
         _require_unicode(text)
     client = open_client(tracking or STORES)
     with reaching(client):
-        classifier = load_champion(Registry(client, load_sweep(sweep).experiment.name))
+        registry = Registry(client, experiment.name)
+        version = registry.champion()
+        package = Package.verified(registry, version)
+    classifier = Classifier.load(package, version.tags["base"])
     predictions = classifier.predict(asked)
     if as_json:
         for text, prediction in zip(asked, predictions, strict=True):
@@ -54,19 +59,40 @@ def run(sweep: str, texts: list[str], file: Path | None, as_json: bool, tracking
     return 0
 
 
+def export(experiment: Experiment, to: Path, tracking: str | None, as_json: bool) -> int:
+    """Write the experiment's champion to a folder that stands alone.
+
+    Raises:
+        RegistryError: there is no champion yet, or its files changed.
+        StorageError: the folder holds something, or cannot be written.
+    """
+    client = open_client(tracking or STORES)
+    registry = Registry(client, experiment.name)
+    with reaching(client):
+        version = registry.champion()
+        written = write_folder(registry, version, to)
+    if as_json:
+        print(json.dumps({"model": version.model, "version": version.number, "folder": str(written)}))
+        return 0
+    Console(highlight=False, markup=False).print(
+        f"{version} is in {to}: PEFT's files, the tokenizer and a model card (README.md)", soft_wrap=True
+    )
+    return 0
+
+
 def _standard_input() -> str:
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise DataError("texts are read from standard input as UTF-8, but it is not; convert it") from error
+        raise DataError("Cannot read standard input: it is not UTF-8. Convert it.") from error
 
 
 def _require_unicode(text: str) -> None:
-    """What the shell gives in another encoding, Python keeps as halves of characters, which no tokenizer takes."""
+    """Refuse an argument in another encoding: Python keeps it as halves of characters, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"a text must be valid UTF-8, but {one_line(text)!r} is not; convert it") from error
+        raise DataError(f"Cannot read text {one_line(text)!r}: it is not UTF-8. Convert it.") from error
 
 
 def _lines(file: Path) -> list[str]:
@@ -74,4 +100,4 @@ def _lines(file: Path) -> list[str]:
         return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"texts are read from {file}, but it cannot be read ({reason}); name a text file") from error
+        raise DataError(f"Cannot read texts from {file}: {reason}. Name a text file.") from error

@@ -1,38 +1,38 @@
-"""`agnews-lora promote`: a registered version through the gate, or the way back."""
+"""`agnews-lora promote`: check a registered version and make it champion, or roll back."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from mlflow import MlflowClient
 from rich.console import Console
 from rich.markup import escape
 
 from agnews_lora.commands.finish import refresh
 from agnews_lora.commands.prepare import prepare
-from agnews_lora.config.sweep import load_sweep
+from agnews_lora.config.experiment import Experiment
 from agnews_lora.data.sources import prepare_test
+from agnews_lora.errors import PromotionError
 from agnews_lora.paths import STORES, TOKENS
-from agnews_lora.serving import gate
+from agnews_lora.serving import promotion
 from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client, reaching
 
 
-def run(name: str, version: int | None, tracking: str | None, as_json: bool) -> int:
-    """Judge the sweep's candidate, or a version, and make it champion. tracking: URL, or None for the project's own.
+def run(experiment: Experiment, version: int | None, tracking: str | None, as_json: bool) -> int:
+    """Check the experiment's candidate, or a version, and make it champion.
+
+    Args:
+        tracking: URL of the run store, or None for the project's own.
 
     Raises:
-        GateError: it does not pass; no alias moved.
+        PromotionError: a check failed; no alias moved.
         AgnewsLoraError: anything else that the user can mend.
     """
-    experiment = load_sweep(name).experiment
     client = open_client(tracking or STORES)
     stage = prepare(experiment)
     registry = Registry(client, experiment.name)
-    with reaching(client), _refreshed(client, registry, version):
-        promotion = gate.promote(
+    with reaching(client):
+        outcome = promotion.promote(
             registry,
             stage.corpus,
             lambda: prepare_test(
@@ -40,41 +40,38 @@ def run(name: str, version: int | None, tracking: str | None, as_json: bool) -> 
             ),
             version,
         )
+        refresh(client, outcome.version)
+        if outcome.replaced is not None:
+            refresh(client, registry.version(outcome.replaced))
     if as_json:
-        print(json.dumps(_as_dict(promotion)))
+        print(json.dumps(_as_dict(outcome)))
+    if not outcome.passed:
+        raise PromotionError(outcome.refusal)
+    if as_json:
         return 0
     console = Console(highlight=False)
-    for finding in promotion.findings:
+    for finding in outcome.findings:
         console.print(f"[green]passed[/]  {escape(finding.rule)}: {escape(finding.found)}", soft_wrap=True)
-    scored = "as scored at its first promotion" if promotion.scored_before else "scored now, once for this version"
-    console.print(f"[bold]{promotion.version} is champion[/] (the one before: {promotion.replaced or 'none'})")
-    console.print(f"test split, {scored}: {gate.score_line(promotion.score)}", soft_wrap=True)
+    scored = "as scored at its first promotion" if outcome.scored_before else "scored now, once for this version"
+    console.print(f"[bold]{outcome.version} is champion[/] (the one before: {outcome.replaced or 'none'})")
+    console.print(f"test split, {scored}: {outcome.score}", soft_wrap=True)
     return 0
 
 
-@contextmanager
-def _refreshed(client: MlflowClient, registry: Registry, number: int | None) -> Iterator[None]:
-    """Brings the pages of the version that is judged up to date, also where it is refused."""
-    judged = registry.version(number) if number is not None else registry.waiting()
-    try:
-        yield
-    finally:
-        if judged is not None:
-            refresh(client, registry.version(judged.number))
-
-
-def _as_dict(promotion: gate.Promotion) -> dict[str, Any]:
+def _as_dict(outcome: promotion.Promotion) -> dict[str, Any]:
     return {
-        "model": promotion.version.model,
-        "champion": promotion.version.number,
-        "previous": promotion.replaced,
-        "checks": [{"rule": finding.rule, "found": finding.found} for finding in promotion.findings],
-        "test": asdict(promotion.score),
-        "scored_before": promotion.scored_before,
+        "model": outcome.version.model,
+        "version": outcome.version.number,
+        "passed": outcome.passed,
+        "champion": outcome.version.number if outcome.passed else None,
+        "previous": outcome.replaced,
+        "checks": [asdict(finding) for finding in outcome.findings],
+        "test": asdict(outcome.score) if outcome.score else None,
+        "scored_before": outcome.scored_before,
     }
 
 
-def rollback(name: str, tracking: str | None, as_json: bool) -> int:
+def rollback(experiment: Experiment, tracking: str | None, as_json: bool) -> int:
     """Make the previous champion champion again.
 
     Raises:
@@ -82,7 +79,9 @@ def rollback(name: str, tracking: str | None, as_json: bool) -> int:
     """
     client = open_client(tracking or STORES)
     with reaching(client):
-        outcome = gate.rollback(Registry(client, load_sweep(name).experiment.name))
+        outcome = promotion.rollback(Registry(client, experiment.name))
+        for version in (outcome.previous, outcome.champion):
+            refresh(client, version)
     if as_json:
         numbers = {"champion": outcome.champion.number, "previous": outcome.previous.number}
         print(json.dumps({"model": outcome.champion.model, **numbers}))

@@ -1,4 +1,4 @@
-"""`agnews-lora serve`: a registered version behind MLflow's scoring server, on loopback."""
+"""`agnews-lora serve`: a registered version over HTTP, on loopback."""
 
 import os
 import signal
@@ -7,67 +7,71 @@ import sys
 from types import FrameType
 from typing import Final
 
-from agnews_lora.commands.loopback import HOST, bound
-from agnews_lora.config.sweep import load_sweep
+from agnews_lora.config.experiment import Experiment
+from agnews_lora.errors import StorageError
 from agnews_lora.paths import STORES
-from agnews_lora.serving.front import INVOCATIONS
-from agnews_lora.serving.predict import champion, verified_package
-from agnews_lora.serving.served import Served, serve
-from agnews_lora.tracking.registry import Registry
-from agnews_lora.tracking.store import open_client, reaching
 
-IDLE_SECONDS: Final = 60  # a client that asks again after a while finds its connection still open
-LEAVE_SECONDS: Final = 2  # for answers that are on their way when the server is told to end
+HOST: Final = "127.0.0.1"
 EXAMPLE: Final = """-H 'Content-Type: application/json' -d '{"inputs": ["Oil prices rose to a record."]}'"""
 
 
-def run(sweep: str, version: int | None, merged: bool, port: int, tracking: str | None) -> int:
-    """Serve the sweep's champion, or a version, until Ctrl-C. merged: with the adapter in the base's weights.
+def run(experiment: Experiment, version: int | None, merged: bool, port: int, tracking: str | None) -> int:
+    """Serve the experiment's champion, or a version, until Ctrl-C. merged: with the adapter in the base's weights.
 
     Raises:
         StorageError: the port is taken.
         RegistryError: there is no champion or no such version, or its files changed.
-        GateError: it does not answer as when it was registered.
+        PromotionError: it answers otherwise than when it was registered.
     """
-    experiment = load_sweep(sweep).experiment
+    from agnews_lora.serving import server
+    from agnews_lora.serving.model_package import Package, ReferenceAnswers
+    from agnews_lora.serving.predict import Classifier
+    from agnews_lora.tracking.registry import Registry
+    from agnews_lora.tracking.store import open_client, reaching
+
     with bound(port) as listener:
         client = open_client(tracking or STORES)
         registry = Registry(client, experiment.name)
         with reaching(client):
-            chosen = champion(registry) if version is None else registry.version(version)
-            package = verified_package(registry, chosen)
-        served = serve(package, str(chosen), merged)
+            chosen = registry.champion() if version is None else registry.version(version)
+            package = Package.verified(registry, chosen)
+        classifier = Classifier.load(package, chosen.tags["base"], merged)
+        answers = ReferenceAnswers.read(package.reference)
+        difference = server.largest_difference(classifier, answers, str(chosen), merged)
         way = "the adapter merged into its base" if merged else "the adapter on its base"
         print(
-            f"Checked: {chosen}, {way}, gives the labels and logits of its registration on {served.num_rows} rows "
-            f"(largest difference {served.difference:.1g})"
+            f"Checked: {chosen}, {way}, gives the labels and logits of its registration on {len(answers.rows)} rows "
+            f"(largest difference {difference:.1g})"
         )
-        _answer(served, listener)
+        signal.signal(signal.SIGINT, _leave)
+        listener.listen()
+        address = f"http://{HOST}:{listener.getsockname()[1]}{server.INVOCATIONS}"
+        print(f"Serving {address}  (Ctrl-C ends it)\n  curl {address} {EXAMPLE}", flush=True)
+        server.run(server.application(classifier, chosen), listener)
     return 0
 
 
-def _answer(served: Served, listener: socket.socket) -> None:
-    """Answer until a signal comes."""
-    import uvicorn
+def bound(port: int) -> socket.socket:
+    """The port of this machine alone, taken but not answering yet: a connection before it listens is refused at once.
 
-    config = uvicorn.Config(
-        served.application,
-        lifespan="off",
-        ws="none",
-        log_level="error",
-        server_header=False,
-        timeout_keep_alive=IDLE_SECONDS,
-        timeout_graceful_shutdown=LEAVE_SECONDS,
-    )
-    signal.signal(signal.SIGINT, _leave)
-    listener.listen()
-    address = f"http://{HOST}:{listener.getsockname()[1]}{INVOCATIONS}"
-    print(f"Serving {address}  (Ctrl-C ends it)\n  curl {address} {EXAMPLE}", flush=True)
-    uvicorn.Server(config).run(sockets=[listener])
+    Raises:
+        StorageError: it is taken.
+    """
+    # With its protocol named, asyncio sends an answer's parts at once; else each waits 40 ms for the one before.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, port))
+    except OSError as error:
+        listener.close()
+        raise StorageError(f"Cannot use port {port}: {error.strerror}. Take another with --port.") from error
+    return listener
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """End at once after Ctrl-C, which uvicorn hands on when it has closed: Python would first wait for a thread that
-    still computes an answer, though nobody waits for that any more."""
+    """End at once after Ctrl-C, which uvicorn hands on when it has closed.
+
+    Python would first wait for the thread that computes an answer, though nobody waits for that any more.
+    """
     print("agnews-lora: interrupted", file=sys.stderr, flush=True)
     os._exit(130)

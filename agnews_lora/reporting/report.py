@@ -18,10 +18,9 @@ import pandas as pd
 from agnews_lora.adapters.budget import head_parameters, parameters_per_rank
 from agnews_lora.errors import StorageError
 from agnews_lora.reporting import figures
-from agnews_lora.reporting.paired import Pairs, difference_interval, two_sided_p_value
 from agnews_lora.reporting.progress import duration
 from agnews_lora.search.results import Confirmed, SweepResult, TrialSummary
-from agnews_lora.serving.stats import accuracy_interval
+from agnews_lora.serving.stats import Pairs, accuracy_interval, difference_interval, two_sided_p_value
 
 TEMPLATES: Final = Path(__file__).parent
 TOP: Final = 10  # trials of the leaderboard

@@ -5,6 +5,7 @@ Knows workers by the two protocols below only, not how they are started or reach
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
@@ -84,6 +85,10 @@ class Driver(Observer, Protocol):
 
     def catch_up(self) -> None: ...
 
+    def driving(self) -> AbstractContextManager[None]:
+        """Returns the trials that did not end to the queue, at the end of the block."""
+        ...
+
 
 @dataclass(eq=False)
 class _Member:
@@ -138,6 +143,12 @@ class Fleet:
         Raises:
             AgnewsLoraError: a worker met a fault that the user can mend, or workers die again and again.
         """
+        with self._driver.driving():
+            self._train()
+        if self._fault:
+            raise self._fault
+
+    def _train(self) -> None:
         stopped_at: float | None = None
         try:
             while not self._driver.is_done():
@@ -150,8 +161,6 @@ class Fleet:
                 self._exchange(stopped_at is not None)
         finally:
             self._drop(list(self._members))
-        if self._fault:
-            raise self._fault
 
     def _drop(self, members: list[_Member]) -> None:
         for member in members:

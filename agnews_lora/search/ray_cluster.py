@@ -55,6 +55,8 @@ def train(
         ConfigError: Ray is not installed, more workers than GPUs, or a cluster that cannot be joined.
         AgnewsLoraError: a worker met a fault that the user can mend, or workers die again and again.
     """
+    if driver.is_done():
+        return
     if find_spec("ray") is None:
         raise ConfigError(
             "Cannot train with several workers: Ray is not installed. Run `pip install 'agnews-lora[cluster]'`."
@@ -118,10 +120,14 @@ class _Handle:
 
 
 def _reason(error: Exception) -> str:
-    """Ray's message without the actor's numbers, the line that says what happened first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    causes = [line for line in lines if "cause" in line.lower() or "reason" in line.lower()]
-    return "\n".join(dict.fromkeys([*causes, *lines]))
+    """What Ray knows of an actor's death, in one line, and where its last words are."""
+    text = " ".join(str(error).split())
+    detail = text.partition("Worker exit detail: ")[2].partition(" Some common causes")[0]
+    if "End of file" in detail:
+        detail = "its process was killed, ran out of memory, or crashed"
+    return (
+        f"{detail or text[:300]}\nIts output is in Ray's logs, by default /tmp/ray/session_latest/logs on its machine."
+    )
 
 
 class _Actors:
@@ -248,7 +254,9 @@ def _protect_token() -> None:
 
 def _init_ray(address: str, **options: Any) -> None:
     import ray
+    import ray._private.worker
 
+    ray._private.worker._worker_logs_enabled = False  # it would print what raylets say to stdout, across table and JSON
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)

@@ -1,1 +1,1 @@
-"""The winner at work: registered, judged at the gate, asked for predictions, exported."""
+"""The winner in use: registered, promoted, asked for predictions, exported."""

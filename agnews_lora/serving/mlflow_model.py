@@ -12,24 +12,23 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 
 class NewsClassifier(PythonModel):
-    """Labels texts with a registered adapter, which `model_config={"merged": True}` merges into the base's weights.
+    """Label texts with a registered adapter, which `model_config={"merged": True}` merges into the base's weights.
 
     The base is found by `model_config["base"]`. Where it has moved, `mlflow.pyfunc.load_model` takes another one:
-    `model_config={"base": ...}`. Whoever serves it has no version whose tags could be asked, so the hashes of its files
-    are in `model_config` as well.
+    `model_config={"base": ...}`. MLflow does not hand over the version's tags, so the hashes of the files are in
+    `model_config` as well.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
         from agnews_lora.adapters.base_models import resolve
         from agnews_lora.errors import RegistryError
-        from agnews_lora.serving.package import hashes
+        from agnews_lora.serving.model_package import hashes
         from agnews_lora.serving.predict import Classifier
 
         artifacts = {name: Path(path) for name, path in context.artifacts.items()}
         if hashes(artifacts) != context.model_config["sha256"]:
             raise RegistryError(
-                "the model's files must be those that were registered, but they changed since; put them back, or serve "
-                "another version"
+                "Cannot load the model: its files changed since it was registered. Put them back, or serve another."
             )
         base = resolve(context.model_config["base"])
         merged = context.model_config["merged"]

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +13,11 @@ from agnews_lora.adapters.adapter_files import load_with_peft, read_record
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.data.cleaning import clean
 from agnews_lora.data.tokens import TokenTable, load_tokenizer
-from agnews_lora.errors import DataError, RegistryError
-from agnews_lora.serving.package import Package
+from agnews_lora.errors import DataError
+from agnews_lora.serving.model_package import Package
 from agnews_lora.serving.reload import full_precision
 from agnews_lora.training.device import training_device
 from agnews_lora.training.metrics import predict_logits
-
-if TYPE_CHECKING:
-    from agnews_lora.tracking.registry import Registry, Version
 
 BATCH_SIZE: Final = 32
 
@@ -36,16 +33,27 @@ class Prediction:
 class Classifier:
     """An adapter on its base, with the tokenizer it was trained with: fp32, on CUDA where there is one.
 
-    adapter: folder with PEFT's files and the adapter's record. tokenizer: folder with the tokenizer's files. merged:
-    the adapter's products are added to the base's weights (W + alpha/r·BA, and the head in the base's place), so that
-    it computes what the base alone would; its logits differ by rounding.
-
     Threads may share it; they take turns.
+
+    Args:
+        adapter: folder with PEFT's files and the adapter's record.
+        tokenizer: folder with the tokenizer's files.
+        merged: add the adapter's products to the base's weights (W + alpha/r·BA, and the head in the base's place), so
+            that prediction costs no more than the base alone; the logits differ by rounding.
 
     Raises:
         AdapterError: the files are not an adapter, or not one of this base.
         BaseModelError: the tokenizer cannot be read.
     """
+
+    @classmethod
+    def load(cls, package: Package, base: str, merged: bool = False) -> Self:
+        """A registered model, ready to predict. base: its locator, the version's tag `base`.
+
+        Raises:
+            BaseModelError: the base is not where it was.
+        """
+        return cls(package.adapter, package.tokenizer, resolve(base), merged)
 
     def __init__(self, adapter: Path, tokenizer: Path, base: BaseModel, merged: bool = False) -> None:
         record = read_record(adapter)
@@ -102,8 +110,7 @@ def cleaned_texts(texts: Sequence[str]) -> list[str]:
     empty = [str(index) for index, text in enumerate(cleaned) if not _shows(text)]
     if empty:
         raise DataError(
-            f"a text must hold some words, but nothing is left of text {', '.join(empty)} (counted from 0) after "
-            "cleaning; leave it out"
+            f"Cannot label text {', '.join(empty)} (counted from 0): nothing is left after cleaning. Leave it out."
         )
     return cleaned
 
@@ -111,48 +118,3 @@ def cleaned_texts(texts: Sequence[str]) -> list[str]:
 def _shows(text: str) -> bool:
     """Whether there is anything to read: neither spaces nor control or other invisible characters."""
     return any(character.isprintable() and not character.isspace() for character in text)
-
-
-def load_champion(registry: "Registry") -> Classifier:
-    """The champion, ready to predict.
-
-    Raises:
-        RegistryError: there is none, or its files are no longer those that were registered.
-        BaseModelError: its base is not where it was.
-    """
-    version = champion(registry)
-    package = verified_package(registry, version)
-    return Classifier(package.adapter, package.tokenizer, resolve(version.tags["base"]))
-
-
-def champion(registry: "Registry") -> "Version":
-    """The version in use.
-
-    Raises:
-        RegistryError: there is none.
-    """
-    from agnews_lora.tracking.registry import CHAMPION
-
-    version = registry.aliased(CHAMPION)
-    if version is None:
-        raise RegistryError(
-            f"a champion of {registry.model} is needed, but there is none; `agnews-lora sweep SWEEP` registers a "
-            "candidate, and `agnews-lora promote SWEEP` makes it champion if it passes the gate"
-        )
-    return version
-
-
-def verified_package(registry: "Registry", version: "Version") -> Package:
-    """A version's files, which are still those that were registered.
-
-    Raises:
-        RegistryError: files that were changed, removed or added since.
-    """
-    package = Package(registry.folder(version))
-    changed = package.changed(version.tags)
-    if changed:
-        raise RegistryError(
-            f"the files of {version} must be those that were registered, but {', '.join(changed)} changed since; put "
-            "them back, or go back with `agnews-lora promote SWEEP --rollback`"
-        )
-    return package

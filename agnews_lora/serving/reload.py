@@ -1,6 +1,6 @@
-"""An adapter loaded as a stranger would load it: its files, plain PEFT, a freshly found base, in a process of its own.
+"""Load an adapter as a stranger would: its files, plain PEFT and a newly found base, in a new process.
 
-`reload` starts that process. It imports what loading needs and nothing else, and asks no hub.
+`reload` starts that process, which is this module run as a program. It asks no hub.
 """
 
 import argparse
@@ -19,14 +19,14 @@ import numpy.typing as npt
 from agnews_lora.adapters.adapter_files import load_with_peft, read_record
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.data.tokens import TokenTable, read_table, write_table
-from agnews_lora.errors import AgnewsLoraError, GateError
+from agnews_lora.errors import AgnewsLoraError, PromotionError
 from agnews_lora.training.metrics import predict_logits
 
 BATCH_SIZE: Final = 64
 
 
 def logits(adapter: Path, base: BaseModel, table: TokenTable) -> npt.NDArray[np.float32]:
-    """Logits [rows, classes] of an adapter on all rows of a table: plain PEFT on a fresh base, in fp32.
+    """Logits [rows, classes] of an adapter on all rows of a table: plain PEFT on a new base, in fp32.
 
     Raises:
         AdapterError: the files are not an adapter, or not one of this base.
@@ -41,7 +41,7 @@ def logits(adapter: Path, base: BaseModel, table: TokenTable) -> npt.NDArray[np.
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """fp32 products in full, whatever a training in this process has allowed (TF32 keeps 10 bits of the mantissa)."""
+    """fp32 products in full, even where training in this process has allowed TF32 (10 bits of mantissa)."""
     import torch
 
     allowed = torch.get_float32_matmul_precision()
@@ -56,7 +56,7 @@ def reload(adapter: Path, base: str, table: TokenTable) -> npt.NDArray[np.float3
     """`logits`, computed in a new process that resolves the base by its name.
 
     Raises:
-        GateError: the new process could not load the adapter or compute; the message is its own.
+        PromotionError: the new process could not load the adapter or compute; the message is its own.
     """
     from safetensors.numpy import load_file
 
@@ -68,12 +68,12 @@ def reload(adapter: Path, base: str, table: TokenTable) -> npt.NDArray[np.float3
         process = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
         if process.returncode != 0:
             last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
-            raise GateError(f"the adapter must load in a new process, but that one ended with: {last_line}")
+            raise PromotionError(f"Cannot load the adapter in a new process: {last_line}")
         return load_file(answers)["logits"]
 
 
 def main() -> int:
-    """The new process: read rows, load, compute, write logits. 0, or 2 after a message of one line."""
+    """Read rows, load, compute, write logits; the exit code is 2 after a message of one line."""
     from safetensors.numpy import save_file
 
     parser = argparse.ArgumentParser(description=main.__doc__)

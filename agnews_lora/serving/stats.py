@@ -1,4 +1,7 @@
-"""What can be said of an accuracy, and of the difference between two, from a finite number of rows."""
+"""Intervals and exact tests: how much a finite number of rows says of an accuracy, and of the difference of two."""
+
+from dataclasses import dataclass
+from math import sqrt
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +15,80 @@ def accuracy_interval(num_right: int, num_rows: int, confidence: float = 0.95) -
     return float(interval.low), float(interval.high)
 
 
-def worse_p_value(right: npt.NDArray[np.bool_], champion_right: npt.NDArray[np.bool_]) -> float:
-    """Exact one-sided McNemar test (McNemar 1947): how likely so many rows are lost against the champion by chance.
+@dataclass(frozen=True)
+class Pairs:
+    """Rows by which of two classifiers answers them rightly: both, only the first, only the second, neither."""
 
-    right, champion_right: [rows], whether each of the two answers a row rightly. Of the rows that only one of them
-    answers rightly, half would be the champion's if neither were better; without any such row the value is 1.
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.both + self.only_first + self.only_second + self.neither
+
+    @property
+    def difference(self) -> float:
+        """The first's accuracy less the second's, a share.
+
+        Raises:
+            ZeroDivisionError: there are no rows.
+        """
+        return (self.only_first - self.only_second) / self.num_rows
+
+
+def count_pairs(first_right: npt.NDArray[np.bool_], second_right: npt.NDArray[np.bool_]) -> Pairs:
+    """Count the rows.
+
+    Args:
+        first_right: [rows], whether the first classifier answers a row rightly; second_right likewise.
+
+    Raises:
+        ValueError: they differ in length.
     """
+    if first_right.shape != second_right.shape:
+        raise ValueError(f"both must answer the same rows, but got {len(first_right)} and {len(second_right)}")
+    return Pairs(
+        both=int(np.sum(first_right & second_right)),
+        only_first=int(np.sum(first_right & ~second_right)),
+        only_second=int(np.sum(~first_right & second_right)),
+        neither=int(np.sum(~first_right & ~second_right)),
+    )
+
+
+def worse_p_value(pairs: Pairs) -> float:
+    """Exact one-sided McNemar test (McNemar 1947): how likely the first loses so many rows if it is not worse.
+
+    Only rows that one of the two alone answers rightly count; each would be either's with probability 1/2. 1 without
+    any such row.
+    """
+    return _mcnemar(pairs, "less")
+
+
+def two_sided_p_value(pairs: Pairs) -> float:
+    """Exact two-sided McNemar test: how likely so uneven a division is if neither is better."""
+    return _mcnemar(pairs, "two-sided")
+
+
+def _mcnemar(pairs: Pairs, alternative: str) -> float:
     from scipy.stats import binomtest
 
-    lost = int(np.sum(champion_right & ~right))
-    won = int(np.sum(right & ~champion_right))
-    if lost + won == 0:
-        return 1.0
-    return float(binomtest(lost, lost + won, 0.5, alternative="greater").pvalue)
+    decided = pairs.only_first + pairs.only_second
+    return float(binomtest(pairs.only_first, decided, 0.5, alternative=alternative).pvalue) if decided else 1.0
+
+
+def difference_interval(pairs: Pairs, confidence: float = 0.95) -> tuple[float, float]:
+    """(low, high): adjusted Wald interval of the difference of two accuracies on the same rows, shares in [-1, 1].
+
+    Source: Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on
+    paired data", Journal of Educational and Behavioral Statistics 37(4), 2012: Wald's interval after one row was added
+    to each of the two cells that tell the classifiers apart.
+    """
+    from scipy.stats import norm
+
+    rows = pairs.num_rows + 2
+    first, second = (pairs.only_first + 1) / rows, (pairs.only_second + 1) / rows
+    difference = first - second
+    half = float(norm.ppf(0.5 + confidence / 2)) * sqrt((first + second - difference**2) / rows)
+    return max(-1.0, difference - half), min(1.0, difference + half)

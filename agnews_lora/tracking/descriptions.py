@@ -110,7 +110,7 @@ def version_description(registered: "Version", run: "RunPage", parent: "RunPage 
         tags=tags,
         data="; ".join(f"{key} {value}" for key, value in json.loads(tags.get("data", "{}")).items()),
         run=run.url,
-        report=run.artifact_url(f"gate/v{registered.number}/gate_report.md"),
+        report=run.artifact_url(f"promotion/v{registered.number}/report.md"),
         parent=parent.url if parent else None,
     )
 

@@ -1,7 +1,7 @@
 """The registered versions of one model: their files, tags and aliases in MLflow's registry.
 
-A version waits at the gate under the alias `candidate`; `champion` is the one in use, `previous` the way back to the
-one before it.
+The alias `candidate` marks a version that waits for its promotion checks, `champion` the one in use, `previous` the
+champion before it.
 """
 
 import tempfile
@@ -28,6 +28,7 @@ CHAMPION: Final = "champion"
 PREVIOUS: Final = "previous"
 
 LOGGED_MODEL: Final = "classifier"  # the name under which a run lists the model that was logged to it
+REPORT: Final = "report"  # of a promotion, `.md` and `.json`
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,22 @@ class Registry:
         return self.version(int(number)) if number is not None else None
 
     def waiting(self) -> Version | None:
-        """What a promotion without a number judges: the candidate, or where none waits the champion."""
+        """The version that a promotion without a number checks: the candidate, or where there is none the champion."""
         return self.aliased(CANDIDATE) or self.aliased(CHAMPION)
+
+    def champion(self) -> Version:
+        """The version in use.
+
+        Raises:
+            RegistryError: there is none.
+        """
+        version = self.aliased(CHAMPION)
+        if version is None:
+            raise RegistryError(
+                f"Cannot use {self.model}: it has no champion. Register a candidate with `agnews-lora sweep SWEEP`, "
+                "and promote it with `agnews-lora promote SWEEP`."
+            )
+        return version
 
     def version(self, number: int) -> Version:
         """A version by its number.
@@ -73,8 +88,10 @@ class Registry:
                 raise
             found = self._client.search_model_versions(f"name = '{self.model}'")
             known = ", ".join(str(each) for each in sorted(int(version.version) for version in found))
-            remedy = f"the versions are {known}" if known else "a finished `agnews-lora sweep` registers its winner"
-            raise RegistryError(f"version {number} of {self.model} is not registered; {remedy}") from error
+            remedy = f"Name one of {known}." if known else "Register one with `agnews-lora sweep`."
+            raise RegistryError(
+                f"Cannot use version {number} of {self.model}: it is not registered. {remedy}"
+            ) from error
 
     def of_run(self, run_id: str) -> Version | None:
         """The version that was registered from a run, or None."""
@@ -112,7 +129,7 @@ class Registry:
             return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, tracking_uri=self._client.tracking_uri))
         except (MlflowException, OSError) as error:
             raise RegistryError(
-                f"{version} must have its files at {uri}, but they are gone; put them back, or register another version"
+                f"Cannot load {version}: its files at {uri} are gone. Put them back, or register another version."
             ) from error
 
     def set_tags(self, version: Version, tags: Mapping[str, str]) -> None:
@@ -129,8 +146,17 @@ class Registry:
         self._client.delete_registered_model_alias(self.model, alias)
 
     def log_report(self, version: Version, folder: Path) -> None:
-        """Keep the files of a folder with the version's run, under `gate/v<number>/`."""
-        self._client.log_artifacts(version.run_id, str(folder), f"gate/v{version.number}")
+        """Keep the files of a folder with the version's run, under `promotion/v<number>/`."""
+        self._client.log_artifacts(version.run_id, str(folder), f"promotion/v{version.number}")
+
+    def report(self, version: Version, name: str) -> str | None:
+        """A file of `log_report`; None where the version was never checked, or the file is gone."""
+        path = f"promotion/v{version.number}/{name}"
+        files = self._client.list_artifacts(version.run_id, f"promotion/v{version.number}")
+        if path not in [file.path for file in files]:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(self._client.download_artifacts(version.run_id, path, folder)).read_text(encoding="utf-8")
 
     def introduce(self, markdown: str) -> None:
         """Replace the description of the model, which has a version."""

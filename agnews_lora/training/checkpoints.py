@@ -38,7 +38,7 @@ def step_of(checkpoint: Path) -> int:
         ValueError: `folder_of` gives no such name.
     """
     if (match := _NAME.fullmatch(checkpoint.name)) is None:
-        raise ValueError(f"a checkpoint's folder is named checkpoint-<step>, but this one is {checkpoint.name!r}")
+        raise ValueError(f"A checkpoint's folder must be named checkpoint-<step>, but got {checkpoint.name!r}.")
     return int(match[1])
 
 
@@ -133,9 +133,9 @@ def written(trial: str, trial_folder: Path, step: int) -> Iterator[Path]:
             raise
         shutil.rmtree(beside.parent, ignore_errors=True)
         raise StorageError(
-            f"the checkpoint of {trial} at step {step} cannot be written to {trial_folder} "
-            f"({getattr(error, 'strerror', None) or error}); free or unlock that folder, and start again: the trial "
-            "goes on from the checkpoint before"
+            f"Cannot write the checkpoint of {trial} at step {step} to {trial_folder}: "
+            f"{getattr(error, 'strerror', None) or error}. Free or unlock that folder, and start again: the trial "
+            "resumes from the checkpoint before."
         ) from error
     for later in _by_step(trial_folder):
         if step_of(later) > step:

@@ -35,7 +35,7 @@ def computes_in_bf16(device: torch.device, precision: Precision) -> bool:
         TrainingError: the precision is bf16 and the device does not have it.
     """
     if precision == "bf16" and not has_bf16(device):
-        raise TrainingError(f"precision bf16 was asked for, but {device_name(device)} has none; use `precision: auto`")
+        raise TrainingError(f"Cannot train in bf16: {device_name(device)} has none. Use `precision: auto`.")
     return precision != "fp32" and has_bf16(device)
 
 

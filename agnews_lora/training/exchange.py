@@ -8,7 +8,7 @@ A worker writes checkpoints and adapters to a folder of its own, and sends their
 that was given up can therefore damage nothing, even if it was only suspended and wakes up later.
 """
 
-import pickle
+import copy
 import shutil
 import threading
 import time
@@ -258,12 +258,11 @@ class EngineWorker:
 
 
 def _portable(error: Exception) -> Exception:
-    """The same error where it can be sent, else one that says the same; with its traceback as a note, which is lost
-    otherwise."""
-    lines = traceback.format_exception(error)
-    try:
-        copy = pickle.loads(pickle.dumps(error))
-    except Exception:
-        copy = RuntimeError(f"{type(error).__name__}: {error}")
-    copy.add_note(f"In the worker:\n{''.join(lines)}")
-    return copy
+    """The error, where every process knows its type, else one that says the same.
+
+    Its traceback, which is lost on the way, becomes a note.
+    """
+    known = type(error).__module__ in ("builtins", "agnews_lora.errors")
+    sent = copy.copy(error) if known else RuntimeError(f"{type(error).__name__}: {error}")
+    sent.add_note(f"In the worker:\n{''.join(traceback.format_exception(error))}")
+    return sent

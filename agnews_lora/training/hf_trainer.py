@@ -145,8 +145,8 @@ class LossWindow:
             return cls(**json.loads((checkpoint / WINDOW).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise TrainingError(
-                f"{checkpoint} must be a checkpoint of engine trainer, but cannot be read as one ({error}); go on with "
-                "the engine that wrote it, or start the trial again"
+                f"Cannot resume from {checkpoint}: it is no sound checkpoint of engine trainer ({error}). Use the "
+                "engine that wrote it, or start the trial again."
             ) from error
 
 

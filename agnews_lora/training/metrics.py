@@ -45,7 +45,8 @@ def require_finite(name: str, value: float, step: int, spec: TrialSpec) -> None:
     """
     if not isfinite(value):
         raise TrainingError(
-            f"the {name} became {value} by step {step} ({spec}); a lower learning rate or alpha keeps it finite"
+            f"Cannot continue training {spec}: the {name} became {value} by step {step}. Lower the learning rate "
+            "or alpha."
         )
 
 

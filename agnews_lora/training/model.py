@@ -43,7 +43,7 @@ def recount(model: PeftModel, spec: TrialSpec, base: BaseModel) -> int:
     expected = trainable_parameters(spec, base.shape)
     if counted != expected:
         raise BudgetError(
-            f"the built model has {counted:,} trainable parameters, its specification ({spec}) stands for "
-            f"{expected:,}; the base {base.name} is not of the shape {base.shape}"
+            f"Cannot train {spec}: the built model has {counted:,} trainable parameters, but the budget was checked "
+            f"with {expected:,}. The base {base.name} must be of the shape {base.shape}."
         )
     return counted

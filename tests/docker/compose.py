@@ -16,9 +16,9 @@ def load(name: str) -> dict[str, Any]:
     return YAML(typ="safe").load(DOCKER / name)
 
 
-def merged() -> dict[str, Any]:
-    """compose.yaml with cluster.yaml over it."""
-    return _merge(load("compose.yaml"), load("cluster.yaml"))
+def merged(name: str) -> dict[str, Any]:
+    """compose.yaml with another of the files over it."""
+    return _merge(load("compose.yaml"), load(name))
 
 
 def interpolate(value: Any, variables: Mapping[str, str]) -> Any:

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,115 +12,133 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
 
-from tests.docker.compose import DOCKER, interpolate, load, merged
+from tests.docker.compose import DOCKER, load, merged
 from tests.servers import Postgres, Process, answers, free_port, postgres_missing, postgres_program
 
-pytestmark = pytest.mark.skipif(postgres_missing() is not None, reason=str(postgres_missing()))
-
 SERVICES: dict[str, dict[str, Any]] = load("compose.yaml")["services"]
+ON_POSTGRES: dict[str, dict[str, Any]] = merged("postgres.yaml")["services"]
 
 
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    with Postgres(tmp_path_factory.mktemp("postgres")) as server:
-        yield server
+@pytest.mark.slow
+@pytest.mark.skipif(postgres_missing() is not None, reason=str(postgres_missing()))
+def test_postgres_is_healthy_and_mlflow_keeps_runs_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psycopg
+
+    check = {"pg_isready": postgres_program("pg_isready")}
+    (tmp_path / "postgres").mkdir()
+    with Postgres(tmp_path / "postgres") as postgres:
+        assert healthy(ON_POSTGRES["postgres"], {"5432": str(postgres.port), **check})
+        assert not healthy(ON_POSTGRES["postgres"], {"5432": str(free_port()), **check})
+        at = {"@postgres/": f"@127.0.0.1:{postgres.port}/"}
+        with mlflow(ON_POSTGRES["mlflow"], tmp_path, at, postgres.environment) as (url, _):
+            run = write_a_run(url, tmp_path)
+        with psycopg.connect(postgres.database("mlflow"), password=postgres.password) as connection:
+            assert connection.execute("SELECT run_uuid FROM runs").fetchall() == [(run,)]
 
 
-def test_postgres_is_healthy(postgres: Postgres) -> None:
-    assert healthy(SERVICES["postgres"], {"5432": str(postgres.port), "pg_isready": postgres_program("pg_isready")})
-    assert not healthy(SERVICES["postgres"], {"5432": str(free_port()), "pg_isready": postgres_program("pg_isready")})
-
-
-def test_mlflow_keeps_runs_in_postgres_and_passes_artifacts_on(postgres: Postgres, tmp_path: Path) -> None:
-    with mlflow(SERVICES["mlflow"], postgres, tmp_path) as (url, port):
+def test_mlflow_answers_its_hosts_and_keeps_artifacts(tmp_path: Path) -> None:
+    with mlflow(SERVICES["mlflow"], tmp_path) as (url, port):
         assert healthy(SERVICES["mlflow"], {"5000": port})
         assert status(url, host=f"mlflow:{port}") == 200
         assert status(url, host=f"localhost:{port}") == 200
         assert status(url, host="elsewhere.example") == 403
-        run = write_a_run(url, tmp_path)
-    with psycopg.connect(postgres.database("mlflow"), password=postgres.password) as connection:
-        assert connection.execute("SELECT run_uuid FROM runs").fetchall() == [(run,)]
+        write_a_run(url, tmp_path)
     assert [file.read_text(encoding="utf-8") for file in (tmp_path / "artifacts").rglob("note.txt")] == ["kept"]
 
 
-def test_mlflow_of_a_cluster_asks_for_a_password(
-    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mlflow.exceptions import MlflowException
-
-    secrets = {"POSTGRES_PASSWORD": postgres.password, "MLFLOW_PASSWORD": "twelve letters", "MLFLOW_SECRET_KEY": "key"}
-    network = {"CLUSTER_ADDRESS": "127.0.0.1", "CLUSTER_HOSTS": "head.example:5000"}
-    services = interpolate(merged(), secrets | network)["services"]
-    accounts = (
-        (DOCKER / "basic_auth.ini").read_text(encoding="utf-8").replace("@postgres/", f"@127.0.0.1:{postgres.port}/")
-    )
-    (tmp_path / "basic_auth.ini").write_text(accounts, encoding="utf-8")
-
-    with mlflow(services["mlflow"], postgres, tmp_path) as (url, port):
-        assert healthy(services["mlflow"], {"5000": port})  # without a password
-        assert status(url, host=f"head.example:{port}") == 401
-        assert status(url, host="elsewhere.example") == 403
-        for name, value in services["worker"]["environment"].items():
-            monkeypatch.setenv(name, value)
-        write_a_run(url, tmp_path)
-        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another one")
-        with pytest.raises(MlflowException, match="401"):
-            write_a_run(url, tmp_path)
-
-
-def test_the_dashboard_shows_the_study(postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_the_dashboard_shows_the_study(tmp_path: Path) -> None:
     import optuna
 
     packages = tmp_path / "packages"
     install_dashboard(packages)
     service, port = SERVICES["dashboard"], str(free_port())
-    program, *arguments = adapt(service["command"], postgres, port)
-    environment = {**postgres.environment, "PYTHONPATH": str(packages)}
+    database = f"sqlite:///{tmp_path / 'optuna.db'}"
+    program, *arguments = service["command"]
+    arguments = [replace(each, {"0.0.0.0": "127.0.0.1", "8080": port}) for each in arguments[:-1]] + [database]
+    optuna.create_study(storage=database, study_name="shown")
     url = f"http://127.0.0.1:{port}"
     process = Process("dashboard", tmp_path / "dashboard.log")
-    command = [sys.executable, str(packages / "bin" / program), *arguments]
-    make_tables = [sys.executable, *adapt(SERVICES["tables"]["command"][1:], postgres, port)]
-    for _ in range(2):  # at each `docker compose up`
-        subprocess.run(make_tables, env=os.environ | environment, check=True)
     try:
-        process.start(command, lambda: answers(f"{url}/dashboard"), tmp_path, environment)
+        command = [sys.executable, str(packages / "bin" / program), *arguments]
+        process.start(command, lambda: answers(f"{url}/dashboard"), tmp_path, {"PYTHONPATH": str(packages)})
         assert healthy(service, {"8080": port})
-        monkeypatch.setenv("PGPASSWORD", postgres.password)
-        optuna.create_study(storage=postgres.url, study_name="shown")
         with urllib.request.urlopen(f"{url}/api/studies", timeout=10) as answer:
             assert [study["study_name"] for study in json.load(answer)["study_summaries"]] == ["shown"]
     finally:
         process.end(signal.SIGTERM)
 
 
+TRAIN = """
+import sys
+from pathlib import Path
+from agnews_lora.search import ray_cluster
+from tests.search.drivers import ListDriver
+from tests.search.scripted import ScriptedEngine
+
+driver = ListDriver(Path(sys.argv[1]), 2)
+ray_cluster.train(driver, ScriptedEngine, address=sys.argv[2])
+print(*sorted(driver.adapters))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install '.[cluster]'")
+def test_the_head_and_a_worker_make_a_cluster_that_trains(tmp_path: Path) -> None:
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    token = tmp_path / "token"
+    token.write_text(secrets.token_hex(32), encoding="utf-8")
+    token.chmod(0o600)
+    environment = {**SERVICES["sweep"]["environment"], "RAY_AUTH_TOKEN_PATH": str(token)}
+    environment |= {"PYTHONPATH": str(DOCKER.parent)}
+    address = f"127.0.0.1:{free_port()}"
+    start, _, _ = SERVICES["sweep"]["command"][0].partition(" && exec ")
+    # In the foreground, so that it ends with this test: `ray stop` would end every Ray of this machine.
+    head_command = [*ray, *shlex.split(replace(start, {"6379": address.rpartition(":")[2]}))[1:], "--block"]
+    worker_command = [
+        *ray,
+        "start",
+        *(replace(part, {"sweep:6379": address}) for part in SERVICES["worker"]["command"]),
+    ]
+    head, worker = Process("head", tmp_path / "head.log"), Process("worker", tmp_path / "worker.log")
+    try:
+        head.start(head_command, lambda: "Ray runtime started" in head.log.read_text(), tmp_path, environment)
+        worker.start(worker_command, lambda: "Ray runtime started" in worker.log.read_text(), tmp_path, environment)
+        train = [sys.executable, "-c", TRAIN, str(tmp_path / "driver"), address]
+        done = subprocess.run(
+            train, env=os.environ | environment, cwd=DOCKER.parent, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout.split()[-2:]) == (0, ["t0000", "t0001"]), done.stdout + done.stderr
+    finally:
+        worker.end(signal.SIGKILL)
+        head.end(signal.SIGKILL)
+
+
 @contextmanager
-def mlflow(service: Mapping[str, Any], postgres: Postgres, folder: Path) -> Iterator[tuple[str, str]]:
-    """The service's own command and environment; gives the server's URL and port."""
+def mlflow(
+    service: Mapping[str, Any],
+    folder: Path,
+    replacements: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[tuple[str, str]]:
+    """The service's own command, on loopback and with its files in `folder`; gives the server's URL and port."""
     port = str(free_port())
-    command = adapt(service["command"], postgres, port)
-    command = [part.replace("=/artifacts", f"={folder / 'artifacts'}") for part in command]
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **service["environment"], **postgres.environment}
-    if "MLFLOW_AUTH_CONFIG_PATH" in environment:
-        environment["MLFLOW_AUTH_CONFIG_PATH"] = str(folder / Path(environment["MLFLOW_AUTH_CONFIG_PATH"]).name)
+    adapted = {"0.0.0.0": "127.0.0.1", "5000": port, "/runs": str(folder), **(replacements or {})}
+    command = [replace(part, adapted) for part in service["command"]]
+    variables = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **(environment or {})}
     process = Process("mlflow", folder / "mlflow.log")
     url = f"http://127.0.0.1:{port}"
     try:
-        process.start([sys.executable, "-m", *command], lambda: answers(f"{url}/health"), folder, environment)
+        process.start([sys.executable, "-m", *command], lambda: answers(f"{url}/health"), folder, variables)
         yield url, port
     finally:
         process.end(signal.SIGTERM)
-
-
-def adapt(command: list[str], postgres: Postgres, port: str) -> list[str]:
-    """A service's command with loopback in place of the network between containers."""
-    loopback = {"@postgres/": f"@127.0.0.1:{postgres.port}/", "0.0.0.0": "127.0.0.1", "5000": port, "8080": port}
-    return [replace(part, loopback) for part in command]
 
 
 def replace(text: str, replacements: Mapping[str, str]) -> str:

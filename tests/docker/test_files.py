@@ -18,8 +18,11 @@ BIN = Path(sys.executable).parent
 DOCKERFILE = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
 README = (DOCKER / "README.md").read_text(encoding="utf-8")
 COMPOSE = load("compose.yaml")
-MERGED = merged()
-SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+OVERLAYS = ("cluster.yaml", "postgres.yaml")
+MERGED = {name: merged(name) for name in OVERLAYS}
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"] | {
+    "postgres": MERGED["postgres.yaml"]["services"]["postgres"]
+}
 
 each_service = pytest.mark.parametrize("name", SERVICES)
 
@@ -29,8 +32,10 @@ def test_the_dockerfile_is_linted() -> None:
 
 
 def test_the_compose_files_keep_to_the_specification_alone_and_merged(tmp_path: Path) -> None:
-    YAML(typ="safe").dump(MERGED, tmp_path / "merged.yaml")
-    files = (DOCKER / "compose.yaml", DOCKER / "cluster.yaml", tmp_path / "merged.yaml")
+    files = [DOCKER / "compose.yaml", *(DOCKER / name for name in OVERLAYS)]
+    for name, content in MERGED.items():
+        files.append(tmp_path / name)
+        YAML(typ="safe").dump(content, files[-1])
     lint(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", *files)
 
 
@@ -86,7 +91,7 @@ def test_services_have_a_health_check_or_a_reason(name: str) -> None:
 def test_services_wait_for_what_they_need(name: str) -> None:
     for needed, how in SERVICES[name].get("depends_on", {}).items():
         reached = "service_healthy" if "test" in SERVICES[needed]["healthcheck"] else "service_started"
-        assert how == {"condition": "service_completed_successfully" if needed == "tables" else reached}
+        assert how == {"condition": reached}
 
 
 @each_service
@@ -104,64 +109,80 @@ def test_only_the_uis_are_published_on_loopback() -> None:
     assert published == {"mlflow": ["127.0.0.1:5000:5000"], "dashboard": ["127.0.0.1:8080:8080"]}
 
 
-def test_a_cluster_reaches_postgres_and_mlflow_on_its_address() -> None:
-    services = interpolate(MERGED, {name: f"<{name}>" for name in variables("compose.yaml", "cluster.yaml")})[
-        "services"
-    ]
-    added = {
-        name: service["ports"][len(SERVICES[name].get("ports", [])) :]
-        for name, service in services.items()
-        if service.get("ports", []) != SERVICES[name].get("ports", [])
-    }
-    assert added == {"postgres": ["<CLUSTER_ADDRESS>:5432:5432"], "mlflow": ["<CLUSTER_ADDRESS>:5000:5000"]}
-
-
-def test_a_cluster_changes_of_the_mlflow_command_only_hosts_and_accounts() -> None:
-    *alone, hosts = SERVICES["mlflow"]["command"]
-    command = interpolate(MERGED["services"]["mlflow"]["command"], {"CLUSTER_HOSTS": "head:5000"})
-    assert command == [*alone, f"{hosts},head:5000", "--app-name=basic-auth"]
+def test_workers_reserve_the_gpu_and_can_be_scaled() -> None:
+    worker = SERVICES["worker"]
+    devices = worker["deploy"]["resources"]["reservations"]["devices"]
+    assert [device["capabilities"] for device in devices] == [["gpu"]]
+    assert not {"ports", "container_name"} & worker.keys()
 
 
 @pytest.mark.parametrize("name", ["sweep", "worker"])
-def test_what_trains_reserves_the_gpu(name: str) -> None:
-    devices = SERVICES[name]["deploy"]["resources"]["reservations"]["devices"]
-    assert [device["capabilities"] for device in devices] == [["gpu"]]
-    assert not {"ports", "container_name"} & SERVICES[name].keys()  # either would keep it from being scaled
+@pytest.mark.parametrize("services", [COMPOSE["services"], *(each["services"] for each in MERGED.values())])
+def test_ray_asks_for_the_token_that_is_a_secret(name: str, services: dict[str, dict[str, Any]]) -> None:
+    service = services[name]
+    assert service["secrets"] == ["ray_token"] and service["shm_size"] == "1gb"
+    path = service["environment"]["RAY_AUTH_TOKEN_PATH"]
+    assert (service["environment"]["RAY_AUTH_MODE"], path) == ("token", "/run/secrets/ray_token")
+    assert COMPOSE["secrets"] == {"ray_token": {"file": "./ray-token"}}
 
 
 def test_no_file_carries_a_password() -> None:
     for file in DOCKER.iterdir():
-        if file.name == ".env":
+        if file.name in (".env", "ray-token"):
             continue
         text = file.read_text(encoding="utf-8")
         assert not re.search(r"://[^\s/@]*:[^\s/@]*@", text), f"{file.name}: a URL with a password"
         # In YAML and ini files a password is asked of the environment, without a default.
         for name, value in re.findall(r"^\s*(\w*(?:password|secret)\w*)\s*[:=](.*)$", text, re.M | re.I):
-            assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", value.strip()) or file.suffix == ".sql", f"{file.name}: {name}"
+            asked = re.fullmatch(r"\$\{\w+:\?[^}]+\}|\[ray_token\]|", value.strip())
+            assert asked or file.suffix == ".sql", f"{file.name}: {name}"
 
 
-def test_the_readme_is_short_and_names_every_variable_that_is_asked_for() -> None:
-    assert variables("compose.yaml") == {"POSTGRES_PASSWORD"}
-    assert all(f"`{name}=" in README for name in variables("compose.yaml", "cluster.yaml"))
-    assert len([line for line in README.splitlines() if line]) <= 10
-    assert "/docker/.env" in (DOCKER.parent / ".gitignore").read_text(encoding="utf-8").splitlines()
+def test_the_readme_names_every_variable_that_is_asked_for() -> None:
+    assert variables("compose.yaml") == set()
+    assert all(f"`{name}=" in README for name in variables(*OVERLAYS))
+    ignored = (DOCKER.parent / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert {"/docker/.env", "/docker/ray-token"} <= set(ignored)
 
 
-def test_the_command_line_takes_the_commands() -> None:
-    worker = re.search(r"^    agnews-lora (worker .+)$", README, re.M)
-    assert worker
-    for arguments in (SERVICES["sweep"]["command"], SERVICES["worker"]["command"], shlex.split(worker[1])):
-        options = parser().parse_args(arguments)
-        assert (options.sweep, options.storage[:20]) == ("agnews", "postgresql://agnews@")
-
-
-@pytest.mark.parametrize("services", [SERVICES, MERGED["services"]], ids=["compose", "merged"])
-def test_mlflow_has_the_options_that_its_command_uses(services: dict[str, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("overlay", [None, *OVERLAYS])
+def test_the_programs_have_the_options_that_the_commands_use(overlay: str | None) -> None:
     from mlflow.cli import server
 
-    known = {option for parameter in server.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    services = MERGED[overlay]["services"] if overlay else SERVICES
+    services = interpolate(services, {"CLUSTER_ADDRESS": "192.0.2.1", "POSTGRES_PASSWORD": "x"})
     program, command, *options = services["mlflow"]["command"]
-    assert (program, command, server.name) == ("mlflow", "server", "server")
+    assert (program, command) == ("mlflow", "server")
+    require_options(server, options)
+
+    head, _, sweep = services["sweep"]["command"][0].partition(" && exec ")
+    require_options(ray_start(), shlex.split(head)[2:])
+    require_options(ray_start(), services["worker"]["command"])
+    arguments = parser().parse_args(shlex.split(sweep)[1:])
+    assert (arguments.sweep, arguments.address) == ("agnews", "auto")
+
+
+def test_the_job_for_kubernetes_runs_the_sweep_of_this_version_with_a_token() -> None:
+    spec = load("rayjob.yaml")["spec"]
+    program, *words = shlex.split(spec["entrypoint"])
+    assert (program, parser().parse_args(words).address) == ("agnews-lora", "auto")
+    cluster = spec["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    pins = (DOCKER.parent / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert f"ray=={cluster['rayVersion']}" in pins
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        require_options(ray_start(), [f"--{name}" for name in group["rayStartParams"]])
+        [container] = group["template"]["spec"]["containers"]
+        assert container["image"] == f"agnews-lora:{agnews_lora.__version__}"
+
+
+def ray_start() -> Any:
+    scripts = pytest.importorskip("ray.scripts.scripts", reason="Ray is not installed: pip install '.[cluster]'")
+    return scripts.start
+
+
+def require_options(command: Any, options: list[str]) -> None:
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {option.partition("=")[0] for option in options} <= known
 
 

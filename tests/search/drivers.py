@@ -1,7 +1,8 @@
 """A driver without a study: a list of trials, and what it was told of them."""
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class ListDriver:
     resumed_from: dict[str, list[int]] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     stop: bool = False
+    closed: bool = False
     on_checkpoint: Callable[[str, int], None] = lambda trial, step: None
     thread: threading.Thread = field(default_factory=threading.current_thread)
 
@@ -82,3 +84,8 @@ class ListDriver:
 
     def catch_up(self) -> None:
         assert threading.current_thread() is self.thread
+
+    @contextmanager
+    def driving(self) -> Iterator[None]:
+        yield
+        self.closed = True

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from optuna.pruners import NopPruner
 
 from agnews_lora.errors import AgnewsLoraError, BaseModelError, StudyError
 from agnews_lora.search.fleet import MAX_DEATHS, Fleet, WorkerDied
 from agnews_lora.training import checkpoints
 from agnews_lora.training.exchange import Answer, EngineWorker, Event
-from agnews_lora.training.interface import Engine
+from agnews_lora.training.interface import Engine, EvalPoint
 from tests.search.drivers import ListDriver
-from tests.search.scripted import EVAL_EVERY, LOG_EVERY, TOTAL_STEPS, ScriptedEngine
+from tests.search.scripted import EVAL_EVERY, LOG_EVERY, TOTAL_STEPS, ScriptedEngine, Session
+from tests.search.test_driver import what_counts
 
 SILENCE = 30.0
 
@@ -266,7 +268,7 @@ def test_a_stop_checkpoints_what_trains(setting: Callable[..., Setting]) -> None
 
     each.driver.on_checkpoint = stop
     each.run()
-    assert len(each.driver.running) == 4  # the driver returns them to the queue
+    assert each.driver.closed and len(each.driver.running) == 4  # a real one has returned them to the queue
     assert all(checkpoints.newest(each.driver.folder / trial) for trial in each.driver.running)
     assert len(known) >= 4
 
@@ -329,5 +331,69 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_sweep(setting: Callable[..
     each = setting(1, 1)
     each.driver.folder.parent.mkdir(parents=True, exist_ok=True)
     each.driver.folder.write_text("no folder")
-    with pytest.raises(AgnewsLoraError, match="cannot be written"):
+    with pytest.raises(AgnewsLoraError, match="Cannot write the checkpoint"):
         each.run()
+
+
+# With the real driver
+
+
+def train(session: Session, threads: Threads) -> None:
+    """One start of a sweep with threads as workers."""
+    fleet = Fleet(session.driver, threads, session.screen.message, SILENCE, threads.clock)
+    try:
+        fleet.run()
+    finally:
+        for worker in threads.started:
+            worker.inside.exchange(None, stop=True)
+
+
+def kill_sometimes(threads: Threads, every: int) -> None:
+    """Let a worker die after every so many waits: from a trial's start to its end anywhere."""
+    waits = iter(range(1, 10_000))
+
+    def die() -> None:
+        if next(waits) % every == 0:
+            threads.alive()[0].dead = "killed"
+
+    threads.on_wait = die
+
+
+@pytest.mark.parametrize("every", [10_000, 17], ids=["undisturbed", "killed"])
+def test_one_worker_makes_the_same_study_as_an_engine_in_the_drivers_process(tmp_path: Path, every: int) -> None:
+    inline = Session(tmp_path / "inline", 12)
+    inline.run()
+    remote = Session(tmp_path / "remote", 12)
+    threads = Threads(tmp_path / "workers", 1, ScriptedEngine, Clock())
+    kill_sometimes(threads, every)
+    train(remote, threads)
+    assert what_counts(remote.study) == what_counts(inline.study)
+    assert (len(threads.started) > 3) == (every < 100)
+    assert not remote.driver.active and not any((tmp_path / "remote" / "work").iterdir())
+
+
+def test_several_workers_end_exactly_as_many_trials_as_asked_for(tmp_path: Path) -> None:
+    session = Session(tmp_path, 15, pruner=NopPruner())
+    threads = Threads(tmp_path / "workers", 3, lambda: ScriptedEngine(2), Clock())
+    kill_sometimes(threads, 29)
+    train(session, threads)
+    assert [trial.state.name for trial in session.study.trials] == ["COMPLETE"] * 15
+    for recorded in session.tracker.trials.values():
+        evaluated = [point.step for point in recorded.points if isinstance(point, EvalPoint)]
+        assert evaluated == list(range(EVAL_EVERY, TOTAL_STEPS + 1, EVAL_EVERY))
+        assert [end[0] for end in recorded.ends] == ["COMPLETE"]
+
+
+def test_a_stopped_sweep_is_resumed_with_workers_or_without(tmp_path: Path) -> None:
+    whole = Session(tmp_path / "whole", 8)
+    whole.run()
+    first = Session(tmp_path / "stopped", 8)
+    threads = Threads(tmp_path / "workers", 1, ScriptedEngine, Clock())
+    waits = iter(range(100))
+    threads.on_wait = lambda: first.stop() if next(waits) == 12 else None
+    train(first, threads)
+    assert not first.driver.active
+    assert {trial.state.name for trial in first.study.trials} <= {"COMPLETE", "PRUNED", "WAITING"}
+    second = Session(tmp_path / "stopped", 8)
+    second.run()
+    assert what_counts(second.study) == what_counts(whole.study)

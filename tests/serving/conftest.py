@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,10 +21,12 @@ from agnews_lora.data.rows import LABELS, Rows
 from agnews_lora.data.sources import Corpus
 from agnews_lora.data.tokens import TokenTable, tokenise
 from agnews_lora.serving import reload
-from agnews_lora.serving.registration import Winner, register
+from agnews_lora.serving.model_package import Package, Winner, register
+from agnews_lora.serving.promotion import promote
 from agnews_lora.tracking.registry import Registry, Version
 from agnews_lora.tracking.store import experiment_id, open_client
 from agnews_lora.training.metrics import predict_logits
+from tests.project import write_project
 from tests.tiny import tiny_base
 
 SPEC = TrialSpec(targets="qv", rank=2, alpha=4, dropout=0.0, learning_rate=1e-3)
@@ -120,21 +123,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     )
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
-    return open_client(tmp_path_factory.mktemp("mlruns"))
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project's folder, with the sweep `small`, whose stores all tests share."""
+    return write_project(tmp_path_factory.mktemp("project"))
 
 
-@pytest.fixture
-def registry(client: MlflowClient, request: pytest.FixtureRequest) -> Registry:
-    """A registered model of the test's own, in the module's store."""
-    return Registry(client, re.sub(r"\W", "-", request.node.name))
+@pytest.fixture(scope="session")
+def client(project: Path) -> MlflowClient:
+    return open_client(project / "mlruns")
 
 
-@pytest.fixture
-def new_run(client: MlflowClient, registry: Registry) -> Callable[[], str]:
-    """Starts finished runs, as a sweep leaves them, in an experiment of the test's own."""
-    experiment = experiment_id(client, registry.model)
+@pytest.fixture(scope="session")
+def new_run(client: MlflowClient) -> Callable[[], str]:
+    """Starts finished runs, as a sweep leaves them."""
+    experiment = experiment_id(client, "serving")
 
     def start() -> str:
         run_id: str = client.create_run(experiment, run_name="t0007-qv-r2").info.run_id
@@ -146,20 +149,47 @@ def new_run(client: MlflowClient, registry: Registry) -> Callable[[], str]:
     return start
 
 
-@pytest.fixture
-def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reload the adapter in this process: the new one, which takes seconds to import its libraries, is tested apart."""
-    monkeypatch.setattr(reload, "reload", lambda adapter, base, table: reload.logits(adapter, resolve(base), table))
+@pytest.fixture(scope="session", autouse=True)
+def same_process() -> Iterator[None]:
+    """Reload adapters in this process: the new one, which takes seconds to import its libraries, is tested apart."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reload, "reload", lambda adapter, base, table: reload.logits(adapter, resolve(base), table))
+        yield
+
+
+def enter_into(registry: Registry, adapter: Path, world: World, run_id: str) -> Version:
+    """Register an adapter as a sweep does."""
+    winner = Winner(run_id, adapter, sweep="embedded", study="embedded-1", budget=BUDGET)
+    return register(registry, winner, world.base, world.corpus, {"source": "newswire", "rows": "440"})
 
 
 @pytest.fixture
-def enter(
-    registry: Registry, world: World, new_run: Callable[[], str], same_process: None
-) -> Callable[[Path], Version]:
-    """Registers an adapter as a sweep does."""
+def registry(client: MlflowClient, request: pytest.FixtureRequest) -> Registry:
+    """A registered model of the test's own."""
+    return Registry(client, re.sub(r"\W+", "-", request.node.nodeid)[-80:])
 
-    def enter(adapter: Path) -> Version:
-        winner = Winner(new_run(), adapter, sweep="embedded", study="embedded-1", budget=BUDGET)
-        return register(registry, winner, world.base, world.corpus, {"source": "newswire", "rows": "440"})
 
-    return enter
+@pytest.fixture
+def enter(registry: Registry, world: World, new_run: Callable[[], str]) -> Callable[[Path], Version]:
+    """Registers an adapter in the test's own model."""
+    return lambda adapter: enter_into(registry, adapter, world, new_run())
+
+
+@pytest.fixture(scope="session")
+def small(client: MlflowClient, world: World, new_run: Callable[[], str], same_process: None) -> Registry:
+    """The model `small`, whose champion is the good adapter; to be read, not changed."""
+    registry = Registry(client, "small")
+    enter_into(registry, world.good, world, new_run())
+    assert promote(registry, world.corpus, lambda: world.test).passed
+    return registry
+
+
+@pytest.fixture
+def package(small: Registry) -> Iterator[Package]:
+    """The champion's files, which are restored after the test."""
+    package = Package.verified(small, small.champion())
+    kept = package.folder.with_name("kept")
+    shutil.copytree(package.folder, kept)
+    yield package
+    shutil.rmtree(package.folder)
+    kept.rename(package.folder)

@@ -1,37 +1,95 @@
+"""Intervals and tests by hand, against scipy, and against what must hold of any rows."""
+
+from math import comb, sqrt
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom, norm
 
-from agnews_lora.serving.stats import accuracy_interval, worse_p_value
+from agnews_lora.serving.stats import (
+    Pairs,
+    accuracy_interval,
+    count_pairs,
+    difference_interval,
+    two_sided_p_value,
+    worse_p_value,
+)
+
+counts = st.integers(0, 400)
+some_pairs = st.builds(Pairs, counts, counts, counts, counts).filter(lambda pairs: pairs.num_rows > 0)
 
 
-def right(text: str) -> np.ndarray:
-    return np.array([character == "1" for character in text])
+def swapped(pairs: Pairs) -> Pairs:
+    return Pairs(pairs.both, pairs.only_second, pairs.only_first, pairs.neither)
 
 
 def test_the_interval_is_wilsons() -> None:
-    low, high = accuracy_interval(8, 10)  # by hand: (p + z²/2n ± z·√(p(1-p)/n + z²/4n²)) / (1 + z²/n)
-    assert (low, high) == (pytest.approx(0.4901625, abs=1e-6), pytest.approx(0.9433178, abs=1e-6))
-
-
-def test_the_interval_of_a_perfect_score_ends_at_one_and_not_above() -> None:
+    # By hand: (p + z²/2n ± z·√(p(1-p)/n + z²/4n²)) / (1 + z²/n)
+    assert accuracy_interval(8, 10) == (pytest.approx(0.4901625, abs=1e-6), pytest.approx(0.9433178, abs=1e-6))
     low, high = accuracy_interval(100, 100)
     assert 0.95 < low < high == 1.0
 
 
-def test_only_rows_that_one_alone_answers_count() -> None:
-    # Lost 4, won 1; it does not matter how many rows both get right or wrong. X ~ Binomial(5, 1/2): P(X >= 4) = 6/32.
-    few = worse_p_value(right("00001"), right("11110"))
-    many = worse_p_value(right("00001" + "1" * 50 + "0" * 9), right("11110" + "1" * 50 + "0" * 9))
-    assert few == many == pytest.approx(6 / 32)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+def test_every_row_is_counted_once(rows: list[tuple[bool, bool]]) -> None:
+    first, second = np.asarray(rows, dtype=bool).T
+    pairs = count_pairs(first, second)
+    assert pairs.num_rows == len(rows)
+    assert pairs.both + pairs.only_first == first.sum()
+    assert pairs.both + pairs.only_second == second.sum()
+    assert pairs.difference == pytest.approx(first.mean() - second.mean())
+    assert count_pairs(second, first) == swapped(pairs)
 
 
-def test_a_better_version_is_never_called_worse() -> None:
-    assert worse_p_value(right("1" * 10), right("0" * 10)) == 1.0
+def test_other_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 and 3"):
+        count_pairs(np.ones(2, bool), np.ones(3, bool))
 
 
-def test_ten_rows_lost_and_none_won_is_worse() -> None:
-    assert worse_p_value(right("0" * 10), right("1" * 10)) == pytest.approx(1 / 1024)
+@pytest.mark.parametrize(
+    ("pairs", "worse", "two_sided"),
+    [
+        # Won 1, lost 4: P(X ≤ 1) of Binomial(5, 1/2). Rows that both get right or wrong do not matter.
+        (Pairs(0, 1, 4, 0), 6 / 32, 12 / 32),
+        (Pairs(50, 1, 4, 9), 6 / 32, 12 / 32),
+        (Pairs(50, 1, 7, 2), 9 / 2**8, 2 * (comb(8, 0) + comb(8, 1)) / 2**8),
+        (Pairs(0, 10, 0, 0), 1.0, 2 / 1024),
+        (Pairs(0, 0, 10, 0), 1 / 1024, 2 / 1024),
+        (Pairs(50, 0, 0, 2), 1.0, 1.0),
+    ],
+)
+def test_the_tests_by_hand(pairs: Pairs, worse: float, two_sided: float) -> None:
+    assert worse_p_value(pairs) == pytest.approx(worse)
+    assert two_sided_p_value(pairs) == pytest.approx(two_sided)
 
 
-def test_without_any_difference_nothing_is_worse() -> None:
-    assert worse_p_value(right("110"), right("110")) == 1.0
+@given(some_pairs)
+def test_the_two_sided_test_is_the_doubled_tail_of_a_fair_coin(pairs: Pairs) -> None:
+    decided, smaller = pairs.only_first + pairs.only_second, min(pairs.only_first, pairs.only_second)
+    expected = min(1.0, 2 * float(binom.cdf(smaller, decided, 0.5))) if decided else 1.0
+    assert two_sided_p_value(pairs) == two_sided_p_value(swapped(pairs)) == pytest.approx(expected, abs=1e-12)
+
+
+@given(some_pairs)
+def test_the_interval_of_a_difference_is_the_formula_of_the_paper(pairs: Pairs) -> None:
+    rows = pairs.num_rows + 2
+    first, second = (pairs.only_first + 1) / rows, (pairs.only_second + 1) / rows
+    half = norm.ppf(0.975) * sqrt((first + second - (first - second) ** 2) / rows)
+    low, high = difference_interval(pairs)
+    assert low == pytest.approx(max(-1, first - second - half))
+    assert high == pytest.approx(min(1, first - second + half))
+    assert -1 <= low < high <= 1
+    assert difference_interval(swapped(pairs)) == pytest.approx((-high, -low))
+    assert difference_interval(pairs, 0.9)[0] >= low and difference_interval(pairs, 0.9)[1] <= high
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    shares, num_rows, times = [0.7, 0.12, 0.06, 0.12], 300, 2_000
+    covered = 0
+    for cells in random.multinomial(num_rows, shares, size=times):
+        low, high = difference_interval(Pairs(*(int(cell) for cell in cells)))
+        covered += low <= shares[1] - shares[2] <= high
+    assert 0.94 <= covered / times <= 0.965

@@ -1,5 +1,6 @@
 """What MLflow's UI shows: the result first, every value escaped, and nothing of a candidate once it is champion."""
 
+import html
 import json
 import re
 from dataclasses import replace
@@ -20,10 +21,12 @@ from agnews_lora.tracking.descriptions import (
     gallery,
     link,
     model_description,
+    one_line,
     opening_description,
     percent,
     plain,
     sweep_description,
+    text,
     trial_description,
     version_description,
     winner_description,
@@ -73,6 +76,20 @@ def test_after_a_promotion_nothing_speaks_of_the_candidate() -> None:
     assert shown.splitlines()[2].startswith("**Next:** `agnews-lora serve small` serves [version 3 of small]")
     assert f"On the test split, scored once: accuracy 88.75{NBSP}% (95&nbsp;% interval" in shown
     assert "candidate" not in shown and "promote" not in shown
+
+
+@pytest.mark.parametrize(
+    ("registration", "next_step"),
+    [
+        (Registration("small", 3, ("previous",)), "`agnews-lora promote small --rollback` makes [version 3 of small]"),
+        (replace(CANDIDATE, checks=({"passed": False},)), "`agnews-lora promote small` checks [version 3 of small]"),
+        (Registration("small", 3, ()), "`agnews-lora promote small` checks [version 3 of small]"),
+    ],
+)
+def test_the_next_step_follows_the_version(registration: Registration, next_step: str) -> None:
+    line = told(result(registration=registration)).splitlines()[2]
+    assert line.startswith(f"**Next:** {next_step}")
+    assert line.endswith("it has failed once") == bool(registration.checks)
 
 
 def test_a_sweep_shows_its_best_trials_counts_figures_and_links() -> None:
@@ -194,8 +211,12 @@ def version(**tags: str) -> Version:
     ("tags", "first", "checks"),
     [
         ({}, "Not checked yet: validation accuracy 89.30", "not made yet"),
-        ({"gate": "failed"}, "Refused by the promotion checks: validation accuracy 89.30", "**refused**, [report]("),
-        ({"gate": "passed", **SCORE}, "Passed the promotion checks: test accuracy 89.90", "**passed**, [report]("),
+        (
+            {"promotion": "failed"},
+            "Refused by the promotion checks: validation accuracy 89.30",
+            "**refused**, [report](",
+        ),
+        ({"promotion": "passed", **SCORE}, "Passed the promotion checks: test accuracy 89.90", "**passed**, [report]("),
     ],
 )
 def test_a_version_says_how_it_was_judged_and_where_it_comes_from(
@@ -245,8 +266,8 @@ def test_a_text_from_data_stays_a_text(hostile: str) -> None:
 
 
 @given(st.text())
-def test_no_text_makes_a_line_a_cell_or_a_mention(text: str) -> None:
-    shown = plain(text)
+def test_no_text_makes_a_line_a_cell_or_a_mention(given_text: str) -> None:
+    shown = plain(given_text)
     assert len(shown.splitlines()) <= 1
     assert "@" not in shown and ":" not in shown
     assert "|" not in shown.replace("\\|", "")
@@ -269,9 +290,55 @@ def test_no_description_lets_a_text_from_data_through() -> None:
         assert "<script>" not in outside and "@winner" not in outside and "*bold*" not in outside.replace("\\*", "")
 
 
-def test_a_code_span_ends_where_it_should() -> None:
-    assert code("a `b` c") == "``a `b` c``" and code("`a`") == "`` `a` ``"
-    assert code("a\nb") == "`a b`"
+MARKUP = [
+    "a | b || c",
+    "`code` and ``more``",
+    "<script>alert(1)</script>",
+    "[click](javascript:alert(1))",
+    "![image](https://example.org/x.png)",
+    "*bold* **bold** _slanted_ __x__ ~~gone~~",
+    "line\n\n# a heading\n- a list",
+    "&lt;b&gt; &amp; &#60;",
+    "back\\slash \\| \\`",
+    "\x1b[31mred\x1b[0m \u202egnorw",
+]
+
+
+def read_back(markdown: str) -> str:
+    """What a reader of Markdown shows of escaped text."""
+    return html.unescape(re.sub(r"\\([\\`*\[\]|~_])", r"\1", markdown))
+
+
+@pytest.mark.parametrize("hostile", MARKUP)
+def test_markup_in_a_text_is_shown_and_not_meant(hostile: str) -> None:
+    written = text(hostile)
+    assert not re.search(r"(?<!\\)(\\\\)*[`*\[\]|~]|[<>\n\r\x1b\u202e]", written)
+    assert not re.search(r"(?<![\\A-Za-z0-9])_", written)
+
+
+@given(st.text())
+def test_nothing_is_lost_but_white_space_and_what_cannot_be_shown(given_text: str) -> None:
+    assert read_back(text(given_text)) == one_line(given_text)
+    assert "\n" not in text(given_text)
+
+
+def test_words_stay_readable() -> None:
+    assert text("learning_rate 2e-5, t0007-qv-r8 (89.3 %): p = 0.05; it's fine!") == (
+        "learning_rate 2e-5, t0007-qv-r8 (89.3 %): p = 0.05; it's fine!"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ("tiny-bert", "`tiny-bert`"),
+        ("a`b", "``a`b``"),
+        ("``a", "``` ``a ```"),
+        ("a\nb <b>", "`a b <b>`"),
+    ],
+)
+def test_a_code_span_ends_where_it_should(value: str, written: str) -> None:
+    assert code(value) == written
 
 
 def test_percent_is_held_together_and_unknown_is_a_dash() -> None:

@@ -67,7 +67,7 @@ def test_files_keep_their_folders_and_what_is_not_there_is_none(
 def test_addresses_are_relative_to_the_ui(client: MlflowClient, runs: SweepRuns) -> None:
     page = runs.page()
     assert page.url == f"#/experiments/{page.experiment_id}/runs/{page.run_id}"
-    assert page.artifact_url("gate/v1/a b.md") == f"{page.url}/artifacts/gate/v1/a%20b.md"
+    assert page.artifact_url("promotion/v1/a b.md") == f"{page.url}/artifacts/promotion/v1/a%20b.md"
     assert page.image_url("thumbnails/a.png") == f"get-artifact?path=thumbnails%2Fa.png&run_uuid={page.run_id}"
     assert f"parentRunId%20%3D%20%27{page.run_id}%27" in page.children_url
 

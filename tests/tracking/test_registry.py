@@ -45,7 +45,7 @@ def write(folder: Path, identity: Model) -> dict[str, str]:
 def test_there_is_nothing_before_the_first_version(registry: Registry) -> None:
     assert registry.aliased(CHAMPION) is None
     assert registry.of_run("0" * 32) is None
-    with pytest.raises(RegistryError, match=r"version 1 of .* is not registered; a finished `agnews-lora sweep`"):
+    with pytest.raises(RegistryError, match=r"Cannot use version 1 of .*: it is not registered. Register one with"):
         registry.version(1)
 
 
@@ -58,7 +58,7 @@ def test_versions_are_counted_and_keep_run_tags_and_files(registry: Registry, ne
     assert first.run_id == run_id and first.tags == TAGS and first.aliases == ()
     folder = registry.folder(first)
     assert (folder / "data.txt").read_text() == "something" and folder != registry.folder(second)
-    with pytest.raises(RegistryError, match=r"version 7 of .* is not registered; the versions are 1, 2"):
+    with pytest.raises(RegistryError, match=r"Cannot use version 7 of .*: it is not registered. Name one of 1, 2."):
         registry.version(7)
 
 
@@ -108,16 +108,16 @@ def test_an_alias_points_to_one_version(registry: Registry, new_run: Callable[[]
 
 def test_tags_are_added_and_replaced(registry: Registry, new_run: Callable[[], str]) -> None:
     version = registry.register(new_run(), write)
-    registry.set_tags(version, {"gate": "failed"})
-    registry.set_tags(version, {"gate": "passed", "test_rows": "7"})
-    assert registry.version(1).tags == {"gate": "passed", "trial": "t0001", "test_rows": "7"}
+    registry.set_tags(version, {"promotion": "failed"})
+    registry.set_tags(version, {"promotion": "passed", "test_rows": "7"})
+    assert registry.version(1).tags == {"promotion": "passed", "trial": "t0001", "test_rows": "7"}
 
 
 def test_files_that_are_gone_are_said_to_be(registry: Registry, new_run: Callable[[], str]) -> None:
     version = registry.register(new_run(), write)
     folder = registry.folder(version)
     folder.rename(folder.with_name("elsewhere"))
-    with pytest.raises(RegistryError, match=r"version 1 of .* must have its files at .*, but they are gone"):
+    with pytest.raises(RegistryError, match=r"Cannot load version 1 of .*: its files at .* are gone"):
         registry.folder(version)
 
 
@@ -148,7 +148,7 @@ def test_a_server_cannot_name_a_file_outside_the_folder(
         monkeypatch.setattr(registry._client, "get_model_version_download_uri", lambda *of: uri)
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "download"))
         (tmp_path / "download").mkdir()
-        with pytest.raises(RegistryError, match=r"must have its files at http"):
+        with pytest.raises(RegistryError, match=r"its files at http.* are gone"):
             registry.folder(version)
         server.shutdown()
     assert not list(tmp_path.rglob("*escaped*")) and not Path("/escaped.txt").exists()
@@ -158,9 +158,11 @@ def test_a_report_is_kept_with_the_versions_run(
     registry: Registry, client: MlflowClient, new_run: Callable[[], str], tmp_path: Path
 ) -> None:
     version = registry.register(new_run(), write)
-    (tmp_path / "gate_report.md").write_text("passed")
+    assert registry.report(version, "report.md") is None
+    (tmp_path / "report.md").write_text("passed")
     registry.log_report(version, tmp_path)
-    assert [file.path for file in client.list_artifacts(version.run_id, "gate/v1")] == ["gate/v1/gate_report.md"]
+    assert [file.path for file in client.list_artifacts(version.run_id, "promotion/v1")] == ["promotion/v1/report.md"]
+    assert registry.report(version, "report.md") == "passed"
 
 
 def test_model_and_version_are_described(registry: Registry, client: MlflowClient, new_run: Callable[[], str]) -> None:
@@ -201,10 +203,12 @@ def test_a_version_whose_logged_model_was_deleted_is_left_alone(
     assert not client.get_run(parent).outputs.model_outputs
 
 
-def test_what_a_promotion_judges(registry: Registry, new_run: Callable[[], str]) -> None:
+def test_the_candidate_waits_or_else_the_champion(registry: Registry, new_run: Callable[[], str]) -> None:
     assert registry.waiting() is None
+    with pytest.raises(RegistryError, match=r"Cannot use .*: it has no champion"):
+        registry.champion()
     first, second = (registry.register(new_run(), write) for _ in range(2))
     registry.set_alias(CHAMPION, first)
-    assert registry.waiting() == registry.version(1)
+    assert registry.waiting() == registry.champion() == registry.version(1)
     registry.set_alias(CANDIDATE, second)
     assert registry.waiting() == registry.version(2)

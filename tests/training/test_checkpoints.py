@@ -270,8 +270,7 @@ def test_a_full_disk_is_said_and_changes_nothing(tmp_path: Path, writer: str, st
     ):
         WRITERS[writer](folder)
     said = str(caught.value)
-    assert said.startswith(f"the checkpoint of t0007 at step {step} cannot be written to {tmp_path} (")
-    assert said.endswith("; free or unlock that folder, and start again: the trial goes on from the checkpoint before")
+    assert said.startswith(f"Cannot write the checkpoint of t0007 at step {step} to {tmp_path}: ")
     assert ("File too large" in said) == (not writer.startswith("torch"))
     assert newest(tmp_path) == tmp_path / "checkpoint-5"
     assert steps(tmp_path) == [5]
@@ -279,7 +278,7 @@ def test_a_full_disk_is_said_and_changes_nothing(tmp_path: Path, writer: str, st
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.partial").write_text("in the way")
-    with pytest.raises(StorageError, match=r"\((File exists|Not a directory)\)"), written("t0007", tmp_path, 5):
+    with pytest.raises(StorageError, match=r"File exists|Not a directory"), written("t0007", tmp_path, 5):
         pytest.fail("there is nothing to write into")
 
 
@@ -291,7 +290,7 @@ def test_a_seal_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, where, full)
-    with pytest.raises(StorageError, match=r"\(No space left on device\)"), written("t0007", tmp_path, 10) as folder:
+    with pytest.raises(StorageError, match="No space left on device"), written("t0007", tmp_path, 10) as folder:
         (folder / "state").write_text("whole")
     assert newest(tmp_path) == before
 

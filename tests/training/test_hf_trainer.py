@@ -340,7 +340,7 @@ def test_bf16_where_there_is_none_is_refused_before_any_trial(
     roberta: TinySetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "has_bf16", lambda _: False)
-    with pytest.raises(TrainingError, match=r"precision bf16 was asked for, but .* has none; use `precision: auto`"):
+    with pytest.raises(TrainingError, match=r"bf16.*`precision: auto`"):
         TrainerEngine(roberta.base, roberta.corpus, replace(SETTINGS, precision="bf16"), LABELS)
     assert not TrainerEngine(roberta.base, roberta.corpus, replace(SETTINGS, precision="auto"), LABELS).bf16
 

@@ -65,7 +65,7 @@ def test_dropout_of_the_base_is_the_settings_and_of_the_adapters_the_trials(setu
 def test_a_model_that_counts_otherwise_is_refused(setups: dict[Family, TinySetup]) -> None:
     base = setups["roberta"].base
     wider = replace(base, shape=replace(base.shape, hidden_size=64))
-    message = r"the built model has 1,700 trainable parameters, its specification \(qv r=2 .*\) stands for 5,444; "
+    message = r"qv r=2 .*: the built model has 1,700 trainable parameters, .* with 5,444"
     with pytest.raises(BudgetError, match=message):
         build_model(wider, SPEC, num_labels=4, seed=0)
     thawed = build_model(base, SPEC, num_labels=4, seed=0)

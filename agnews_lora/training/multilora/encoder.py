@@ -156,6 +156,6 @@ def _require_known(config: Any) -> None:
     for key, value in known.items():
         if (found := getattr(config, key, value)) != value:
             raise BaseModelError(
-                f"engine multilora computes {key} {value!r}, but the base model's configuration says {found!r}; take "
-                "`engine: trainer`"
+                f"Cannot compute the base model's {key} {found!r}: engine multilora knows {value!r} only. Take "
+                "`engine: trainer`."
             )

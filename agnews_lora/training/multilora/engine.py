@@ -66,8 +66,8 @@ class MultiLoraEngine:
     ) -> None:
         if settings.base_dropout > 0:
             raise ConfigError(
-                f"engine multilora trains without dropout inside the base, but base_dropout is "
-                f"{settings.base_dropout}; set it to 0, or take `engine: trainer`"
+                f"Cannot train with base_dropout {settings.base_dropout}: engine multilora has no dropout inside the "
+                "base. Set it to 0, or take `engine: trainer`."
             )
         self.base = base
         self.settings = settings
@@ -344,8 +344,8 @@ class _Run:
         if len(self.model.slots) == 1:
             trial = self.waiting.popleft().trial
             error = TrainingError(
-                f"trial {trial.plan.trial} ({trial.plan.spec}) does not fit the device even alone; use a smaller "
-                "batch_size, eval_batch_size or max_length"
+                f"Cannot train {trial.plan.trial} ({trial.plan.spec}): it does not fit the device even alone. Use a "
+                "smaller batch_size, eval_batch_size or max_length."
             )
             self.observer.failed(trial.plan.trial, error)
             self.ask = True

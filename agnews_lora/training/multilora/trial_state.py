@@ -196,13 +196,13 @@ def read_checkpoint(plan: TrialPlan) -> tuple[TrainProgress, SlotState]:
         spec, seed, progress = described["spec"], described["seed"], TrainProgress(**described["progress"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise TrainingError(
-            f"{folder} must be a checkpoint of engine multilora, but cannot be read as one ({error}); go on with the "
-            "engine that wrote it, or start the trial again"
+            f"Cannot resume from {folder}: it is no sound checkpoint of engine multilora ({error}). Use the engine "
+            "that wrote it, or start the trial again."
         ) from error
     if (spec, seed) != (asdict(plan.spec), plan.seed):
         raise TrainingError(
-            f"{folder} is the checkpoint of another trial ({spec}, seed {seed}), not of {plan.trial} ({plan.spec}, "
-            f"seed {plan.seed}); start the trial again"
+            f"Cannot resume {plan.trial} ({plan.spec}, seed {plan.seed}) from {folder}: it is the checkpoint of "
+            f"another trial ({spec}, seed {seed}). Start the trial again."
         )
     kinds = [
         {n.removeprefix(f"{kind}/"): t for n, t in tensors.items() if n.startswith(f"{kind}/")}

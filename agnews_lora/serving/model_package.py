@@ -1,0 +1,431 @@
+"""The registered model: a folder whose content is proved by hashes, and how a sweep's winner becomes one.
+
+The folder is in MLflow's own format. Its artifacts are the adapter (PEFT's files and record), the tokenizer and the
+reference answers. The base is not in it: it is named, and found again where the model is loaded.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from agnews_lora.adapters.adapter_files import AdapterRecord, read_record, recount
+from agnews_lora.adapters.base_models import KNOWN, BaseModel
+from agnews_lora.adapters.budget import breach
+from agnews_lora.data.sources import Corpus
+from agnews_lora.data.tokens import TokenTable, load_tokenizer, read_table, write_table
+from agnews_lora.errors import BudgetError, PromotionError, RegistryError
+from agnews_lora.serving import reload
+from agnews_lora.tracking.registry import CANDIDATE, REPORT, Registry, Version
+from agnews_lora.training.metrics import accuracy
+
+if TYPE_CHECKING:
+    from mlflow.models import Model
+
+    from agnews_lora.search.results import Registration
+
+ADAPTER: Final = "adapter"
+TOKENIZER: Final = "tokenizer"
+REFERENCE: Final = "reference"
+ARTIFACTS: Final = (ADAPTER, TOKENIZER, REFERENCE)
+ANSWERS: Final = "answers.safetensors"
+ROWS: Final = "rows.safetensors"
+HASH_TAG: Final = "sha256/"
+_NO_FILE: Final = "no file"
+
+NUM_FIXED_ROWS: Final = 64
+LARGEST_DIFFERENCE: Final = 1e-4
+LEAST_AGREEMENT: Final = 0.999
+REGISTER_ANOTHER: Final = "register another version with `agnews-lora sweep`"
+
+# What `mlflow_model.py` imports beside this package itself, which no index has: serve in the project's own environment
+# (`mlflow models serve --env-manager local`).
+REQUIREMENTS: Final = ("mlflow", "torch", "transformers", "peft", "safetensors", "numpy", "pandas")
+EXAMPLE: Final = "Oil prices rose to a record as the central bank left its interest rate unchanged."
+
+
+@dataclass(frozen=True)
+class Package:
+    """A registered model's files. folder: where MLflow keeps them."""
+
+    folder: Path
+
+    @classmethod
+    def verified(cls, registry: Registry, version: Version) -> Self:
+        """A version's files, which are still those that were registered.
+
+        Raises:
+            RegistryError: files were changed, removed or added since, or an older release registered them.
+        """
+        package = cls.of(registry, version)
+        if changed := package.changed(version.tags):
+            raise RegistryError(
+                f"Cannot use {version}: {', '.join(changed)} changed since the registration. Put the files back, or "
+                "return to the version before with `agnews-lora promote SWEEP --rollback`."
+            )
+        return package
+
+    @classmethod
+    def of(cls, registry: Registry, version: Version) -> Self:
+        """A version's files, not verified.
+
+        Raises:
+            RegistryError: they are gone, or an older release registered them.
+        """
+        if f"{HASH_TAG}{REFERENCE}/{ANSWERS}" not in version.tags:
+            raise RegistryError(
+                f"Cannot use {version}: an older release made it. Register another with `agnews-lora sweep --new`."
+            )
+        return cls(registry.folder(version))
+
+    @property
+    def adapter(self) -> Path:
+        return self._artifacts()[ADAPTER]
+
+    @property
+    def tokenizer(self) -> Path:
+        return self._artifacts()[TOKENIZER]
+
+    @property
+    def reference(self) -> Path:
+        return self._artifacts()[REFERENCE]
+
+    def hash_tags(self) -> dict[str, str]:
+        """The tags that `changed` compares with."""
+        return {f"{HASH_TAG}{name}": digest for name, digest in (hashes(self._artifacts()) | self._own_files()).items()}
+
+    def changed(self, tags: Mapping[str, str]) -> list[str]:
+        """Names of files that differ from a version's tags: changed, missing or added ones, and links."""
+        expected = {key.removeprefix(HASH_TAG): value for key, value in tags.items() if key.startswith(HASH_TAG)}
+        present = hashes(self._artifacts())
+        present |= {name: digest for name, digest in self._own_files().items() if name in expected}
+        return sorted(name for name in expected.keys() | present.keys() if expected.get(name) != present.get(name))
+
+    def _artifacts(self) -> dict[str, Path]:
+        return {name: self.folder / "artifacts" / name for name in ARTIFACTS}
+
+    def _own_files(self) -> dict[str, str]:
+        """Hashes of MLflow's own files beside the artifacts, the code that it runs among them; it may add others."""
+        return {path.name: _hash(path) for path in sorted(self.folder.iterdir()) if path.is_symlink() or path.is_file()}
+
+
+def hashes(folders: Mapping[str, Path]) -> dict[str, str]:
+    """{`<folder's name>/<file>`: SHA-256 (hex)} of all files in the folders given by name.
+
+    Anything that is neither a file nor a folder has no hash, and so never equals a registered one: a link would be
+    followed out of the folder, and its target can change at any time.
+    """
+    return {
+        f"{name}/{path.relative_to(folder).as_posix()}": _hash(path)
+        for name, folder in folders.items()
+        for path in (folder, *sorted(folder.rglob("*")))
+        if path.is_symlink() or not path.is_dir()
+    }
+
+
+def _hash(path: Path) -> str:
+    if path.is_symlink() or not path.is_file():
+        return _NO_FILE
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ReferenceAnswers:
+    """What the exported weights answered on the validation split when they were registered: plain PEFT, fp32.
+
+    tokens: `token_digest` of the split. rows: [64] ids of the fixed rows. table: their tokens, for those who have the
+    version but not the sweep's data. logits: [64, classes], of the fixed rows. predicted: [validation rows], labels.
+    """
+
+    tokens: str
+    rows: npt.NDArray[np.int64]
+    table: TokenTable
+    logits: npt.NDArray[np.float32]
+    predicted: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, logits: npt.NDArray[np.float32], validation: TokenTable) -> Self:
+        """From logits [rows, classes] on the whole split. 64 evenly spaced rows are fixed, or all of fewer."""
+        taken = min(NUM_FIXED_ROWS, len(logits))
+        rows = [index * len(logits) // taken for index in range(taken)]
+        return cls(
+            token_digest(validation), np.asarray(rows), validation.take(rows), logits[rows], logits.argmax(axis=-1)
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write them to a folder, with the versions of the libraries that computed them."""
+        from safetensors.numpy import save_file
+
+        folder.mkdir(parents=True)
+        arrays: dict[str, npt.NDArray[Any]] = {"rows": self.rows, "logits": self.logits, "predicted": self.predicted}
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+        save_file(arrays, folder / ANSWERS, metadata={"tokens": self.tokens, **versions})
+        write_table(self.table, folder / ROWS)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The answers in a folder.
+
+        Raises:
+            RegistryError: they are not there, or not whole.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(folder / ANSWERS, framework="numpy") as file:
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+                tokens = file.metadata()["tokens"]
+            return cls(tokens, table=read_table(folder / ROWS), **arrays)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise RegistryError(
+                f"Cannot read the reference answers in {folder}: {error}. Register another version with "
+                "`agnews-lora sweep --new`."
+            ) from error
+
+    def largest_difference(self, logits: npt.NDArray[np.float32]) -> float:
+        """Largest absolute difference from logits [64, classes] of the fixed rows; NaN where one is no number."""
+        return float(np.abs(logits.astype(np.float64) - self.logits).max())
+
+
+def token_digest(table: TokenTable) -> str:
+    """SHA-256 (hex) of the token ids of all rows, in order: what an answer depends on besides the weights."""
+    sha = hashlib.sha256()
+    for array in (table.ids, table.offsets):
+        sha.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+    return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check. found: the value, in words, with the remedy where the check failed."""
+
+    rule: str
+    found: str
+    passed: bool
+
+    @classmethod
+    def of(cls, passed: bool, rule: str, found: str, remedy: str) -> Self:
+        return cls(rule, found if passed else f"{found}; {remedy}", passed)
+
+
+def failures(findings: Sequence[Finding]) -> str:
+    """Every check that failed, a line each below their number."""
+    failed = [f"{finding.rule}: {finding.found}" for finding in findings if not finding.passed]
+    return "\n  - ".join([f"{len(failed)} of {len(findings)} checks failed", *failed])
+
+
+def compare_reload(answers: ReferenceAnswers, logits: npt.NDArray[np.float32]) -> list[Finding]:
+    """Checks of what a new process answered. logits: [validation rows, classes]."""
+    difference = answers.largest_difference(logits[answers.rows])
+    agreement = float((logits.argmax(axis=-1) == answers.predicted).mean())
+    return [
+        Finding.of(
+            difference <= LARGEST_DIFFERENCE,
+            f"in a new process, the logits of {len(answers.rows)} fixed validation rows must be the recorded ones "
+            f"within {LARGEST_DIFFERENCE:g}",
+            f"the largest difference is {difference:.2g}",
+            REGISTER_ANOTHER,
+        ),
+        Finding.of(
+            agreement >= LEAST_AGREEMENT,
+            f"in a new process, {LEAST_AGREEMENT:.1%} of the validation split must get the recorded labels",
+            f"{agreement:.2%} of {len(answers.predicted):,} rows do",
+            REGISTER_ANOTHER,
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class Winner:
+    """What a sweep found.
+
+    run_id: of the trial's run. adapter: folder with PEFT's files and the record. budget: trainable parameters.
+    """
+
+    run_id: str
+    adapter: Path
+    sweep: str
+    study: str
+    budget: int
+
+
+def register(
+    registry: Registry,
+    winner: Winner,
+    base: BaseModel,
+    corpus: Corpus,
+    data: Mapping[str, str],
+    logits: Callable[[], npt.NDArray[np.float32]] | None = None,
+) -> Version:
+    """Register the winner under the alias `candidate`, unless its run has a version already.
+
+    Args:
+        data: where the rows come from, in words, for the model card.
+        logits: gives `reload.logits` of the adapter on the validation split, where the caller has them; else they are
+            computed here.
+
+    Raises:
+        BudgetError: its file holds more trainable parameters than the budget.
+        AdapterError: its files are not what its record says.
+        PromotionError: loaded in a new process, it does not answer as in this one. Nothing is registered then.
+    """
+    known = registry.of_run(winner.run_id)
+    if known is not None:
+        # A process that was killed before it set the alias sets it now.
+        if not known.aliases and "promotion" not in known.tags and registry.aliased(CANDIDATE) is None:
+            registry.set_alias(CANDIDATE, known)
+        return registry.version(known.number)
+    record, count = read_record(winner.adapter), recount(winner.adapter)
+    if count > winner.budget:
+        raise BudgetError(breach(record.spec, record.shape, winner.budget, count))
+    found = logits() if logits else reload.logits(winner.adapter, base, corpus.validation)
+    answers = ReferenceAnswers.of(found, corpus.validation)
+    findings = compare_reload(answers, reload.reload(winner.adapter, locator(base), corpus.validation))
+    if not all(finding.passed for finding in findings):
+        raise PromotionError(f"Cannot register {record.trial} of {winner.study}: {failures(findings)}")
+
+    def write(path: Path, identity: "Model") -> Mapping[str, str]:
+        with tempfile.TemporaryDirectory() as folder:
+            # MLflow keeps a folder's own name, so it must be the artifact's.
+            artifacts = {name: Path(folder, name) for name in ARTIFACTS}
+            shutil.copytree(winner.adapter, artifacts[ADAPTER])
+            # Saved again rather than copied: the base's own files may need its configuration beside them.
+            load_tokenizer(base.folder).save_pretrained(str(artifacts[TOKENIZER]))
+            answers.write(artifacts[REFERENCE])
+            _write_package(path, identity, artifacts, locator(base), record.labels)
+        return {
+            **_tags(winner, record, base, corpus, answers),
+            "data": json.dumps(data),
+            **Package(path).hash_tags(),
+        }
+
+    version = registry.register(winner.run_id, write)
+    registry.set_alias(CANDIDATE, version)
+    return registry.version(version.number)
+
+
+def locator(base: BaseModel) -> str:
+    """What finds the base again on this machine, from any working directory: its name, or its folder."""
+    return base.name if base.name in KNOWN else str(base.folder)
+
+
+def _tags(
+    winner: Winner, record: AdapterRecord, base: BaseModel, corpus: Corpus, answers: ReferenceAnswers
+) -> dict[str, str]:
+    return {
+        "trial": record.trial,
+        "sweep": winner.sweep,
+        "study": winner.study,
+        "base": locator(base),
+        "base_hub_id": base.hub_id,
+        "base_revision": base.revision,
+        "budget": str(winner.budget),
+        "trainable_parameters": str(record.trainable_parameters),
+        "data_digest": corpus.digest,
+        "validation_accuracy": str(accuracy(answers.predicted, corpus.validation.labels)),
+        "validation_rows": str(len(corpus.validation)),
+    }
+
+
+def _write_package(
+    folder: Path, identity: "Model", artifacts: Mapping[str, Path], base: str, labels: tuple[str, ...]
+) -> None:
+    """Save a pyfunc model from code: nothing is pickled.
+
+    MLflow's own logging would load the model and score the example first; the reload in a new process has proved it.
+    """
+    import mlflow.pyfunc
+    import pandas as pd
+    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)  # MLflow's bars would run across the live table
+    probabilities = [ColSpec(DataType.double, label) for label in labels]
+    mlflow.pyfunc.save_model(
+        path=str(folder),
+        mlflow_model=identity,
+        python_model=str(Path(__file__).with_name("mlflow_model.py")),
+        # `merged` is there to be overridden: MLflow takes no key at loading that was not saved.
+        model_config={"base": base, "sha256": hashes(artifacts), "merged": False},
+        artifacts={name: str(path) for name, path in artifacts.items()},
+        signature=ModelSignature(
+            inputs=Schema([ColSpec(DataType.string, "text")]),
+            outputs=Schema([ColSpec(DataType.string, "label"), *probabilities]),
+        ),
+        input_example=pd.DataFrame({"text": [EXAMPLE]}),
+        # A local label (`+cpu`) is in no index.
+        pip_requirements=[f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in REQUIREMENTS],
+    )
+
+
+@dataclass(frozen=True)
+class TestScore:
+    """Accuracy and macro-F1 on the test split, in fp32. low, high: Wilson's 95 % interval of the accuracy.
+
+    digest: SHA-256 (hex) of the test rows.
+    """
+
+    __test__ = False  # not a test, whatever pytest makes of its name
+
+    accuracy: float
+    low: float
+    high: float
+    macro_f1: float
+    rows: int
+    digest: str
+
+    def tags(self) -> dict[str, str]:
+        """`test_accuracy` comes last: a version that has it has the others."""
+        return {
+            "test_digest": self.digest,
+            "test_rows": str(self.rows),
+            "test_macro_f1": str(self.macro_f1),
+            "test_accuracy_low": str(self.low),
+            "test_accuracy_high": str(self.high),
+            "test_accuracy": str(self.accuracy),
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"accuracy {self.accuracy:.2%} (95 % interval {self.low:.2%} to {self.high:.2%}), macro-F1 "
+            f"{self.macro_f1:.2%}, on {self.rows:,} rows."
+        )
+
+
+def recorded_score(version: Version) -> TestScore | None:
+    """The test score in a version's tags, or None where it has none."""
+    tags = version.tags
+    if "test_accuracy" not in tags:
+        return None
+    return TestScore(
+        accuracy=float(tags["test_accuracy"]),
+        low=float(tags["test_accuracy_low"]),
+        high=float(tags["test_accuracy_high"]),
+        macro_f1=float(tags["test_macro_f1"]),
+        rows=int(tags["test_rows"]),
+        digest=tags["test_digest"],
+    )
+
+
+def registration_of(registry: Registry, version: Version) -> "Registration":
+    """A version for a sweep's result: its aliases, the findings of its last promotion, its test score."""
+    from agnews_lora.search.results import Registration
+
+    report: dict[str, Any] = json.loads(registry.report(version, f"{REPORT}.json") or "{}")
+    score = recorded_score(version)
+    return Registration(
+        model=version.model,
+        version=version.number,
+        aliases=version.aliases,
+        checks=tuple(report.get("checks", ())),
+        test=asdict(score) if score else None,
+    )

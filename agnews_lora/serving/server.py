@@ -1,0 +1,364 @@
+"""The HTTP server on loopback: labels for texts, in the forms that MLflow's scoring server takes and gives.
+
+Requests are read strictly: a client gets labels, or one sentence that names the fault, never a traceback or a path.
+"""
+
+import asyncio
+import csv
+import io
+import json
+import re
+import socket
+from html import escape
+from typing import Any, Final
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+
+import agnews_lora
+from agnews_lora.errors import DataError, PromotionError
+from agnews_lora.serving.model_package import LARGEST_DIFFERENCE, ReferenceAnswers
+from agnews_lora.serving.predict import Classifier
+from agnews_lora.tracking.descriptions import one_line
+from agnews_lora.tracking.registry import Version
+
+INVOCATIONS: Final = "/invocations"
+HOSTS: Final = ("127.0.0.1", "localhost")
+
+MAX_BODY_BYTES: Final = 512 * 1024
+# With the longest text they bound the cost of a request: on two CPU cores, seconds for MiniLM and half a minute for
+# `roberta-base`.
+MAX_TEXTS: Final = 256
+MAX_TEXT_CHARACTERS: Final = 5_000  # five times the longest item of AG News; the model reads the first 80 tokens or so
+BODY_SECONDS: Final = 10.0  # for a whole request to arrive
+TURN_SECONDS: Final = 30.0  # for the requests before it to be answered
+MAX_CONNECTIONS: Final = 256
+IDLE_SECONDS: Final = 60  # a client that asks again after a while finds its connection still open
+SHUTDOWN_SECONDS: Final = 2
+
+JSON: Final = "application/json"
+CSV: Final = "text/csv"
+COLUMN: Final = "text"
+_FORMATS: Final = ("inputs", "instances", "dataframe_split", "dataframe_records")
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+_WANTED: Final = 'send {"inputs": ["a text", "another"]}'
+
+# `error_code` of an answer, beside its status; the names are MLflow's where it has one.
+_ERROR_CODES: Final = {
+    404: "ENDPOINT_NOT_FOUND",
+    405: "METHOD_NOT_ALLOWED",
+    408: "REQUEST_TIMEOUT",
+    413: "REQUEST_TOO_LARGE",
+    415: "UNSUPPORTED_MEDIA_TYPE",
+    500: "INTERNAL_ERROR",
+    503: "TEMPORARILY_UNAVAILABLE",
+}
+_DOCS: Final = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{name}</title></head><body>
+<h1>{name}</h1>
+<p><code>POST /invocations</code> labels texts:</p>
+<pre>curl {address}invocations -H 'Content-Type: application/json' -d '{{"inputs": ["Oil prices rose."]}}'</pre>
+<p>It also takes <code>instances</code>, <code>dataframe_records</code>, <code>dataframe_split</code>, a list of texts,
+and <code>text/csv</code> with a column <code>text</code>: at most {texts} texts of {characters:,} characters.</p>
+<p><code>GET /health</code> and <code>/ping</code> answer while it serves; <code>GET /version</code> names
+the model.</p>
+<p>The schema: <a href="/openapi.json">/openapi.json</a></p>
+</body></html>
+"""
+_REQUEST_SCHEMA: Final = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            JSON: {
+                "schema": {
+                    "type": "object",
+                    "properties": {"inputs": {"type": "array", "items": {"type": "string"}, "maxItems": MAX_TEXTS}},
+                    "required": ["inputs"],
+                },
+                "example": {"inputs": ["Oil prices rose to a record."]},
+            },
+            CSV: {"schema": {"type": "string"}, "example": "text\nOil prices rose to a record.\n"},
+        },
+    }
+}
+
+
+class Refusal(HTTPException):
+    """A request that is not answered: a status, and one sentence that quotes nothing at length."""
+
+    @property
+    def body(self) -> dict[str, str]:
+        return {"error_code": _ERROR_CODES.get(self.status_code, "BAD_REQUEST"), "message": self.detail}
+
+
+def largest_difference(classifier: Classifier, answers: ReferenceAnswers, name: str, merged: bool) -> float:
+    """Ask for the fixed rows again, and compare the logits with the recorded ones.
+
+    Merging moves every weight by its rounding in fp32, which moves the logits by far less than the limit.
+
+    Args:
+        name: the version's, for the message.
+
+    Raises:
+        PromotionError: a label differs, or a logit differs by more than `LARGEST_DIFFERENCE`, or is no number.
+    """
+    logits = classifier.logits(answers.table)
+    difference = answers.largest_difference(logits)
+    others = int(np.sum(logits.argmax(axis=-1) != answers.logits.argmax(axis=-1)))
+    if others or not difference <= LARGEST_DIFFERENCE:
+        remedy = "Serve it without --merged." if merged else "Serve another one with --version."
+        raise PromotionError(
+            f"Cannot serve {name}: it answers otherwise than when it was registered ({others} of {len(logits)} fixed "
+            f"rows get another label, the largest difference of logits is {difference:.2g}, {LARGEST_DIFFERENCE:g} is "
+            f"allowed). {remedy}"
+        )
+    return difference
+
+
+def run(application: FastAPI, listener: socket.socket) -> None:
+    """Answer on a bound socket until SIGINT or SIGTERM."""
+    config = uvicorn.Config(
+        application,
+        lifespan="off",
+        ws="none",
+        log_level="error",
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def application(classifier: Classifier, version: Version) -> FastAPI:
+    """The server's endpoints. Texts are labelled one request after the other: one uses all cores already."""
+    app = FastAPI(
+        title=f"{version.model}, version {version.number}",
+        version=agnews_lora.__version__,
+        docs_url=None,  # FastAPI's own page loads its scripts from a foreign host
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    # A page from elsewhere can let its own name point here and read the answers; it cannot hide that name.
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)
+    turn = asyncio.Semaphore(1)
+
+    @app.post(INVOCATIONS, openapi_extra=_REQUEST_SCHEMA)
+    async def invocations(request: Request) -> JSONResponse:
+        content_type = read_content_type(*map(request.headers.get, ("content-type", "content-encoding")))
+        texts = read_texts(await _read_body(request), content_type)
+        try:
+            async with asyncio.timeout(TURN_SECONDS):
+                await turn.acquire()
+        except TimeoutError as error:
+            reason = f"the requests before this one must be answered in {TURN_SECONDS:g} s, but were not; send it again"
+            raise Refusal(503, reason, {"Retry-After": "1"}) from error
+        try:
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            predictions = await run_in_threadpool(classifier.predict, texts)
+        except DataError as error:
+            raise Refusal(400, str(error)) from error
+        finally:
+            turn.release()
+        return JSONResponse({"predictions": [{"label": each.label, **each.probabilities} for each in predictions]})
+
+    @app.get("/ping")
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/version")
+    async def served() -> dict[str, str | int]:
+        return {"model": version.model, "version": version.number, "agnews_lora": agnews_lora.__version__}
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> HTMLResponse:
+        name, address = escape(app.title), escape(str(request.base_url))
+        page = _DOCS.format(name=name, address=address, texts=MAX_TEXTS, characters=MAX_TEXT_CHARACTERS)
+        return HTMLResponse(page, headers={"Content-Security-Policy": "default-src 'none'"})
+
+    @app.exception_handler(HTTPException)
+    async def refuse(request: Request, error: HTTPException) -> JSONResponse:
+        routing = {
+            404: "there is no such endpoint; /docs lists them",
+            405: f"this endpoint takes {(error.headers or {}).get('Allow')}; use that method",
+        }
+        refusal = Refusal(error.status_code, routing.get(error.status_code, error.detail), error.headers)
+        return JSONResponse(refusal.body, refusal.status_code, refusal.headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def leave(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return JSONResponse({}, 400)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def fail(request: Request, error: Exception) -> JSONResponse:  # uvicorn logs the traceback
+        return JSONResponse(Refusal(500, "the model could not answer; the server's output has the reason").body, 500)
+
+    return app
+
+
+async def _read_body(request: Request) -> bytes:
+    """The body, if it is of a fair size and comes within a fair time.
+
+    A longer one is read to its end and thrown away: a client that is still sending would not see the answer.
+    """
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size <= MAX_BODY_BYTES:
+                    body += part
+    except TimeoutError as error:
+        reason = f"a request must arrive within {BODY_SECONDS:g} s, but did not; send it again"
+        raise Refusal(408, reason, {"Connection": "close"}) from error
+    if size > MAX_BODY_BYTES:
+        raise Refusal(413, f"a body takes at most {MAX_BODY_BYTES:,} bytes, but has {size:,}; send several requests")
+    return bytes(body)
+
+
+def read_content_type(given: str | None, encoding: str | None) -> str:
+    """`JSON` or `CSV`, from the headers Content-Type and Content-Encoding.
+
+    Raises:
+        Refusal: 415 for anything else.
+    """
+    kind, *parameters = [part.strip().lower() for part in (given or "").split(";")]
+    if kind not in (JSON, CSV):
+        found = f"is {_short(given)}" if given else "is missing"
+        raise Refusal(415, f"the header Content-Type must be {JSON} or {CSV}, but {found}; set it")
+    charsets = [part.removeprefix("charset=").strip('"') for part in parameters if part.startswith("charset=")]
+    if any(charset not in ("utf-8", "utf8") for charset in charsets):
+        raise Refusal(415, f"the charset must be utf-8, but is {_short(charsets[0])}; convert the body")
+    if (encoding or "identity").strip().lower() != "identity":
+        raise Refusal(415, f"a body must not be encoded, but its Content-Encoding is {_short(encoding)}; send it plain")
+    return kind
+
+
+def read_texts(body: bytes, content_type: str) -> list[str]:
+    """The texts in a request's body, in order.
+
+    As JSON `{"inputs": …}` or `{"instances": …}` with a list of texts, a list of records or `{"text": […]}`; that list
+    alone; or MLflow's `{"dataframe_records": […]}` and `{"dataframe_split": {"columns": […], "data": […]}}`. As CSV
+    with a first line that names a column `text`. Other columns and keys are not read.
+
+    Raises:
+        Refusal: 400 for anything else, 413 for too many texts or too long ones.
+    """
+    try:
+        decoded = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refusal(400, f"the body must be UTF-8, but is not (byte {error.start}); convert it") from error
+    if not decoded.strip():
+        raise Refusal(400, f"a body is needed, but it is empty; {_WANTED}")
+    texts = _csv_texts(decoded) if content_type == CSV else _json_texts(decoded)
+    if not texts:
+        raise Refusal(400, f"at least one text is needed, but there is none; {_WANTED}")
+    if len(texts) > MAX_TEXTS:
+        raise Refusal(413, f"a request takes at most {MAX_TEXTS} texts, but has {len(texts):,}; send several")
+    for index, text in enumerate(texts):
+        place = f"text {index} (counted from 0)"
+        if not isinstance(text, str):
+            raise Refusal(400, f"every text must be a string, but {place} is {_kind(text)}")
+        if len(text) > MAX_TEXT_CHARACTERS:
+            limit = f"a text takes at most {MAX_TEXT_CHARACTERS:,} characters"
+            raise Refusal(413, f"{limit}, but {place} has {len(text):,}; cut it: the model reads only the beginning")
+        if _SURROGATE.search(text):
+            raise Refusal(400, f"a text must be Unicode, but {place} has half a surrogate pair")
+    return texts
+
+
+def _json_texts(decoded: str) -> list[Any]:
+    try:
+        document = json.loads(decoded, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise Refusal(400, f"the body must be JSON, but is not ({error.msg}, {place}); {_WANTED}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        reason = f"the body must be plain JSON, but nests too deeply or has too long a number; {_WANTED}"
+        raise Refusal(400, reason) from error
+    if isinstance(document, list):
+        return _listed(document)
+    if not isinstance(document, dict):
+        raise Refusal(400, f"the body must be an object or a list, but is {_kind(document)}; {_WANTED}")
+    if document.pop("params", None):
+        raise Refusal(400, "this model takes no `params`, but there are some; leave them out")
+    if len(document) != 1 or not document.keys() <= set(_FORMATS):
+        found = ", ".join(_short(key) for key in list(document)[:5]) or "none"
+        raise Refusal(400, f"the object must have one key of {', '.join(_FORMATS)}, but has {found}; {_WANTED}")
+    [(key, value)] = document.items()
+    if key == "dataframe_split":
+        return _split(value)
+    if key == "dataframe_records" and not (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
+        raise Refusal(400, f'`{key}` must be a list of objects; send {{"{key}": [{{"{COLUMN}": "a text"}}]}}')
+    return _listed(value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise Refusal(400, "an object must have a key only once, but has one twice; leave one out")
+    return document
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list of texts or of records, or a column of texts."""
+    if isinstance(value, dict) and isinstance(value.get(COLUMN), list):
+        return list(value[COLUMN])
+    if not isinstance(value, list):
+        raise Refusal(400, f"the texts must be a list, but are {_kind(value)}; {_WANTED}")
+    if not value or not isinstance(value[0], dict):
+        return value
+    for index, record in enumerate(value):
+        if not isinstance(record, dict) or COLUMN not in record:
+            found = f"has no key `{COLUMN}`" if isinstance(record, dict) else f"is {_kind(record)}"
+            place = f"record {index} (counted from 0)"
+            raise Refusal(400, f'every record must be {{"{COLUMN}": "a text"}}, but {place} {found}; add it')
+    return [record[COLUMN] for record in value]
+
+
+def _split(value: Any) -> list[Any]:
+    wanted = f'send {{"dataframe_split": {{"columns": ["{COLUMN}"], "data": [["a text"]]}}}}'
+    if not isinstance(value, dict):
+        raise Refusal(400, f"`dataframe_split` must be an object, but is {_kind(value)}; {wanted}")
+    columns, data = value.get("columns"), value.get("data")
+    if not isinstance(columns, list) or columns.count(COLUMN) != 1:
+        raise Refusal(400, f"`columns` must be a list with `{COLUMN}` in it once, but is not; {wanted}")
+    if not isinstance(data, list) or not all(isinstance(row, list) and len(row) == len(columns) for row in data):
+        raise Refusal(400, f"`data` must be a list of rows, each a list of {len(columns)}, but is not; {wanted}")
+    return [row[columns.index(COLUMN)] for row in data]
+
+
+def _csv_texts(decoded: str) -> list[Any]:
+    wanted = f"send a first line that names a column `{COLUMN}`, and a row each text, quoted where it has commas"
+    try:
+        header, *rows = [row for row in csv.reader(io.StringIO(decoded, newline=""), strict=True) if row]
+    except (csv.Error, ValueError) as error:
+        raise Refusal(400, f"the body must be CSV, but is not ({_short(str(error))}); {wanted}") from error
+    if header.count(COLUMN) != 1:
+        raise Refusal(400, f"the first line must name a column `{COLUMN}` once, but does not; {wanted}")
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header):
+            raise Refusal(400, f"row {number} must have {len(header)} fields, but has {len(row)}; {wanted}")
+    return [row[header.index(COLUMN)] for row in rows]
+
+
+def _kind(value: Any) -> str:
+    """A JSON value's type, in JSON's words."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
+    return names[type(value)]
+
+
+def _short(value: str | None) -> str:
+    """A client's own word, for a message: on one line, and cut."""
+    line = one_line(value or "")
+    return repr(line if len(line) <= 40 else f"{line[:40]}…")

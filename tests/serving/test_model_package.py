@@ -1,0 +1,190 @@
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from agnews_lora.adapters.base_models import resolve
+from agnews_lora.data.rows import LABELS
+from agnews_lora.data.tokens import TokenTable
+from agnews_lora.errors import BudgetError, PromotionError, RegistryError
+from agnews_lora.serving import reload
+from agnews_lora.serving.model_package import (
+    ANSWERS,
+    ROWS,
+    Package,
+    ReferenceAnswers,
+    Winner,
+    compare_reload,
+    register,
+    token_digest,
+)
+from agnews_lora.tracking.registry import CANDIDATE, Registry, Version
+from tests.serving.conftest import BUDGET, World
+
+Enter = Callable[[Path], Version]
+NEWSWIRE = {"source": "newswire"}
+
+
+@pytest.fixture
+def winner(world: World, new_run: Callable[[], str]) -> Winner:
+    return Winner(new_run(), world.good, sweep="embedded", study="embedded-1", budget=BUDGET)
+
+
+@pytest.fixture
+def tracking_uri(client: MlflowClient) -> Iterator[None]:
+    """As `MLFLOW_TRACKING_URI` sets it for users who load a model by its registered name."""
+    mlflow.set_tracking_uri(client.tracking_uri)
+    yield
+    mlflow.set_tracking_uri(None)
+
+
+def test_a_winner_is_registered_with_all_that_is_known_of_it(registry: Registry, world: World, enter: Enter) -> None:
+    version = enter(world.worse)
+    assert version == registry.aliased(CANDIDATE)
+    logits = reload.logits(world.worse, world.base, world.corpus.validation)
+    predicted = logits.argmax(axis=-1)
+    assert {key: value for key, value in version.tags.items() if not key.startswith("sha256/")} == {
+        "trial": "t0007",
+        "sweep": "embedded",
+        "study": "embedded-1",
+        "base": str(world.base.folder),
+        "base_hub_id": "tiny-bert",
+        "base_revision": world.base.revision,
+        "budget": str(BUDGET),
+        "trainable_parameters": "644",
+        "data_digest": world.corpus.digest,
+        "data": '{"source": "newswire", "rows": "440"}',
+        "validation_accuracy": str(float((predicted == world.corpus.validation.labels).mean())),
+        "validation_rows": "200",
+    }
+    hashed = {key.removeprefix("sha256/") for key in version.tags if key.startswith("sha256/")}
+    assert {f"adapter/{path.name}" for path in world.worse.iterdir()} | {f"reference/{ANSWERS}"} < hashed
+    answers = ReferenceAnswers.read(Package.verified(registry, version).reference)
+    assert np.array_equal(answers.predicted, predicted)
+    assert np.array_equal(answers.logits, logits[answers.rows])
+    assert answers.table.pad_id == world.corpus.validation.pad_id
+    for position, row in enumerate(answers.rows):
+        assert np.array_equal(answers.table.row(position), world.corpus.validation.row(row))
+
+
+def test_a_new_process_must_agree_before_it_is_registered(
+    registry: Registry, world: World, winner: Winner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def differing(adapter: Path, base: str, table: TokenTable) -> np.ndarray:
+        answers = reload.logits(adapter, resolve(base), table)
+        answers[0, 0] += 1e-3
+        answers[5:7] = answers[5:7, ::-1]
+        return answers
+
+    monkeypatch.setattr(reload, "reload", differing)
+    with pytest.raises(PromotionError, match=r"^Cannot register t0007 of embedded-1: 2 of 2 checks failed\n") as error:
+        register(registry, winner, world.base, world.corpus, NEWSWIRE)
+    assert "within 0.0001: the largest difference is" in str(error.value)
+    assert "99.9% of the validation split must get the recorded labels: 99.00% of 200 rows do" in str(error.value)
+    assert registry.aliased(CANDIDATE) is None and registry.of_run(winner.run_id) is None
+
+
+def test_a_run_is_registered_once_and_its_alias_is_restored_but_not_taken_from_another(
+    registry: Registry, world: World, winner: Winner, enter: Enter
+) -> None:
+    first = register(registry, winner, world.base, world.corpus, NEWSWIRE)
+    assert register(registry, winner, world.base, world.corpus, NEWSWIRE) == first
+    registry.remove_alias(CANDIDATE)  # as if the process had been killed before it set the alias
+    assert register(registry, winner, world.base, world.corpus, NEWSWIRE) == first
+    second = enter(world.alike)
+    register(registry, winner, world.base, world.corpus, NEWSWIRE)
+    assert registry.aliased(CANDIDATE) == second
+
+
+def test_more_than_the_budget_is_not_registered(registry: Registry, world: World, winner: Winner) -> None:
+    with pytest.raises(BudgetError, match=r"trainable parameters > budget 600 .* the largest rank that fits is 1"):
+        register(registry, replace(winner, budget=600), world.base, world.corpus, NEWSWIRE)
+    assert registry.of_run(winner.run_id) is None
+
+
+@pytest.mark.usefixtures("tracking_uri")
+def test_mlflow_loads_it_without_unpickling_anything(
+    small: Registry, package: Package, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    assert not list(package.folder.rglob("*.pkl"))
+    model = mlflow.pyfunc.load_model("models:/small@champion")
+    rows = world.corpus.validation_rows
+    answers = model.predict(pd.DataFrame({"text": rows.texts[:40]}))
+    assert answers.columns.tolist() == ["label", *LABELS]
+    assert answers["label"].tolist() == [LABELS[label] for label in rows.labels[:40]]
+    assert np.allclose(answers[list(LABELS)].sum(axis=1), 1)
+    assert model.metadata.signature.inputs.input_names() == ["text"]
+    assert model.metadata.signature.outputs.input_names() == ["label", *LABELS]
+    assert len(model.predict(model.input_example)) == 1
+    assert package.changed(small.champion().tags) == [], "what MLflow leaves in the folder is no change"
+    tokenizer = package.tokenizer / "tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    with pytest.raises(RegistryError, match=r"Cannot load the model: its files changed"):
+        mlflow.pyfunc.load_model("models:/small@champion")
+
+
+def test_a_version_of_an_older_release_is_refused(registry: Registry, world: World, enter: Enter) -> None:
+    version = enter(world.good)
+    older = replace(version, tags={key: value for key, value in version.tags.items() if "reference" not in key})
+    with pytest.raises(RegistryError, match=r"Cannot use version 1 of .*: an older release made it\."):
+        Package.verified(registry, older)
+
+
+def table(ids: list[int], offsets: list[int]) -> TokenTable:
+    labels = np.zeros(len(offsets) - 1, dtype=np.int64)
+    return TokenTable(np.array(ids, dtype=np.int32), np.array(offsets), labels, pad_id=0, digest="")
+
+
+@pytest.fixture(scope="module")
+def logits() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(12_000, 4)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def answers(logits: np.ndarray) -> ReferenceAnswers:
+    return ReferenceAnswers.of(logits, table(list(range(24_000)), list(range(0, 24_001, 2))))
+
+
+def test_fixed_rows_are_64_evenly_spaced_or_all_of_fewer(answers: ReferenceAnswers, logits: np.ndarray) -> None:
+    assert len(answers.rows) == 64 and answers.rows[0] == 0 and set(np.diff(answers.rows)) == {187, 188}
+    assert ReferenceAnswers.of(logits[:3], table([1, 2, 3], [0, 1, 2, 3])).rows.tolist() == [0, 1, 2]
+
+
+def test_the_largest_difference_is_of_the_fixed_rows_and_agreement_of_all(
+    answers: ReferenceAnswers, logits: np.ndarray
+) -> None:
+    assert [each.passed for each in compare_reload(answers, logits)] == [True, True]
+    moved = logits.copy()
+    moved[answers.rows[5], 2] += 0.5
+    assert answers.largest_difference(moved[answers.rows]) == pytest.approx(0.5, rel=1e-5)
+    others = [row for row in range(1_000) if row not in answers.rows][:24]
+    relabelled = logits.copy()
+    relabelled[others, (answers.predicted[others] + 1) % 4] += 100
+    same, agreement = compare_reload(answers, relabelled)
+    assert same.passed and not agreement.passed and agreement.found.startswith("99.80% of 12,000 rows do; register")
+
+
+def test_the_token_digest_depends_on_ids_and_on_rows() -> None:
+    tables = [table([1, 2, 3], [0, 1, 3]), table([1, 2, 4], [0, 1, 3]), table([1, 2, 3], [0, 2, 3])]
+    assert len(set(map(token_digest, tables))) == 3
+
+
+@pytest.mark.parametrize("name", [ANSWERS, ROWS])
+@pytest.mark.parametrize("size", [None, 20, -20])
+def test_answers_that_are_not_whole_are_refused(
+    tmp_path: Path, answers: ReferenceAnswers, name: str, size: int | None
+) -> None:
+    answers.write(tmp_path / "reference")
+    path = tmp_path / "reference" / name
+    if size is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(RegistryError, match=r"Cannot read the reference answers"):
+        ReferenceAnswers.read(tmp_path / "reference")

@@ -114,7 +114,7 @@ def test_a_rank_beyond_the_budget_is_seen_before_the_trial_is_started(tmp_path: 
         (
             BOTH_HEADS,
             {"targets": "qv", "head": "out_proj", "rank_share": 1.0},
-            TrialSpec("qv", 23, 23.0, 0.0, 1e-4, "out_proj"),
+            TrialSpec("qv", 22, 22.0, 0.0, 1e-4, "out_proj"),
         ),
     ],
 )

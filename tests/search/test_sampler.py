@@ -226,7 +226,8 @@ def test_a_baseline_without_parameters_does_not_take_the_joint_distribution_away
         joint.append(set(trial.relative_params))
         study.tell(trial, accuracy(configuration(trial, space), 30))
     assert study.trials[0].params == {}
-    names = {"targets", "alpha_ratio", "dropout", "learning_rate"} | ({"head"} if name == "both heads" else set())
+    names = {"targets", "rank_share", "alpha_ratio", "dropout", "learning_rate"}
+    names |= {"head"} if name == "both heads" else set()
     assert joint == [set()] * STARTUP_TRIALS + [names] * 4
 
 

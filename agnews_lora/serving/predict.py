@@ -12,7 +12,8 @@ import numpy.typing as npt
 from agnews_lora.adapters.adapter_files import load_with_peft, read_record
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.data.cleaning import clean
-from agnews_lora.data.tokens import TokenTable, load_tokenizer
+from agnews_lora.data.rows import Rows
+from agnews_lora.data.tokens import TokenTable, encode, load_tokenizer
 from agnews_lora.errors import DataError
 from agnews_lora.serving.model_package import Package
 from agnews_lora.serving.reload import full_precision
@@ -89,15 +90,9 @@ class Classifier:
 
     def _tokenise(self, texts: Sequence[str]) -> TokenTable:
         cleaned = cleaned_texts(texts)
+        rows = Rows(tuple(cleaned), (0,) * len(cleaned))  # the labels are unknown, and not read
         with self._turn:
-            ids = self._tokenizer(cleaned, truncation=True, max_length=self._max_length)["input_ids"]
-        return TokenTable(
-            ids=np.concatenate([np.asarray(row, dtype=np.int32) for row in ids]),
-            offsets=np.cumsum([0, *map(len, ids)], dtype=np.int64),
-            labels=np.zeros(len(ids), dtype=np.int64),  # unknown, and not read
-            pad_id=self._tokenizer.pad_token_id,
-            digest="",
-        )
+            return encode(rows, self._tokenizer, self._max_length)
 
 
 def cleaned_texts(texts: Sequence[str]) -> list[str]:

@@ -138,7 +138,7 @@ def test_a_version_of_an_older_release_is_refused(registry: Registry, world: Wor
 
 def table(ids: list[int], offsets: list[int]) -> TokenTable:
     labels = np.zeros(len(offsets) - 1, dtype=np.int64)
-    return TokenTable(np.array(ids, dtype=np.int32), np.array(offsets), labels, pad_id=0, digest="")
+    return TokenTable(np.array(ids, dtype=np.int32), np.array(offsets), labels, pad_id=0)
 
 
 @pytest.fixture(scope="module")

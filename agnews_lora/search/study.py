@@ -56,7 +56,7 @@ def open_storage(where: Path | str, create: bool = True) -> RDBStorage:
     Raises:
         StorageError: it cannot be made, read or written, is another Optuna's, or the URL is not one to use.
     """
-    _quieten()
+    quieten()
     url = _url(where)
     try:
         if url.database and url.get_backend_name() == "sqlite":
@@ -130,7 +130,7 @@ def _engine_arguments(url: URL) -> dict[str, Any]:
     return {"pool_pre_ping": True, "connect_args": {**patience, "tcp_user_timeout": 15_000}}
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep Optuna off the screen. What it warns of is meant: a resumed trial reports its steps again, a value that
     someone enqueued beyond its range is counted against the budget, and a short study has few trials a parameter.
     """

@@ -71,7 +71,7 @@ def signal_self_once(number: int, marker: Path) -> None:
         os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.proof)])
 def test_a_killed_or_suspended_actor_is_replaced(
     cluster: Any, tmp_path: Path, number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +135,7 @@ def unbuildable() -> Engine:
     os._exit(3)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_actors_that_die_again_and_again_end_the_sweep_with_their_last_words(cluster: Any, tmp_path: Path) -> None:
     driver = ListDriver(tmp_path / "driver", 1)
     with pytest.raises(StudyError, match="died 5 times in a row") as caught:

@@ -50,10 +50,10 @@ serve: $(STAMP)  ## answer over HTTP with the champion: make serve [SWEEP=agnews
 	@$(AGNEWS) serve $(SWEEP) --port $(PORT) $(if $(MERGED),--merged)
 
 test: $(STAMP)  ## run the tests, but for the long proofs
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not proof"
 
 proof: $(STAMP)  ## run the long proofs: kills, outages of the stores, real AG News rows
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m proof
 
 lint: $(STAMP)  ## check style and types
 	@$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from agnews_lora.config.sweep import Sweep
 
 Run = Callable[[argparse.Namespace], int]
-Add = Callable[[str, Run, str, str], argparse.ArgumentParser]
 
 # Set before any library is imported, unless the user did. None of it changes a result.
 ENVIRONMENT = {
@@ -63,9 +63,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=agnews_lora.__version__)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, run: Run, summary: str, example: str) -> argparse.ArgumentParser:
+    def add(run: Run, summary: str, example: str) -> argparse.ArgumentParser:
         command = commands.add_parser(
-            name,
+            run.__name__.removeprefix("_"),
             help=summary,
             description=summary,
             epilog=f"example:\n  agnews-lora {example}",
@@ -74,19 +74,10 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(command=run)
         return command
 
-    _add_training(add)
-    _add_using(add)
-    _add_looking(add)
-    return top
-
-
-def _add_training(add: Add) -> None:
-    train = add("train", _train, "train one experiment", "train embedded")
+    train = add(_train, "train one experiment", "train embedded")
     train.add_argument("experiment", nargs="?", default="seed", metavar="EXPERIMENT", help="name or path (seed)")
-    _name_output(train)
 
-    sweep = add("sweep", _sweep, "search for the best adapter; resumes where it stopped", "sweep embedded --trials 20")
-    _name_sweep(sweep)
+    sweep = add(_sweep, "search for the best adapter; resumes where it stopped", "sweep embedded --trials 20")
     sweep.add_argument("--trials", type=_count, metavar="N", help="trials that are to have ended, in all")
     sweep.add_argument("--timeout", type=_seconds, metavar="S", help="stop after S seconds; the next start resumes")
     sweep.add_argument("--new", action="store_true", help="start another study")
@@ -96,67 +87,10 @@ def _add_training(add: Add) -> None:
     sweep.add_argument(
         "--address", metavar="ADDRESS", help="train on a running Ray cluster, one worker a GPU: auto, or HOST:PORT"
     )
-    _name_stores(sweep)
-    _name_output(sweep)
-
-
-def _add_using(add: Add) -> None:
-    promote = add("promote", _promote, "make the candidate champion, if it passes its checks", "promote embedded")
-    _name_sweep(promote)
-    which = promote.add_mutually_exclusive_group()
-    which.add_argument("--version", type=_count, metavar="N", help="this version instead of the candidate")
-    which.add_argument("--rollback", action="store_true", help="make the previous champion champion again")
-    _name_tracking(promote)
-    promote.add_argument("--json", action="store_true", help="as JSON")
-
-    predict = add("predict", _predict, "ask the champion", 'predict "Shares of the chip maker rose."')
-    predict.add_argument("texts", nargs="*", metavar="TEXT", help="texts; none: a line each from standard input")
-    predict.add_argument("--file", type=Path, metavar="FILE", help="read the texts from a file, a line each")
-    predict.add_argument("--sweep", default="embedded", metavar="SWEEP", help="whose champion (embedded)")
-    predict.add_argument("--json", action="store_true", help="as JSON, an object a line")
-    _name_tracking(predict)
-
-    _name_serving(add("serve", _serve, "answer over HTTP with the champion", "serve --merged"))
-
-    export = add("export", _export, "write the champion as a PEFT folder", "export --to exported")
-    _name_sweep(export)
-    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
-    _name_tracking(export)
-    export.add_argument("--json", action="store_true", help="as JSON")
-
-
-def _add_looking(add: Add) -> None:
-    budget = add("budget", _budget, "show the largest rank of each preset that fits", "budget agnews --json")
-    _name_sweep(budget)
-    budget.add_argument("--json", action="store_true", help="as JSON")
-
-    report = add("report", _report, "write what a sweep found, as HTML and PDF", "report embedded --to reports")
-    _name_sweep(report)
-    report.add_argument("--to", type=Path, metavar="DIR", help="where the files go (reports/)")
-    _name_tracking(report)
-    report.add_argument("--json", action="store_true", help="as JSON")
-
-    ui = add("ui", _ui, "browse the runs in the MLflow UI", "ui --port 5001")
-    ui.add_argument("--port", type=_port, default=5000, metavar="PORT", help="on loopback (5000)")
-
-    doctor = add("doctor", _doctor, "show device, versions, stores, and what can be reached", "doctor")
-    doctor.add_argument("--json", action="store_true", help="as JSON")
-
-
-def _name_sweep(command: argparse.ArgumentParser) -> None:
-    command.add_argument("sweep", nargs="?", default="embedded", metavar="SWEEP", help="name or path (embedded)")
-
-
-def _name_storage(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
+    sweep.add_argument(
         "--storage", metavar="URL", help="the study's database, sqlite:///… or postgresql://… (mlruns/optuna.db)"
     )
-
-
-def _name_stores(command: argparse.ArgumentParser) -> None:
-    _name_storage(command)
-    _name_tracking(command)
-    command.add_argument(
+    sweep.add_argument(
         "--patience",
         type=_seconds,
         default=300.0,
@@ -164,25 +98,45 @@ def _name_stores(command: argparse.ArgumentParser) -> None:
         help="seconds that a store may be away before the sweep ends (300)",
     )
 
+    promote = add(_promote, "make the candidate champion, if it passes its checks", "promote embedded")
+    which = promote.add_mutually_exclusive_group()
+    which.add_argument("--version", type=_count, metavar="N", help="this version instead of the candidate")
+    which.add_argument("--rollback", action="store_true", help="make the previous champion champion again")
 
-def _name_serving(command: argparse.ArgumentParser) -> None:
-    _name_sweep(command)
-    command.add_argument("--version", type=_count, metavar="N", help="this version instead of the champion")
-    command.add_argument(
-        "--merged", action="store_true", help="with the adapter merged into the base's weights: faster"
-    )
-    command.add_argument("--port", type=_port, default=5001, metavar="PORT", help="on loopback (5001)")
-    _name_tracking(command)
+    predict = add(_predict, "ask the champion", 'predict "Shares of the chip maker rose."')
+    predict.add_argument("texts", nargs="*", metavar="TEXT", help="texts; none: a line each from standard input")
+    predict.add_argument("--file", type=Path, metavar="FILE", help="read the texts from a file, a line each")
+    predict.add_argument("--sweep", default="embedded", metavar="SWEEP", help="whose champion (embedded)")
 
+    serve = add(_serve, "answer over HTTP with the champion", "serve --merged")
+    serve.add_argument("--version", type=_count, metavar="N", help="this version instead of the champion")
+    serve.add_argument("--merged", action="store_true", help="with the adapter merged into the base's weights: faster")
+    serve.add_argument("--port", type=_port, default=5001, metavar="PORT", help="on loopback (5001)")
 
-def _name_tracking(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--tracking", metavar="URL", help="the MLflow server, http://… (mlruns/)")
+    export = add(_export, "write the champion as a PEFT folder", "export --to exported")
+    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
 
+    budget = add(_budget, "show the largest rank of each preset that fits", "budget agnews --json")
 
-def _name_output(command: argparse.ArgumentParser) -> None:
-    how = command.add_mutually_exclusive_group()
-    how.add_argument("--quiet", action="store_true", help="show the result alone, without the progress")
-    how.add_argument("--json", action="store_true", help="show the result alone, as JSON")
+    report = add(_report, "write what a sweep found, as HTML and PDF", "report embedded --to reports")
+    report.add_argument("--to", type=Path, metavar="DIR", help="where the files go (reports/)")
+
+    ui = add(_ui, "browse the runs in the MLflow UI", "ui --port 5001")
+    ui.add_argument("--port", type=_port, default=5000, metavar="PORT", help="on loopback (5000)")
+
+    doctor = add(_doctor, "show device, versions, stores, and what can be reached", "doctor")
+
+    for command in (sweep, promote, serve, export, budget, report):
+        command.add_argument("sweep", nargs="?", default="embedded", metavar="SWEEP", help="name or path (embedded)")
+    for command in (sweep, promote, predict, serve, export, report):
+        command.add_argument("--tracking", metavar="URL", help="the MLflow server, http://… (mlruns/)")
+    for command in (promote, predict, export, budget, report, doctor):
+        command.add_argument("--json", action="store_true", help="as JSON")
+    for command in (train, sweep):
+        how = command.add_mutually_exclusive_group()
+        how.add_argument("--quiet", action="store_true", help="show the result alone, without the progress")
+        how.add_argument("--json", action="store_true", help="show the result alone, as JSON")
+    return top
 
 
 def _count(text: str) -> int:
@@ -208,6 +162,9 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+# Commands: each reads its YAML file first, so that a fault in it is reported before anything heavy is imported.
+
+
 def _loaded_sweep(options: argparse.Namespace) -> "Sweep":
     from agnews_lora.config.sweep import load_sweep
 
@@ -227,26 +184,8 @@ def _sweep(options: argparse.Namespace) -> int:
     loaded = _loaded_sweep(options)
     from agnews_lora.commands import sweep
 
-    given = sweep.Options(
-        trials=options.trials,
-        timeout=options.timeout,
-        new=options.new,
-        workers=options.workers,
-        address=options.address,
-        storage=options.storage,
-        tracking=options.tracking,
-        patience=options.patience,
-        quiet=options.quiet,
-        json=options.json,
-    )
-    return sweep.run(loaded, given)
-
-
-def _budget(options: argparse.Namespace) -> int:
-    sweep = _loaded_sweep(options)
-    from agnews_lora.commands import inspect
-
-    return inspect.budget(sweep, options.json)
+    given = {field.name: getattr(options, field.name) for field in fields(sweep.Options)}
+    return sweep.run(loaded, sweep.Options(**given))
 
 
 def _promote(options: argparse.Namespace) -> int:
@@ -277,6 +216,13 @@ def _export(options: argparse.Namespace) -> int:
     from agnews_lora.commands import predict
 
     return predict.export(experiment, options.to, options.tracking, options.json)
+
+
+def _budget(options: argparse.Namespace) -> int:
+    sweep = _loaded_sweep(options)
+    from agnews_lora.commands import inspect
+
+    return inspect.budget(sweep, options.json)
 
 
 def _report(options: argparse.Namespace) -> int:

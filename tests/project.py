@@ -3,12 +3,15 @@
 import copy
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ruamel.yaml import YAML
 
@@ -67,6 +70,61 @@ def agnews_lora(folder: Path, *arguments: str, stdin: str = "") -> subprocess.Co
     return subprocess.run(
         command(*arguments), cwd=folder, env=environment(), input=stdin, capture_output=True, text=True, check=False
     )
+
+
+class Running:
+    """The command line, running in a project's folder beside the test; killed at the end of the `with` block.
+
+    It has a session of its own, so that Ctrl-C in the tests' terminal is not for it. stdout: what has been read so far.
+    """
+
+    def __init__(self, folder: Path, *arguments: str, variables: Mapping[str, str] | None = None) -> None:
+        self.stdout = ""
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command(*arguments),
+            cwd=folder,
+            env={**environment(), **(variables or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self._errors.close()
+
+    @property
+    def stderr(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read()
+
+    def wait_for(self, text: str) -> None:
+        """Read what it prints, until a line holds this."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.stdout += line
+            if text in line:
+                return
+        raise AssertionError(f"it ended before {text!r}:\n{self.stdout}\n{self.stderr}")
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+
+    def end(self) -> int:
+        """Wait until it has ended; return its exit code."""
+        assert self.process.stdout is not None
+        self.stdout += self.process.stdout.read()
+        return self.process.wait()
 
 
 def command(*arguments: str) -> list[str]:

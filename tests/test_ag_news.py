@@ -11,7 +11,7 @@ from tests.project import agnews_lora, write_project
 ACCURACY = 0.86  # on test.csv, from at most 3,000 training rows
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_promoted_adapter_is_good_on_real_news(tmp_path: Path, ag_news: Path) -> None:
     folder = write_project(
         tmp_path,

@@ -44,9 +44,8 @@ def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bo
     client = open_client(tracking or STORES)
     with reaching(client):
         registry = Registry(client, experiment.name)
-        version = registry.champion()
-        package = Package.verified(registry, version)
-    classifier = Classifier.load(package, version.tags["base"])
+        package = Package.verified(registry, registry.champion())
+    classifier = Classifier.load(package)
     predictions = classifier.predict(asked)
     if as_json:
         for text, prediction in zip(asked, predictions, strict=True):

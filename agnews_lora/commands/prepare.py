@@ -1,5 +1,6 @@
 """An experiment made ready to train: its base model, its token tables, and the engine over them."""
 
+import socket
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from agnews_lora.data import sources
 from agnews_lora.data.rows import LABELS
 from agnews_lora.data.sources import Corpus
 from agnews_lora.data.sources import prepare as prepare_corpus
+from agnews_lora.errors import BaseModelError
 from agnews_lora.paths import TOKENS
 from agnews_lora.training.interface import TrainSettings
 
@@ -34,14 +36,26 @@ class EngineFactory:
     settings: TrainSettings
 
     def __call__(self) -> "Engine":
-        """Build it. The imports take seconds: they are here, since only a process that trains needs them."""
+        """Build it. The imports take seconds: they are here, since only a process that trains needs them.
+
+        Raises:
+            BaseModelError: another machine than the driver's, and it has no such base, or another one of that name.
+        """
+        base = self.base
+        if not base.folder.is_dir():  # on another machine it lies elsewhere, or has to be downloaded
+            base = resolve(base.name, num_labels=len(LABELS))
+            if base.weights_sha256 != self.base.weights_sha256:
+                raise BaseModelError(
+                    f"Cannot train on {socket.gethostname()}: its {base.name} has other weights than the driver's "
+                    f"({base.weights_sha256} instead of {self.base.weights_sha256}). Copy the driver's there."
+                )
         if self.name == "multilora":
             from agnews_lora.training.multilora.engine import MultiLoraEngine
 
-            return MultiLoraEngine(self.base, self.corpus, self.settings, LABELS, self.slots)
+            return MultiLoraEngine(base, self.corpus, self.settings, LABELS, self.slots)
         from agnews_lora.training.hf_trainer import TrainerEngine
 
-        return TrainerEngine(self.base, self.corpus, self.settings, LABELS)
+        return TrainerEngine(base, self.corpus, self.settings, LABELS)
 
 
 @dataclass(frozen=True)

@@ -75,12 +75,11 @@ def rollback(experiment: Experiment, tracking: str | None, as_json: bool) -> int
     """
     client = open_client(tracking or STORES)
     with reaching(client):
-        outcome = promotion.rollback(Registry(client, experiment.name))
-        for version in (outcome.previous, outcome.champion):
+        champion, previous = promotion.rollback(Registry(client, experiment.name))
+        for version in (previous, champion):
             refresh(client, version)
     if as_json:
-        numbers = {"champion": outcome.champion.number, "previous": outcome.previous.number}
-        print(json.dumps({"model": outcome.champion.model, **numbers}))
+        print(json.dumps({"model": champion.model, "champion": champion.number, "previous": previous.number}))
         return 0
-    Console(highlight=False).print(f"{outcome.champion} is champion again; {outcome.previous} is previous")
+    Console(highlight=False).print(f"{champion} is champion again; {previous} is previous")
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
+from optuna.storages import RDBStorage
 from rich.console import Console
 
 from agnews_lora.adapters.base_models import shape_of
@@ -86,8 +87,9 @@ def run(sweep: Sweep, options: Options) -> int:
                 {},
                 trial_curves,
             )
-            study = open_study(sweep, prepared, options.storage, options.new)
-            with keys.sole_driver_of(study):
+            storage = keys.open_storage(options.storage or STORES)
+            with keys.sole_driver_of(storage, sweep.name):
+                study = open_study(sweep, prepared, storage, options.new)
                 return _Start(sweep, prepared, study, runs, options).run()
 
 
@@ -266,11 +268,8 @@ class _Start:
         )
 
 
-def open_study(sweep: Sweep, prepared: Prepared, storage: str | None, new: bool) -> optuna.Study:
+def open_study(sweep: Sweep, prepared: Prepared, storage: RDBStorage, new: bool) -> optuna.Study:
     """The sweep's study, made or resumed, with its baseline enqueued.
-
-    Args:
-        storage: URL, or None for the project's own.
 
     Raises:
         StudyError: it was made with another fingerprint.
@@ -278,7 +277,7 @@ def open_study(sweep: Sweep, prepared: Prepared, storage: str | None, new: bool)
     """
     space, shape, budget = sweep.space, prepared.base.shape, sweep.budget
     study = keys.open_study(
-        keys.open_storage(storage or STORES),
+        storage,
         sweep.name,
         fingerprint(sweep, prepared),
         TrialSeededTPE(sweep.seed, sweep.startup_trials, search_space.shared(space, shape, budget)),

@@ -46,6 +46,7 @@ def run(experiment: Experiment, quiet: bool, as_json: bool) -> int:
     prepared = prepare(experiment)
     shared = {"experiment": experiment.name, "base": prepared.base.hub_id}
     runs = SweepRuns(open_client(STORES), experiment.name, experiment.name, shared, provenance(), trial_curves)
+    keys.quieten()
     study = optuna.create_study(pruner=NopPruner(), direction="maximize")
     keys.enqueue_named(study, TRIAL, experiment.spec, experiment.seed)
     WORK.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, GetPydanticSchema, model_validator
 from pydantic_core import core_schema
 
 from agnews_lora.adapters.spec import HEADS, PRESETS, TrialSpec
-from agnews_lora.config.yaml import MAX_TEXT, Document, Settings, load, locate, read, shown
+from agnews_lora.config.yaml import MAX_TEXT, Document, Settings, load, locate, shown
 from agnews_lora.data.sources import DataSettings
 from agnews_lora.training.interface import Precision, TrainSettings
 
@@ -190,12 +190,3 @@ def load_experiment(name: str) -> Experiment:
         ConfigError: no such file, or one with faults: all of them.
     """
     return load(Experiment, locate("experiment", name, [FOLDER]))
-
-
-def read_experiment(name: str, text: str) -> Experiment:
-    """The experiment in the text of a stored file. name: the file's, without its ending.
-
-    Raises:
-        ConfigError: the text is not one that this version accepts.
-    """
-    return read(Experiment, text, Path(f"{name}.yaml"))

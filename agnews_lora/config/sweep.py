@@ -16,16 +16,8 @@ from pydantic import (
 
 from agnews_lora.adapters.spec import PRESETS
 from agnews_lora.config import experiment as experiments
-from agnews_lora.config.experiment import (
-    Count,
-    Experiment,
-    Head,
-    LearningRate,
-    Preset,
-    Probability,
-    Seed,
-)
-from agnews_lora.config.yaml import Document, Settings, load, locate, read, shown
+from agnews_lora.config.experiment import Count, Experiment, Head, LearningRate, Preset, Probability, Seed
+from agnews_lora.config.yaml import Document, Settings, load, locate, shown
 from agnews_lora.errors import ConfigError
 
 FOLDER: Final = Path("sweeps")  # below the working directory
@@ -105,18 +97,13 @@ class Confirmation(Settings):
 
 def _load_named(value: object, info: ValidationInfo) -> object:
     """The experiment that a sweep file names, looked for in `experiments/` and beside the folder of the sweep file."""
-    assert info.context is not None  # `read` gives the path
-    if "experiment" in info.context:
-        return info.context["experiment"]
+    assert info.context is not None  # `load` gives the path
     if not isinstance(value, str):
         raise ValueError(f"Input should be the name of an experiment or the path of its file, but got {shown(value)}")
     folder = info.context["path"].parent
     try:
-        neighbour = folder.parent / experiments.FOLDER
-        folders = [experiments.FOLDER]
-        if neighbour.resolve() != experiments.FOLDER.resolve():
-            folders.append(neighbour)
-        return load(Experiment, locate("experiment", value, folders, beside=folder))
+        folders = dict.fromkeys([experiments.FOLDER, folder.parent / experiments.FOLDER])
+        return load(Experiment, locate("experiment", value, list(folders), beside=folder))
     except ConfigError as error:  # reported together with the sweep's own faults
         raise ValueError(str(error)) from error
 
@@ -194,15 +181,3 @@ def load_sweep(name: str) -> Sweep:
         ConfigError: no such file, or one with faults: all of them, and those of its experiment.
     """
     return load(Sweep, locate("sweep", name, [FOLDER]))
-
-
-def read_sweep(name: str, text: str, experiment: Experiment) -> Sweep:
-    """The sweep in the text of a stored file, over an experiment whatever the text calls it.
-
-    Args:
-        name: the file's, without its ending.
-
-    Raises:
-        ConfigError: the text is not one that this version accepts.
-    """
-    return read(Sweep, text, Path(f"{name}.yaml"), experiment=experiment)

@@ -4,6 +4,7 @@ Accepts YAML 1.2 with plain values only. A fault is reported with its line, its 
 the value that was met, and the nearest accepted word.
 """
 
+import os.path
 import re
 import reprlib
 import textwrap
@@ -70,38 +71,16 @@ DocumentT = TypeVar("DocumentT", bound=Document)
 
 
 def load(model: type[DocumentT], path: Path) -> DocumentT:
-    """Read a file into its model.
+    """Read a file into its model, whose validators find `path` in their context.
 
     Raises:
         ConfigError: a file that cannot be read, is not YAML, or is not valid; names all its faults.
     """
-    if not _NAME.fullmatch(path.stem):
-        raise ConfigError(
-            f"Cannot read {path}: runs and models are named after the file, so its name must start with a letter or "
-            "digit and hold only letters, digits, '.', '_' and '-'. Rename it."
-        )
-    try:
-        if not path.is_file():
-            raise ConfigError(f"Cannot read {path}: it is {'a folder' if path.is_dir() else 'no regular file'}.")
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise ConfigError(f"Cannot read {path}: it has {size:,} bytes, and at most {MAX_BYTES:,} are accepted.")
-        return read(model, path.read_bytes().decode(), path)
-    except OSError as error:
-        raise ConfigError(f"Cannot read {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"Cannot read {path}: byte {error.start + 1} is not UTF-8.") from error
-
-
-def read(model: type[DocumentT], text: str, path: Path, **context: object) -> DocumentT:
-    """The model of a file's text. Its validators find `path` and the rest of `context` in their context.
-
-    Raises:
-        ConfigError: the text is not YAML, or not valid; names all its faults.
-    """
+    text = _read(path)
     reader = YAML(typ="safe", pure=True)
     reader.Composer = _PlainComposer
     try:
-        document = model.model_validate(reader.load(text), context={"path": path, **context})
+        document = model.model_validate(reader.load(text), context={"path": path})
     except ValidationError as error:
         root = reader.compose(text)
         faults = sorted((_fault(model, root, details) for details in error.errors()), key=lambda fault: fault[0])
@@ -124,6 +103,24 @@ def read(model: type[DocumentT], text: str, path: Path, **context: object) -> Do
     return document
 
 
+def _read(path: Path) -> str:
+    if not _NAME.fullmatch(path.stem):
+        raise ConfigError(
+            f"Cannot read {path}: runs and models are named after the file, so its name must start with a letter or "
+            "digit and hold only letters, digits, '.', '_' and '-'. Rename it."
+        )
+    try:
+        if not path.is_file():
+            raise ConfigError(f"Cannot read {path}: it is {'a folder' if path.is_dir() else 'no regular file'}.")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ConfigError(f"Cannot read {path}: it has {size:,} bytes, and at most {MAX_BYTES:,} are accepted.")
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"Cannot read {path}: byte {error.start + 1} is not UTF-8.") from error
+
+
 def locate(kind: str, name: str, folders: Sequence[Path], beside: Path = Path()) -> Path:
     """The file that a name or a path stands for.
 
@@ -144,11 +141,8 @@ def locate(kind: str, name: str, folders: Sequence[Path], beside: Path = Path())
         candidates = [folder / f"{name}.yaml" for folder in folders]
     missing = f"Cannot find {kind} {name!r}: there is no {' or '.join(map(str, candidates))}"
     for candidate in candidates:
-        try:
-            if candidate.exists():
-                return candidate
-        except OSError as error:  # a name that no file system takes, such as one that is too long
-            raise ConfigError(f"{missing} ({error.strerror}).") from error
+        if os.path.exists(candidate):  # noqa: PTH110 (`Path.exists` raises for a name that is too long)
+            return candidate
     found = list(dict.fromkeys(path.stem for folder in folders for path in sorted(folder.glob("*.yaml"))))
     if not found:
         raise ConfigError(f"{missing}, nor any other. Start in the project's folder, or give the path of a file.")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from agnews_lora import hub
+from agnews_lora.data import newswire
 from agnews_lora.data.cleaning import clean
 from agnews_lora.data.rows import LABELS, Rows, read_csv, require_file, stratified_split, stratified_subset
 from agnews_lora.data.tokens import TokenTable, tokenise
@@ -73,7 +74,7 @@ def prepare(
         DataError: rows missing or malformed, or a split in which a class has no row.
         NetworkError, BaseModelError, StorageError: as the sources, the tokenizer and the cache do.
     """
-    rows = load_train(settings, seed)
+    rows = load(settings, "train", seed)
     train_ids, validation_ids = stratified_split(rows.labels, round(len(rows) * settings.validation), seed)
     validation_rows = rows.take(validation_ids)
     train_rows = rows.take(train_ids)
@@ -88,7 +89,7 @@ def prepare(
         digest=hashlib.sha256(f"{train_rows.digest()} {validation_rows.digest()}".encode()).hexdigest(),
         train_rows=train_rows,
         validation_rows=validation_rows,
-        best_accuracy=best_accuracy(settings),
+        best_accuracy=newswire.BEST_ACCURACY if settings.source == "newswire" else None,
     )
 
 
@@ -96,25 +97,25 @@ def prepare_test(
     settings: DataSettings, seed: int, tokenizer_folder: Path, max_length: int, cache: Path
 ) -> tuple[Rows, TokenTable]:
     """The rows of the test split and their token table; raises as `prepare` does."""
-    rows = load_test(settings, seed)
+    rows = load(settings, "test", seed)
     _require_every_class("test", rows)
     return rows, tokenise(rows, tokenizer_folder, max_length, cache)
 
 
-def load_train(settings: DataSettings, seed: int) -> Rows:
-    """The rows to train and validate on.
+def load(settings: DataSettings, split: Split, seed: int) -> Rows:
+    """The rows of the train split (to train and validate on), or of the test split.
 
     Raises:
         DataError: rows that are missing or malformed.
         NetworkError: the hub is needed and cannot be reached.
         StorageError: a download cannot be stored.
     """
-    return _load(settings, "train", settings.rows, seed)
-
-
-def load_test(settings: DataSettings, seed: int) -> Rows:
-    """The rows of the test split; raises as `load_train` does."""
-    return _load(settings, "test", settings.test_rows, seed)
+    num_rows = settings.rows if split == "train" else settings.test_rows
+    if settings.source == "newswire":
+        assert num_rows is not None, "an experiment says how many rows newswire generates"
+        return newswire.generate(num_rows, split, seed)
+    rows = read_csv(_csv_path(settings, split)) if settings.source == "csv" else _load_hub(split)
+    return rows if num_rows is None else rows.take(stratified_subset(rows.labels, num_rows, seed))
 
 
 def check(settings: DataSettings) -> None:
@@ -134,15 +135,6 @@ def check(settings: DataSettings) -> None:
         hub.require_reachable(f"data set {HUB_DATASET}", _HUB_REMEDY)
 
 
-def best_accuracy(settings: DataSettings) -> float | None:
-    """The best accuracy that any classifier can reach, where it is known by construction (newswire)."""
-    if settings.source != "newswire":
-        return None
-    from agnews_lora.data import newswire
-
-    return newswire.BEST_ACCURACY
-
-
 def describe(settings: DataSettings) -> dict[str, str]:
     """Provenance for runs and cards: the source and what pins it; file names without their folders."""
     if settings.source == "hub":
@@ -150,16 +142,6 @@ def describe(settings: DataSettings) -> dict[str, str]:
     if settings.source == "csv":
         return {"source": "csv", **{split: _csv_path(settings, split).name for split in ("train", "test")}}
     return {"source": "newswire", "rows": str(settings.rows), "test_rows": str(settings.test_rows)}
-
-
-def _load(settings: DataSettings, split: Split, num_rows: int | None, seed: int) -> Rows:
-    if settings.source == "newswire":
-        from agnews_lora.data import newswire
-
-        assert num_rows is not None, "an experiment says how many rows newswire generates"
-        return newswire.generate(num_rows, split, seed)
-    rows = read_csv(_csv_path(settings, split)) if settings.source == "csv" else _load_hub(split)
-    return rows if num_rows is None else rows.take(stratified_subset(rows.labels, num_rows, seed))
 
 
 def _csv_path(settings: DataSettings, split: Split) -> Path:

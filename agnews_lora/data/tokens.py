@@ -14,7 +14,14 @@ import numpy.typing as npt
 from agnews_lora.data.rows import Rows
 from agnews_lora.errors import BaseModelError, StorageError
 
-_VOCABULARIES: Final = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+_TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
 _CHUNK_ROWS: Final = 10_000  # tokenised at once: bounds the memory that Python's lists of ids take
 
 
@@ -27,14 +34,12 @@ class TokenTable:
         offsets: (rows + 1,) int64, row i is `ids[offsets[i]:offsets[i + 1]]`.
         labels: (rows,) int64.
         pad_id: the tokenizer's.
-        digest: SHA-256 (hex) over rows, tokenizer and maximal length.
     """
 
     ids: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     pad_id: int
-    digest: str
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,29 +71,13 @@ class TokenTable:
     def take(self, rows: Sequence[int]) -> "TokenTable":
         """The table of some rows, in the order given, in memory."""
         chosen = np.asarray(rows, dtype=np.int64)
-        lengths = self.lengths[chosen]
-        return TokenTable(
-            ids=np.concatenate([self.row(row) for row in chosen]) if len(chosen) else np.empty(0, dtype=np.int32),
-            offsets=_offsets(lengths),
-            labels=self.labels[chosen],
-            pad_id=self.pad_id,
-            digest=_sha256(self.digest.encode(), chosen.astype("<i8").tobytes()),
-        )
+        return _table([self.row(row) for row in chosen], self.labels[chosen], self.pad_id)
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """SHA-256 (hex) over the files that a tokenizer is read from.
-
-    Raises:
-        BaseModelError: no tokenizer there.
-    """
-    for vocabulary in _VOCABULARIES:
-        if all((folder / name).is_file() for name in vocabulary):
-            names = [*vocabulary, "tokenizer_config.json"]
-            files = [folder / name for name in names if (folder / name).is_file()]
-            return _sha256(*(part for file in files for part in (file.name.encode(), file.read_bytes())))
-    choices = " or ".join(" + ".join(names) for names in _VOCABULARIES)
-    raise BaseModelError(f"Cannot read the tokenizer in {folder}: there is no {choices}. Copy it there.")
+    """SHA-256 (hex) over a tokenizer's files."""
+    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    return _sha256(*(part for file in files for part in (file.name.encode(), file.read_bytes())))
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -111,23 +100,18 @@ def load_tokenizer(folder: Path) -> Any:
 def tokenise(rows: Rows, tokenizer_folder: Path, max_length: int, cache: Path) -> TokenTable:
     """The token table of some rows: read from `cache/<digest>.safetensors`, or made and stored there.
 
-    Rows longer than `max_length` are cut, special tokens kept. A damaged file is made anew. Processes may store the
-    same table at the same time.
+    The digest is over rows, tokenizer and `max_length`. A damaged file is made anew. Processes may store the same
+    table at the same time.
 
     Raises:
         BaseModelError: a tokenizer that cannot be read.
         StorageError: a cache that cannot be written.
-        ValueError: no rows.
     """
-    if not len(rows):
-        raise ValueError("at least one row is needed, but got none")
     digest = _sha256(rows.digest().encode(), tokenizer_digest(tokenizer_folder).encode(), str(max_length).encode())
     path = cache / f"{digest}.safetensors"
     with suppress(OSError, ValueError):
-        table = read_table(path)
-        if table.digest == digest:
-            return table
-    table = _encode(rows, load_tokenizer(tokenizer_folder), max_length, digest)
+        return read_table(path)
+    table = encode(rows, load_tokenizer(tokenizer_folder), max_length)
     beside = cache / f"{digest}.{uuid4().hex}.partial"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -143,16 +127,15 @@ def tokenise(rows: Rows, tokenizer_folder: Path, max_length: int, cache: Path) -
 
 
 def write_table(table: TokenTable, path: Path) -> None:
-    """Write a table to a safetensors file, whose header holds the table's digest and a checksum of its content.
+    """Write a table to a safetensors file.
 
     Raises:
         OSError: the file cannot be written.
     """
     from safetensors.numpy import save
 
-    columns = [("ids", table.ids), ("offsets", table.offsets), ("labels", table.labels), ("pad_id", [table.pad_id])]
-    arrays: dict[str, npt.NDArray[Any]] = {name: np.ascontiguousarray(column) for name, column in columns}
-    path.write_bytes(save(arrays, metadata={"digest": table.digest, "checksum": _checksum(arrays)}))
+    columns = vars(table) | {"pad_id": np.array([table.pad_id])}
+    path.write_bytes(save({name: np.ascontiguousarray(column) for name, column in columns.items()}))
 
 
 def read_table(path: Path) -> TokenTable:
@@ -160,23 +143,20 @@ def read_table(path: Path) -> TokenTable:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds no table, or a damaged one.
+        ValueError: it holds no table, or only a part of one.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
 
     try:
-        with safe_open(path, framework="numpy") as file:
-            said = file.metadata() or {}
-            arrays: dict[str, npt.NDArray[Any]] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if "checksum" in said and said["checksum"] != _checksum(arrays):
-            raise ValueError(f"{path} is damaged: its content does not match its checksum")
-        pad_id = int(arrays.pop("pad_id")[0])
-        return TokenTable(**arrays, pad_id=pad_id, digest=said.get("digest", ""))
+        arrays = load_file(path)
+        return TokenTable(pad_id=int(arrays.pop("pad_id")[0]), **arrays)
     except (SafetensorError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is not a token table ({error})") from error
 
 
-def _encode(rows: Rows, tokenizer: Any, max_length: int, digest: str) -> TokenTable:
+def encode(rows: Rows, tokenizer: Any, max_length: int) -> TokenTable:
+    """The token table of some rows, those longer than `max_length` cut with their special tokens kept."""
     ids: list[npt.NDArray[np.int32]] = []
     for start in range(0, len(rows), _CHUNK_ROWS):
         encoded = tokenizer(
@@ -187,17 +167,12 @@ def _encode(rows: Rows, tokenizer: Any, max_length: int, digest: str) -> TokenTa
             return_token_type_ids=False,
         )["input_ids"]
         ids.extend(np.asarray(row, dtype=np.int32) for row in encoded)
-    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-    labels = np.asarray(rows.labels, dtype=np.int64)
-    return TokenTable(np.concatenate(ids), _offsets(lengths), labels, int(tokenizer.pad_token_id), digest)
+    return _table(ids, np.asarray(rows.labels, dtype=np.int64), int(tokenizer.pad_token_id))
 
 
-def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])
-
-
-def _checksum(arrays: dict[str, npt.NDArray[Any]]) -> str:
-    return _sha256(*(part for name in sorted(arrays) for part in (name.encode(), arrays[name].tobytes())))
+def _table(rows: Sequence[npt.NDArray[np.int32]], labels: npt.NDArray[np.int64], pad_id: int) -> TokenTable:
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return TokenTable(np.concatenate([np.empty(0, dtype=np.int32), *rows]), offsets, labels, pad_id)
 
 
 def _sha256(*parts: bytes) -> str:

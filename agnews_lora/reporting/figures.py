@@ -26,8 +26,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
 from PIL import Image  # matplotlib's own reader of pictures
 
-from agnews_lora.adapters.spec import PRESETS
-from agnews_lora.search.results import SweepResult
+from agnews_lora.adapters.budget import max_rank
+from agnews_lora.adapters.spec import PRESETS, TrialSpec
+from agnews_lora.search.results import SweepFacts, SweepResult
 from agnews_lora.tracking.descriptions import THUMBNAILS
 
 # Figures of a sweep by file name, with their titles, in the order to show them.
@@ -42,7 +43,7 @@ FIGURES: Final = {
     "calibration.png": "Calibration of the winner",
 }
 ANSWER_FIGURES: Final = {name: FIGURES[name] for name in ("confusion_matrix.png", "calibration.png")}  # of the winner
-DIMENSIONS: Final = ("targets", "rank", "alpha", "dropout", "learning_rate")
+DIMENSIONS: Final = ("targets", "rank_share", "alpha", "dropout", "learning_rate")
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE: Final = "#0072B2"
@@ -135,7 +136,7 @@ def draw(
 
 
 def trials_frame(result: SweepResult) -> pd.DataFrame:
-    """One row a trial of the search, by number: the fields of its summary and of its configuration, and `winner`."""
+    """One row a trial of the search, by number: the fields of its summary and configuration, and `winner`."""
     winner = result.winner.trial if result.winner else None
     rows = [
         {
@@ -147,11 +148,18 @@ def trials_frame(result: SweepResult) -> pd.DataFrame:
             "accuracy": float("nan") if row.accuracy is None else row.accuracy,
             "trainable_parameters": row.trainable_parameters or 0,
             **{name: getattr(row.spec, name, None) for name in DIMENSIONS},
+            "rank_share": _rank_share(row.spec, result.facts),
         }
         for row in result.trials
     ]
-    names = ["trial", "number", "state", "baseline", "winner", "accuracy", "trainable_parameters", *DIMENSIONS]
-    return pd.DataFrame(rows, columns=names).astype({"baseline": bool, "winner": bool})
+    names = ["trial", "number", "state", "baseline", "winner", "accuracy", "trainable_parameters"]
+    return pd.DataFrame(rows, columns=[*names, *DIMENSIONS]).astype({"baseline": bool, "winner": bool})
+
+
+def _rank_share(spec: TrialSpec | None, facts: SweepFacts) -> float | None:
+    """The rank as a share of the largest that fits the budget: comparable between presets, as the rank is not."""
+    highest = max_rank(spec.targets, spec.head, facts.shape, facts.budget) if spec else 0
+    return spec.rank / highest if spec and highest else None
 
 
 def thumbnails(drawn: Mapping[str, Path], folder: Path) -> dict[str, Path]:

@@ -276,10 +276,11 @@ class Fleet:
 
     def _lose(self, member: _Member, reason: str) -> None:
         """Requeue what a worker trained. The next look around starts another, if there is a place."""
-        self._requeue(member, reason)
+        cause = reason.splitlines()[0] if reason else "no reason known"
+        self._requeue(member, cause)
         self._deaths += 1
         trials = f"; {', '.join(member.plans)} will be resumed" if member.plans else ""
-        self._message(f"{member.name} died ({reason.splitlines()[0] if reason else 'no reason known'}){trials}.")
+        self._message(f"{member.name} died ({cause}){trials}.")
         if self._deaths >= MAX_DEATHS and self._fault is None:
             self._fault = StudyError(
                 f"Cannot go on: workers died {self._deaths} times in a row before any trial got on. "

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from agnews_lora.training.interface import Engine
 LOCAL_SHIP_SECONDS: Final = 5.0  # within a machine, checkpoints cost the driver some ms each and no network
 OBJECT_STORE_BYTES: Final = 512 * 2**20  # token tables, and checkpoints on their way
 CONNECT_SECONDS: Final = 10.0
+LOOPBACK_SWITCH: Final = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0" keeps all of Ray's ports on loopback, on Linux too
 _FOLDER: Final = "agnews-lora-worker-"  # of an actor, in the machine's folder for temporary files
 
 _token_folder: "tempfile.TemporaryDirectory[str] | None" = None  # removed when this process ends
@@ -185,6 +187,8 @@ def _prepare_local() -> None:
     global _token_folder  # noqa: PLW0603
     if _token_folder is not None:
         return
+    if "ray" in sys.modules and os.environ.get(LOOPBACK_SWITCH) != "0":
+        raise RuntimeError("Ray was imported before its environment was set: it would listen on all interfaces")
     _token_folder = tempfile.TemporaryDirectory(prefix="agnews-lora-token-")
     token = Path(_token_folder.name) / "token"
     with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -193,8 +197,8 @@ def _prepare_local() -> None:
     os.environ.update(
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN_PATH=str(token),
-        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # the switch, whatever its name, that keeps all ports on loopback
         RAY_USAGE_STATS_ENABLED="0",
+        **{LOOPBACK_SWITCH: "0"},
     )
 
 

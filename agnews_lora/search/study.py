@@ -1,6 +1,7 @@
 """The study in storage: opened or resumed by name, with the fingerprint of what it searches."""
 
 import fcntl
+import hashlib
 import json
 import time
 import warnings
@@ -30,7 +31,6 @@ from agnews_lora.search.retry import STORAGE_FAULTS, brief
 SWEEP = "sweep"
 IDENTITY = "identity"
 FINGERPRINT = "fingerprint"
-TRIALS = "trials"
 BASELINE = "baseline"
 NAME = "name"  # of a trial that was enqueued with its configuration and seed
 CONFIRMS = "confirms"
@@ -56,7 +56,7 @@ def open_storage(where: Path | str, create: bool = True) -> RDBStorage:
     Raises:
         StorageError: it cannot be made, read or written, is another Optuna's, or the URL is not one to use.
     """
-    _quieten()
+    quieten()
     url = _url(where)
     try:
         if url.database and url.get_backend_name() == "sqlite":
@@ -68,36 +68,27 @@ def open_storage(where: Path | str, create: bool = True) -> RDBStorage:
         return RDBStorage(url.render_as_string(), engine_kwargs=_engine_arguments(url), skip_table_creation=not create)
     except ImportError as error:
         raise StorageError(
-            "a study in PostgreSQL needs psycopg, but it is not installed; pip install 'agnews-lora[postgres]'"
+            "Cannot open a study in PostgreSQL: psycopg is not installed. Run `pip install 'agnews-lora[postgres]'`."
         ) from error
     except (OSError, RuntimeError, *STORAGE_FAULTS) as error:  # RuntimeError: the schema of another Optuna
-        remedy = (
-            "mend its permissions, or move it away to start an empty one"
-            if create
-            else "start `agnews-lora sweep` on it first, which makes what is missing"
-        )
+        remedy = "Fix its permissions, or move it away to start an empty one."
+        if not create:
+            remedy = "Start `agnews-lora sweep` on it first: that creates what is missing."
+        shown = url.database
         if url.get_backend_name() != "sqlite":
-            remedy = f"is the server up, and are PGPASSWORD or a libpq password file right? Else {remedy}"
-        shown = url.database if url.get_backend_name() == "sqlite" else url.render_as_string()
-        raise StorageError(
-            f"the studies' storage must be a writable database of the installed Optuna, but {shown} is not: "
-            f"{brief(error)}; {remedy}"
-        ) from error
+            shown = url.render_as_string()
+            remedy = f"Check that the server is up, and PGPASSWORD or the libpq password file. {remedy}"
+        raise StorageError(f"Cannot open the study's storage {shown}: {brief(error)}. {remedy}") from error
 
 
 @contextmanager
 def answering() -> Iterator[None]:
-    """Turns what is raised where the studies' storage does not answer into one message.
-
-    Raises:
-        StorageError: it does not answer.
-    """
+    """Raise StorageError where the study's storage does not answer in the block."""
     try:
         yield
     except STORAGE_FAULTS as error:
         raise StorageError(
-            f"the studies' storage must be there while a sweep is worked on, but does not answer: {brief(error)}; mend "
-            "it and start again: nothing is lost"
+            f"Cannot reach the study's storage: {brief(error)}. Fix it, and start again: nothing is lost."
         ) from error
 
 
@@ -112,23 +103,23 @@ def _url(where: Path | str) -> URL:
     try:
         url = make_url(where)
     except (ArgumentError, ValueError) as error:
-        raise StorageError(f"the storage {_RULE}, but what was given is no URL") from error
+        raise StorageError(f"Cannot use the storage: it is no URL. {_RULE}") from error
     secret = [key for key in url.query if "pass" in key.lower() and key != "passfile"]  # sslpassword, and slips of it
     if url.password is not None or secret:
+        safe = url._replace(password=None).difference_update_query(secret).render_as_string()
         raise StorageError(
-            "the storage's URL must not hold a password, which others would read in logs and lists of processes: give "
-            f"{url._replace(password=None).difference_update_query(secret).render_as_string()}, and the password "
-            "by PGPASSWORD or in a libpq password file (PGPASSFILE)"
+            "Cannot use the storage: its URL holds a password, which others would read in logs and process lists. Give "
+            f"{safe}, and the password by PGPASSWORD or in a libpq password file (PGPASSFILE)."
         )
     match url.get_backend_name():
         case "postgresql":
             return url.set(drivername="postgresql+psycopg")
         case "sqlite" if url.database and url.database != ":memory:":
             return url.set(drivername="sqlite", database=str(Path(url.database).resolve()))
-    raise StorageError(f"the storage {_RULE}, but got {where}")
+    raise StorageError(f"Cannot use the storage {where}: no database of a kind that is known. {_RULE}")
 
 
-_RULE = "must be the URL of a database, sqlite:///PATH or postgresql://USER@HOST/DATABASE"
+_RULE = "Give the URL of a database, sqlite:///PATH or postgresql://USER@HOST/DATABASE."
 
 
 def _engine_arguments(url: URL) -> dict[str, Any]:
@@ -139,7 +130,7 @@ def _engine_arguments(url: URL) -> dict[str, Any]:
     return {"pool_pre_ping": True, "connect_args": {**patience, "tcp_user_timeout": 15_000}}
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep Optuna off the screen. What it warns of is meant: a resumed trial reports its steps again, a value that
     someone enqueued beyond its range is counted against the budget, and a short study has few trials a parameter.
     """
@@ -177,20 +168,18 @@ def sole_driver(folder: Path, sweep: str) -> Iterator[None]:
 
 
 @contextmanager
-def sole_driver_of(study: optuna.Study) -> Iterator[None]:
-    """Hold a study on a PostgreSQL server for one driver, wherever its work folder lies (an advisory lock).
+def sole_driver_of(storage: RDBStorage, sweep: str) -> Iterator[None]:
+    """Hold a sweep on a PostgreSQL server for one driver, wherever its work folder lies (an advisory lock).
 
     Raises:
         StudyError: another driver holds it, and is not just ending.
     """
-    storage: Any = study._storage
-    engine = getattr(storage, "_backend", storage).engine  # behind Optuna's cache
-    if engine.dialect.name != "postgresql":
+    if storage.engine.dialect.name != "postgresql":
         yield
         return
-    key = int.from_bytes(bytes.fromhex(study.user_attrs[IDENTITY])[:8], "big", signed=True)
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        _wait_for(lambda: connection.execute(select(func.pg_try_advisory_lock(key))).scalar(), study.study_name)
+    key = int.from_bytes(hashlib.sha256(f"agnews-lora {sweep}".encode()).digest()[:8], "big", signed=True)
+    with storage.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        _wait_for(lambda: connection.execute(select(func.pg_try_advisory_lock(key))).scalar(), sweep)
         yield
 
 
@@ -281,10 +270,10 @@ def _require_same(study: optuna.Study, fingerprint: dict[str, Any]) -> None:
     changes = differences(study.user_attrs[FINGERPRINT], json.loads(json.dumps(fingerprint)))
     if changes:
         raise StudyError(
-            f"study {study.study_name} was made with other settings, and its trials would not compare:\n  "
+            f"Cannot resume study {study.study_name}: it was made with other settings, and its trials would not "
+            "compare:\n  "
             + "\n  ".join(changes)
-            + "\nput them back to go on with it, or start another study with `agnews-lora sweep "
-            f"{study.user_attrs[SWEEP]} --new`"
+            + f"\nPut them back, or start another study: `agnews-lora sweep {study.user_attrs[SWEEP]} --new`."
         )
 
 

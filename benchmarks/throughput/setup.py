@@ -113,7 +113,6 @@ def random_table(
         offsets=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)]),
         labels=random.integers(num_labels, size=len(lengths)),
         pad_id=pad_id,
-        digest="",
     )
 
 

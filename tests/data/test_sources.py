@@ -14,11 +14,9 @@ from agnews_lora.data.sources import (
     HUB_DATASET,
     HUB_REVISION,
     DataSettings,
-    best_accuracy,
     check,
     describe,
-    load_test,
-    load_train,
+    load,
     prepare,
     prepare_test,
 )
@@ -43,18 +41,18 @@ def csv_files(tmp_path, monkeypatch):
 
 def test_csv_splits_come_from_their_own_files(csv_files):
     check(csv_files)
-    train, test = load_train(csv_files, seed=0), load_test(csv_files, seed=0)
+    train, test = load(csv_files, "train", seed=0), load(csv_files, "test", seed=0)
     assert (len(train), train.texts[5], train.labels[5]) == (40, "title 5 text", 1)
     assert (len(test), test.texts[0]) == (8, "test 0 text")
 
 
 def test_caps_are_stratified_and_follow_the_seed(csv_files):
     capped = replace(csv_files, rows=12, test_rows=4)
-    rows = load_train(capped, seed=3)
+    rows = load(capped, "train", seed=3)
     assert [rows.labels.count(label) for label in range(4)] == [3] * 4
-    assert rows == load_train(capped, seed=3)
-    assert rows != load_train(capped, seed=4)
-    assert sorted(load_test(capped, seed=3).labels) == [0, 1, 2, 3]
+    assert rows == load(capped, "train", seed=3)
+    assert rows != load(capped, "train", seed=4)
+    assert sorted(load(capped, "test", seed=3).labels) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -76,19 +74,13 @@ def test_check_reads_no_rows(csv_files):
     Path("train.csv").write_text("malformed")
     check(csv_files)
     with pytest.raises(DataError, match=r"Cannot read train\.csv: .*\n  line 1"):
-        load_train(csv_files, seed=0)
+        load(csv_files, "train", seed=0)
 
 
 def test_newswire_makes_the_rows_asked_for():
     check(NEWSWIRE)
-    assert load_train(NEWSWIRE, seed=5) == newswire.generate(40, "train", 5)
-    assert load_test(NEWSWIRE, seed=5) == newswire.generate(20, "test", 5)
-
-
-def test_best_accuracy_is_known_for_newswire_only(csv_files):
-    assert best_accuracy(NEWSWIRE) == newswire.BEST_ACCURACY
-    assert best_accuracy(csv_files) is None
-    assert best_accuracy(HUB) is None
+    assert load(NEWSWIRE, "train", seed=5) == newswire.generate(40, "train", 5)
+    assert load(NEWSWIRE, "test", seed=5) == newswire.generate(20, "test", 5)
 
 
 def test_provenance_carries_no_path(csv_files, tmp_path):
@@ -110,7 +102,7 @@ def unreachable(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "call", [check, lambda settings: load_train(settings, 0), lambda settings: load_test(settings, 0)]
+    "call", [check, lambda settings: load(settings, "train", 0), lambda settings: load(settings, "test", 0)]
 )
 def test_without_the_hub_the_way_out_is_named(unreachable, call):
     with pytest.raises(NetworkError) as caught:
@@ -142,7 +134,7 @@ def test_a_damaged_row_of_the_hub_is_named(unreachable, tmp_path, text, label):
         writer.write_table(datasets.Dataset.from_dict({"text": ["a", text], "label": [0, label]}).data.table)
         writer.finalize()
     with pytest.raises(DataError, match=rf"{HUB_DATASET}: train row 1 needs some text and a label of 0 to 3"):
-        load_train(HUB, seed=0)
+        load(HUB, "train", seed=0)
 
 
 @pytest.fixture(scope="session")
@@ -261,10 +253,10 @@ configs:
 """
 CLEANED = "Messier's lawyer"
 LOAD = f"""
-from agnews_lora.data.sources import DataSettings, check, load_test, load_train
+from agnews_lora.data.sources import DataSettings, check, load
 settings = {HUB!r}
 check(settings)
-print(load_train(settings, 0), load_test(settings, 0))
+print(load(settings, "train", 0), load(settings, "test", 0))
 """
 
 

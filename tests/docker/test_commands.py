@@ -25,7 +25,7 @@ SERVICES: dict[str, dict[str, Any]] = load("compose.yaml")["services"]
 ON_POSTGRES: dict[str, dict[str, Any]] = merged("postgres.yaml")["services"]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.skipif(postgres_missing() is not None, reason=str(postgres_missing()))
 def test_postgres_is_healthy_and_mlflow_keeps_runs_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import psycopg
@@ -52,7 +52,7 @@ def test_mlflow_answers_its_hosts_and_keeps_artifacts(tmp_path: Path) -> None:
     assert [file.read_text(encoding="utf-8") for file in (tmp_path / "artifacts").rglob("note.txt")] == ["kept"]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_dashboard_shows_the_study(tmp_path: Path) -> None:
     import optuna
 
@@ -88,7 +88,7 @@ print(*sorted(driver.adapters))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install '.[cluster]'")
 def test_the_head_and_a_worker_make_a_cluster_that_trains(tmp_path: Path) -> None:
     ray = [sys.executable, "-m", "ray.scripts.scripts"]

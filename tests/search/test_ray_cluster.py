@@ -22,7 +22,6 @@ from agnews_lora.training.interface import Engine, TrialPlan
 from tests.search.drivers import ListDriver
 from tests.search.scripted import ScriptedEngine
 
-# Not imported here: Ray reads its settings from the environment when it is.
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install '.[cluster]'")
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +71,7 @@ def signal_self_once(number: int, marker: Path) -> None:
         os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.proof)])
 def test_a_killed_or_suspended_actor_is_replaced(
     cluster: Any, tmp_path: Path, number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,7 +135,7 @@ def unbuildable() -> Engine:
     os._exit(3)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_actors_that_die_again_and_again_end_the_sweep_with_their_last_words(cluster: Any, tmp_path: Path) -> None:
     driver = ListDriver(tmp_path / "driver", 1)
     with pytest.raises(StudyError, match="died 5 times in a row") as caught:
@@ -232,6 +231,13 @@ def test_a_local_ray_listens_on_loopback_alone_and_asks_for_a_token(tmp_path: Pa
     assert seen["mode"] == 0o600 and not Path(seen["token"]).exists()  # it goes with the process
     assert not (tmp_path / ".ray" / "auth_token").exists()
     assert seen["sigterm"]  # Ray puts a handler of its own there
+
+
+def test_a_ray_that_would_not_keep_to_loopback_is_not_started(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = run("import ray\nray_cluster.train(driver, ScriptedEngine, workers=2)", environment, tmp_path)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "would listen on all interfaces" in errors
 
 
 def test_the_folder_of_an_actor_that_was_killed_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

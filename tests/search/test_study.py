@@ -115,16 +115,16 @@ def test_other_settings_are_refused_line_by_line_and_nothing_is_written(tmp_path
     with pytest.raises(StudyError) as raised:
         opened(tmp_path, fingerprint=changed)
     assert str(raised.value).splitlines() == [
-        "study embedded was made with other settings, and its trials would not compare:",
+        "Cannot resume study embedded: it was made with other settings, and its trials would not compare:",
         '  base.revision: null -> "abc"',
         "  budget: 100000 -> 120000",
         '  data: null -> "1f00"',
         '  space.targets: ["qk", "qv"] -> ["qk"]',
-        "put them back to go on with it, or start another study with `agnews-lora sweep embedded --new`",
+        "Put them back, or start another study: `agnews-lora sweep embedded --new`.",
     ]
     assert content(tmp_path) == before
     assert opened(tmp_path, fingerprint=changed, new=True).study_name == "embedded-2"
-    with pytest.raises(StudyError, match="study embedded-2 was made with other settings"):
+    with pytest.raises(StudyError, match="Cannot resume study embedded-2"):
         opened(tmp_path)
 
 
@@ -188,7 +188,7 @@ def test_a_storage_that_cannot_be_used(tmp_path: Path, spoil: Callable[[Path], N
     message = str(raised.value)
     assert str(tmp_path / "optuna.db") in message
     assert reason in message
-    assert message.endswith("mend its permissions, or move it away to start an empty one")
+    assert message.endswith("Fix its permissions, or move it away to start an empty one.")
     assert "\n" not in message
 
 
@@ -204,7 +204,7 @@ def test_a_storage_below_a_file(tmp_path: Path) -> None:
 def test_a_storage_that_cannot_be_written_any_more(tmp_path: Path, new: bool) -> None:
     storage = open_storage(tmp_path)
     (tmp_path / "optuna.db-journal" / "file").mkdir(parents=True)
-    with pytest.raises(StorageError, match=r"does not answer") as raised:
+    with pytest.raises(StorageError, match=r"Cannot reach the study's storage") as raised:
         open_study(storage, "embedded", FINGERPRINT, RandomSampler(), NopPruner(), new)
     assert "\n" not in str(raised.value)
 

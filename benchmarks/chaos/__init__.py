@@ -1,0 +1,1 @@
+"""Whether anything is lost or done twice when a sweep's processes are killed again and again: `make chaos`."""

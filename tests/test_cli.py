@@ -213,7 +213,7 @@ def test_an_enqueued_trial_over_the_budget_is_refused_before_any_data_is_read(
 ) -> None:
     study = optuna.create_study(storage=open_storage(folder / "mlruns"), study_name="small", direction="maximize")
     study.set_user_attr("sweep", "small")
-    study.enqueue_trial({"targets": "qkv", "rank_qkv": 8})
+    study.enqueue_trial({"targets": "qkv", "rank_share": 8 / 7})
     write_project(folder, experiment={"data": {"source": "csv", "train": "absent.csv", "test": "absent.csv"}})
     message = refused(capsys, "sweep", "small")
     assert "trial 0, enqueued in study small" in message

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -44,7 +43,17 @@ def run(experiment: Experiment, version: int | None, tracking: str | None, as_js
         if outcome.replaced is not None:
             refresh(client, registry.version(outcome.replaced))
     if as_json:
-        print(json.dumps(_as_dict(outcome)))
+        found = {
+            "model": outcome.version.model,
+            "version": outcome.version.number,
+            "passed": outcome.passed,
+            "champion": outcome.version.number if outcome.passed else None,
+            "previous": outcome.replaced,
+            "checks": [asdict(finding) for finding in outcome.findings],
+            "test": asdict(outcome.score) if outcome.score else None,
+            "scored_before": outcome.scored_before,
+        }
+        print(json.dumps(found))
     if not outcome.passed:
         raise PromotionError(outcome.refusal)
     if as_json:
@@ -58,19 +67,6 @@ def run(experiment: Experiment, version: int | None, tracking: str | None, as_js
     return 0
 
 
-def _as_dict(outcome: promotion.Promotion) -> dict[str, Any]:
-    return {
-        "model": outcome.version.model,
-        "version": outcome.version.number,
-        "passed": outcome.passed,
-        "champion": outcome.version.number if outcome.passed else None,
-        "previous": outcome.replaced,
-        "checks": [asdict(finding) for finding in outcome.findings],
-        "test": asdict(outcome.score) if outcome.score else None,
-        "scored_before": outcome.scored_before,
-    }
-
-
 def rollback(experiment: Experiment, tracking: str | None, as_json: bool) -> int:
     """Make the previous champion champion again.
 
@@ -79,12 +75,11 @@ def rollback(experiment: Experiment, tracking: str | None, as_json: bool) -> int
     """
     client = open_client(tracking or STORES)
     with reaching(client):
-        outcome = promotion.rollback(Registry(client, experiment.name))
-        for version in (outcome.previous, outcome.champion):
+        champion, previous = promotion.rollback(Registry(client, experiment.name))
+        for version in (previous, champion):
             refresh(client, version)
     if as_json:
-        numbers = {"champion": outcome.champion.number, "previous": outcome.previous.number}
-        print(json.dumps({"model": outcome.champion.model, **numbers}))
+        print(json.dumps({"model": champion.model, "champion": champion.number, "previous": previous.number}))
         return 0
-    Console(highlight=False).print(f"{outcome.champion} is champion again; {outcome.previous} is previous")
+    Console(highlight=False).print(f"{champion} is champion again; {previous} is previous")
     return 0

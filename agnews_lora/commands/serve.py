@@ -35,7 +35,7 @@ def run(experiment: Experiment, version: int | None, merged: bool, port: int, tr
         with reaching(client):
             chosen = registry.champion() if version is None else registry.version(version)
             package = Package.verified(registry, chosen)
-        classifier = Classifier.load(package, chosen.tags["base"], merged)
+        classifier = Classifier.load(package, merged)
         answers = ReferenceAnswers.read(package.reference)
         difference = server.largest_difference(classifier, answers, str(chosen), merged)
         way = "the adapter merged into its base" if merged else "the adapter on its base"

@@ -1,49 +1,48 @@
 """The search space under the budget: what a trial may be asked for, so that nothing infeasible ever is.
 
-Ranks are bounded preset by preset (and head by head, where both are searched): every range is static, so that a study
-can be resumed and the sampler learns. Every function takes the sweep's space, the base's shape and the budget, and
-raises BudgetError where no preset fits.
+The rank is searched as `rank_share`, a share of the largest rank that fits the budget with the trial's preset and head:
+one parameter that all trials have, which a sampler can learn from whatever the preset. Every range is static, so that a
+study can be resumed. Every function takes the sweep's space, the base's shape and the budget, and raises BudgetError
+where no preset fits.
 """
 
+import math
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import BaseTrial
 
 from agnews_lora.adapters.budget import feasible_ranks, max_rank
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.config.sweep import Space
 
-_Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
+_Distribution = CategoricalDistribution | FloatDistribution
 
 
 def distributions(space: Space, shape: ModelShape, budget: int) -> dict[str, _Distribution]:
     """{name: range} of every parameter that some trial is asked for.
 
-    `targets` offers the presets that fit with a searched head. `rank_<preset>` is asked for the preset that was drawn;
-    where both heads are searched it is `rank_<preset>_<head>`, and `head` is asked for the presets that fit with either
+    `targets` offers the presets that fit with a searched head. `head` is asked for the presets that fit with both heads
     (a preset that fits with one alone has that one).
     """
     ranks = feasible_ranks(list(space.targets), list(space.heads), shape, budget)
     presets = tuple(dict.fromkeys(preset for preset, _ in ranks))
-    parameters: dict[str, _Distribution] = {"targets": CategoricalDistribution(presets)}
-    if len(ranks) > len(presets):
-        parameters["head"] = CategoricalDistribution(space.heads)
-    for (preset, head), highest in ranks.items():
-        parameters[_rank_name(preset, head, space)] = IntDistribution(1, highest)
-    parameters["alpha_ratio"] = CategoricalDistribution(space.alpha_ratio)
-    parameters["dropout"] = FloatDistribution(space.dropout.low, space.dropout.high)
-    parameters["learning_rate"] = FloatDistribution(space.learning_rate.low, space.learning_rate.high, log=True)
-    return parameters
+    heads = {"head": CategoricalDistribution(space.heads)} if len(ranks) > len(presets) else {}
+    return {
+        "targets": CategoricalDistribution(presets),
+        **heads,
+        "rank_share": FloatDistribution(0.0, 1.0),
+        "alpha_ratio": CategoricalDistribution(space.alpha_ratio),
+        "dropout": FloatDistribution(space.dropout.low, space.dropout.high),
+        "learning_rate": FloatDistribution(space.learning_rate.low, space.learning_rate.high, log=True),
+    }
 
 
 def shared(space: Space, shape: ModelShape, budget: int) -> dict[str, BaseDistribution]:
     """Those of `distributions` that every trial is asked for, whatever preset it draws."""
-    parameters = distributions(space, shape, budget)
-    names = ["targets", "alpha_ratio", "dropout", "learning_rate"]
-    if "head" in parameters and all(len(_heads(preset, space, parameters)) != 1 for preset in space.targets):
-        names.append("head")
-    return {name: parameters[name] for name in names}
+    asked = distributions(space, shape, budget)
+    always = all(len(_heads(preset, space, shape, budget)) != 1 for preset in space.targets)
+    return {name: given for name, given in asked.items() if name != "head" or always}
 
 
 def suggest(trial: BaseTrial, space: Space, shape: ModelShape, budget: int) -> TrialSpec:
@@ -54,15 +53,13 @@ def suggest(trial: BaseTrial, space: Space, shape: ModelShape, budget: int) -> T
         match parameters[name]:
             case CategoricalDistribution(choices=choices):
                 return trial.suggest_categorical(name, choices)
-            case IntDistribution(low=low, high=high):
-                return trial.suggest_int(name, low, high)
             case FloatDistribution(low=low, high=high, log=log):
                 return trial.suggest_float(name, low, high, log=log)
 
     targets = ask("targets")
-    heads = _heads(targets, space, parameters)
+    heads = _heads(targets, space, shape, budget)
     head = ask("head") if len(heads) > 1 else heads[0]
-    rank = ask(_rank_name(targets, head, space))
+    rank = rank_of(ask("rank_share"), max_rank(targets, head, shape, budget))
     return TrialSpec(
         targets=targets,
         rank=rank,
@@ -71,6 +68,15 @@ def suggest(trial: BaseTrial, space: Space, shape: ModelShape, budget: int) -> T
         learning_rate=ask("learning_rate"),
         head=head,
     )
+
+
+def rank_of(share: float, highest: int) -> int:
+    """The rank that a share of the largest rank stands for: share * highest, rounded up, and at least 1.
+
+    Every rank up to the highest stands for an equal part of (0, 1]. A share above 1, which a person enqueued, stands
+    for a rank above the highest: the budget refuses it.
+    """
+    return max(1, math.ceil(share * highest - 1e-9))  # 3 / 11 * 11 may come out a little above 3
 
 
 def smallest(space: Space, shape: ModelShape, budget: int) -> dict[str, Any]:
@@ -82,7 +88,7 @@ def smallest(space: Space, shape: ModelShape, budget: int) -> dict[str, Any]:
 
 
 def parameters_of(spec: TrialSpec, space: Space, shape: ModelShape, budget: int) -> dict[str, Any]:
-    """The parameters to enqueue so that `suggest` gives exactly this configuration.
+    """Parameters to enqueue, with which `suggest` gives exactly this configuration.
 
     Raises:
         ValueError: the configuration lies outside the space.
@@ -90,12 +96,12 @@ def parameters_of(spec: TrialSpec, space: Space, shape: ModelShape, budget: int)
     faults = outside(spec, space, shape, budget)
     if faults:
         raise ValueError(f"{spec} lies outside the space: {'; '.join(faults)}")
-    heads = _heads(spec.targets, space, distributions(space, shape, budget))
+    heads = _heads(spec.targets, space, shape, budget)
     head = {"head": spec.head} if len(heads) > 1 else {}
     return {
         "targets": spec.targets,
         **head,
-        _rank_name(spec.targets, spec.head, space): spec.rank,
+        "rank_share": spec.rank / max_rank(spec.targets, spec.head, shape, budget),
         "alpha_ratio": int(spec.alpha / spec.rank),
         "dropout": spec.dropout,
         "learning_rate": spec.learning_rate,
@@ -131,10 +137,6 @@ def describe(space: Space, shape: ModelShape, budget: int) -> dict[str, list[Any
     }
 
 
-def _heads(preset: str, space: Space, parameters: dict[str, _Distribution]) -> list[str]:
+def _heads(preset: str, space: Space, shape: ModelShape, budget: int) -> list[str]:
     """The searched heads that a preset fits with."""
-    return [head for head in space.heads if _rank_name(preset, head, space) in parameters]
-
-
-def _rank_name(preset: str, head: str, space: Space) -> str:
-    return f"rank_{preset}" if len(space.heads) == 1 else f"rank_{preset}_{head}"
+    return [head for head in space.heads if max_rank(preset, head, shape, budget) > 0]

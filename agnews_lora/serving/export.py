@@ -56,18 +56,50 @@ def export(registry: Registry, version: Version, to: Path) -> Path:
 
 def _model_card(version: Version, record: AdapterRecord, params: Mapping[str, str]) -> str:
     """Markdown with the front matter that the hub reads. params: of the run that trained the version."""
-    data: dict[str, str] = json.loads(version.tags["data"])
-    sections = {
-        f"{text(version.model)}, version {version.number}": _introduction(version, record),
-        "Results": _results(version),
-        "Load it": _loading(record),
-        "Training": _table(_configuration(record, params)),
-        "Data": "\n\n".join([_table(data), _NEWSWIRE_LICENCE if data["source"] == "newswire" else _AG_NEWS_LICENCE]),
-    }
-    title, *rest = sections
-    parts = [_front_matter(record), f"# {title}\n\n{sections[title]}"]
-    parts += [f"## {heading}\n\n{sections[heading]}" for heading in rest]
-    return "\n\n".join(parts) + "\n"
+    tags, base = version.tags, code(record.hub_id)
+    data: dict[str, str] = json.loads(tags["data"])
+    settings = {key: params[key] for key in _SETTINGS if key in params}
+    training = {**record.spec.as_dict(), **settings, "max_length": record.max_length}
+    if _is_published(record):
+        base_model, found_at = f"base_model: {json.dumps(record.hub_id)}\n", f" at revision {code(record.revision)}"
+    else:
+        weights = f"`model.safetensors` has the SHA-256 {code(record.weights_sha256)}"
+        base_model, found_at = "", f", a local model whose {weights}"
+    validation = f"accuracy {float(tags['validation_accuracy']):.2%} on {int(tags['validation_rows']):,} rows"
+    return f"""---
+library_name: peft
+pipeline_tag: text-classification
+language: en
+tags: [lora, ag-news]
+{base_model}---
+
+# {text(version.model)}, version {version.number}
+
+A LoRA adapter that labels English news items as one of {text(", ".join(record.labels))}.
+
+- Base: {base}{found_at}
+- Trainable parameters: {record.trainable_parameters:,}, of a budget of {int(tags["budget"]):,}
+- Found by: trial {code(tags["trial"])} of study {code(tags["study"])}
+
+## Results
+
+- Test split, scored once: {recorded_score(version) or "not scored: this version has not been promoted."}
+- Validation split: {validation}. It chose this adapter among others, so it is optimistic.
+{_confirmed_mean(tags)}
+## Load it
+
+{_loading(record)}
+
+## Training
+
+{_table(training)}
+
+## Data
+
+{_table(data)}
+
+{_NEWSWIRE_LICENCE if data["source"] == "newswire" else _AG_NEWS_LICENCE}
+"""
 
 
 def _is_published(record: AdapterRecord) -> bool:
@@ -75,47 +107,17 @@ def _is_published(record: AdapterRecord) -> bool:
     return not record.revision.startswith("sha256:")
 
 
-def _front_matter(record: AdapterRecord) -> str:
-    lines = ["---", "library_name: peft", "pipeline_tag: text-classification", "language: en", "tags: [lora, ag-news]"]
-    if _is_published(record):
-        lines.append(f"base_model: {json.dumps(record.hub_id)}")
-    return "\n".join([*lines, "---"])
-
-
-def _introduction(version: Version, record: AdapterRecord) -> str:
-    base = code(record.hub_id)
-    revision = f"{base} at revision {code(record.revision)}"
-    own = f"{base}, a local model whose `model.safetensors` has the SHA-256 {code(record.weights_sha256)}"
-    budget = int(version.tags["budget"])
-    return (
-        f"A LoRA adapter that labels English news items as one of {text(', '.join(record.labels))}.\n\n"
-        f"- Base: {revision if _is_published(record) else own}\n"
-        f"- Trainable parameters: {record.trainable_parameters:,}, of a budget of {budget:,}\n"
-        f"- Found by: trial {code(version.tags['trial'])} of study {code(version.tags['study'])}"
-    )
-
-
-def _results(version: Version) -> str:
-    validation = (
-        f"- Validation split: accuracy {float(version.tags['validation_accuracy']):.2%} on "
-        f"{int(version.tags['validation_rows']):,} rows. It chose this adapter among others, so it is optimistic."
-    )
-    test = recorded_score(version) or "not scored: this version has not been promoted."
-    lines = [f"- Test split, scored once: {test}", validation]
-    if mean := _confirmed_mean(version):
-        lines.append(f"- Validation split, the same configuration trained from several seeds: {mean}.")
-    return "\n".join(lines)
-
-
-def _confirmed_mean(version: Version) -> str | None:
-    """Mean and spread over the seeds that the winner was confirmed with, in words; None where it was not."""
-    tags = version.tags
+def _confirmed_mean(tags: Mapping[str, str]) -> str:
+    """Mean and spread over the seeds that the winner was confirmed with, as a line; empty where it was not."""
     if "confirmation_mean_accuracy" not in tags:
-        return None
+        return ""
     spread = tags.get("confirmation_std_accuracy")
     deviation = f" (standard deviation {100 * float(spread):.2f} points)" if spread else ""
     mean, seeds = float(tags["confirmation_mean_accuracy"]), int(tags["confirmation_seeds"])
-    return f"mean accuracy {mean:.2%} over {seeds} seeds{deviation}"
+    return (
+        "- Validation split, the same configuration trained from several seeds: "
+        f"mean accuracy {mean:.2%} over {seeds} seeds{deviation}.\n"
+    )
 
 
 def _loading(record: AdapterRecord) -> str:
@@ -145,11 +147,6 @@ print(LABELS[probabilities.argmax()], probabilities.max().item())
 ```"""
 
 
-def _configuration(record: AdapterRecord, params: Mapping[str, str]) -> dict[str, str]:
-    spec = {key: str(value) for key, value in record.spec.as_dict().items()}
-    settings = {key: params[key] for key in _SETTINGS if key in params}
-    return spec | settings | {"max_length": str(record.max_length)}
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {text(key)} | {text(value)} |" for key, value in rows.items())])
+def _table(rows: Mapping[str, object]) -> str:
+    lines = [f"| {text(key)} | {text(str(value))} |" for key, value in rows.items()]
+    return "\n".join(["| | |", "| --- | --- |", *lines])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from agnews_lora.adapters.adapter_files import AdapterRecord, read_record, recount
+from agnews_lora.adapters.adapter_files import read_record, recount
 from agnews_lora.adapters.base_models import KNOWN, BaseModel
 from agnews_lora.adapters.budget import breach
 from agnews_lora.data.sources import Corpus
@@ -39,7 +39,6 @@ ARTIFACTS: Final = (ADAPTER, TOKENIZER, REFERENCE)
 ANSWERS: Final = "answers.safetensors"
 ROWS: Final = "rows.safetensors"
 HASH_TAG: Final = "sha256/"
-_NO_FILE: Final = "no file"
 
 NUM_FIXED_ROWS: Final = 64
 LARGEST_DIFFERENCE: Final = 1e-4
@@ -54,8 +53,9 @@ EXAMPLE: Final = "Oil prices rose to a record as the central bank left its inter
 
 @dataclass(frozen=True)
 class Package:
-    """A registered model's files. folder: where MLflow keeps them."""
+    """A registered version and its files. folder: where MLflow keeps them."""
 
+    version: Version
     folder: Path
 
     @classmethod
@@ -66,7 +66,7 @@ class Package:
             RegistryError: files were changed, removed or added since, or an older release registered them.
         """
         package = cls.of(registry, version)
-        if changed := package.changed(version.tags):
+        if changed := package.changed():
             raise RegistryError(
                 f"Cannot use {version}: {', '.join(changed)} changed since the registration. Put the files back, or "
                 "return to the version before with `agnews-lora promote SWEEP --rollback`."
@@ -84,37 +84,29 @@ class Package:
             raise RegistryError(
                 f"Cannot use {version}: an older release made it. Register another with `agnews-lora sweep --new`."
             )
-        return cls(registry.folder(version))
+        return cls(version, registry.folder(version))
 
     @property
     def adapter(self) -> Path:
-        return self._artifacts()[ADAPTER]
+        return self.folder / "artifacts" / ADAPTER
 
     @property
     def tokenizer(self) -> Path:
-        return self._artifacts()[TOKENIZER]
+        return self.folder / "artifacts" / TOKENIZER
 
     @property
     def reference(self) -> Path:
-        return self._artifacts()[REFERENCE]
+        return self.folder / "artifacts" / REFERENCE
 
-    def hash_tags(self) -> dict[str, str]:
-        """The tags that `changed` compares with."""
-        return {f"{HASH_TAG}{name}": digest for name, digest in (hashes(self._artifacts()) | self._own_files()).items()}
+    def changed(self) -> list[str]:
+        """Names of files that differ from the version's tags: changed, missing or added ones, and links.
 
-    def changed(self, tags: Mapping[str, str]) -> list[str]:
-        """Names of files that differ from a version's tags: changed, missing or added ones, and links."""
+        Beside the artifacts MLflow may add files of its own.
+        """
+        tags = self.version.tags
         expected = {key.removeprefix(HASH_TAG): value for key, value in tags.items() if key.startswith(HASH_TAG)}
-        present = hashes(self._artifacts())
-        present |= {name: digest for name, digest in self._own_files().items() if name in expected}
+        present = {name: found for name, found in _all_hashes(self.folder).items() if "/" in name or name in expected}
         return sorted(name for name in expected.keys() | present.keys() if expected.get(name) != present.get(name))
-
-    def _artifacts(self) -> dict[str, Path]:
-        return {name: self.folder / "artifacts" / name for name in ARTIFACTS}
-
-    def _own_files(self) -> dict[str, str]:
-        """Hashes of MLflow's own files beside the artifacts, the code that it runs among them; it may add others."""
-        return {path.name: _hash(path) for path in sorted(self.folder.iterdir()) if path.is_symlink() or path.is_file()}
 
 
 def hashes(folders: Mapping[str, Path]) -> dict[str, str]:
@@ -126,14 +118,20 @@ def hashes(folders: Mapping[str, Path]) -> dict[str, str]:
     return {
         f"{name}/{path.relative_to(folder).as_posix()}": _hash(path)
         for name, folder in folders.items()
-        for path in (folder, *sorted(folder.rglob("*")))
+        for path in (folder, *folder.rglob("*"))
         if path.is_symlink() or not path.is_dir()
     }
 
 
+def _all_hashes(folder: Path) -> dict[str, str]:
+    """`hashes` of a model's artifacts, and those of MLflow's own files, the code that it runs among them."""
+    own = {path.name: _hash(path) for path in folder.iterdir() if path.is_symlink() or path.is_file()}
+    return own | hashes({name: folder / "artifacts" / name for name in ARTIFACTS})
+
+
 def _hash(path: Path) -> str:
     if path.is_symlink() or not path.is_file():
-        return _NO_FILE
+        return "no file"
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -161,13 +159,12 @@ class ReferenceAnswers:
         )
 
     def write(self, folder: Path) -> None:
-        """Write them to a folder, with the versions of the libraries that computed them."""
+        """Write them to a new folder."""
         from safetensors.numpy import save_file
 
         folder.mkdir(parents=True)
         arrays: dict[str, npt.NDArray[Any]] = {"rows": self.rows, "logits": self.logits, "predicted": self.predicted}
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-        save_file(arrays, folder / ANSWERS, metadata={"tokens": self.tokens, **versions})
+        save_file(arrays, folder / ANSWERS, metadata={"tokens": self.tokens})
         write_table(self.table, folder / ROWS)
 
     @classmethod
@@ -263,14 +260,13 @@ def register(
     base: BaseModel,
     corpus: Corpus,
     data: Mapping[str, str],
-    logits: Callable[[], npt.NDArray[np.float32]] | None = None,
+    logits: Callable[[], npt.NDArray[np.float32]],
 ) -> Version:
     """Register the winner under the alias `candidate`, unless its run has a version already.
 
     Args:
         data: where the rows come from, in words, for the model card.
-        logits: gives `reload.logits` of the adapter on the validation split, where the caller has them; else they are
-            computed here.
+        logits: gives `reload.logits` of the adapter on the validation split. Called only where a version is registered.
 
     Raises:
         BudgetError: its file holds more trainable parameters than the budget.
@@ -286,8 +282,7 @@ def register(
     record, count = read_record(winner.adapter), recount(winner.adapter)
     if count > winner.budget:
         raise BudgetError(breach(record.spec, record.shape, winner.budget, count))
-    found = logits() if logits else reload.logits(winner.adapter, base, corpus.validation)
-    answers = ReferenceAnswers.of(found, corpus.validation)
+    answers = ReferenceAnswers.of(logits(), corpus.validation)
     findings = compare_reload(answers, reload.reload(winner.adapter, locator(base), corpus.validation))
     if not all(finding.passed for finding in findings):
         raise PromotionError(f"Cannot register {record.trial} of {winner.study}: {failures(findings)}")
@@ -302,9 +297,19 @@ def register(
             answers.write(artifacts[REFERENCE])
             _write_package(path, identity, artifacts, locator(base), record.labels)
         return {
-            **_tags(winner, record, base, corpus, answers),
+            "trial": record.trial,
+            "sweep": winner.sweep,
+            "study": winner.study,
+            "base": locator(base),
+            "base_hub_id": base.hub_id,
+            "base_revision": base.revision,
+            "budget": str(winner.budget),
+            "trainable_parameters": str(count),
+            "data_digest": corpus.digest,
+            "validation_accuracy": str(accuracy(answers.predicted, corpus.validation.labels)),
+            "validation_rows": str(len(corpus.validation)),
             "data": json.dumps(data),
-            **Package(path).hash_tags(),
+            **{f"{HASH_TAG}{name}": digest for name, digest in sorted(_all_hashes(path).items())},
         }
 
     version = registry.register(winner.run_id, write)
@@ -315,24 +320,6 @@ def register(
 def locator(base: BaseModel) -> str:
     """What finds the base again on this machine, from any working directory: its name, or its folder."""
     return base.name if base.name in KNOWN else str(base.folder)
-
-
-def _tags(
-    winner: Winner, record: AdapterRecord, base: BaseModel, corpus: Corpus, answers: ReferenceAnswers
-) -> dict[str, str]:
-    return {
-        "trial": record.trial,
-        "sweep": winner.sweep,
-        "study": winner.study,
-        "base": locator(base),
-        "base_hub_id": base.hub_id,
-        "base_revision": base.revision,
-        "budget": str(winner.budget),
-        "trainable_parameters": str(record.trainable_parameters),
-        "data_digest": corpus.digest,
-        "validation_accuracy": str(accuracy(answers.predicted, corpus.validation.labels)),
-        "validation_rows": str(len(corpus.validation)),
-    }
 
 
 def _write_package(
@@ -367,6 +354,16 @@ def _write_package(
     )
 
 
+_SCORE_TAGS: Final = {
+    "digest": "test_digest",
+    "rows": "test_rows",
+    "macro_f1": "test_macro_f1",
+    "low": "test_accuracy_low",
+    "high": "test_accuracy_high",
+    "accuracy": "test_accuracy",  # the last: a version that has it has the others
+}
+
+
 @dataclass(frozen=True)
 class TestScore:
     """Accuracy and macro-F1 on the test split, in fp32. low, high: Wilson's 95 % interval of the accuracy.
@@ -384,15 +381,7 @@ class TestScore:
     digest: str
 
     def tags(self) -> dict[str, str]:
-        """`test_accuracy` comes last: a version that has it has the others."""
-        return {
-            "test_digest": self.digest,
-            "test_rows": str(self.rows),
-            "test_macro_f1": str(self.macro_f1),
-            "test_accuracy_low": str(self.low),
-            "test_accuracy_high": str(self.high),
-            "test_accuracy": str(self.accuracy),
-        }
+        return {tag: str(getattr(self, name)) for name, tag in _SCORE_TAGS.items()}
 
     def __str__(self) -> str:
         return (
@@ -403,17 +392,11 @@ class TestScore:
 
 def recorded_score(version: Version) -> TestScore | None:
     """The test score in a version's tags, or None where it has none."""
-    tags = version.tags
-    if "test_accuracy" not in tags:
+    if "test_accuracy" not in version.tags:
         return None
-    return TestScore(
-        accuracy=float(tags["test_accuracy"]),
-        low=float(tags["test_accuracy_low"]),
-        high=float(tags["test_accuracy_high"]),
-        macro_f1=float(tags["test_macro_f1"]),
-        rows=int(tags["test_rows"]),
-        digest=tags["test_digest"],
-    )
+    given = {name: version.tags[tag] for name, tag in _SCORE_TAGS.items()}
+    shares = {name: float(given[name]) for name in ("accuracy", "low", "high", "macro_f1")}
+    return TestScore(**shares, rows=int(given["rows"]), digest=given["digest"])
 
 
 def registration_of(registry: Registry, version: Version) -> "Registration":

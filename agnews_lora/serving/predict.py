@@ -48,13 +48,13 @@ class Classifier:
     """
 
     @classmethod
-    def load(cls, package: Package, base: str, merged: bool = False) -> Self:
-        """A registered model, ready to predict. base: its locator, the version's tag `base`.
+    def load(cls, package: Package, merged: bool = False) -> Self:
+        """A registered model, ready to predict.
 
         Raises:
             BaseModelError: the base is not where it was.
         """
-        return cls(package.adapter, package.tokenizer, resolve(base), merged)
+        return cls(package.adapter, package.tokenizer, resolve(package.version.tags["base"]), merged)
 
     def __init__(self, adapter: Path, tokenizer: Path, base: BaseModel, merged: bool = False) -> None:
         record = read_record(adapter)
@@ -89,25 +89,14 @@ class Classifier:
             return predict_logits(self._model, table, range(len(table)), batch_size, self._device)
 
     def _tokenise(self, texts: Sequence[str]) -> TokenTable:
-        cleaned = cleaned_texts(texts)
+        cleaned = [clean(text) for text in texts]
+        if empty := [str(index) for index, text in enumerate(cleaned) if not _shows(text)]:
+            raise DataError(
+                f"Cannot label text {', '.join(empty)} (counted from 0): nothing is left after cleaning. Leave it out."
+            )
         rows = Rows(tuple(cleaned), (0,) * len(cleaned))  # the labels are unknown, and not read
         with self._turn:
             return encode(rows, self._tokenizer, self._max_length)
-
-
-def cleaned_texts(texts: Sequence[str]) -> list[str]:
-    """The texts as the model reads them, cleaned like those it was trained on.
-
-    Raises:
-        DataError: texts of which nothing that shows is left, named by their indices (from 0).
-    """
-    cleaned = [clean(text) for text in texts]
-    empty = [str(index) for index, text in enumerate(cleaned) if not _shows(text)]
-    if empty:
-        raise DataError(
-            f"Cannot label text {', '.join(empty)} (counted from 0): nothing is left after cleaning. Leave it out."
-        )
-    return cleaned
 
 
 def _shows(text: str) -> bool:

@@ -59,20 +59,6 @@ class Promotion:
         return f"Cannot promote {self.version}: {failures(self.findings)}"
 
 
-@dataclass(frozen=True)
-class Rollback:
-    """champion: the version that is back in use. previous: the one that was."""
-
-    champion: Version
-    previous: Version
-
-
-@dataclass(frozen=True)
-class _Entry:
-    version: Version
-    package: Package
-
-
 def promote(
     registry: Registry, corpus: Corpus, test: Callable[[], tuple[Rows, TokenTable]], version: int | None = None
 ) -> Promotion:
@@ -94,14 +80,14 @@ def promote(
             f"Cannot promote a version of {registry.model}: it has no candidate. Register one with `agnews-lora sweep "
             "SWEEP`."
         )
-    entry = _Entry(chosen, Package.of(registry, chosen))
+    package = Package.of(registry, chosen)
     champion = registry.aliased(CHAMPION)
     rival = champion if champion is not None and champion.number != chosen.number else None
-    findings = _check(entry, _Entry(rival, Package.of(registry, rival)) if rival else None, corpus)
+    findings = _check(package, Package.of(registry, rival) if rival else None, corpus)
     passed = all(finding.passed for finding in findings)
     earlier = score = recorded_score(chosen)
     if passed and score is None:
-        score = _score(entry, *test())
+        score = _score(package, *test())
         registry.set_tags(chosen, score.tags())
     registry.set_tags(chosen, {"promotion": "passed" if passed else "failed"})
     _log_report(registry, chosen, rival, findings, score)
@@ -115,8 +101,8 @@ def promote(
     return Promotion(registry.version(chosen.number), tuple(findings), score, earlier is not None, replaced)
 
 
-def rollback(registry: Registry) -> Rollback:
-    """Exchange the champion and the one before it; a second call undoes the first.
+def rollback(registry: Registry) -> tuple[Version, Version]:
+    """Exchange the champion and the one before it, and return them as (champion, previous); a second call undoes it.
 
     Raises:
         RegistryError: there is no champion, or none before it.
@@ -130,28 +116,28 @@ def rollback(registry: Registry) -> Rollback:
         )
     registry.set_alias(CHAMPION, previous)
     registry.set_alias(PREVIOUS, champion)
-    return Rollback(registry.version(previous.number), registry.version(champion.number))
+    return registry.version(previous.number), registry.version(champion.number)
 
 
-def _check(entry: _Entry, champion: _Entry | None, corpus: Corpus) -> list[Finding]:
+def _check(package: Package, champion: Package | None, corpus: Corpus) -> list[Finding]:
     """Every check but the test split. champion: the present one, unless it is the version itself.
 
     Answers are compared on the validation split as it was registered: where rows or tokens differ now, those checks
     fail, and the comparisons that would mean nothing are left out.
     """
-    findings = [_files(entry), *_attempt("the adapter must keep the budget", lambda: [_budget(entry)])]
+    findings = [_files(package), *_attempt("the adapter must keep the budget", lambda: [_budget(package)])]
     same_rows = [
-        _data(entry, corpus),
-        *_attempt("the version must hold its reference answers", lambda: [_tokens(entry, corpus)]),
+        _data(package, corpus),
+        *_attempt("the version must hold its reference answers", lambda: [_tokens(package, corpus)]),
     ]
     findings += same_rows
     if all(finding.passed for finding in same_rows):
-        findings += _attempt("a new process must answer as recorded", lambda: _reload(entry, corpus))
+        findings += _attempt("a new process must answer as recorded", lambda: _reload(package, corpus))
     if champion is not None:
-        same_data = _champion_data(entry, champion)
+        same_data = _champion_data(package, champion)
         findings.append(same_data)
         if same_data.passed and same_rows[0].passed:
-            findings += _attempt("the champion must be comparable", lambda: [_not_worse(entry, champion, corpus)])
+            findings += _attempt("the champion must be comparable", lambda: [_not_worse(package, champion, corpus)])
     return findings
 
 
@@ -163,8 +149,8 @@ def _attempt(rule: str, check: Callable[[], list[Finding]]) -> list[Finding]:
         return [Finding(rule, str(error), False)]
 
 
-def _files(entry: _Entry) -> Finding:
-    changed = entry.package.changed(entry.version.tags)
+def _files(package: Package) -> Finding:
+    changed = package.changed()
     return Finding.of(
         not changed,
         "the files must be those that were registered",
@@ -173,9 +159,9 @@ def _files(entry: _Entry) -> Finding:
     )
 
 
-def _budget(entry: _Entry) -> Finding:
-    record, count = read_record(entry.package.adapter), recount(entry.package.adapter)
-    budget = int(entry.version.tags["budget"])
+def _budget(package: Package) -> Finding:
+    record, count = read_record(package.adapter), recount(package.adapter)
+    budget = int(package.version.tags["budget"])
     return Finding.of(
         count <= budget,
         f"the adapter's file must recount within the budget of {budget:,} trainable parameters",
@@ -184,8 +170,8 @@ def _budget(entry: _Entry) -> Finding:
     )
 
 
-def _data(entry: _Entry, corpus: Corpus) -> Finding:
-    digest = entry.version.tags["data_digest"]
+def _data(package: Package, corpus: Corpus) -> Finding:
+    digest = package.version.tags["data_digest"]
     return Finding.of(
         digest == corpus.digest,
         f"the data must be that of the sweep now (digest {corpus.digest[:12]})",
@@ -194,8 +180,8 @@ def _data(entry: _Entry, corpus: Corpus) -> Finding:
     )
 
 
-def _tokens(entry: _Entry, corpus: Corpus) -> Finding:
-    tokens, present = ReferenceAnswers.read(entry.package.reference).tokens, token_digest(corpus.validation)
+def _tokens(package: Package, corpus: Corpus) -> Finding:
+    tokens, present = ReferenceAnswers.read(package.reference).tokens, token_digest(corpus.validation)
     return Finding.of(
         tokens == present,
         f"tokenizer and maximal length must be those of the sweep now (tokens {present[:12]})",
@@ -204,13 +190,13 @@ def _tokens(entry: _Entry, corpus: Corpus) -> Finding:
     )
 
 
-def _reload(entry: _Entry, corpus: Corpus) -> list[Finding]:
-    logits = reload.reload(entry.package.adapter, entry.version.tags["base"], corpus.validation)
-    return compare_reload(ReferenceAnswers.read(entry.package.reference), logits)
+def _reload(package: Package, corpus: Corpus) -> list[Finding]:
+    logits = reload.reload(package.adapter, package.version.tags["base"], corpus.validation)
+    return compare_reload(ReferenceAnswers.read(package.reference), logits)
 
 
-def _champion_data(entry: _Entry, champion: _Entry) -> Finding:
-    digest, champions = entry.version.tags["data_digest"], champion.version.tags["data_digest"]
+def _champion_data(package: Package, champion: Package) -> Finding:
+    digest, champions = package.version.tags["data_digest"], champion.version.tags["data_digest"]
     return Finding.of(
         digest == champions,
         f"the data must be the champion's (version {champion.version.number}, digest {champions[:12]})",
@@ -220,16 +206,15 @@ def _champion_data(entry: _Entry, champion: _Entry) -> Finding:
     )
 
 
-def _not_worse(entry: _Entry, champion: _Entry, corpus: Corpus) -> Finding:
+def _not_worse(package: Package, champion: Package, corpus: Corpus) -> Finding:
     """Compare what both answered when they were registered: the rows are the same, and so is their order."""
-    changed = champion.package.changed(champion.version.tags)
+    changed = champion.changed()
     if changed:
         raise RegistryError(
             f"the champion's files changed since it was registered: {', '.join(changed)}; put them back"
         )
     right, champion_right = (
-        ReferenceAnswers.read(each.package.reference).predicted == corpus.validation.labels
-        for each in (entry, champion)
+        ReferenceAnswers.read(each.reference).predicted == corpus.validation.labels for each in (package, champion)
     )
     p_value = worse_p_value(count_pairs(right, champion_right))
     return Finding.of(
@@ -241,8 +226,8 @@ def _not_worse(entry: _Entry, champion: _Entry, corpus: Corpus) -> Finding:
     )
 
 
-def _score(entry: _Entry, rows: Rows, table: TokenTable) -> TestScore:
-    predicted = reload.logits(entry.package.adapter, resolve(entry.version.tags["base"]), table).argmax(axis=-1)
+def _score(package: Package, rows: Rows, table: TokenTable) -> TestScore:
+    predicted = reload.logits(package.adapter, resolve(package.version.tags["base"]), table).argmax(axis=-1)
     return TestScore(
         accuracy(predicted, table.labels),
         *accuracy_interval(int((predicted == table.labels).sum()), len(table)),

@@ -3,7 +3,6 @@
 `reload` starts that process, which is this module run as a program. It asks no hub.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -63,7 +62,7 @@ def reload(adapter: Path, base: str, table: TokenTable) -> npt.NDArray[np.float3
     with tempfile.TemporaryDirectory() as folder:
         rows, answers = Path(folder, "rows.safetensors"), Path(folder, "logits.safetensors")
         write_table(table, rows)
-        command = [sys.executable, "-m", __name__, "--", str(adapter), base, str(rows), str(answers)]
+        command = [sys.executable, "-m", __name__, str(adapter), base, str(rows), str(answers)]
         offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
         process = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
         if process.returncode != 0:
@@ -72,24 +71,18 @@ def reload(adapter: Path, base: str, table: TokenTable) -> npt.NDArray[np.float3
         return load_file(answers)["logits"]
 
 
-def main() -> int:
+def main(adapter: Path, base: str, rows: Path, answers: Path) -> int:
     """Read rows, load, compute, write logits; the exit code is 2 after a message of one line."""
     from safetensors.numpy import save_file
 
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    for name in ("adapter", "base", "rows", "logits"):
-        parser.add_argument(name)
-    arguments = parser.parse_args()
-    adapter = Path(arguments.adapter)
     try:
-        base = resolve(arguments.base, num_labels=len(read_record(adapter).labels))
-        answers = logits(adapter, base, read_table(Path(arguments.rows)))
+        found = resolve(base, num_labels=len(read_record(adapter).labels))
+        save_file({"logits": logits(adapter, found, read_table(rows))}, answers)
     except AgnewsLoraError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
-    save_file({"logits": answers}, Path(arguments.logits))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])))

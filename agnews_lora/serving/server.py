@@ -288,17 +288,13 @@ def _json_texts(decoded: str) -> list[Any]:
         return _listed(document)
     if not isinstance(document, dict):
         raise Refusal(400, f"the body must be an object or a list, but is {_kind(document)}; {_WANTED}")
-    if document.pop("params", None):
-        raise Refusal(400, "this model takes no `params`, but there are some; leave them out")
+    if not document.get("params"):  # MLflow's clients send an empty one
+        document.pop("params", None)
     if len(document) != 1 or not document.keys() <= set(_FORMATS):
         found = ", ".join(_short(key) for key in list(document)[:5]) or "none"
         raise Refusal(400, f"the object must have one key of {', '.join(_FORMATS)}, but has {found}; {_WANTED}")
     [(key, value)] = document.items()
-    if key == "dataframe_split":
-        return _split(value)
-    if key == "dataframe_records" and not (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
-        raise Refusal(400, f'`{key}` must be a list of objects; send {{"{key}": [{{"{COLUMN}": "a text"}}]}}')
-    return _listed(value)
+    return _split(value) if key == "dataframe_split" else _listed(value)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -325,15 +321,16 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _split(value: Any) -> list[Any]:
-    wanted = f'send {{"dataframe_split": {{"columns": ["{COLUMN}"], "data": [["a text"]]}}}}'
-    if not isinstance(value, dict):
-        raise Refusal(400, f"`dataframe_split` must be an object, but is {_kind(value)}; {wanted}")
-    columns, data = value.get("columns"), value.get("data")
-    if not isinstance(columns, list) or columns.count(COLUMN) != 1:
-        raise Refusal(400, f"`columns` must be a list with `{COLUMN}` in it once, but is not; {wanted}")
-    if not isinstance(data, list) or not all(isinstance(row, list) and len(row) == len(columns) for row in data):
-        raise Refusal(400, f"`data` must be a list of rows, each a list of {len(columns)}, but is not; {wanted}")
-    return [row[columns.index(COLUMN)] for row in data]
+    """The texts in a table of named columns."""
+    match value:
+        case {"columns": list(columns), "data": list(rows)} if columns.count(COLUMN) == 1:
+            if all(isinstance(row, list) and len(row) == len(columns) for row in rows):
+                return [row[columns.index(COLUMN)] for row in rows]
+    raise Refusal(
+        400,
+        f"`dataframe_split` must be an object with `columns`, among them `{COLUMN}` once, and `data`, a list of rows "
+        f'as long; send {{"dataframe_split": {{"columns": ["{COLUMN}"], "data": [["a text"]]}}}}',
+    )
 
 
 def _csv_texts(decoded: str) -> list[Any]:

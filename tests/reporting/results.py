@@ -113,8 +113,7 @@ def facts(**changes: Any) -> SweepFacts:
         settings={"epochs": 1, "batch_size": 16, "max_length": 80, "precision": "auto", "warmup": 0.06},
         space={
             "targets": ["qk", "qv", "qkv", "qkvo", "ffn", "all-linear"],
-            "rank_qk": [1, 10],
-            "rank_qv": [1, 10],
+            "rank_share": [0.0, 1.0],
             "alpha_ratio": [1, 2, 4, 8],
             "dropout": [0.0, 0.2],
             "learning_rate": [5e-4, 1e-2],

@@ -194,7 +194,7 @@ def test_the_median_rule_prunes_but_never_the_baseline(tmp_path: Path) -> None:
     # Trials before the baseline, so that it is compared with better ones.
     session.study._storage.set_trial_state_values(session.study.trials[0]._trial_id, TrialState.FAIL)
     for _ in range(4):
-        session.study.enqueue_trial({"targets": "qv", "rank_qv": 16, "learning_rate": 2e-3})
+        session.study.enqueue_trial({"targets": "qv", "rank_share": 16 / 18, "learning_rate": 2e-3})
     session.study.enqueue_trial({}, user_attrs={keys.BASELINE: True})
     rows = summaries(session.run())
     baseline = rows[5]
@@ -285,8 +285,8 @@ def test_an_error_without_a_text_is_named_by_its_kind(tmp_path: Path) -> None:
 
 
 def test_a_trial_enqueued_beyond_the_budget_fails_before_the_engine_sees_it(tmp_path: Path) -> None:
-    session = Session(tmp_path, 4)
-    session.study.enqueue_trial({"targets": "qv", "rank_qv": 19})
+    session = Session(tmp_path, 4, pruner=NopPruner())
+    session.study.enqueue_trial({"targets": "qv", "rank_share": 19 / 18})
     rows = summaries(session.run())
     assert [row.state for row in rows] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert [plan.trial for plan in session.engine.plans] == ["t0000", "t0002", "t0003"]
@@ -539,7 +539,7 @@ from tests.search.scripted import BUDGET, SHAPE, SPACE, ScriptedEngine, Session
 
 root = Path(sys.argv[1])
 first = Session(root, 8, engine=ScriptedEngine(2))
-first.study.enqueue_trial({"targets": "qv", "rank_qv": 19, "dropout": 0.5, "learning_rate": 0.5})
+first.study.enqueue_trial({"targets": "qv", "rank_share": 19 / 18, "dropout": 0.5, "learning_rate": 0.5})
 first.study.enqueue_trial({"targets": "nothing"})
 first.study.enqueue_trial({"targets": "ffn", "dropout": 0.5})
 assert [number for number, _ in enqueued_specs(first.study, SPACE, SHAPE, BUDGET)] == [1, 3]
@@ -591,7 +591,7 @@ def test_with_the_real_tracker_a_study_and_its_runs_agree(tmp_path: Path) -> Non
 
     first = session()
     good, bad = {"targets": "qv", "learning_rate": 2e-3}, {"targets": "qk", "learning_rate": 1e-4}
-    for parameters in ({"targets": "qv", "rank_qv": 19}, {"targets": "nothing"}, good, good, bad):
+    for parameters in ({"targets": "qv", "rank_share": 19 / 18}, {"targets": "nothing"}, good, good, bad):
         first.study.enqueue_trial(parameters)
     first.engine.script["t0003", 12] = first.stop
     first.run()

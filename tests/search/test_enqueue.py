@@ -86,8 +86,10 @@ def test_the_baseline_comes_after_what_is_there_already(tmp_path: Path) -> None:
 
 def test_a_rank_beyond_the_budget_is_seen_before_the_trial_is_started(tmp_path: Path) -> None:
     study = with_baseline(tmp_path)
-    study.enqueue_trial({"targets": "qv", "rank_qv": 19, "alpha_ratio": 2, "dropout": 0.1, "learning_rate": 1e-3})
-    study.enqueue_trial({"targets": "qv", "rank_qv": 18, "alpha_ratio": 2, "dropout": 0.1, "learning_rate": 1e-3})
+    study.enqueue_trial(
+        {"targets": "qv", "rank_share": 19 / 18, "alpha_ratio": 2, "dropout": 0.1, "learning_rate": 1e-3}
+    )
+    study.enqueue_trial({"targets": "qv", "rank_share": 1.0, "alpha_ratio": 2, "dropout": 0.1, "learning_rate": 1e-3})
     specs = waiting(study)
     assert specs == {
         1: TrialSpec("qv", rank=19, alpha=38.0, dropout=0.1, learning_rate=1e-3),
@@ -106,14 +108,13 @@ def test_a_rank_beyond_the_budget_is_seen_before_the_trial_is_started(tmp_path: 
     [
         (SPACE, {}, TrialSpec("qk", 1, 1.0, 0.0, 1e-4)),
         (SPACE, {"targets": "ffn"}, TrialSpec("ffn", 1, 1.0, 0.0, 1e-4)),
-        (SPACE, {"targets": "ffn", "rank_ffn": 500}, TrialSpec("ffn", 500, 500.0, 0.0, 1e-4)),
-        (SPACE, {"targets": "ffn", "rank_qk": 500}, TrialSpec("ffn", 1, 1.0, 0.0, 1e-4)),
+        (SPACE, {"targets": "ffn", "rank_share": 40.0}, TrialSpec("ffn", 480, 480.0, 0.0, 1e-4)),
         (SPACE, {"alpha_ratio": 8, "learning_rate": 0.5}, TrialSpec("qk", 1, 8.0, 0.0, 0.5)),
         (BOTH_HEADS, {"head": "out_proj"}, TrialSpec("qk", 1, 1.0, 0.0, 1e-4, "out_proj")),
         (
             BOTH_HEADS,
-            {"targets": "qv", "head": "out_proj", "rank_qv_out_proj": 23},
-            TrialSpec("qv", 23, 23.0, 0.0, 1e-4, "out_proj"),
+            {"targets": "qv", "head": "out_proj", "rank_share": 1.0},
+            TrialSpec("qv", 22, 22.0, 0.0, 1e-4, "out_proj"),
         ),
     ],
 )
@@ -136,7 +137,7 @@ def test_values_that_optuna_refuses_leave_no_configuration(tmp_path: Path) -> No
 def test_trials_that_were_given_back_ended_or_run_are_not_waiting(tmp_path: Path) -> None:
     study = with_baseline(tmp_path)
     for rank in (2, 3, 4, 5):
-        study.enqueue_trial({"targets": "qv", "rank_qv": rank})
+        study.enqueue_trial({"targets": "qv", "rank_share": rank / 18})
     trials = [study.ask() for _ in range(4)]
     for trial in trials[1:]:
         trial.set_user_attr(SPEC, suggest(trial, SPACE, SHAPE, BUDGET).as_dict())

@@ -156,7 +156,7 @@ def test_seeds_derived_for_trials_and_parameters_differ_and_have_31_bits() -> No
         derived_seed(seed, number, name)
         for seed in range(10)
         for number in range(100)
-        for name in ("", "rank_qk", "rank_qv", "dropout")
+        for name in ("", "rank_share", "head", "dropout")
     }
     assert len(seeds) == 10 * 100 * 4
     assert min(seeds) >= 0
@@ -226,7 +226,8 @@ def test_a_baseline_without_parameters_does_not_take_the_joint_distribution_away
         joint.append(set(trial.relative_params))
         study.tell(trial, accuracy(configuration(trial, space), 30))
     assert study.trials[0].params == {}
-    names = {"targets", "alpha_ratio", "dropout", "learning_rate"} | ({"head"} if name == "both heads" else set())
+    names = {"targets", "rank_share", "alpha_ratio", "dropout", "learning_rate"}
+    names |= {"head"} if name == "both heads" else set()
     assert joint == [set()] * STARTUP_TRIALS + [names] * 4
 
 

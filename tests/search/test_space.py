@@ -16,7 +16,7 @@ from agnews_lora.adapters.budget import feasible_ranks, trainable_parameters
 from agnews_lora.adapters.spec import PRESETS, ModelShape, TrialSpec
 from agnews_lora.config.sweep import Range, Space
 from agnews_lora.errors import BudgetError
-from agnews_lora.search.space import describe, distributions, outside, parameters_of, shared, smallest, suggest
+from agnews_lora.search.space import describe, distributions, outside, parameters_of, rank_of, shared, smallest, suggest
 
 ROBERTA_BASE = shape_of("roberta-base")
 MINILM = shape_of("embedded:minilm")
@@ -71,7 +71,8 @@ def test_every_configuration_fits_and_lies_inside(case: str, sampler: str) -> No
         count = trainable_parameters(spec, shape)
         assert count <= budget
         assert outside(spec, given_space, shape, budget) == []
-        assert parameters_of(spec, given_space, shape, budget) == trial.params
+        again = optuna.trial.FixedTrial(parameters_of(spec, given_space, shape, budget))
+        assert suggest(again, given_space, shape, budget) == spec
         asked.add((spec.targets, spec.head))
         study.tell(trial, count / budget)
     feasible = feasible_ranks(list(given_space.targets), list(given_space.heads), shape, budget)
@@ -102,27 +103,21 @@ def test_every_range_is_static_and_described(case: str) -> None:
 def test_the_names_and_ranges_of_the_real_space() -> None:
     assert describe(space(), ROBERTA_BASE, MILLION) == {
         "targets": list(PRESETS),
-        "rank_qk": [1, 11],
-        "rank_qv": [1, 11],
-        "rank_qkv": [1, 7],
-        "rank_qkvo": [1, 5],
-        "rank_ffn": [1, 4],
-        "rank_all-linear": [1, 2],
+        "rank_share": [0.0, 1.0],
         "alpha_ratio": [1, 2, 4, 8],
         "dropout": [0.0, 0.2],
         "learning_rate": [5e-5, 1e-3],
     }
     learning_rate = distributions(space(), ROBERTA_BASE, MILLION)["learning_rate"]
     assert learning_rate == FloatDistribution(5e-5, 1e-3, log=True)
-    assert list(shared(space(), ROBERTA_BASE, MILLION)) == ["targets", "alpha_ratio", "dropout", "learning_rate"]
+    names = ["targets", "rank_share", "alpha_ratio", "dropout", "learning_rate"]
+    assert list(shared(space(), ROBERTA_BASE, MILLION)) == names
 
 
 def test_presets_and_heads_that_do_not_fit_are_never_asked_for() -> None:
     described = describe(BOTH_HEADS, ROBERTA_BASE, MIXED_BUDGET)
     assert described["targets"] == list(PRESETS)
     assert described["head"] == ["full", "out_proj"]
-    with_full = [name for name in described if name.startswith("rank_") and name.endswith("_full")]
-    assert with_full == ["rank_qk_full", "rank_qv_full", "rank_qkv_full"]
     assert "head" not in shared(BOTH_HEADS, ROBERTA_BASE, MIXED_BUDGET)
     assert "head" in shared(BOTH_HEADS, ROBERTA_BASE, MILLION)
     assert describe(space(), ROBERTA_BASE, MIXED_BUDGET)["targets"] == ["qk", "qv", "qkv"]
@@ -180,7 +175,17 @@ def test_a_study_in_storage_goes_on_with_the_same_parameters(tmp_path: Path) -> 
             study.tell(trial, spec.learning_rate)
     for frozen in optuna.load_study(storage=storage, study_name="resumed").trials:
         again = suggest(optuna.trial.FixedTrial(frozen.params), BOTH_HEADS, ROBERTA_BASE, MILLION)
-        assert parameters_of(again, BOTH_HEADS, ROBERTA_BASE, MILLION) == frozen.params
+        canonical = optuna.trial.FixedTrial(parameters_of(again, BOTH_HEADS, ROBERTA_BASE, MILLION))
+        assert suggest(canonical, BOTH_HEADS, ROBERTA_BASE, MILLION) == again
+
+
+@given(st.integers(1, 2_000), st.integers(1, 2_000))
+def test_each_rank_has_an_equal_part_of_the_shares(rank: int, highest: int) -> None:
+    rank = min(rank, highest)
+    assert rank_of(rank / highest, highest) == rank
+    assert rank_of((rank - 0.5) / highest, highest) == rank
+    assert (rank_of(0.0, highest), rank_of(1.0, highest)) == (1, highest)
+    assert rank_of(1 + 1 / highest, highest) == highest + 1
 
 
 INSIDE = TrialSpec("qv", rank=8, alpha=16.0, dropout=0.1, learning_rate=1e-4)

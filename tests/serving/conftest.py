@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,8 @@ import torch
 from mlflow import MlflowClient
 from peft import get_peft_model
 
-from agnews_lora.adapters.adapter_files import AdapterRecord, load_base, lora_config, save_adapter
+from agnews_lora.adapters.adapter_files import load_base, lora_config, record_of, save_adapter
 from agnews_lora.adapters.base_models import BaseModel, resolve
-from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data import newswire
 from agnews_lora.data.rows import LABELS, Rows
@@ -60,19 +60,7 @@ def write_adapter(
                 cpu = torch.device("cpu")
                 logits = predict_logits(model.eval(), centred_on, range(len(centred_on)), len(centred_on), cpu)
                 model.get_parameter(BIAS).sub_(torch.from_numpy(logits.mean(axis=0)))
-    record = AdapterRecord(
-        trial="t0007",
-        spec=spec,
-        shape=base.shape,
-        base=base.folder.name,
-        hub_id=base.hub_id,
-        revision=base.revision,
-        weights_sha256=base.weights_sha256,
-        labels=LABELS,
-        max_length=MAX_LENGTH,
-        trainable_parameters=trainable_parameters(spec, base.shape),
-    )
-    save_adapter(model, record, folder)
+    save_adapter(model, record_of("t0007", spec, base, LABELS, MAX_LENGTH), folder)
     return folder
 
 
@@ -160,7 +148,13 @@ def same_process() -> Iterator[None]:
 def enter_into(registry: Registry, adapter: Path, world: World, run_id: str) -> Version:
     """Register an adapter as a sweep does."""
     winner = Winner(run_id, adapter, sweep="embedded", study="embedded-1", budget=BUDGET)
-    return register(registry, winner, world.base, world.corpus, {"source": "newswire", "rows": "440"})
+    return register_winner(registry, winner, world)
+
+
+def register_winner(registry: Registry, winner: Winner, world: World) -> Version:
+    data = {"source": "newswire", "rows": "440"}
+    answers = partial(reload.logits, winner.adapter, world.base, world.corpus.validation)
+    return register(registry, winner, world.base, world.corpus, data, answers)
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def test_predict_answers_from_arguments_a_file_and_standard_input(
 def test_predict_shows_a_text_as_it_is(
     text: str, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Classifier, "load", lambda package, base: Parrot())
+    monkeypatch.setattr(Classifier, "load", lambda package: Parrot())
     assert main(["predict", "--sweep", "small", text]) == 0
     heading, line = capsys.readouterr().out.splitlines()
     assert heading.split() == ["label", "World", "[/]Sports", "text"]

@@ -20,14 +20,12 @@ from agnews_lora.serving.model_package import (
     ReferenceAnswers,
     Winner,
     compare_reload,
-    register,
     token_digest,
 )
 from agnews_lora.tracking.registry import CANDIDATE, Registry, Version
-from tests.serving.conftest import BUDGET, World
+from tests.serving.conftest import BUDGET, World, register_winner
 
 Enter = Callable[[Path], Version]
-NEWSWIRE = {"source": "newswire"}
 
 
 @pytest.fixture
@@ -83,7 +81,7 @@ def test_a_new_process_must_agree_before_it_is_registered(
 
     monkeypatch.setattr(reload, "reload", differing)
     with pytest.raises(PromotionError, match=r"^Cannot register t0007 of embedded-1: 2 of 2 checks failed\n") as error:
-        register(registry, winner, world.base, world.corpus, NEWSWIRE)
+        register_winner(registry, winner, world)
     assert "within 0.0001: the largest difference is" in str(error.value)
     assert "99.9% of the validation split must get the recorded labels: 99.00% of 200 rows do" in str(error.value)
     assert registry.aliased(CANDIDATE) is None and registry.of_run(winner.run_id) is None
@@ -92,18 +90,18 @@ def test_a_new_process_must_agree_before_it_is_registered(
 def test_a_run_is_registered_once_and_its_alias_is_restored_but_not_taken_from_another(
     registry: Registry, world: World, winner: Winner, enter: Enter
 ) -> None:
-    first = register(registry, winner, world.base, world.corpus, NEWSWIRE)
-    assert register(registry, winner, world.base, world.corpus, NEWSWIRE) == first
+    first = register_winner(registry, winner, world)
+    assert register_winner(registry, winner, world) == first
     registry.remove_alias(CANDIDATE)  # as if the process had been killed before it set the alias
-    assert register(registry, winner, world.base, world.corpus, NEWSWIRE) == first
+    assert register_winner(registry, winner, world) == first
     second = enter(world.alike)
-    register(registry, winner, world.base, world.corpus, NEWSWIRE)
+    register_winner(registry, winner, world)
     assert registry.aliased(CANDIDATE) == second
 
 
 def test_more_than_the_budget_is_not_registered(registry: Registry, world: World, winner: Winner) -> None:
     with pytest.raises(BudgetError, match=r"trainable parameters > budget 600 .* the largest rank that fits is 1"):
-        register(registry, replace(winner, budget=600), world.base, world.corpus, NEWSWIRE)
+        register_winner(registry, replace(winner, budget=600), world)
     assert registry.of_run(winner.run_id) is None
 
 
@@ -122,7 +120,7 @@ def test_mlflow_loads_it_without_unpickling_anything(
     assert model.metadata.signature.inputs.input_names() == ["text"]
     assert model.metadata.signature.outputs.input_names() == ["label", *LABELS]
     assert len(model.predict(model.input_example)) == 1
-    assert package.changed(small.champion().tags) == [], "what MLflow leaves in the folder is no change"
+    assert package.changed() == [], "what MLflow leaves in the folder is no change"
     tokenizer = package.tokenizer / "tokenizer_config.json"
     tokenizer.write_text(tokenizer.read_text() + " ")
     with pytest.raises(RegistryError, match=r"Cannot load the model: its files changed"):

@@ -115,10 +115,9 @@ def test_it_says_what_was_checked_and_how_to_ask(server: Server) -> None:
 
 
 def test_it_answers_as_the_classifier_does(server: Server, small: Registry) -> None:
-    champion = small.champion()
-    package = Package.verified(small, champion)
+    package = Package.verified(small, small.champion())
     for merged in (False, True):
-        expected = Classifier.load(package, champion.tags["base"], merged).predict(TEXTS)
+        expected = Classifier.load(package, merged).predict(TEXTS)
         for answer, one in zip(server.predictions({"inputs": TEXTS}), expected, strict=True):
             assert answer.pop("label") == one.label
             assert answer == pytest.approx(one.probabilities, abs=1e-5)

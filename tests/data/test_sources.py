@@ -123,20 +123,6 @@ def test_offline_mode_is_honoured_and_said(unreachable, monkeypatch):
         check(HUB)
 
 
-@pytest.mark.parametrize(("text", "label"), [("text", 4), ("&lt;b&gt;", 1)])
-def test_a_damaged_row_of_the_hub_is_named(unreachable, tmp_path, text, label):
-    import datasets
-    from datasets.arrow_writer import ArrowWriter
-
-    folder = tmp_path / "datasets" / "fancyzhx___ag_news" / "default" / "0.0.0" / HUB_REVISION
-    folder.mkdir(parents=True)
-    with ArrowWriter(path=str(folder / "ag_news-train.arrow")) as writer:
-        writer.write_table(datasets.Dataset.from_dict({"text": ["a", text], "label": [0, label]}).data.table)
-        writer.finalize()
-    with pytest.raises(DataError, match=rf"{HUB_DATASET}: train row 1 needs some text and a label of 0 to 3"):
-        load(HUB, "train", seed=0)
-
-
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     return tiny_base(tmp_path_factory.mktemp("corpus") / "bert", "bert")

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from functools import cache, partial
-from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -18,6 +17,7 @@ import optuna
 import pandas as pd
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
+from scipy.special import softmax
 
 from agnews_lora.commands import report
 from agnews_lora.commands.prepare import Prepared
@@ -42,7 +42,7 @@ from agnews_lora.tracking.descriptions import (
 )
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.registry import Registry, Version
-from agnews_lora.tracking.runs import RunPage, SweepRuns, page_of
+from agnews_lora.tracking.runs import RunPage, SweepRuns, find_run, page_of
 
 RESULTS: Final = STORES / "results"
 PREDICTIONS: Final = "predictions.csv"  # artifact of the winner's run
@@ -51,16 +51,8 @@ NUM_MISTAKES: Final = 10
 NUM_BINS: Final = 10
 # What a logged model shows of the run that trained it.
 MODEL_PARAMS: Final = (
-    "targets",
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "learning_rate",
-    "head",
-    "trainable_parameters",
-    "budget",
-    "seed",
-    "base",
+    *("targets", "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "head"),
+    *("trainable_parameters", "budget", "seed", "base"),
 )
 MODEL_METRICS: Final = ("eval/accuracy", "eval/macro_f1", "eval/loss")
 
@@ -183,42 +175,24 @@ def metrics_of(result: SweepResult) -> dict[str, float]:
     """What the parent run says in numbers: trials by how they ended, scores of winner and baseline, costs."""
     winner, baseline, mean = result.winner, result.baseline, result.confirmation
     found: dict[str, float | None] = {f"trials/{word}": count for word, count in result.counts.items()}
-    found["record_seconds"] = result.record_seconds
+    found |= {"record_seconds": result.record_seconds, "best/gain": result.gain}
     if winner is not None:
-        found |= {
-            "best/accuracy": winner.accuracy,
-            "best/macro_f1": winner.macro_f1,
-            "best/loss": winner.loss,
-            "best/trainable_parameters": winner.trainable_parameters,
-            "best/gain": result.gain,
-            "baseline/accuracy": baseline.accuracy if baseline else None,
-        }
+        names = ("accuracy", "macro_f1", "loss", "trainable_parameters")
+        found |= {f"best/{name}": getattr(winner, name) for name in names}
+        found["baseline/accuracy"] = baseline.accuracy if baseline else None
     if mean is not None:
-        found |= {
-            "confirmation/mean_accuracy": mean.mean_accuracy,
-            "confirmation/std_accuracy": mean.std_accuracy,
-            "confirmation/drop": mean.drop,
-        }
-    return {name: value for name, value in found.items() if value is not None and isfinite(value)}
+        found |= {f"confirmation/{name}": getattr(mean, name) for name in ("mean_accuracy", "std_accuracy", "drop")}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def leaderboard(result: SweepResult) -> pd.DataFrame:
     """One row a trial, the best first."""
+    scores = ("trial", "state", "accuracy", "macro_f1", "loss", "trainable_parameters")
     return pd.DataFrame(
         [
-            {
-                "trial": row.trial,
-                "state": row.state,
-                "accuracy": row.accuracy,
-                "macro_f1": row.macro_f1,
-                "loss": row.loss,
-                "trainable_parameters": row.trainable_parameters,
-                **(row.spec.as_dict() if row.spec else {}),
-                "baseline": row.baseline,
-                "winner": row == result.winner,
-                "run_id": row.run_id,
-                "reason": row.reason,
-            }
+            {name: getattr(row, name) for name in scores}
+            | (row.spec.as_dict() if row.spec else {})
+            | {"baseline": row.baseline, "winner": row == result.winner, "run_id": row.run_id, "reason": row.reason}
             for row in result.ranking
         ]
     )
@@ -289,8 +263,10 @@ def _known_answers(result: SweepResult) -> Answers | None:
     found = _stored(path.read_text(encoding="utf-8") if path.is_file() else None)
     if found is None:
         return None
-    old, new = ([row and row.run_id for row in (each.winner, each.baseline)] for each in (found, result))
-    return found.answers if (found.study_id, old) == (result.study_id, new) else None
+    old, new = (
+        [each.study_id, *(row and row.run_id for row in (each.winner, each.baseline))] for each in (found, result)
+    )
+    return found.answers if old == new else None
 
 
 def _answer(
@@ -300,9 +276,9 @@ def _answer(
     winner, baseline = result.winner, result.baseline
     assert winner is not None and winner.run_id is not None, "a trial that ended has its run"
     other = None
-    if baseline is not None and baseline.run_id is not None and runs.is_there(baseline.run_id):
+    if baseline is not None and baseline.run_id is not None and find_run(runs.client, baseline.run_id):
         other = logits(baseline.run_id).argmax(axis=-1)
-    probabilities = softmax(logits(winner.run_id))
+    probabilities = softmax(logits(winner.run_id).astype(np.float64), axis=-1)
     answers = answers_of(probabilities, corpus, other)
     page, names = runs.page(winner.run_id), np.asarray(LABELS)
     predictions = pd.DataFrame(
@@ -318,12 +294,6 @@ def _answer(
     columns = ["row", "label", "predicted", "confidence", "text"]
     page.log_table("mistakes", pd.DataFrame(answers.mistakes, columns=columns))
     return answers
-
-
-def softmax(logits: Logits) -> npt.NDArray[np.float64]:
-    """Probabilities [rows, classes]."""
-    exact = logits.astype(np.float64)
-    return np.exp(exact - np.logaddexp.reduce(exact, axis=-1, keepdims=True))
 
 
 def answers_of(
@@ -396,9 +366,10 @@ def _describe(
 def _mark_winner(result: SweepResult, runs: SweepRuns) -> None:
     """The tag of the winner's run; a run that won before loses it, and says so."""
     rows = {row.run_id: row for row in result.trials if row.spec}
-    for run_id, tags in runs.children().items():
-        won = result.winner is not None and run_id == result.winner.run_id
-        if run_id in rows and (won or tags.get(WINNER) == "true"):
-            runs.page(run_id).set_tags({WINNER: str(won).lower()})
-            if not won:
-                runs.page(run_id).describe(winner_description(result, runs.page, ANSWER_FIGURES, rows[run_id]))
+    winner = result.winner.run_id if result.winner else None
+    for run_id in runs.marked(WINNER):
+        if run_id != winner and run_id in rows:
+            runs.page(run_id).set_tags({WINNER: "false"})
+            runs.page(run_id).describe(winner_description(result, runs.page, ANSWER_FIGURES, rows[run_id]))
+    if winner:
+        runs.page(winner).set_tags({WINNER: "true"})

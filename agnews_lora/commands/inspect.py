@@ -150,14 +150,15 @@ def ui(port: int) -> int:
         StorageError: the run store cannot be opened, or the port is taken.
     """
     from agnews_lora.commands.serve import HOST, bound
-    from agnews_lora.tracking.runs import newest_sweeps
+    from agnews_lora.tracking.runs import newest_parent, page_of
     from agnews_lora.tracking.store import open_client, tracking_uri
 
-    sweeps = newest_sweeps(open_client(STORES))
+    client = open_client(STORES)
+    sweeps = [newest_parent(client, experiment.name) for experiment in client.search_experiments()]
     bound(port).close()  # MLflow would say that it is taken in a traceback
     print(f"Runs: http://{HOST}:{port}/#/experiments?{LAYOUT}  (Ctrl-C ends it)", flush=True)
-    for study, page in sweeps.items():
-        print(f"{study}: http://{HOST}:{port}/{page.url}?{LAYOUT}", flush=True)
+    for run in filter(None, sweeps):
+        print(f"{run.info.run_name}: http://{HOST}:{port}/{page_of(client, run.info.run_id).url}?{LAYOUT}", flush=True)
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # its processes end in tracebacks at Ctrl-C
     command = ["mlflow", "server", "--backend-store-uri", tracking_uri(STORES), "--host", HOST, "--port", str(port)]
     os.execv(sys.executable, [sys.executable, "-m", *command, "--workers", "1"])

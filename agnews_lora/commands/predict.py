@@ -30,11 +30,17 @@ def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bo
     """
     asked = [*texts, *(_lines(file) if file else [])]
     if not texts and file is None:
-        asked = [line for line in _standard_input().splitlines() if line.strip()]
+        try:
+            asked = [line for line in sys.stdin.read().splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise DataError("Cannot read standard input: it is not UTF-8. Convert it.") from error
     if not asked:
         raise DataError("Cannot predict: no text was given. Name one, or a file with --file.")
     for text in asked:
-        _require_unicode(text)
+        try:
+            text.encode()  # Python keeps an argument in another encoding as halves of characters
+        except UnicodeEncodeError as error:
+            raise DataError(f"Cannot read text {one_line(text)!r}: it is not UTF-8. Convert it.") from error
     client = open_client(tracking or STORES)
     with reaching(client):
         registry = Registry(client, experiment.name)
@@ -77,21 +83,6 @@ def export(experiment: Experiment, to: Path, tracking: str | None, as_json: bool
         f"{version} is in {to}: PEFT's files, the tokenizer and a model card (README.md)", soft_wrap=True
     )
     return 0
-
-
-def _standard_input() -> str:
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise DataError("Cannot read standard input: it is not UTF-8. Convert it.") from error
-
-
-def _require_unicode(text: str) -> None:
-    """Refuse an argument in another encoding: Python keeps it as halves of characters, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"Cannot read text {one_line(text)!r}: it is not UTF-8. Convert it.") from error
 
 
 def _lines(file: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -44,7 +43,17 @@ def run(experiment: Experiment, version: int | None, tracking: str | None, as_js
         if outcome.replaced is not None:
             refresh(client, registry.version(outcome.replaced))
     if as_json:
-        print(json.dumps(_as_dict(outcome)))
+        found = {
+            "model": outcome.version.model,
+            "version": outcome.version.number,
+            "passed": outcome.passed,
+            "champion": outcome.version.number if outcome.passed else None,
+            "previous": outcome.replaced,
+            "checks": [asdict(finding) for finding in outcome.findings],
+            "test": asdict(outcome.score) if outcome.score else None,
+            "scored_before": outcome.scored_before,
+        }
+        print(json.dumps(found))
     if not outcome.passed:
         raise PromotionError(outcome.refusal)
     if as_json:
@@ -56,19 +65,6 @@ def run(experiment: Experiment, version: int | None, tracking: str | None, as_js
     console.print(f"[bold]{outcome.version} is champion[/] (the one before: {outcome.replaced or 'none'})")
     console.print(f"test split, {scored}: {outcome.score}", soft_wrap=True)
     return 0
-
-
-def _as_dict(outcome: promotion.Promotion) -> dict[str, Any]:
-    return {
-        "model": outcome.version.model,
-        "version": outcome.version.number,
-        "passed": outcome.passed,
-        "champion": outcome.version.number if outcome.passed else None,
-        "previous": outcome.replaced,
-        "checks": [asdict(finding) for finding in outcome.findings],
-        "test": asdict(outcome.score) if outcome.score else None,
-        "scored_before": outcome.scored_before,
-    }
 
 
 def rollback(experiment: Experiment, tracking: str | None, as_json: bool) -> int:

@@ -1,4 +1,4 @@
-"""Figures of a sweep, of its trials and of its winner, as PNG files. A figure without data says so.
+"""Figures of a sweep, of its trials and of its winner, as PNG files.
 
 Drawn with matplotlib's objects alone: pyplot's global figures are neither thread-safe nor freed.
 
@@ -9,7 +9,6 @@ Data frames that the functions read:
         (more are ignored); NaN where a metric was not measured.
 """
 
-import heapq
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -21,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib import colormaps
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -67,7 +65,6 @@ SLOT_STYLES: Final = {  # colour, colour of the text on it, label
     "FAIL": (VERMILION, "white", "failed"),
     "STOPPED": (ORANGE, BLACK, "stopped, resumed"),
 }
-UNENDED_STYLE: Final = (GREY, "white", "not ended")
 
 # 1500 x 900 pixels, with type large enough for a thumbnail.
 SIZE_INCHES: Final = (10.0, 6.0)
@@ -116,19 +113,14 @@ def draw(
         drawn[name] = folder / name
         return f"{result.study}: {FIGURES[name].lower()}", drawn[name]
 
-    trials, facts, baseline = trials_frame(result), result.facts, result.baseline
+    trials, facts = trials_frame(result), result.facts
     if not _scored(trials).empty:
-        optimization_history(
-            trials,
-            *new("optimization_history.png"),
-            baseline=baseline.accuracy if baseline else None,
-            bound=facts.bound,
-        )
+        optimization_history(trials, facts.bound, *new("optimization_history.png"))
         accuracy_against_parameters(trials, facts.budget, *new("accuracy_against_parameters.png"))
-        parallel_coordinates(trials, DIMENSIONS, *new("parallel_coordinates.png"))
-    if any(len(points) for points in curves.values()):
-        points = pd.concat([each for each in curves.values() if len(each)], ignore_index=True)
-        learning_curves(points, trials, *new("learning_curves.png"))
+        parallel_coordinates(trials, *new("parallel_coordinates.png"))
+    measured = [points for points in (_measured(each, "eval/accuracy") for each in curves.values()) if len(points)]
+    if measured:
+        learning_curves(pd.concat(measured, ignore_index=True), trials, *new("learning_curves.png"))
     if result.importances:
         parameter_importance(result.importances, *new("parameter_importance.png"))
     if times and any(times.values()):
@@ -144,8 +136,7 @@ def draw(
 
 
 def trials_frame(result: SweepResult) -> pd.DataFrame:
-    """One row a trial of the search, by number: the fields of its summary and configuration, `rank_share`, `winner`."""
-    specs = ("targets", "rank", "alpha", "dropout", "learning_rate", "head")
+    """One row a trial of the search, by number: the fields of its summary and configuration, and `winner`."""
     winner = result.winner.trial if result.winner else None
     rows = [
         {
@@ -156,13 +147,13 @@ def trials_frame(result: SweepResult) -> pd.DataFrame:
             "winner": row.trial == winner,
             "accuracy": float("nan") if row.accuracy is None else row.accuracy,
             "trainable_parameters": row.trainable_parameters or 0,
-            **{name: getattr(row.spec, name, None) for name in specs},
+            **{name: getattr(row.spec, name, None) for name in DIMENSIONS},
             "rank_share": _rank_share(row.spec, result.facts),
         }
         for row in result.trials
     ]
-    names = ("trial", "number", "state", "baseline", "winner", "accuracy", "trainable_parameters", *specs, "rank_share")
-    return pd.DataFrame(rows, columns=list(names)).astype({"baseline": bool, "winner": bool})
+    names = ["trial", "number", "state", "baseline", "winner", "accuracy", "trainable_parameters"]
+    return pd.DataFrame(rows, columns=[*names, *DIMENSIONS]).astype({"baseline": bool, "winner": bool})
 
 
 def _rank_share(spec: TrialSpec | None, facts: SweepFacts) -> float | None:
@@ -171,24 +162,24 @@ def _rank_share(spec: TrialSpec | None, facts: SweepFacts) -> float | None:
     return spec.rank / highest if spec and highest else None
 
 
-def thumbnail(path: Path, to: Path) -> None:
-    """Write a copy of `THUMBNAIL_PIXELS` width, for a page that shows many; its folder is created."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    with Image.open(path) as image:
-        size = (THUMBNAIL_PIXELS, round(image.height * THUMBNAIL_PIXELS / image.width))
-        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(to, format="PNG", optimize=True)
-
-
 def thumbnails(drawn: Mapping[str, Path], folder: Path) -> dict[str, Path]:
-    """Write small copies of figures below `folder`; gives them by artifact name."""
+    """Write copies of figures of `THUMBNAIL_PIXELS` width below `folder`; gives them by artifact name."""
     small = {f"{THUMBNAILS}/{name}": folder / THUMBNAILS / name for name in drawn}
+    (folder / THUMBNAILS).mkdir(parents=True, exist_ok=True)
     for path, to in zip(drawn.values(), small.values(), strict=True):
-        thumbnail(path, to)
+        with Image.open(path) as image:
+            size = (THUMBNAIL_PIXELS, round(image.height * THUMBNAIL_PIXELS / image.width))
+            image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(to, format="PNG", optimize=True)
     return small
 
 
 def trial_curves(points: pd.DataFrame, title: str, folder: Path) -> dict[str, Path]:
-    """Draw accuracy and loss of one trial into `folder`; gives figures and thumbnails by artifact name."""
+    """Draw accuracy and loss of one trial into `folder`; gives figures and thumbnails by artifact name.
+
+    A trial that was never evaluated has none.
+    """
+    if _measured(points, "eval/accuracy").empty:
+        return {}
     drawn = {name: folder / name for name in ("accuracy_curve.png", "loss_curve.png")}
     accuracy_curve(points, title, drawn["accuracy_curve.png"])
     loss_curve(points, title, drawn["loss_curve.png"])
@@ -199,8 +190,6 @@ def accuracy_curve(points: pd.DataFrame, title: str, path: Path) -> None:
     """Draw the validation accuracy of one trial by step; the last point is labelled with its value."""
     figure, axes = _new_figure(title, "step", "validation accuracy")
     curve = _measured(points, "eval/accuracy")
-    if curve.empty:
-        return _save_empty(figure, axes, "no evaluation yet", path)
     axes.plot(curve["step"], curve["eval/accuracy"], color=BLUE, marker="o", markersize=8, linewidth=3)
     step, accuracy = curve["step"].iloc[-1], curve["eval/accuracy"].iloc[-1]
     _label(axes, step, accuracy, f"{accuracy:.1%}", (12, 0), va="center")
@@ -213,14 +202,11 @@ def loss_curve(points: pd.DataFrame, title: str, path: Path) -> None:
     """Draw the training and validation loss of one trial by step."""
     figure, axes = _new_figure(title, "step", "loss")
     train, evaluation = _measured(points, "train/loss"), _measured(points, "eval/loss")
-    if train.empty and evaluation.empty:
-        return _save_empty(figure, axes, "no loss yet", path)
     axes.plot(train["step"], train["train/loss"], color=GREY, linewidth=2, marker=".", label="training")
     style: dict[str, Any] = {"color": VERMILION, "linewidth": 3, "marker": "o", "markersize": 8}
     axes.plot(evaluation["step"], evaluation["eval/loss"], label="validation", **style)
-    if not evaluation.empty:
-        step, loss = evaluation["step"].iloc[-1], evaluation["eval/loss"].iloc[-1]
-        _label(axes, step, loss, f"{loss:.3f}", (12, 0), va="center")
+    step, loss = evaluation["step"].iloc[-1], evaluation["eval/loss"].iloc[-1]
+    _label(axes, step, loss, f"{loss:.3f}", (12, 0), va="center")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=TICK_SIZE, frameon=False)
@@ -228,39 +214,25 @@ def loss_curve(points: pd.DataFrame, title: str, path: Path) -> None:
 
 
 def learning_curves(points: pd.DataFrame, trials: pd.DataFrame, title: str, path: Path) -> None:
-    """Draw the validation accuracy of all trials by step.
-
-    Winner and baseline stand out; pruned trials end in a cross.
-    """
+    """Draw the validation accuracy of all trials by step: winner and baseline stand out, pruned ones end in a cross."""
     figure, axes = _new_figure(title, "step", "validation accuracy")
-    measured = _measured(points, "eval/accuracy")
-    curves = {trial: measured[measured["trial"] == trial] for trial in trials["trial"]}
+    curves = {trial: points[points["trial"] == trial] for trial in trials["trial"]}
     shown = [row for row in trials.itertuples() if not curves[row.trial].empty]
-    if not shown:
-        return _save_empty(figure, axes, "no evaluation yet", path)
     for row in sorted(shown, key=lambda row: (row.winner, row.baseline, row.state == "COMPLETE")):
         curve = curves[row.trial]
         axes.plot(curve["step"], curve["eval/accuracy"], marker="o", markersize=4, **_curve_style(row))
         if row.state == "PRUNED":
             axes.plot(curve["step"].iloc[-1], curve["eval/accuracy"].iloc[-1], "x", color=GREY, markersize=10, mew=2.5)
-    _accuracy_axis(axes, pd.concat([curves[row.trial] for row in shown])["eval/accuracy"])
+    _accuracy_axis(axes, points["eval/accuracy"])
     axes.set_xlim(left=0)
-    handles, labels = axes.get_legend_handles_labels()
-    _legend_beside(axes, dict(zip(reversed(labels), reversed(handles), strict=True)))  # the winner on top
+    _legend(axes, upwards=True)  # the winner on top
     _save(figure, path)
 
 
-def optimization_history(
-    trials: pd.DataFrame, title: str, path: Path, *, baseline: float | None = None, bound: float | None = None
-) -> None:
-    """Draw the accuracy of every trial by number, and the best so far.
-
-    baseline: its accuracy. bound: the best possible accuracy. Both get a line where they are known.
-    """
+def optimization_history(trials: pd.DataFrame, bound: float | None, title: str, path: Path) -> None:
+    """Draw the accuracy of every trial by number, the best so far, the baseline, and the best possible (`bound`)."""
     figure, axes = _new_figure(title, "trial", "validation accuracy")
     scored = _scored(trials).sort_values("number")
-    if scored.empty:
-        return _save_empty(figure, axes, "no trial has ended yet", path)
     complete, pruned = scored[scored["state"] == "COMPLETE"], scored[scored["state"] == "PRUNED"]
     first, last = int(trials["number"].min()), int(trials["number"].max())
     if not complete.empty:
@@ -271,18 +243,17 @@ def optimization_history(
         _label(axes, best["number"], best["accuracy"], f"{best['accuracy']:.1%}", (0, 12), ha="center")
     if not pruned.empty:
         axes.plot(pruned["number"], pruned["accuracy"], "x", color=GREY, markersize=10, mew=2.5, label="pruned")
-    own = scored[scored["baseline"].astype(bool)]
+    own = scored[scored["baseline"]]
     axes.plot(own["number"], own["accuracy"], "*", color=BLACK, markersize=19, zorder=4)
-    lines = [value for value in (baseline, bound) if value is not None]
-    if baseline is not None:
+    for baseline in own["accuracy"]:
         axes.axhline(baseline, color=BLACK, linewidth=2, linestyle="--", label=f"baseline {baseline:.1%}")
     if bound is not None:
         axes.axhline(bound, color=GREEN, linewidth=2, linestyle=":", label=f"best possible {bound:.1%}")
-    _accuracy_axis(axes, [*scored["accuracy"], *lines])
+    _accuracy_axis(axes, [*scored["accuracy"], *([] if bound is None else [bound])])
     margin = 0.5 + 0.02 * (last - first)
     axes.set_xlim(first - margin, last + margin)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _legend_beside(axes)
+    _legend(axes)
     _save(figure, path)
 
 
@@ -290,8 +261,6 @@ def accuracy_against_parameters(trials: pd.DataFrame, budget: int, title: str, p
     """Draw the accuracy by trainable parameters, coloured by preset, with the Pareto front and the budget."""
     figure, axes = _new_figure(title, "trainable parameters", "validation accuracy")
     scored = _scored(trials).sort_values("number")
-    if scored.empty:
-        return _save_empty(figure, axes, "no trial has ended yet", path)
     axes.axvline(budget, color=VERMILION, linewidth=2.5, linestyle="--", label=f"budget {budget:,}")
     front = pareto_front(scored[scored["state"] == "COMPLETE"])
     if not front.empty:
@@ -320,7 +289,7 @@ def accuracy_against_parameters(trials: pd.DataFrame, budget: int, title: str, p
     axes.set_xlim(smallest - room, largest + room)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    _legend_beside(axes)
+    _legend(axes)
     _save(figure, path)
 
 
@@ -333,9 +302,7 @@ def pareto_front(trials: pd.DataFrame) -> pd.DataFrame:
 def parameter_importance(importances: Mapping[str, float], title: str, path: Path) -> None:
     """Draw the share of the accuracy's variance that each parameter of the space explains, the largest on top."""
     figure, axes = _new_figure(title, "share of the accuracy's variance explained", "")
-    known = sorted((value, name) for name, value in importances.items() if np.isfinite(value))
-    if not known:
-        return _save_empty(figure, axes, "too few finished trials to tell", path)
+    known = sorted((value, name) for name, value in importances.items())
     values = [value for value, _ in known]
     bars = axes.barh([name.replace("_", " ") for _, name in known], values, color=BLUE, height=0.6)
     axes.bar_label(bars, [f"{value:.0%}" for value in values], padding=6, fontsize=LABEL_SIZE)
@@ -346,15 +313,13 @@ def parameter_importance(importances: Mapping[str, float], title: str, path: Pat
     _save(figure, path)
 
 
-def parallel_coordinates(trials: pd.DataFrame, columns: Sequence[str], title: str, path: Path) -> None:
-    """Draw one line a trial through `columns` and its accuracy: the darker the better, pruned ones pale."""
+def parallel_coordinates(trials: pd.DataFrame, title: str, path: Path) -> None:
+    """Draw one line a trial through `DIMENSIONS` and its accuracy: the darker the better, pruned ones pale."""
     figure, axes = _new_figure(title, "", "")
     axes.grid(visible=False)
     axes.spines[["left", "bottom"]].set_visible(False)
     scored = _scored(trials).sort_values("accuracy", kind="stable")
-    if scored.empty:
-        return _save_empty(figure, axes, "no trial has ended yet", path)
-    names = [*columns, "accuracy"]
+    names = [*DIMENSIONS, "accuracy"]
     positions = range(len(names))
     heights = np.column_stack([_dimension(axes, position, scored[names[position]]) for position in positions])
     complete, winner = (scored["state"] == "COMPLETE").to_numpy(), scored["winner"].to_numpy(dtype=bool)
@@ -364,10 +329,7 @@ def parallel_coordinates(trials: pd.DataFrame, columns: Sequence[str], title: st
         axes.plot(positions, line, color=colormaps["viridis_r"](0.05 + 0.95 * line[-1]), linewidth=2.5, zorder=2)
     for line, name in zip(heights[winner], scored["trial"][winner], strict=True):
         axes.plot(positions, line, color=ORANGE, linewidth=5, zorder=3, label=f"winner: {name}")
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08), "ncols": 2}
-    axes.legend(unique.values(), unique.keys(), fontsize=TICK_SIZE, frameon=False, **below)
+    _legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
     axes.set_xticks(positions, [name.replace("_", " ") for name in names], fontsize=LABEL_SIZE)
     axes.set_yticks([])
     axes.set_xlim(-0.3, len(names) - 0.4)
@@ -381,14 +343,12 @@ def slot_occupancy(intervals: pd.DataFrame, title: str, path: Path) -> None:
     intervals: as `stretches` gives them.
     """
     figure, axes = _new_figure(title, "", "slot")
-    if intervals.empty:
-        return _save_empty(figure, axes, "no trial has trained yet", path)
     shown, cuts = without_pauses(intervals)
     unit, name = (60.0, "minutes") if shown["ended"].max() >= 120 else (1.0, "seconds")
     shown = shown.assign(began=shown["began"] / unit, ended=shown["ended"] / unit, slot=assign_slots(shown))
     end, num_slots = shown["ended"].max() or 1.0, shown["slot"].max() + 1
     for row in shown.itertuples():
-        color, ink, label = SLOT_STYLES.get(row.state, UNENDED_STYLE)
+        color, ink, label = SLOT_STYLES.get(row.state, (GREY, "white", "not ended"))
         width = row.ended - row.began
         edge: dict[str, Any] = {"edgecolor": "white", "linewidth": 1.5}
         axes.barh(row.slot, width, left=row.began, height=0.86, color=color, label=label, **edge)
@@ -400,7 +360,7 @@ def slot_occupancy(intervals: pd.DataFrame, title: str, path: Path) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     axes.yaxis.set_major_formatter(lambda slot, _: f"{slot + 1:.0f}")
     axes.grid(visible=False, axis="y")
-    _legend_beside(axes)
+    _legend(axes)
     grid = figure.add_gridspec(2, 1, height_ratios=(3, 1))
     axes.set_subplotspec(grid[0])
     axes.tick_params(labelbottom=False)
@@ -448,17 +408,13 @@ def assign_slots(intervals: pd.DataFrame) -> list[int]:
     No two intervals of a slot overlap, and there are as many slots as intervals at once, which is the fewest
     (interval partitioning by earliest start: Kleinberg and Tardos, Algorithm Design, 4.1).
     """
-    order = sorted(
-        range(len(intervals)), key=lambda index: (intervals["began"].iloc[index], intervals["ended"].iloc[index])
-    )
-    free: list[int] = []
-    busy: list[tuple[float, int]] = []  # (until when, slot)
-    slots = [0] * len(intervals)
-    for index in order:
-        while busy and busy[0][0] <= intervals["began"].iloc[index]:
-            heapq.heappush(free, heapq.heappop(busy)[1])
-        slots[index] = heapq.heappop(free) if free else len(busy)
-        heapq.heappush(busy, (float(intervals["ended"].iloc[index]), slots[index]))
+    spans = list(zip(intervals["began"], intervals["ended"], strict=True))
+    until: list[float] = []  # when each slot's last interval ends
+    slots = [0] * len(spans)
+    for index in sorted(range(len(spans)), key=spans.__getitem__):
+        began, ended = spans[index]
+        slots[index] = next((slot for slot, end in enumerate(until) if end <= began), len(until))
+        until[slots[index] : slots[index] + 1] = [ended]
     return slots
 
 
@@ -495,8 +451,6 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], labels: Sequence[str], 
     """
     figure, axes = _new_figure(title, "predicted", "label")
     counts = np.asarray(confusion, dtype=int)
-    if not counts.sum():
-        return _save_empty(figure, axes, "no prediction yet", path)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap=colormaps["Blues"], vmin=0, vmax=1, aspect="auto")
     for (down, across), count in np.ndenumerate(counts):
@@ -515,14 +469,12 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], labels: Sequence[str], 
 def calibration(bins: Sequence[Mapping[str, Any]], name: str, path: Path) -> None:
     """Draw a reliability diagram: accuracy by confidence, with the number of answers in each bin.
 
-    The title is the model's name and the expected calibration error.
-
-    bins: `{low, count, confidence, accuracy}` each, of equal width, ascending; empty ones may be left out.
+    Args:
+        bins: `{low, count, confidence, accuracy}` each, a tenth wide, ascending; empty ones may be left out.
+        name: the model's.
     """
-    error = f": expected calibration error {expected_calibration_error(bins):.1%}" if bins else ""
-    figure, axes = _new_figure(f"{name}{error}", "confidence of the answer", "share that is correct")
-    if not bins:
-        return _save_empty(figure, axes, "no prediction yet", path)
+    title = f"{name}: expected calibration error {expected_calibration_error(bins):.1%}"
+    figure, axes = _new_figure(title, "confidence of the answer", "share that is correct")
     low, width = bins[0]["low"], 0.1
     axes.plot([low, 1], [low, 1], color=BLACK, linewidth=2.5, linestyle="--", zorder=3, label="perfect calibration")
     for each in bins:
@@ -542,7 +494,7 @@ def calibration(bins: Sequence[Mapping[str, Any]], name: str, path: Path) -> Non
     axes.yaxis.set_major_locator(MultipleLocator(0.2))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    _legend_beside(axes)
+    _legend(axes)
     _save(figure, path)
 
 
@@ -579,14 +531,6 @@ def _save(figure: Figure, path: Path) -> None:
     beside.replace(path)
 
 
-def _save_empty(figure: Figure, axes: Axes, text: str, path: Path) -> None:
-    """Write a picture that says why it shows nothing."""
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=LABEL_SIZE, color=GREY)
-    _save(figure, path)
-
-
 def _accuracy_axis(axes: Axes, values: Sequence[float] | pd.Series) -> None:
     """Set the y axis to percent, with room around `values`: two points or more, so that like values look alike."""
     low, high = float(min(values)), float(max(values))
@@ -596,12 +540,13 @@ def _accuracy_axis(axes: Axes, values: Sequence[float] | pd.Series) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if high - low > 0.05 else 1))
 
 
-def _legend_beside(axes: Axes, entries: Mapping[str, Artist] | None = None) -> None:
-    """Put the legend to the right of the axes, where it covers nothing; one entry a label, all where none are given."""
+def _legend(axes: Axes, *, upwards: bool = False, **place: Any) -> None:
+    """Put the legend to the right of the axes, where it covers nothing, or in a given place; one entry a label."""
     handles, labels = axes.get_legend_handles_labels()
-    shown = entries or dict(zip(labels, handles, strict=True))
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    axes.legend(shown.values(), shown.keys(), fontsize=TICK_SIZE, frameon=False, **place)
+    shown = dict(zip(labels, handles, strict=True))
+    names = list(reversed(shown)) if upwards else list(shown)
+    place = place or {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    axes.legend([shown[name] for name in names], names, fontsize=TICK_SIZE, frameon=False, **place)
 
 
 def _dimension(axes: Axes, position: int, values: pd.Series) -> npt.NDArray[np.float64]:

@@ -28,7 +28,6 @@ ENDS: Final = {
     "COMPLETE": ("complete", "green"),
     "PRUNED": ("pruned", "yellow"),
     "FAIL": ("failed", "red"),
-    "FAILED": ("failed", "red"),
     "INTERRUPTED": ("interrupted", "magenta"),
 }
 
@@ -93,7 +92,7 @@ class Progress:
     """The screen of a study, or of one training, while it runs. Use it as a context manager.
 
     Args:
-        total_trials: how many are to end in all; None where that is unknown.
+        total_trials: how many are to end in all.
         ended: how many had ended before.
         best, best_trial: the best complete one so far.
         confirms: whether the trials are repetitions, among which there is no best.
@@ -103,8 +102,8 @@ class Progress:
 
     def __init__(
         self,
+        total_trials: int,
         *,
-        total_trials: int | None = None,
         ended: int = 0,
         best: float | None = None,
         best_trial: str | None = None,
@@ -170,12 +169,12 @@ class Progress:
         better = accuracy is not None and accuracy > (-1.0 if self._best is None else self._best)
         if best := state == "COMPLETE" and better and not self._confirms:
             self._best, self._best_trial = accuracy, trial
-        word, style = ENDS.get(state, (state.lower(), ""))
+        word, style = ENDS[state]
         line = Text(f"{trial} ").append(word, style=style)
         if accuracy is not None:
-            line.append(f"  accuracy {accuracy:.2%}{'  best so far' if best and self._total_trials else ''}")
+            line.append(f"  accuracy {accuracy:.2%}{'  best so far' if best else ''}")
         line.append(f"  {label}" if self.mode == "live" else "").append(f"  {reason}" if reason else "")
-        self.announce(line if self._total_trials is None else line.append(f"  [{self._ended}/{self._total_trials}]"))
+        self.announce(line.append(f"  [{self._ended}/{self._total_trials}]"))
 
     def announce(self, text: str | Text) -> None:
         """Print a line that stays."""
@@ -208,14 +207,13 @@ class Progress:
             yield Text(f"and {len(rows) - len(shown)} more", style="dim")
 
     def _header(self, now: float, running: Sequence[_Running]) -> Text:
-        of_all = "" if self._total_trials is None else f"/{self._total_trials}"
-        parts = [f"{'confirmation' if self._confirms else 'trials'} {self._ended}{of_all}"]
+        parts = [f"{'confirmation' if self._confirms else 'trials'} {self._ended}/{self._total_trials}"]
         if self._best is not None:
             parts.append(f"best {self._best:.2%}" + (f" ({self._best_trial})" if self._best_trial else ""))
         parts.append(f"elapsed {duration(now - self._began)}")
         # The pace of this process: trials that ended in it, and what it did of those that run.
         done = self._ended - self._ended_before + sum(trial.steps_here / trial.total_steps for trial in running)
-        if self._total_trials is not None and done >= LEAST_SHARE:
+        if done >= LEAST_SHARE:
             left = self._total_trials - self._ended - sum(trial.step / trial.total_steps for trial in running)
             parts.append(f"about {duration(max(0.0, left) * (now - self._began) / done)} left")
         return Text("  ".join(parts), style="bold", overflow="ellipsis", no_wrap=True)

@@ -19,7 +19,7 @@ from agnews_lora.adapters.budget import head_parameters, parameters_per_rank
 from agnews_lora.errors import StorageError
 from agnews_lora.reporting import figures
 from agnews_lora.reporting.progress import duration
-from agnews_lora.search.results import Confirmed, SweepResult, TrialSummary
+from agnews_lora.search.results import SweepFacts, SweepResult
 from agnews_lora.serving.stats import Pairs, accuracy_interval, difference_interval, mcnemar_p_value
 
 TEMPLATES: Final = Path(__file__).parent
@@ -29,6 +29,7 @@ MAX_MISTAKES: Final = 10
 MAX_TEXT: Final = 220  # characters of a row or an error that are shown
 FEW_TRIALS: Final = 10
 SIGNIFICANT: Final = 0.05
+PROVENANCE: Final = {"mlflow.source.git.commit": "commit", "git.dirty": "uncommitted changes"}
 SIZE: Final = "accuracy_against_parameters.png"
 CONFUSION: Final = "confusion_matrix.png"
 
@@ -39,7 +40,7 @@ def write_report(result: SweepResult, curves: Mapping[str, pd.DataFrame], to: Pa
     """Write `<study>.html` and `<study>.pdf`. The same input gives the same bytes.
 
     Args:
-        result: the sweep's, finished or not.
+        result: the sweep's.
         curves: points by trial, as `reporting.figures` reads them; may be empty.
         to: a folder; created.
 
@@ -116,14 +117,13 @@ def _verdict(result: SweepResult) -> str:
     if winner is None:
         ended = sum(result.counts.values())
         return f"No winner: {_counted(ended, 'trial')} ended, and none of them completed its training."
-    called = "is the winner" if result.state == "COMPLETE" else "leads so far"
     if test:
         score = f"{_percent(test['accuracy'])} of the test split"
     elif mean := result.confirmation:
         score = f"{_percent(mean.mean_accuracy)} of the validation split (mean over {len(mean.runs)} seeds)"
     else:
         score = f"{_percent(winner.accuracy)} of the validation split"
-    return f"Trial {winner.trial} {called}: its adapter ({winner.spec}) labels {score} correctly."
+    return f"Trial {winner.trial} is the winner: its adapter ({winner.spec}) labels {score} correctly."
 
 
 def _decision(result: SweepResult) -> Block:
@@ -134,7 +134,8 @@ def _decision(result: SweepResult) -> Block:
         note = f"95% interval {_range(test['low'], test['high'])}, {test['rows']:,} rows, scored once after the choice"
         rows.append(("Test accuracy", _percent(test["accuracy"]), note))
     if winner is not None:
-        rows.append(("Validation accuracy", _percent(winner.accuracy), _interval_note(winner.accuracy, result)))
+        note = f"95% interval {_interval(winner.accuracy, facts)}, {facts.num_validation_rows:,} rows"
+        rows.append(("Validation accuracy", _percent(winner.accuracy), note))
     if mean := result.confirmation:
         spread = f", standard deviation {_points(mean.std_accuracy)}" if mean.std_accuracy is not None else ""
         rows.append(("Mean over seeds", _percent(mean.mean_accuracy), f"{_counted(len(mean.runs), 'run')}{spread}"))
@@ -193,11 +194,7 @@ def _cost(result: SweepResult) -> tuple[str, str]:
 def _risks(result: SweepResult) -> list[str]:
     """Reasons to doubt the result, or to wait with it."""
     winner, baseline, counts = result.winner, result.baseline, result.counts
-    registration, planned = result.registration, result.facts.planned_trials
-    found: list[str] = []
-    if result.state != "COMPLETE":
-        ended = sum(counts.values())
-        found.append(f"The sweep is not finished: {ended} of {planned} trials have ended, and the winner may change.")
+    registration, mean, found = result.registration, result.confirmation, []
     if 0 < counts["complete"] < FEW_TRIALS:
         completed = _counted(counts["complete"], "trial")
         found.append(f"Few trials: {completed} completed, so the space is hardly explored.")
@@ -205,9 +202,9 @@ def _risks(result: SweepResult) -> list[str]:
         found.append("No trial beats the baseline: the winner is the experiment's own configuration.")
     elif noise := _noise(result):
         found.append(noise)
-    if winner is not None and (mean := result.confirmation) is None:
+    if winner is not None and mean is None:
         found.append("Not confirmed over other seeds: the best of several trials on the same rows owes a part to luck.")
-    elif winner is not None and mean is not None and mean.num_failed:
+    elif mean is not None and mean.num_failed:
         found.append(f"{_counted(mean.num_failed, 'repetition')} of the winner failed; the mean is over the others.")
     if registration and any(not check["passed"] for check in registration.checks):
         found.append("The version failed a promotion check.")
@@ -244,8 +241,6 @@ def _pairs(result: SweepResult) -> Pairs | None:
 def _next_step(result: SweepResult) -> tuple[str, str]:
     """(what for, command)."""
     sweep, registration = result.facts.sweep, result.registration
-    if result.state != "COMPLETE":
-        return "Resume the sweep where it stopped:", f"agnews-lora sweep {sweep}"
     if result.winner is None:
         return "Remove the cause of the failures, then start another study:", f"agnews-lora sweep {sweep} --new"
     if registration and "champion" in registration.aliases:
@@ -268,10 +263,15 @@ def _leaderboard(result: SweepResult) -> list[Block]:
     for place, row in enumerate(ranked, start=1):
         if place > TOP and row != result.baseline:
             continue
-        last = _mean(means.get(row.trial)) if means else _interval(row.accuracy, result)
+        if means:
+            last = _percent(means[row.trial].mean_accuracy) if row.trial in means else "–"
+        else:
+            last = _interval(row.accuracy, result.facts)
         name = f"{row.trial} (baseline)" if row.baseline else row.trial
-        size = f"{row.trainable_parameters or 0:,}"
-        rows.append([str(place), name, *_configured(row), size, _percent(row.accuracy), last])
+        spec, size = row.spec, f"{row.trainable_parameters or 0:,}"
+        assert spec is not None, "a trial that was completed has its configuration"
+        own = [spec.targets, str(spec.rank), f"{spec.alpha:g}", f"{spec.dropout:.3g}", f"{spec.learning_rate:.3g}"]
+        rows.append([str(place), name, *own, size, _percent(row.accuracy), last])
     blocks: list[Block] = []
     if rows:
         shown = f"The best {TOP} of {len(ranked)} completed trials" if len(ranked) > TOP else "All completed trials"
@@ -286,17 +286,6 @@ def _leaderboard(result: SweepResult) -> list[Block]:
     return blocks
 
 
-def _configured(row: TrialSummary) -> list[str]:
-    spec = row.spec
-    if spec is None:
-        return ["–"] * 5
-    return [spec.targets, str(spec.rank), f"{spec.alpha:g}", f"{spec.dropout:.3g}", f"{spec.learning_rate:.3g}"]
-
-
-def _mean(confirmed: Confirmed | None) -> str:
-    return _percent(confirmed.mean_accuracy) if confirmed else "–"
-
-
 def _confirmation(result: SweepResult) -> list[Block]:
     if not result.confirmed:
         return []
@@ -307,7 +296,7 @@ def _confirmation(result: SweepResult) -> list[Block]:
             ", ".join(_percent(accuracy) for accuracy in each.accuracies[1:]) or "–",
             str(each.num_failed),
             _percent(each.mean_accuracy),
-            "–" if each.std_accuracy is None else _points(each.std_accuracy),
+            _points(each.std_accuracy),
             _points(-each.drop, signed=True),
         ]
         for each in result.confirmed
@@ -348,18 +337,16 @@ def _mistakes(result: SweepResult, pictures: set[str]) -> list[Block]:
     answers = result.answers
     if answers is None:
         return []
-    blocks: list[Block] = []
     total = sum(map(sum, answers.confusion))
     wrong = total - sum(row[label] for label, row in enumerate(answers.confusion))
-    if total:
-        error = figures.expected_calibration_error(answers.calibration)
-        blocks.append(
-            _text(
-                f"The exported adapter, loaded in a new process in fp32, is wrong on {wrong:,} of {total:,} validation "
-                f"rows. Its confidence is {error:.1%} from its accuracy, on average over ten bins "
-                "(expected calibration error)."
-            )
+    error = figures.expected_calibration_error(answers.calibration)
+    blocks = [
+        _text(
+            f"The exported adapter, loaded in a new process in fp32, is wrong on {wrong:,} of {total:,} validation "
+            f"rows. Its confidence is {error:.1%} from its accuracy, on average over ten bins (expected "
+            "calibration error)."
         )
+    ]
     if CONFUSION in pictures:
         blocks.append(_figure(CONFUSION))
     rows = [
@@ -375,23 +362,17 @@ def _mistakes(result: SweepResult, pictures: set[str]) -> list[Block]:
 
 def _configuration(result: SweepResult) -> list[Block]:
     facts = result.facts
-    space = [[name.replace("_", " "), _values(name, values)] for name, values in facts.space.items()]
+    space = []
+    for name, values in facts.space.items():
+        between = " to " if name.startswith(("rank", "dropout", "learning_rate")) else ", "  # a range, or choices
+        space.append([name.replace("_", " "), between.join(map(_plain, values))])
     settings = [[name.replace("_", " "), _plain(value)] for name, value in facts.settings.items()]
-    blocks = []
-    if space:
-        caption = f"The search space. A rank goes up to the largest that fits {facts.budget:,} parameters."
-        blocks.append(_table(caption, ["parameter", "values"], space, wide=(1,)))
-    if settings:
-        blocks.append(_table("Settings that all trials share.", ["setting", "value"], settings, wide=(1,)))
-    listings = [{"kind": "listing", "title": name, "text": text.rstrip("\n")} for name, text in facts.texts.items()]
-    return [*blocks, *listings]
-
-
-def _values(name: str, values: Any) -> str:
-    """Of a parameter of the space: a range, or the choices."""
-    if name.startswith(("rank", "dropout", "learning_rate")):
-        return " to ".join(map(_plain, values))
-    return ", ".join(map(_plain, values))
+    caption = f"The search space. A rank goes up to the largest that fits {facts.budget:,} parameters."
+    return [
+        _table(caption, ["parameter", "values"], space, wide=(1,)),
+        _table("Settings that all trials share.", ["setting", "value"], settings, wide=(1,)),
+        *({"kind": "listing", "title": name, "text": text.rstrip("\n")} for name, text in facts.texts.items()),
+    ]
 
 
 def _provenance(result: SweepResult) -> list[Block]:
@@ -406,14 +387,12 @@ def _provenance(result: SweepResult) -> list[Block]:
         ["seed", str(facts.seed)],
         ["study", f"{result.study}, id {result.study_id}"],
         ["parent run", result.run_id or "–"],
-        *([_provenance_name(name), _plain(value)] for name, value in facts.provenance.items()),
+        *(
+            [PROVENANCE.get(name, name.removeprefix("version.").replace("_", "-")), _plain(value)]
+            for name, value in facts.provenance.items()
+        ),
     ]
     return [_table("Where the result comes from.", ["fact", "value"], rows, wide=(1,))]
-
-
-def _provenance_name(name: str) -> str:
-    names = {"mlflow.source.git.commit": "commit", "git.dirty": "uncommitted changes"}
-    return names.get(name, name.removeprefix("version.").replace("_", "-"))
 
 
 # name: (caption, what a reader who cannot see it must know, share of the page's width)
@@ -502,13 +481,9 @@ def _points(share: float | None, *, signed: bool = False) -> str:
     return f"{_signed(share) if signed else f'{100 * share:.2f}'} points"
 
 
-def _interval(accuracy: float | None, result: SweepResult) -> str:
-    rows = result.facts.num_validation_rows
-    return "–" if accuracy is None or not rows else _range(*accuracy_interval(round(accuracy * rows), rows))
-
-
-def _interval_note(accuracy: float | None, result: SweepResult) -> str:
-    return f"95% interval {_interval(accuracy, result)}, {result.facts.num_validation_rows:,} rows"
+def _interval(accuracy: float | None, facts: SweepFacts) -> str:
+    rows = facts.num_validation_rows
+    return "–" if accuracy is None else _range(*accuracy_interval(round(accuracy * rows), rows))
 
 
 def _p_value(p: float) -> str:
@@ -540,10 +515,8 @@ def _html(content: Mapping[str, Any], pictures: Mapping[str, Path]) -> str:
         name: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
         for name, path in pictures.items()
     }
-    loader = FileSystemLoader(TEMPLATES)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    settings: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, **settings)
     return environment.get_template("report.html").render(content, images=images) + "\n"
 
 

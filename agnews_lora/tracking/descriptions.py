@@ -7,7 +7,7 @@ description and hides the rest behind a click.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from math import isnan
 from typing import TYPE_CHECKING, Any, Final
@@ -192,36 +192,24 @@ def gallery(page: "RunPage", figures: Mapping[str, str]) -> Markdown:
         rows += [captions[start : start + 2], shown[start : start + 2]]
     # The UI sets cells without any room between them: a space makes it.
     lines = ["".join(f"| {cell}&emsp; " for cell in row) + "|" for row in rows]
-    return Markdown("\n".join([*lines[:1], "| --- " * len(captions[:2]) + "|", *lines[1:]]) if lines else "")
-
-
-def version_url(name: str, number: int) -> str:
-    """Of a registered version's page."""
-    return f"#/models/{quote(name, safe='')}/versions/{number}"
-
-
-def comparison_url(experiment_id: str, run_ids: Sequence[str]) -> str:
-    """Of the UI's page that compares runs."""
-    return f"#/compare-runs?runs={quote(json.dumps(list(run_ids)))}&experiments={quote(json.dumps([experiment_id]))}"
+    lines.insert(1, "| --- " * len(captions[:2]) + "|")
+    return Markdown("\n".join(lines) if rows else "")
 
 
 def _links(result: Any, pages: Pages) -> dict[str, Any]:
     """Where a template's links lead."""
     parent, registered = pages(result.run_id), result.registration
-    run_ids = [row.run_id for row in result.trials if row.run_id is not None]
-
-    def url(row: Any) -> str | None:
-        return pages(row.run_id).url if row.run_id else None
-
+    run_ids = json.dumps([row.run_id for row in result.trials if row.run_id is not None][:MAX_COMPARED])
     return {
-        "url": url,
+        "url": lambda row: pages(row.run_id).url if row.run_id else None,
         "parent": parent.url,
         "leaderboard": parent.artifact_url("leaderboard.json"),
         "charts": parent.children_url,
-        "comparison": comparison_url(parent.experiment_id, run_ids[:MAX_COMPARED]),
+        "comparison": f"#/compare-runs?runs={quote(run_ids)}&experiments={quote(json.dumps([parent.experiment_id]))}",
         "version": registered
         and link(
-            f"version {registered.version} of {registered.model}", version_url(registered.model, registered.version)
+            f"version {registered.version} of {registered.model}",
+            f"#/models/{quote(registered.model, safe='')}/versions/{registered.version}",
         ),
     }
 

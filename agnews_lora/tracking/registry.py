@@ -4,6 +4,7 @@ The alias `candidate` marks a version that waits for its promotion checks, `cham
 champion before it.
 """
 
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ from typing import TYPE_CHECKING, Final
 
 import mlflow.artifacts
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from agnews_lora.errors import RegistryError
-from agnews_lora.tracking.runs import MAX_DIGEST_LENGTH
+from agnews_lora.tracking.runs import MAX_DIGEST_LENGTH, page_of
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -104,7 +105,7 @@ class Registry:
         write: saves the model in MLflow's format to a folder that does not exist yet, under the identity it is given;
         gives the version's tags.
         """
-        model_id, location, tags = self._log_model(run_id, write)
+        model, tags = self._log_model(run_id, write)
         try:
             self._client.create_registered_model(self.model)
         except MlflowException as error:
@@ -112,10 +113,15 @@ class Registry:
                 raise
         # By location: MLflow looks up a `models:/` source through its global tracking URI, not through this client.
         created = self._client.create_model_version(
-            self.model, location, run_id, tags=dict(tags), model_id=model_id, await_creation_for=0
+            self.model,
+            model.artifact_location,
+            run_id,
+            tags=dict(tags),
+            model_id=model.model_id,
+            await_creation_for=0,
         )
-        link = f'[{{"name": "{self.model}", "version": {created.version}}}]'
-        self._client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: link})
+        link = json.dumps([{"name": self.model, "version": int(created.version)}])
+        self._client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: link})
         return self._version(created)
 
     def folder(self, version: Version) -> Path:
@@ -151,12 +157,7 @@ class Registry:
 
     def report(self, version: Version, name: str) -> str | None:
         """A file of `log_report`; None where the version was never checked, or the file is gone."""
-        path = f"promotion/v{version.number}/{name}"
-        files = self._client.list_artifacts(version.run_id, f"promotion/v{version.number}")
-        if path not in [file.path for file in files]:
-            return None
-        with tempfile.TemporaryDirectory() as folder:
-            return Path(self._client.download_artifacts(version.run_id, path, folder)).read_text(encoding="utf-8")
+        return page_of(self._client, version.run_id).read_text(f"promotion/v{version.number}/{name}")
 
     def introduce(self, markdown: str) -> None:
         """Replace the description of the model, which has a version."""
@@ -185,25 +186,13 @@ class Registry:
         new = {key: run.data.params[key] for key in params if key in run.data.params and key not in known}
         if new:
             self._client.log_model_params(model_id, new)
-        last = [
-            max(self._client.get_metric_history(version.run_id, key), key=lambda point: (point.step, point.timestamp))
-            for key in metrics
-            if key in run.data.metrics
-        ]
-        # The run's own points, told again with their model: same value, step and time, which MLflow keeps once.
-        told = [
-            Metric(
-                point.key,
-                point.value,
-                point.timestamp,
-                point.step,
-                model_id=model_id,
-                dataset_name=data[0],
-                dataset_digest=data[1][:MAX_DIGEST_LENGTH],
-            )
-            for point in last
-        ]
-        self._client.log_batch(version.run_id, metrics=told)
+        name, digest = data
+        measured = {"model_id": model_id, "dataset_name": name, "dataset_digest": digest[:MAX_DIGEST_LENGTH]}
+        histories = [self._client.get_metric_history(version.run_id, key) for key in metrics if key in run.data.metrics]
+        last = [max(points, key=lambda point: (point.step, point.timestamp)) for points in histories]
+        # The run's own points, logged again with their model: same value, step and time, which MLflow keeps once.
+        logged = [Metric(point.key, point.value, point.timestamp, point.step, **measured) for point in last]
+        self._client.log_batch(version.run_id, metrics=logged)
         outputs = self._client.get_run(parent).outputs
         if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
             self._client.log_outputs(parent, [LoggedModelOutput(model_id, step=0)])
@@ -214,23 +203,22 @@ class Registry:
 
     def _log_model(
         self, run_id: str, write: Callable[[Path, Model], Mapping[str, str]]
-    ) -> tuple[str, str, Mapping[str, str]]:
-        """(id, location of the files, tags) of the model that `write` saves, as an output of the run."""
+    ) -> tuple[LoggedModel, Mapping[str, str]]:
+        """The model that `write` saves, as an output of the run, and the tags that it gives."""
         run = self._client.get_run(run_id)
         logged = self._client.create_logged_model(run.info.experiment_id, LOGGED_MODEL, source_run_id=run_id)
         status = LoggedModelStatus.FAILED
         try:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, "model")
-                tags = write(
-                    path, Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
-                )
+                location, model_id = logged.artifact_location, logged.model_id
+                tags = write(path, Model(artifact_path=location, run_id=run_id, model_id=model_id))
                 self._client.log_model_artifacts(logged.model_id, str(path))
             self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
             status = LoggedModelStatus.READY
         finally:
             self._client.finalize_logged_model(logged.model_id, status)
-        return logged.model_id, logged.artifact_location, tags
+        return logged, tags
 
     def _aliases(self) -> dict[str, str]:
         try:

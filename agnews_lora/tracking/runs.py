@@ -10,7 +10,6 @@ trial or study that is started again goes on in the run it already has.
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -32,39 +31,14 @@ from mlflow.utils.mlflow_tags import (
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.tracking.descriptions import trial_description
 from agnews_lora.tracking.store import experiment_id, reaching
-from agnews_lora.training.interface import EvalPoint, RunState, TrainPoint, TrialEnd
+from agnews_lora.training.interface import EvalPoint, RunState, TrainPoint, TrialEnd, timestamp
 
 MAX_DIGEST_LENGTH: Final = 36  # MLflow's limit
-SCHEMA: Final = json.dumps(
-    {
-        "mlflow_colspec": [
-            {"type": "string", "name": "text", "required": True},
-            {"type": "long", "name": "label", "required": True},
-        ]
-    }
-)
-
-
-def dataset_input(
-    name: str, digest: str, *, num_rows: int, profile: Mapping[str, Any], source: str, context: str
-) -> DatasetInput:
-    """A data set as input of a run.
-
-    digest: ours, of all rows, cut to MLflow's length (MLflow's own samples rows). profile: numbers to show beside
-    `num_rows`. source: where the rows come from, in words. context: what they are for (`training`, `validation`).
-    """
-    dataset = Dataset(
-        name=name,
-        digest=digest[:MAX_DIGEST_LENGTH],
-        source_type="code",
-        source=json.dumps({"tags": {"source": source}}),
-        schema=SCHEMA,
-        profile=json.dumps({"num_rows": num_rows, **profile}),
-    )
-    return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])
-
-
+COLUMNS: Final = {"text": "string", "label": "long"}  # of a data set, with MLflow's types
 METRICS: Final = ("train/loss", "train/learning_rate", "eval/accuracy", "eval/macro_f1", "eval/loss")
+
+
+Points = dict[tuple[str, int], Metric]  # of a run, by metric and step
 
 
 @dataclass
@@ -73,25 +47,11 @@ class TrialRun:
 
     run_id: str
     started: int
+    points: Points
     name: str = ""
     spec: TrialSpec | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
-    points: dict[tuple[str, int], Metric] = field(default_factory=dict)
     buffer: list[Metric] = field(default_factory=list)
-
-    @classmethod
-    def read(
-        cls,
-        client: MlflowClient,
-        run: Run,
-        name: str = "",
-        spec: TrialSpec | None = None,
-        facts: Mapping[str, Any] | None = None,
-    ) -> "TrialRun":
-        """A run with all points that are in the store."""
-        histories = [client.get_metric_history(run.info.run_id, key) for key in run.data.metrics]
-        points = {(metric.key, metric.step): metric for history in histories for metric in history}
-        return cls(run.info.run_id, run.info.start_time, name, spec, facts or {}, points)
 
     def add(self, key: str, value: float, step: int, timestamp: int) -> None:
         """Buffer a point, unless it is known."""
@@ -99,24 +59,30 @@ class TrialRun:
             self.points[key, step] = Metric(key, value, timestamp, step)
             self.buffer.append(self.points[key, step])
 
-    def curve(self, trial: str) -> pd.DataFrame:
-        """As `curve_of` gives it."""
-        return curve_of({at: metric.value for at, metric in self.points.items()}, trial)
 
-    def times(self) -> list[float]:
-        """The run's start and the time of every point of `METRICS`, ascending, in seconds since 1970."""
-        stamps = {point.timestamp for (key, _), point in self.points.items() if key in METRICS}
-        return [stamp / 1000 for stamp in sorted({self.started, *stamps})]
+def find_run(client: MlflowClient, run_id: str) -> Run | None:
+    """Read a run; None where someone deleted it."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return run if run.info.lifecycle_stage == LifecycleStage.ACTIVE else None
 
 
-def curve_of(points: Mapping[tuple[str, int], float], trial: str) -> pd.DataFrame:
-    """One row a step, ascending, with columns `trial`, `step` and those of `METRICS`; NaN: not measured.
+def points_of(client: MlflowClient, run: Run) -> Points:
+    """Read all points of a run."""
+    histories = [client.get_metric_history(run.info.run_id, key) for key in run.data.metrics]
+    return {(point.key, point.step): point for history in histories for point in history}
 
-    Args:
-        points: value by (metric, step).
-    """
+
+def curve_of(points: Points, trial: str) -> pd.DataFrame:
+    """One row a step, ascending, with columns `trial`, `step` and those of `METRICS`; NaN: not measured."""
     steps = sorted({step for key, step in points if key in METRICS})
-    columns = {key: [points.get((key, step), float("nan")) for step in steps] for key in METRICS}
+    columns = {
+        key: [points[key, step].value if (key, step) in points else float("nan") for step in steps] for key in METRICS
+    }
     return pd.DataFrame({"trial": [trial] * len(steps), "step": steps, **columns})
 
 
@@ -142,16 +108,6 @@ def page_of(client: MlflowClient, run_id: str) -> "RunPage":
     return RunPage(client, client.get_run(run_id).info.experiment_id, run_id)
 
 
-def newest_sweeps(client: MlflowClient) -> dict[str, "RunPage"]:
-    """The page of the newest parent run of every sweep, by the study's name."""
-    found: dict[str, RunPage] = {}
-    for experiment in client.search_experiments():
-        order = ["attributes.start_time DESC"]
-        runs = client.search_runs([experiment.experiment_id], "tags.kind = 'sweep'", max_results=1, order_by=order)
-        found |= {str(run.info.run_name): RunPage(client, experiment.experiment_id, run.info.run_id) for run in runs}
-    return found
-
-
 class RunPage:
     """One run's page. Writing anything twice leaves it as if it was written once, but for a metric's time."""
 
@@ -171,12 +127,7 @@ class RunPage:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags, all at once."""
-        self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-
-    def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Log single values of the whole run."""
-        now = time.time_ns() // 1_000_000
-        self._client.log_batch(self.run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
+        self._client.log_batch(self.run_id, tags=_run_tags(tags))
 
     def log_table(self, name: str, table: pd.DataFrame) -> None:
         """Save a table as `<name>.csv`, and as `<name>.json`, which the UI shows as a table."""
@@ -198,8 +149,10 @@ class RunPage:
             self._client.log_artifacts(self.run_id, folder)
 
     def read_text(self, name: str) -> str | None:
-        """Content of a text artifact at the top of the run, or None where it has none of that name."""
-        if all(item.path != name for item in self._client.list_artifacts(self.run_id)):
+        """Content of a text artifact, or None where the run has none of that name."""
+        folder_name = str(Path(name).parent)
+        listed = self._client.list_artifacts(self.run_id, None if folder_name == "." else folder_name)
+        if all(item.path != name for item in listed):
             return None
         with tempfile.TemporaryDirectory() as folder:
             return Path(self._client.download_artifacts(self.run_id, name, folder)).read_text(encoding="utf-8")
@@ -292,8 +245,10 @@ class SweepRuns:
         identity: tells the study from another that had its name before, in a storage that was moved away. texts:
         content of text artifacts by file name.
         """
-        run = self._find(f"tags.kind = 'sweep' AND tags.study = '{study_name}' AND tags.study_id = '{identity}'")
-        if run is None:
+        found = self._search(f"tags.kind = 'sweep' AND tags.study = '{study_name}' AND tags.study_id = '{identity}'")
+        if found:
+            run = found[0]
+        else:
             own = {"kind": "sweep", "study": study_name, "study_id": identity, "sweep": self._sweep_name}
             run = self.client.create_run(self._experiment_id, run_name=study_name, tags=own)
         self._parent, self._study_name = run.info.run_id, study_name
@@ -305,11 +260,27 @@ class SweepRuns:
     def log_dataset(
         self, name: str, digest: str, *, num_rows: int, profile: Mapping[str, Any], source: str, context: str
     ) -> None:
-        """Log a data set as input of the parent run, and of every trial that starts from now on; see `datasets`."""
-        used = dataset_input(name, digest, num_rows=num_rows, profile=profile, source=source, context=context)
-        self._datasets.append(used)
+        """Log a data set as input of the parent run, and of every trial that starts from now on.
+
+        Args:
+            digest: of all rows (MLflow's own samples rows); cut to MLflow's length.
+            profile: numbers to show beside `num_rows`.
+            source: where the rows come from, in words.
+            context: what they are for (`training`, `validation`).
+        """
+        dataset = Dataset(
+            name=name,
+            digest=digest[:MAX_DIGEST_LENGTH],
+            source_type="code",
+            source=json.dumps({"tags": {"source": source}}),
+            schema=json.dumps(
+                {"mlflow_colspec": [{"type": kind, "name": name, "required": True} for name, kind in COLUMNS.items()]}
+            ),
+            profile=json.dumps({"num_rows": num_rows, **profile}),
+        )
+        self._datasets.append(DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)]))
         if self._parent is not None:
-            self.client.log_inputs(self._parent, [used])
+            self.client.log_inputs(self._parent, self._datasets[-1:])
 
     def start_trial(self, trial: str, spec: TrialSpec, facts: Mapping[str, Any], run_id: str | None) -> str:
         """The run id of a trial, running: the run that it already has (with the points in it), or a new one.
@@ -322,14 +293,15 @@ class SweepRuns:
             StorageError: the store cannot be read or written. So it is with every method of the tracker.
         """
         with self.reaching():
-            run = (self._active_run(run_id) if run_id else None) or self._child(trial)
+            run = (find_run(self.client, run_id) if run_id else None) or self._child(trial)
             name, known = f"{trial}-{spec.targets}-r{spec.rank}", {**facts, "budget": self._params.get("budget")}
             if run is None:
                 own = {"kind": "trial", "trial": trial, "sweep": self._sweep_name}
                 if self._parent is not None:
                     own[MLFLOW_PARENT_RUN_ID] = self._parent
                 run = self.client.create_run(self._experiment_id, run_name=name, tags=own)
-            self._trials[trial] = TrialRun.read(self.client, run, name, spec, known)
+            points = points_of(self.client, run)
+            self._trials[trial] = TrialRun(run.info.run_id, run.info.start_time, points, name, spec, known)
             params = {
                 "targets": spec.targets,
                 "lora_r": spec.rank,
@@ -369,11 +341,11 @@ class SweepRuns:
                 self.client.log_text(run.run_id, error, "error.txt")
                 tags["error"] = error[:ERROR_TAG_LENGTH]
             if result is not None:
-                last_step, now = max((step for _, step in run.points), default=0), _now()
+                last_step, now = max((step for _, step in run.points), default=0), timestamp()
                 for key in COSTS:
                     run.add(key, getattr(result, key), last_step, now)
                 self._flush(run)
-                page.log_files(self._draw(run.curve(trial), run.name, Path(folder)))
+                page.log_files(self._draw(curve_of(run.points, trial), run.name, Path(folder)))
                 if result.adapter is not None:
                     self.client.log_artifacts(run.run_id, str(result.adapter), "adapter")
             self._end(run.run_id, end.state, tags)
@@ -381,75 +353,50 @@ class SweepRuns:
     def close_parent(
         self,
         state: RunState,
-        *,
         metrics: Mapping[str, float] | None = None,
         tags: Mapping[str, str] | None = None,
         artifacts: Mapping[str, Path] | None = None,
     ) -> None:
         """End the parent run. metrics: the study's results. artifacts: files by artifact name."""
-        page = self.page()
+        page, now = self.page(), timestamp()
         page.log_files(artifacts or {})
-        page.log_metrics(metrics or {})
+        self.client.log_batch(page.run_id, [Metric(key, value, now, 0) for key, value in (metrics or {}).items()])
         self._end(page.run_id, state, tags or {})
 
     def page(self, run_id: str | None = None) -> RunPage:
-        """What people see of a run; without an id, of the parent run."""
+        """The page of a run; without an id, of the parent run."""
         return RunPage(self.client, self._experiment_id, run_id or self._require_parent())
 
-    def is_there(self, run_id: str) -> bool:
-        """Whether a run can still be written: nobody has deleted it."""
-        return self._active_run(run_id) is not None
-
-    def children(self) -> dict[str, dict[str, str]]:
-        """Tags of every run below the parent run, by run id."""
-        found: dict[str, dict[str, str]] = {}
-        token: str | None = None
-        while token != "":
-            runs = self.client.search_runs(
-                [self._experiment_id],
-                f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self._require_parent()}'",
-                page_token=token,
-            )
-            found |= {run.info.run_id: dict(run.data.tags) for run in runs}
-            token = runs.token or ""
-        return found
+    def marked(self, tag: str) -> list[str]:
+        """Ids of the runs below the parent run whose `tag` is true."""
+        below = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self._require_parent()}'"
+        return [run.info.run_id for run in self._search(f"{below} AND tags.{tag} = 'true'")]
 
     def curve(self, trial: str) -> pd.DataFrame:
-        """Points of a trial so far: one row a step, ascending, with columns `trial`, `step` and the names in `METRICS`.
-
-        NaN where a metric was not measured at a step; no rows where the trial has no run.
-        """
+        """Points of a trial so far, as `curve_of` gives them; no rows where the trial has no run."""
         run = self._known(trial)
-        return run.curve(trial) if run else curve_of({}, trial)
+        return curve_of(run.points if run else {}, trial)
 
     def times(self, trial: str) -> list[float]:
         """When a trial's run started and reported, ascending, in seconds since 1970; empty where it has no run."""
-        run = self._known(trial)
-        return run.times() if run else []
+        if (run := self._known(trial)) is None:
+            return []
+        stamps = {point.timestamp for (key, _), point in run.points.items() if key in METRICS}
+        return [stamp / 1000 for stamp in sorted({run.started, *stamps})]
 
     def _require_parent(self) -> str:
         assert self._parent is not None, "open_parent comes first"
         return self._parent
 
-    def _find(self, filter_string: str) -> Run | None:
-        runs = self.client.search_runs([self._experiment_id], filter_string, max_results=1)
-        return runs[0] if runs else None
+    def _search(self, condition: str) -> list[Run]:
+        return list(self.client.search_runs([self._experiment_id], condition))
 
     def _child(self, trial: str) -> Run | None:
         """The run that a trial has under the parent run."""
         if self._parent is None:
             return None
-        return self._find(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self._parent}' AND tags.trial = '{trial}'")
-
-    def _active_run(self, run_id: str) -> Run | None:
-        """The run, unless someone deleted it."""
-        try:
-            run = self.client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
-        return run if run.info.lifecycle_stage == LifecycleStage.ACTIVE else None
+        found = self._search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self._parent}' AND tags.trial = '{trial}'")
+        return next(iter(found), None)
 
     def _start(self, run: Run, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         if run.info.status != "RUNNING":
@@ -466,20 +413,15 @@ class SweepRuns:
             self.client.log_batch(run.run_id, metrics=run.buffer[start : start + MAX_METRICS_PER_BATCH])
         run.buffer.clear()
 
-    def _known(self, trial: str) -> "TrialRun | None":
+    def _known(self, trial: str) -> TrialRun | None:
         """A trial's run, read from the store where an earlier process wrote it."""
         if trial not in self._trials and (run := self._child(trial)) is not None:
-            self._trials[trial] = TrialRun.read(self.client, run)
+            self._trials[trial] = TrialRun(run.info.run_id, run.info.start_time, points_of(self.client, run))
         return self._trials.get(trial)
 
 
 def _run_tags(tags: Mapping[str, str]) -> list[RunTag]:
     return [RunTag(key, value) for key, value in tags.items()]
-
-
-def _now() -> int:
-    """Milliseconds since 1970."""
-    return time.time_ns() // 1_000_000
 
 
 def newest_parent(client: MlflowClient, sweep: str) -> Run | None:
@@ -494,10 +436,5 @@ def newest_parent(client: MlflowClient, sweep: str) -> Run | None:
 
 def read_curve(client: MlflowClient, run_id: str, trial: str) -> pd.DataFrame:
     """Points of a trial's run, as `curve_of` gives them; none where the run is gone."""
-    try:
-        points = [point for name in METRICS for point in client.get_metric_history(run_id, name)]
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        points = []
-    return curve_of({(point.key, point.step): point.value for point in points}, trial)
+    run = find_run(client, run_id)
+    return curve_of(points_of(client, run) if run else {}, trial)

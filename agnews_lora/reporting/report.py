@@ -18,7 +18,7 @@ from agnews_lora.errors import StorageError
 from agnews_lora.reporting.figures import expected_calibration_error
 from agnews_lora.reporting.progress import duration
 from agnews_lora.search.results import SweepFacts, SweepResult
-from agnews_lora.serving.stats import Pairs, accuracy_interval, difference_interval, two_sided_p_value
+from agnews_lora.serving.stats import Pairs, accuracy_interval, difference_interval, mcnemar_p_value
 
 TEMPLATES: Final = Path(__file__).parent
 TOP: Final = 10  # trials of the leaderboard
@@ -159,7 +159,7 @@ def _gain(result: SweepResult) -> str:
     low, high = difference_interval(pairs)
     return (
         f"{_points(pairs.difference, signed=True)} (95% interval {_signed(low)} to {_signed(high)}; McNemar "
-        f"{_p_value(two_sided_p_value(pairs))})"
+        f"{_p_value(mcnemar_p_value(pairs, 'two-sided'))})"
     )
 
 
@@ -218,7 +218,7 @@ def _noise(result: SweepResult) -> str | None:
     if winner is None or baseline is None or baseline.accuracy is None or winner.accuracy is None:
         return None
     if pairs := _pairs(result):
-        p = two_sided_p_value(pairs)
+        p = mcnemar_p_value(pairs, "two-sided")
         within = f"McNemar {_p_value(p)}" if p >= SIGNIFICANT or pairs.difference <= 0 else None
     else:
         low, _ = accuracy_interval(round(winner.accuracy * rows), rows)

@@ -27,7 +27,7 @@ from agnews_lora.serving.model_package import (
     recorded_score,
     token_digest,
 )
-from agnews_lora.serving.stats import accuracy_interval, count_pairs, worse_p_value
+from agnews_lora.serving.stats import accuracy_interval, count_pairs, mcnemar_p_value
 from agnews_lora.tracking.descriptions import text
 from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, REPORT, Registry, Version
 from agnews_lora.training.metrics import accuracy, macro_f1
@@ -216,7 +216,7 @@ def _not_worse(package: Package, champion: Package, corpus: Corpus) -> Finding:
     right, champion_right = (
         ReferenceAnswers.read(each.reference).predicted == corpus.validation.labels for each in (package, champion)
     )
-    p_value = worse_p_value(count_pairs(right, champion_right))
+    p_value = mcnemar_p_value(count_pairs(right, champion_right), "less")
     return Finding.of(
         p_value >= LEAST_P_VALUE,
         f"it must not be worse than the champion (version {champion.version.number}) on the validation split "

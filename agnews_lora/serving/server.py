@@ -277,7 +277,7 @@ def read_texts(body: bytes, content_type: str) -> list[str]:
 
 def _json_texts(decoded: str) -> list[Any]:
     try:
-        document = json.loads(decoded, object_pairs_hook=_unique)
+        document = json.loads(decoded)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise Refusal(400, f"the body must be JSON, but is not ({error.msg}, {place}); {_WANTED}") from error
@@ -295,13 +295,6 @@ def _json_texts(decoded: str) -> list[Any]:
         raise Refusal(400, f"the object must have one key of {', '.join(_FORMATS)}, but has {found}; {_WANTED}")
     [(key, value)] = document.items()
     return _split(value) if key == "dataframe_split" else _listed(value)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) < len(pairs):
-        raise Refusal(400, "an object must have a key only once, but has one twice; leave one out")
-    return document
 
 
 def _listed(value: Any) -> list[Any]:
@@ -336,15 +329,13 @@ def _split(value: Any) -> list[Any]:
 def _csv_texts(decoded: str) -> list[Any]:
     wanted = f"send a first line that names a column `{COLUMN}`, and a row each text, quoted where it has commas"
     try:
-        header, *rows = [row for row in csv.reader(io.StringIO(decoded, newline=""), strict=True) if row]
+        records = list(csv.DictReader(io.StringIO(decoded, newline=""), strict=True))
     except (csv.Error, ValueError) as error:
         raise Refusal(400, f"the body must be CSV, but is not ({_short(str(error))}); {wanted}") from error
-    if header.count(COLUMN) != 1:
-        raise Refusal(400, f"the first line must name a column `{COLUMN}` once, but does not; {wanted}")
-    for number, row in enumerate(rows, start=1):
-        if len(row) != len(header):
-            raise Refusal(400, f"row {number} must have {len(header)} fields, but has {len(row)}; {wanted}")
-    return [row[header.index(COLUMN)] for row in rows]
+    for number, record in enumerate(records, start=1):
+        if None in record or None in record.values():  # a field too many, or too few
+            raise Refusal(400, f"row {number} must have as many fields as the first line, but has not; {wanted}")
+    return _listed(records)
 
 
 def _kind(value: Any) -> str:

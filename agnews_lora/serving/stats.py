@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import sqrt
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,11 +31,7 @@ class Pairs:
 
     @property
     def difference(self) -> float:
-        """The first's accuracy less the second's, a share.
-
-        Raises:
-            ZeroDivisionError: there are no rows.
-        """
+        """The first's accuracy less the second's, a share."""
         return (self.only_first - self.only_second) / self.num_rows
 
 
@@ -43,12 +40,7 @@ def count_pairs(first_right: npt.NDArray[np.bool_], second_right: npt.NDArray[np
 
     Args:
         first_right: [rows], whether the first classifier answers a row rightly; second_right likewise.
-
-    Raises:
-        ValueError: they differ in length.
     """
-    if first_right.shape != second_right.shape:
-        raise ValueError(f"both must answer the same rows, but got {len(first_right)} and {len(second_right)}")
     return Pairs(
         both=int(np.sum(first_right & second_right)),
         only_first=int(np.sum(first_right & ~second_right)),
@@ -57,21 +49,13 @@ def count_pairs(first_right: npt.NDArray[np.bool_], second_right: npt.NDArray[np
     )
 
 
-def worse_p_value(pairs: Pairs) -> float:
-    """Exact one-sided McNemar test (McNemar 1947): how likely the first loses so many rows if it is not worse.
+def mcnemar_p_value(pairs: Pairs, alternative: Literal["less", "two-sided"]) -> float:
+    """Exact McNemar test (McNemar 1947), on the rows that one of the two alone answers rightly; 1 without any.
 
-    Only rows that one of the two alone answers rightly count; each would be either's with probability 1/2. 1 without
-    any such row.
+    Args:
+        alternative: `less`: how likely the first loses so many rows if it is not worse. `two-sided`: how likely so
+            uneven a division is if neither is better.
     """
-    return _mcnemar(pairs, "less")
-
-
-def two_sided_p_value(pairs: Pairs) -> float:
-    """Exact two-sided McNemar test: how likely so uneven a division is if neither is better."""
-    return _mcnemar(pairs, "two-sided")
-
-
-def _mcnemar(pairs: Pairs, alternative: str) -> float:
     from scipy.stats import binomtest
 
     decided = pairs.only_first + pairs.only_second

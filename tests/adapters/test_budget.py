@@ -88,7 +88,7 @@ def peft_count(spec: TrialSpec, shape: ModelShape) -> int:
 )
 def test_the_count_is_pefts_own(shape: ModelShape, budget: int, preset: str, head: str) -> None:
     largest = max_rank(preset, head, shape, budget)
-    for rank in sorted({1, 2, 4, 8, 64, largest, largest + 1}):
+    for rank in sorted({1, largest, largest + 1}):
         spec = trial_spec(preset, rank, head)
         assert trainable_parameters(spec, shape) == peft_count(spec, shape)
 
@@ -122,12 +122,6 @@ def test_a_preset_names_exactly_its_modules(shape: ModelShape, preset: str) -> N
         for module in PRESETS[preset]
     }
     assert {name for name in names if re.fullmatch(pattern, name)} == expected
-
-
-def test_a_preset_never_names_the_pooler_the_classifier_or_a_part_of_a_module() -> None:
-    others = ("bert.pooler.dense", "classifier.dense", "classifier.out_proj", "encoder.layer.0.output.dense.lora_A")
-    for preset in PRESETS:
-        assert not any(re.fullmatch(target_pattern(preset), name) for name in others)
 
 
 @pytest.mark.parametrize(

@@ -178,13 +178,6 @@ def test_a_sweep_elsewhere_finds_its_neighbours_after_those_at_hand(write: Write
         load_sweep("elsewhere/sweeps/none.yaml")
 
 
-def test_a_sweep_that_is_not_there_is_met_with_those_that_are(write: Write) -> None:
-    write("sweeps/embedded", SMALLEST)
-    with pytest.raises(ConfigError) as caught:
-        load_sweep("embeded")
-    assert "Did you mean embedded? There are: embedded." in str(caught.value)
-
-
 def test_every_key_is_documented() -> None:
     schema = Sweep.model_json_schema()
     blocks = [schema, *schema["$defs"].values()]

@@ -42,18 +42,11 @@ def within_chance(hits: int, trials: int, probability: float) -> bool:
     return abs(hits / trials - probability) <= SIGMAS * sqrt(probability * (1 - probability) / trials)
 
 
-def test_same_seed_and_split_give_the_same_rows() -> None:
-    assert generate(200, "train", seed=3) == generate(200, "train", seed=3)
-    assert set(generate(200, "train", seed=3).texts).isdisjoint(generate(200, "train", seed=4).texts)
-
-
 @pytest.mark.parametrize(
     ("num_rows", "split", "seed", "digest"),
     [
         (3_000, "train", 0, "4fc5d20fd5823dcd9de45acbef974a3d78bbe9a6402ba8dbd858aeef5c18ea7a"),
         (3_000, "test", 0, "b6517e0516ce9b06fd2c1301d08fc4a08b1c5a9e593abefa52a3b6ef8838a86b"),
-        (3_000, "train", 42, "02f756065a1c4f081439e293e25b57a435bdf49d0d76f55ea0e39de983817400"),
-        (3_000, "test", 42, "5e7ff079ce60f2a436a1026141dc398cb32ecd344e90b33fa3699ee6da66b8d8"),
         (12_000, "train", 13, "b0dd6b149de7aee276e5c52ac564aa2e33031495bfa316370d969fd88da6ea7a"),
     ],
 )
@@ -74,7 +67,7 @@ def test_no_text_occurs_twice_or_in_both_splits(many: list[Story]) -> None:
     assert set(train).isdisjoint(test)
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 4, 50, 1_281])
+@pytest.mark.parametrize("num_rows", [0, 3, 1_281])
 def test_labels_are_balanced_at_any_size(num_rows: int) -> None:
     counts = Counter(generate(num_rows, "train", seed=2).labels)
     assert counts.total() == num_rows
@@ -102,11 +95,6 @@ def test_lengths_are_those_of_ag_news(many: list[Story]) -> None:
     assert 0.01 <= (lengths > 80).mean() <= 0.08
     assert lengths.min() >= 12
     assert lengths.max() <= 140
-
-
-def test_bound_is_derived_from_the_law_of_the_mixture() -> None:
-    assert pytest.approx(1 - MIXED_SHARE + MIXED_SHARE * LEAD_PROBABILITY) == BEST_ACCURACY
-    assert 0.93 <= BEST_ACCURACY <= 0.95
 
 
 def test_reading_the_structure_reaches_the_bound_and_no_more(many: list[Story]) -> None:
@@ -170,13 +158,10 @@ def test_vocabulary_is_wide_and_2000_rows_do_not_show_all_of_it() -> None:
     assert np.mean([len(words) > 0 for words in unseen]) >= 0.25
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_counting_words_stays_five_points_under_the_bound(seed: int) -> None:
-    train, test = generate(2_000, "train", seed), generate(4_000, "test", seed)
-    best = 0.0
-    for vectorizer in (TfidfVectorizer(), TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))):
-        fitted, unseen = vectorizer.fit_transform(train.texts), vectorizer.transform(test.texts)
-        for inverse_penalty in (1.0, 10.0):
-            model = LogisticRegression(C=inverse_penalty, max_iter=1_000).fit(fitted, train.labels)
-            best = max(best, float(model.score(unseen, test.labels)))
+def test_counting_words_stays_five_points_under_the_bound() -> None:
+    train, test = generate(2_000, "train", 1), generate(4_000, "test", 1)
+    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+    fitted, unseen = vectorizer.fit_transform(train.texts), vectorizer.transform(test.texts)
+    models = [LogisticRegression(C=inverse_penalty, max_iter=1_000) for inverse_penalty in (1.0, 10.0)]
+    best = max(float(model.fit(fitted, train.labels).score(unseen, test.labels)) for model in models)
     assert 0.75 <= best <= BEST_ACCURACY - 0.05

@@ -171,15 +171,6 @@ def test_a_version_that_answers_otherwise_is_not_served(
             server.largest_difference(Changed(), answers, "it", merged)
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_a_registered_version_answers_as_when_it_was_registered(small: Registry, merged: bool) -> None:
-    champion = small.champion()
-    package = Package.verified(small, champion)
-    classifier = Classifier.load(package, merged)
-    answers = ReferenceAnswers.read(package.reference)
-    assert 0 <= server.largest_difference(classifier, answers, str(champion), merged) <= 1e-4
-
-
 DOCUMENTS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
@@ -234,7 +225,6 @@ WRONG: list[tuple[bytes | Any, int, str]] = [
     (b'"Oil rose."', 400, "is a string"),
     (b"7", 400, "is a number"),
     (b"null", 400, "is null"),
-    (b'{"inputs": ["a"], "inputs": ["b"]}', 400, "a key only once"),
     ({}, 400, "but has none"),
     ({"texts": ["Oil"]}, 400, "but has 'texts'"),
     ({"inputs": ["Oil"], "instances": ["Oil"]}, 400, "but has 'inputs', 'instances'"),
@@ -267,10 +257,10 @@ WRONG: list[tuple[bytes | Any, int, str]] = [
     ({"inputs": ["Oil"] * (server.MAX_TEXTS + 1)}, 413, "at most 256 texts, but has 257"),
 ]
 WRONG_CSV = [
-    (b"Oil rose.\n", "the first line must name a column `text`"),
-    (b"text,text\na,b\n", "the first line must name a column `text` once"),
+    (b"Oil rose.\n", "at least one text"),
+    (b"title\nOil rose.\n", "record 0 (counted from 0) has no key `text`"),
     (b'text\n"Oil', "must be CSV"),
-    (b"text\nOil, rose\n", "row 1 must have 1 fields, but has 2"),
+    (b"text\nOil, rose\n", "row 1 must have as many fields as the first line"),
     (b"text\n", "at least one text"),
 ]
 

@@ -82,7 +82,6 @@ def run(sweep: Sweep, options: Options) -> int:
             runs = SweepRuns(
                 client or open_client(STORES),
                 sweep.name,
-                sweep.name,
                 {"experiment": sweep.experiment.name, "base": prepared.base.hub_id, "budget": sweep.budget},
                 {},
                 trial_curves,

@@ -256,8 +256,6 @@ def read_texts(body: bytes, content_type: str) -> list[str]:
         decoded = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Refusal(400, f"the body must be UTF-8, but is not (byte {error.start}); convert it") from error
-    if not decoded.strip():
-        raise Refusal(400, f"a body is needed, but it is empty; {_WANTED}")
     texts = _csv_texts(decoded) if content_type == CSV else _json_texts(decoded)
     if not texts:
         raise Refusal(400, f"at least one text is needed, but there is none; {_WANTED}")

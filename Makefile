@@ -50,7 +50,7 @@ serve: $(STAMP)  ## answer over HTTP with the champion: make serve [SWEEP=agnews
 	@$(AGNEWS) serve $(SWEEP) --port $(PORT) $(if $(MERGED),--merged)
 
 test: $(STAMP)  ## run the tests, but for the long proofs
-	@$(BIN)/python -m pytest -m "not proof"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not proof" -n 2 --dist loadscope --no-loadscope-reorder
 
 proof: $(STAMP)  ## run the long proofs: kills, outages of the stores, real AG News rows
 	@$(BIN)/python -m pytest -m proof
@@ -60,10 +60,11 @@ lint: $(STAMP)  ## check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(STAMP)  ## measure the embedded sweep, the engines' throughput and the server, and write benchmarks/results/
+bench: $(STAMP)  ## measure the embedded sweep, engines, server and driver, and write benchmarks/results/
 	@$(BIN)/python -m benchmarks.sweep
 	@$(BIN)/python -m benchmarks.throughput
 	@$(BIN)/python -m benchmarks.serving
+	@$(BIN)/python -m benchmarks.driver
 
 chaos: $(STAMP)  ## kill sweeps (-9) again and again, judge what they left, and write benchmarks/results/
 	@$(BIN)/python -m benchmarks.chaos

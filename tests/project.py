@@ -100,7 +100,6 @@ class Running:
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
-        self._errors.close()
 
     @property
     def stderr(self) -> str:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.servers import MlflowServer, Postgres, answers, postgres_missing
 
+pytestmark = pytest.mark.proof
 needs_postgres = pytest.mark.skipif(postgres_missing() is not None, reason=str(postgres_missing()))
 
 

@@ -1,9 +1,9 @@
-"""Kills the embedded sweep again and again, and judges what it left: `make chaos`.
+"""Kills sweeps again and again, and judges what they left: `make chaos`.
 
-Three parts, in folders of their own and with less data than the shipped sweep, so that a kill comes every few seconds
-of training: two workers on this machine; workers on a Ray cluster whose nodes join late and are lost; one worker in
-fp32, compared to the bit with a sweep that was left alone and trained in its own process. Writes what was killed when,
-and what was found, to `results/`. Where something does not hold it says so, writes nothing, and ends with exit code 1.
+Three parts, in folders of their own and with little data, so that a kill comes every few seconds of training: two
+workers on this machine; workers on a Ray cluster whose nodes join late and are lost; one worker, compared to the bit
+with a sweep that was left alone and trained in its own process. Writes what was killed when, and what was found, to
+`results/`. Where something does not hold it says so, writes nothing, and ends with exit code 1.
 """
 
 import argparse
@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Final
 
-from ruamel.yaml import YAML
 from transformers.utils.logging import set_verbosity_error
 
 from agnews_lora.cli import ENVIRONMENT
@@ -27,18 +26,20 @@ from agnews_lora.tracking.provenance import provenance
 from benchmarks.chaos.judgement import Judgement, Stores, judge
 from benchmarks.chaos.killing import Chaos, Kill, draw
 from benchmarks.chaos.nodes import Nodes
+from tests.project import write_project
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 RESULTS: Final = ROOT / "benchmarks" / "results"
-SWEEP: Final = "embedded"
 SEED: Final = 13
-TRIALS: Final = 12
-# What differs from the shipped files.
-EXPERIMENT: Final[dict[str, dict[str, Any]]] = {
-    "data": {"rows": 2_000, "train_rows": 960, "test_rows": 200},
-    "training": {"max_length": 48, "eval_every": 4, "eval_rows": 64, "log_every": 2},
+EXPERIMENT: Final = {
+    "data.rows": 2_000,
+    "data.train_rows": 960,
+    "training.eval_every": 4,
+    "training.eval_rows": 64,
+    "training.log_every": 2,
+    "training.precision": "fp32",
 }
-FP32: Final = {"training": {"precision": "fp32"}}
+SWEEP: Final = {"trials": 12, "space.learning_rate": {"low": 5e-4, "high": 1e-2}, "pruner.warmup_steps": 20}
 
 
 @dataclass
@@ -77,7 +78,7 @@ def main() -> int:
 
 def two_workers(work: Path) -> Part:
     """Two workers on this machine."""
-    chaos = Chaos(project(work / "two-workers"), SWEEP, "--workers", "2", seed=SEED)
+    chaos = Chaos(write_project(work / "two-workers", EXPERIMENT, SWEEP), "small", "--workers", "2", seed=SEED)
     return killed("Two workers on this machine", chaos, draw(SEED, 9, ("tree", "driver", "worker")))
 
 
@@ -86,18 +87,19 @@ def cluster(work: Path) -> Part:
     kills = draw(SEED + 1, 4, ("node", "worker", "driver"))
     kills += [Kill("suspended worker", "training", 0.5), Kill("Ctrl-C", "training", 0.5)]
     with Nodes(work / "nodes") as nodes:
-        chaos = Chaos(project(work / "cluster"), SWEEP, "--address", nodes.address, nodes=nodes, seed=SEED)
+        folder = write_project(work / "cluster", EXPERIMENT, SWEEP)
+        chaos = Chaos(folder, "small", "--address", nodes.address, nodes=nodes, seed=SEED)
         return killed("Two nodes of a Ray cluster", chaos, kills)
 
 
 def one_worker(work: Path) -> Part:
     """One trial at a time in fp32: with one worker and killed, and undisturbed without a worker."""
-    folders = [project(work / name, FP32, slots=1) for name in ("one-worker", "undisturbed")]
-    chaos = Chaos(folders[0], SWEEP, "--workers", "1", seed=SEED)
+    folders = [write_project(work / name, EXPERIMENT, SWEEP | {"slots": 1}) for name in ("one-worker", "undisturbed")]
+    chaos = Chaos(folders[0], "small", "--workers", "1", seed=SEED)
     part = killed("One worker, one trial at a time, fp32", chaos, draw(SEED + 2, 5, ("tree", "driver", "worker")))
-    undisturbed = Chaos(folders[1], SWEEP)
+    undisturbed = Chaos(folders[1], "small")
     code = undisturbed.run([])
-    other = Stores.of(folders[1], SWEEP)
+    other = Stores.of(folders[1], "small")
     part.judgement.faults += judge(other, undisturbed, code).faults
     found = "configurations, ends and all metric points are equal to the bit"
     part.judgement.note("against an undisturbed sweep without a worker", found, differences(other, part.stores))
@@ -114,38 +116,22 @@ def differences(undisturbed: Stores, killed: Stores) -> list[str]:
     ]
 
 
-def project(folder: Path, experiment: dict[str, dict[str, Any]] | None = None, **sweep: Any) -> Path:
-    """Write the shipped experiment and sweep into a project's folder, with some keys set."""
-    yaml = YAML()
-    for kind, changes in (
-        ("experiments", [EXPERIMENT, experiment or {}]),
-        ("sweeps", [{"trials": TRIALS, "confirmation": None}, sweep]),
-    ):
-        document = yaml.load(ROOT / kind / f"{SWEEP}.yaml")
-        for change in changes:
-            for key, value in change.items():
-                document[key] = {**document[key], **value} if isinstance(value, dict) else value
-        (folder / kind).mkdir(parents=True)
-        yaml.dump(document, folder / kind / f"{SWEEP}.yaml")
-    return folder
-
-
 def killed(title: str, chaos: Chaos, kills: list[Kill]) -> Part:
     """Run a sweep, make the kills, and judge what it left."""
     print(f"{title}: {len(kills)} kills ...", flush=True)
     began = time.monotonic()
     code = chaos.run(kills)
-    stores = Stores.of(chaos.folder, SWEEP)
+    stores = Stores.of(chaos.folder, "small")
     return Part(title, chaos, stores, judge(stores, chaos, code), time.monotonic() - began)
 
 
 def report(parts: list[Part], seconds: float, load: float) -> str:
     """The result file."""
     tags = provenance()
-    differing = ", ".join(f"{key} {value:,}" for block in EXPERIMENT.values() for key, value in block.items())
+    settings = ", ".join(f"{key} {value}" for key, value in (EXPERIMENT | SWEEP).items())
     return "\n".join(
         [
-            f"# `make chaos`: sweep {SWEEP} killed {sum(len(part.chaos.kills) for part in parts)} times, "
+            f"# `make chaos`: a sweep killed {sum(len(part.chaos.kills) for part in parts)} times, "
             f"{tags['device']}, {datetime.date.today()}",
             "",
             f"`python -m benchmarks.chaos`, {seconds / 60:.0f} min. Commit "
@@ -154,10 +140,10 @@ def report(parts: list[Part], seconds: float, load: float) -> str:
             f"{load:.1f} at the start, Python {platform.python_version()}, torch {version('torch')}, optuna "
             f"{version('optuna')}, mlflow {version('mlflow')}, ray {version('ray')}. Seed {SEED}.",
             "",
-            f"The shipped sweep of {TRIALS} trials with less data ({differing}), engine "
-            f"{parts[0].stores.sweep.engine}. A kill is SIGKILL, but for those named otherwise, and has new progress "
-            "behind it. Every start is the same command, and nothing is cleaned up between two. `new progress` is the "
-            "time to a logged loss, a checkpoint, an evaluation or an end that had not been there.",
+            f"MiniLM on the generated news corpus ({settings}), engine {parts[0].stores.sweep.engine}. A kill is "
+            "SIGKILL, but for those named otherwise, and has new progress behind it. Every start is the same command, "
+            "and nothing is cleaned up between two. `new progress` is the time to a logged loss, a checkpoint, an "
+            "evaluation or an end that had not been there.",
             *(line for part in parts for line in section(part)),
             "",
         ]

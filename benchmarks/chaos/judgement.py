@@ -69,13 +69,14 @@ class Stores:
         return self.prepared.total_steps if complete else max(trial.intermediate_values, default=0)
 
     def comparable(self) -> dict[str, Any]:
-        """All that must be equal to the bit in two sweeps of one trial at a time."""
-        metrics = {
-            (trial, metric): [(step, value) for step, value, _ in history.get(metric, [])]
+        """All that must be equal to the bit in two sweeps of one trial at a time, by what it is."""
+        metrics: dict[str, Any] = {
+            f"{metric} of {trial}": [(step, value) for step, value, _ in history.get(metric, [])]
             for trial, history in self.histories.items()
             for metric in METRICS
         }
-        return {trial_name(t): (t.state.name, t.user_attrs[SPEC], t.values) for t in self.trials} | metrics
+        ends = {trial_name(t): (t.state.name, t.user_attrs[SPEC], t.values) for t in self.trials}
+        return ends | metrics
 
 
 @dataclass

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -105,9 +104,8 @@ class Chaos:
         Raises:
             ChaosError: the sweep ended before its last kill or otherwise than by it, or did not get on.
         """
-        with ExitStack() as closing:
+        try:
             self._start()
-            closing.callback(lambda: self._process.poll() is None and self._kill_tree())
             if self._nodes is not None:  # no node yet: both join late
                 self._wait_for("There is no place for a worker")
                 for _ in range(2):
@@ -116,6 +114,8 @@ class Chaos:
                 self._make(each)
             self._until(lambda: self._process.poll() is not None and self._orphans is None)
             return self._process.wait()
+        finally:
+            self._kill_tree()
 
     def _start(self) -> None:
         self.outputs.append(self.folder / f"start-{len(self.outputs) + 1:02d}.log")
@@ -262,6 +262,8 @@ class Chaos:
             raise ChaosError(f"a sweep that was asked to stop ended with exit code {self._process.returncode}")
 
     def _kill_tree(self) -> None:
+        if self._process.poll() is not None:
+            return
         top = psutil.Process(self._process.pid)
         top.suspend()  # it must start nothing meanwhile
         kill([*top.children(recursive=True), top])

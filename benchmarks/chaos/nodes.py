@@ -88,11 +88,12 @@ def main() -> None:
     """Print the head's address; for each line on standard input add a node, and print the process id of its raylet."""
     from ray.cluster_utils import Cluster
 
-    memory = {"object_store_memory": 100 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **memory})
+    memory = 100 * 2**20
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": memory}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     print(cluster.address, flush=True)
     for _ in sys.stdin:
-        node = cluster.add_node(num_cpus=1, **memory)
+        node = cluster.add_node(num_cpus=1, object_store_memory=memory)
         print(node.all_processes["raylet"][0].process.pid, flush=True)
 
 

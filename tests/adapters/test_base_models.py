@@ -138,7 +138,7 @@ def test_truncated_weights_are_refused(folder, keep):
 
 def test_without_the_hub_roberta_base_names_the_ways_out(unreachable):
     with pytest.raises(
-        NetworkError, match="Cannot get base model roberta-base .*experiment: embedded.*local directory"
+        NetworkError, match=r"Cannot get base model roberta-base .*experiment: embedded.*local directory"
     ):
         base_models.resolve("roberta-base")
 

@@ -219,6 +219,7 @@ WRONG: list[tuple[bytes | Any, int, str]] = [
     (b'{"inputs": ["Oil" "rose"]}', 400, "line 1, column 19"),
     (b"\xff\xfe\x00", 400, "must be UTF-8"),
     (b'"Oil rose."', 400, "is a string"),
+    (b'{"inputs": ["a"], "inputs": ["b"]}', 400, "a key only once"),
     ({}, 400, "but has none"),
     ({"texts": ["Oil"]}, 400, "but has 'texts'"),
     ({"inputs": ["Oil"], "instances": ["Oil"]}, 400, "but has 'inputs', 'instances'"),

@@ -104,7 +104,7 @@ def mlflow(root: Path) -> Any:
     from agnews_lora.tracking.runs import SweepRuns
     from agnews_lora.tracking.store import open_client
 
-    runs = SweepRuns(open_client(root / "runs"), "scripted", "scripted", {}, {}, trial_curves)
+    runs = SweepRuns(open_client(root / "runs"), "scripted", {}, {}, trial_curves)
     runs.open_parent("scripted", identity="scripted", params={}, tags={}, texts={})
     return runs
 

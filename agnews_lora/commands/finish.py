@@ -110,7 +110,7 @@ def finish(
             tags={"best_trial": winner.trial, "best_run": str(winner.run_id)} if winner else {},
             artifacts={**drawn, **thumbnails(drawn, folder), RESULT: write(result)},
         )
-        report.write(runs.client, parent.run_id, result, folder, curves)
+        report.write(runs.client, parent.run_id, result, folder, drawn)
     return result
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-import pandas as pd
 from mlflow import MlflowClient
 from rich.console import Console
 
 from agnews_lora.errors import StudyError
 from agnews_lora.paths import REPORTS, STORES
+from agnews_lora.reporting.figures import draw
 from agnews_lora.reporting.report import write_report
 from agnews_lora.search.results import SweepResult
 from agnews_lora.tracking.runs import newest_parent, page_of, read_curve
@@ -72,22 +72,23 @@ def write(
     parent: str,
     result: SweepResult,
     to: Path,
-    curves: Mapping[str, pd.DataFrame] | None = None,
+    pictures: Mapping[str, Path] | None = None,
 ) -> tuple[Path, Path]:
     """Write `<study>.html` and `<study>.pdf`, and put them on the parent run in place of older ones.
 
     Args:
         parent: id of the parent run.
         result, to: see `write_report`.
-        curves: points by trial; read from the trials' runs where None.
+        pictures: figures by name; where None, they are drawn from the curves of the trials' runs.
 
     Raises:
         StorageError: the folder cannot be written.
     """
-    if curves is None:
-        curves = {row.trial: read_curve(client, row.run_id, row.trial) for row in result.trials if row.run_id}
-    written = write_report(result, curves, to)
     with TemporaryDirectory() as folder:
+        if pictures is None:
+            curves = {row.trial: read_curve(client, row.run_id, row.trial) for row in result.trials if row.run_id}
+            pictures = draw(result, curves, Path(folder, "pictures"))
+        written = write_report(result, pictures, to)
         for path in written:
             client.log_artifact(parent, shutil.copyfile(path, Path(folder, f"report{path.suffix}")))
     return written

@@ -45,7 +45,7 @@ def run(experiment: Experiment, quiet: bool, as_json: bool) -> int:
     """
     prepared = prepare(experiment)
     shared = {"experiment": experiment.name, "base": prepared.base.hub_id}
-    runs = SweepRuns(open_client(STORES), experiment.name, experiment.name, shared, provenance(), trial_curves)
+    runs = SweepRuns(open_client(STORES), experiment.name, shared, provenance(), trial_curves)
     keys.quieten()
     study = optuna.create_study(pruner=NopPruner(), direction="maximize")
     keys.enqueue_named(study, TRIAL, experiment.spec, experiment.seed)

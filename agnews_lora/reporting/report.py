@@ -1,4 +1,4 @@
-"""The report of a sweep: one HTML page and one PDF, from its result and its trials' curves.
+"""The report of a sweep: one HTML page and one PDF, from its result and its figures.
 
 Both show the same content: plain strings, numbers in words, tables and figures, which the two templates beside this
 module set. Strings from data are never read as markup: jinja2 escapes them, and Typst gets them as JSON.
@@ -13,11 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-import pandas as pd
-
 from agnews_lora.adapters.budget import head_parameters, parameters_per_rank
 from agnews_lora.errors import StorageError
-from agnews_lora.reporting import figures
+from agnews_lora.reporting.figures import expected_calibration_error
 from agnews_lora.reporting.progress import duration
 from agnews_lora.search.results import SweepFacts, SweepResult
 from agnews_lora.serving.stats import Pairs, accuracy_interval, difference_interval, mcnemar_p_value
@@ -36,12 +34,12 @@ CONFUSION: Final = "confusion_matrix.png"
 Block = dict[str, Any]
 
 
-def write_report(result: SweepResult, curves: Mapping[str, pd.DataFrame], to: Path) -> tuple[Path, Path]:
+def write_report(result: SweepResult, pictures: Mapping[str, Path], to: Path) -> tuple[Path, Path]:
     """Write `<study>.html` and `<study>.pdf`. The same input gives the same bytes.
 
     Args:
         result: the sweep's.
-        curves: points by trial, as `reporting.figures` reads them; may be empty.
+        pictures: figures of the result by name, as `reporting.figures.draw` gives them; may be empty.
         to: a folder; created.
 
     Returns:
@@ -50,14 +48,11 @@ def write_report(result: SweepResult, curves: Mapping[str, pd.DataFrame], to: Pa
     Raises:
         StorageError: the folder cannot be written.
     """
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        pictures = figures.draw(result, curves, folder)
-        content = compose(result, set(pictures))
-        written = {
-            to / f"{result.study}.html": _html(content, pictures).encode("utf-8"),
-            to / f"{result.study}.pdf": _pdf(content, folder, result.ended_at),
-        }
+    content = compose(result, set(pictures))
+    written = {
+        to / f"{result.study}.html": _html(content, pictures).encode("utf-8"),
+        to / f"{result.study}.pdf": _pdf(content, pictures, result.ended_at),
+    }
     for path, data in written.items():
         beside = path.with_name(f".{path.name}.part")
         try:
@@ -247,7 +242,7 @@ def _next_step(result: SweepResult) -> tuple[str, str]:
         return "Serve the champion over HTTP:", f"agnews-lora serve {sweep}"
     if registration and any(not check["passed"] for check in registration.checks):
         more = result.facts.planned_trials + FEW_TRIALS
-        return "Search on for a version that passes its checks:", f"agnews-lora sweep {sweep} --trials {more}"
+        return "Search for a version that passes its checks:", f"agnews-lora sweep {sweep} --trials {more}"
     return "Run the promotion checks and score the test split:", f"agnews-lora promote {sweep}"
 
 
@@ -339,7 +334,7 @@ def _mistakes(result: SweepResult, pictures: set[str]) -> list[Block]:
         return []
     total = sum(map(sum, answers.confusion))
     wrong = total - sum(row[label] for label, row in enumerate(answers.confusion))
-    error = figures.expected_calibration_error(answers.calibration)
+    error = expected_calibration_error(answers.calibration)
     blocks = [
         _text(
             f"The exported adapter, loaded in a new process in fp32, is wrong on {wrong:,} of {total:,} validation "
@@ -520,13 +515,15 @@ def _html(content: Mapping[str, Any], pictures: Mapping[str, Path]) -> str:
     return environment.get_template("report.html").render(content, images=images) + "\n"
 
 
-def _pdf(content: Mapping[str, Any], folder: Path, ended_at: float | None) -> bytes:
-    """folder: with the pictures. The fonts are those that the compiler carries, so that pages are alike everywhere."""
+def _pdf(content: Mapping[str, Any], pictures: Mapping[str, Path], ended_at: float | None) -> bytes:
+    """Set by the fonts that the compiler carries, so that pages are alike everywhere."""
     import typst
 
-    main = Path(shutil.copy(TEMPLATES / "report.typ", folder))
-    (folder / "report.json").write_text(json.dumps(content), encoding="utf-8")
-    compiler = typst.Compiler(input=main, root=folder, ignore_system_fonts=True)
-    written = compiler.compile(format="pdf", timestamp=int(ended_at or 0))
+    with TemporaryDirectory() as folder:
+        for path in (TEMPLATES / "report.typ", *pictures.values()):
+            shutil.copy(path, folder)
+        Path(folder, "report.json").write_text(json.dumps(content), encoding="utf-8")
+        compiler = typst.Compiler(input=Path(folder, "report.typ"), root=folder, ignore_system_fonts=True)
+        written = compiler.compile(format="pdf", timestamp=int(ended_at or 0))
     assert isinstance(written, bytes)
     return written

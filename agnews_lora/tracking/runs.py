@@ -201,6 +201,7 @@ class SweepRuns:
     Without `open_parent` the trials are runs of their own: so is a single training.
 
     Args:
+        sweep: its name, which is that of the MLflow experiment too.
         params, tags: what every trial's run carries beside its own.
         draw: draws a trial's curves, given its points and name, into a folder; returns them by artifact name.
 
@@ -211,15 +212,14 @@ class SweepRuns:
     def __init__(
         self,
         client: MlflowClient,
-        experiment_name: str,
-        sweep_name: str,
+        sweep: str,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
         draw: Callable[[pd.DataFrame, str, Path], Mapping[str, Path]] = lambda curve, name, folder: {},
     ) -> None:
         self.client = client
-        self._experiment_id = experiment_id(client, experiment_name)
-        self._sweep_name = sweep_name
+        self._experiment_id = experiment_id(client, sweep)
+        self._sweep = sweep
         self._params, self._tags = dict(params or {}), dict(tags or {})
         self._draw = draw
         self._parent: str | None = None
@@ -249,7 +249,7 @@ class SweepRuns:
         if found:
             run = found[0]
         else:
-            own = {"kind": "sweep", "study": study_name, "study_id": identity, "sweep": self._sweep_name}
+            own = {"kind": "sweep", "study": study_name, "study_id": identity, "sweep": self._sweep}
             run = self.client.create_run(self._experiment_id, run_name=study_name, tags=own)
         self._parent, self._study_name = run.info.run_id, study_name
         self._start(run, params, tags)
@@ -296,7 +296,7 @@ class SweepRuns:
             run = (find_run(self.client, run_id) if run_id else None) or self._child(trial)
             name, known = f"{trial}-{spec.targets}-r{spec.rank}", {**facts, "budget": self._params.get("budget")}
             if run is None:
-                own = {"kind": "trial", "trial": trial, "sweep": self._sweep_name}
+                own = {"kind": "trial", "trial": trial, "sweep": self._sweep}
                 if self._parent is not None:
                     own[MLFLOW_PARENT_RUN_ID] = self._parent
                 run = self.client.create_run(self._experiment_id, run_name=name, tags=own)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import requests
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, LifecycleStage
+from mlflow.entities import LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -175,7 +175,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     """
     if is_server(client):
         with reaching(client):
-            experiment = client.get_experiment_by_name(name) or _created(client, name)
+            experiment = client.get_experiment_by_name(name) or client.get_experiment(client.create_experiment(name))
     else:
         root = Path(client.tracking_uri.removeprefix("sqlite:///")).parent
         with _locked(root):
@@ -194,14 +194,3 @@ def experiment_id(client: MlflowClient, name: str) -> str:
             f"{client.tracking_uri} mlflow experiments restore --experiment-id {experiment.experiment_id}`."
         )
     return experiment.experiment_id
-
-
-def _created(client: MlflowClient, name: str) -> Experiment:
-    try:
-        return client.get_experiment(client.create_experiment(name))
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by a worker beside this one
-            raise
-        experiment = client.get_experiment_by_name(name)
-        assert experiment is not None
-        return experiment

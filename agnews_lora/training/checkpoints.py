@@ -54,21 +54,15 @@ def seal(checkpoint: Path) -> None:
         OSError: a file cannot be read, or the seal not be written.
         ValueError: it holds something else than files and folders.
     """
-    written, beside = checkpoint / SEAL, checkpoint / f"{SEAL}{PARTIAL}"
-    for path in (written, beside):
-        path.unlink(missing_ok=True)
-    digests = {}
-    for name, path in _files(checkpoint).items():
-        with path.open("rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(digests, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(written)
-    for folder in (Path(each) for each, _, _ in os.walk(checkpoint)):
-        _sync(folder)
+    files = _files(checkpoint)
+    for path in files.values():
+        _sync(path)
+    (checkpoint / SEAL).write_text(
+        json.dumps({name: _sha256(path) for name, path in files.items()}, indent=2), encoding="utf-8"
+    )
+    _sync(checkpoint / SEAL)
+    for folder, _, _ in os.walk(checkpoint):
+        _sync(Path(folder))
 
 
 def is_sound(checkpoint: Path) -> bool:
@@ -165,17 +159,13 @@ def _files(checkpoint: Path) -> dict[str, Path]:
         ValueError: a link, or anything else that is neither file nor folder.
     """
 
-    def refuse(error: OSError) -> None:
-        raise error
-
     files = {}
-    for folder, folders, names in os.walk(checkpoint, onerror=refuse):
-        for path in (Path(folder, name) for name in [*folders, *names]):
-            mode = path.lstat().st_mode
-            if stat.S_ISREG(mode):
-                files[path.relative_to(checkpoint).as_posix()] = path
-            elif not stat.S_ISDIR(mode):
-                raise ValueError(f"{path} is neither a file nor a folder")
+    for path in checkpoint.rglob("*"):
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode):
+            files[path.relative_to(checkpoint).as_posix()] = path
+        elif not stat.S_ISDIR(mode):
+            raise ValueError(f"{path} is neither a file nor a folder")
     files.pop(SEAL, None)
     return files
 
@@ -185,9 +175,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(folder: Path) -> None:
-    """Flush a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -52,8 +52,6 @@ WINDOW = "window.json"
 class TrainerEngine:
     """Trains one trial at a time on one device.
 
-    Owns the device, the base model's files, the token tables and the settings that all trials share.
-
     Raises:
         TrainingError: bf16 was asked for and the device does not have it.
     """
@@ -127,7 +125,9 @@ class TableRows(Dataset[Any]):
 class LossWindow:
     """The training loss since its last point, which Trainer's own checkpoint does not hold.
 
-    loss_sum: of the steps after `logged`, the step of that point. learning_rate: of the last step.
+    Args:
+        loss_sum: of the steps after `logged`, the step of that point.
+        learning_rate: of the last step.
     """
 
     loss_sum: float
@@ -372,9 +372,9 @@ class _TrialTraining(TrainerCallback):
         )
 
     def _result(self) -> TrialResult:
-        plan, base, steps = self.plan, self.engine.base, self.trainer.state.global_step
-        adapter = None if self.pruned else plan.folder / "adapter"
-        if adapter:
+        plan, base, steps, adapter = self.plan, self.engine.base, self.trainer.state.global_step, None
+        if not self.pruned:
+            adapter = plan.folder / "adapter"
             record = record_of(plan.trial, plan.spec, base, self.engine.labels, self.settings.max_length)
             save_adapter(self.model, record, adapter)
         return TrialResult(

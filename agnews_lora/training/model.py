@@ -19,18 +19,12 @@ def build_model(base: BaseModel, spec: TrialSpec, num_labels: int, seed: int, ba
     """
     set_seed(seed)
     model = get_peft_model(load_base(base, num_labels, base_dropout), lora_config(spec, base))
-    freeze_head(model, spec)
+    if spec.head == "out_proj":  # all of the classifier but its last layer is frozen
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name and ".dense." in name:
+                parameter.requires_grad_(False)
     recount(model, spec, base)
     return model
-
-
-def freeze_head(model: PeftModel, spec: TrialSpec) -> None:
-    """Freeze all of the classifier but its last layer, where the specification says so."""
-    if spec.head != "out_proj":
-        return
-    for name, parameter in model.named_parameters():
-        if ".modules_to_save." in name and ".dense." in name:
-            parameter.requires_grad_(False)
 
 
 def recount(model: PeftModel, spec: TrialSpec, base: BaseModel) -> int:

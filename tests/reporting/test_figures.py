@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from agnews_lora.reporting import figures
-from agnews_lora.search.results import SweepResult
+from agnews_lora.search.results import TrialSummary
 from tests.reporting import results
 from tests.reporting.results import NAN, TRIALS, curve, curves, result
 
@@ -63,28 +63,20 @@ def test_a_figure_shows_its_parts(name: str, colours: tuple[str, ...], drawn: di
 
 
 FAILED = tuple(replace(row, state="FAIL", accuracy=None) for row in TRIALS)
-EDGES: dict[str, tuple[SweepResult, set[str]]] = {
-    "no trial": (results.bare(trials=()), set()),
-    "all failed": (results.bare(trials=FAILED), set()),
-    "one trial": (
-        results.bare(trials=TRIALS[:1]),
-        {"optimization_history.png", "accuracy_against_parameters.png", "parallel_coordinates.png"},
-    ),
-    "all pruned": (
-        results.bare(trials=tuple(replace(row, state="PRUNED", accuracy=0.6, baseline=False) for row in TRIALS)),
-        {"optimization_history.png", "accuracy_against_parameters.png", "parallel_coordinates.png"},
-    ),
-    "all alike": (
-        results.bare(trials=tuple(replace(TRIALS[1], number=n, trial=f"t{n:04d}") for n in range(9))),
-        {"optimization_history.png", "accuracy_against_parameters.png", "parallel_coordinates.png"},
-    ),
+OF_TRIALS = {"optimization_history.png", "accuracy_against_parameters.png", "parallel_coordinates.png"}
+EDGES: dict[str, tuple[tuple[TrialSummary, ...], set[str]]] = {
+    "no trial": ((), set()),
+    "all failed": (FAILED, set()),
+    "one trial": (TRIALS[:1], OF_TRIALS),
+    "all pruned": (tuple(replace(row, state="PRUNED", accuracy=0.6, baseline=False) for row in TRIALS), OF_TRIALS),
+    "all alike": (tuple(replace(TRIALS[1], number=n, trial=f"t{n:04d}") for n in range(9)), OF_TRIALS),
 }
 
 
 @pytest.mark.parametrize("case", EDGES)
 def test_figures_without_data_are_left_out_and_the_others_are_whole(case: str, tmp_path: Path) -> None:
-    of, expected = EDGES[case]
-    drawn = figures.draw(of, {}, tmp_path)
+    trials, expected = EDGES[case]
+    drawn = figures.draw(results.bare(trials=trials), {}, tmp_path)
     assert set(drawn) == expected
     assert all(is_whole(path) for path in drawn.values())
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from agnews_lora.errors import StorageError
+from agnews_lora.reporting.figures import draw
 from agnews_lora.reporting.report import compose, write_report
 from agnews_lora.search.results import SweepResult
 from tests.reporting.results import HOSTILE, TRIALS, answers, bare, confirmed, curves, facts, registration, result
@@ -55,7 +56,8 @@ def first_page(of: SweepResult) -> str:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The report of a finished sweep."""
-    return write_report(result(), curves(result()), tmp_path_factory.mktemp("reports") / "new")
+    folder = tmp_path_factory.mktemp("reports")
+    return write_report(result(), draw(result(), curves(result()), folder / "figures"), folder / "new")
 
 
 def test_the_first_page_has_all_that_a_decision_needs() -> None:
@@ -191,9 +193,9 @@ def test_nothing_is_loaded_and_nothing_runs(written: tuple[Path, Path]) -> None:
 
 
 def test_the_same_result_gives_the_same_bytes(written: tuple[Path, Path], tmp_path: Path) -> None:
-    again = write_report(result(), curves(result()), tmp_path)
+    again = write_report(result(), draw(result(), curves(result()), tmp_path / "figures"), tmp_path / "new")
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["small-2.html", "small-2.pdf"]
+    assert sorted(path.name for path in again[0].parent.iterdir()) == ["small-2.html", "small-2.pdf"]
 
 
 def hostile() -> SweepResult:
@@ -218,7 +220,7 @@ def hostile() -> SweepResult:
 
 
 def test_hostile_texts_are_shown_and_not_read_as_markup(tmp_path: Path) -> None:
-    page, paper = write_report(hostile(), {}, tmp_path)
+    page, paper = write_report(hostile(), draw(hostile(), {}, tmp_path), tmp_path)
     shown = Page(page.read_text(encoding="utf-8"))
     assert "script" not in shown.tags
     assert shown.text.count(HOSTILE) > 20

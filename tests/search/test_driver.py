@@ -585,7 +585,7 @@ def test_with_the_real_tracker_a_study_and_its_runs_agree(tmp_path: Path) -> Non
     client = open_client(tmp_path)
 
     def session() -> Session:
-        runs = SweepRuns(client, "scripted", "scripted", {"budget": BUDGET}, {}, trial_curves)
+        runs = SweepRuns(client, "scripted", {"budget": BUDGET}, {}, trial_curves)
         runs.open_parent("scripted", params={}, tags={}, texts={})
         return Session(tmp_path, 6, tracker=runs, engine=ScriptedEngine(2), pruner=PeerMedianPruner(1, 0))
 

@@ -50,7 +50,7 @@ def test_there_is_nothing_before_the_first_version(registry: Registry) -> None:
 
 
 def test_versions_are_counted_and_keep_run_tags_and_files(registry: Registry, new_run: Callable[[], str]) -> None:
-    run_id = new_run()
+    run_id, uri = new_run(), mlflow.get_tracking_uri()
     first = registry.register(run_id, write)
     second = registry.register(new_run(), write)
     assert (first.number, second.number) == (1, 2)
@@ -58,6 +58,7 @@ def test_versions_are_counted_and_keep_run_tags_and_files(registry: Registry, ne
     assert first.run_id == run_id and first.tags == TAGS and first.aliases == ()
     folder = registry.folder(first)
     assert (folder / "data.txt").read_text() == "something" and folder != registry.folder(second)
+    assert mlflow.get_tracking_uri() == uri, "MLflow's global URI is neither read nor changed"
     with pytest.raises(RegistryError, match=r"Cannot use version 7 of .*: it is not registered. Name one of 1, 2."):
         registry.version(7)
 
@@ -71,13 +72,6 @@ def test_the_logged_model_belongs_to_its_run_and_version(
     (model,) = [client.get_logged_model(each.model_id) for each in outputs.model_outputs]
     assert model.status == "READY" and model.source_run_id == run_id
     assert f'"version": {version.number}' in model.tags["mlflow.modelVersions"]
-
-
-def test_mlflows_global_uri_is_neither_read_nor_changed(registry: Registry, new_run: Callable[[], str]) -> None:
-    before = mlflow.get_tracking_uri()
-    version = registry.register(new_run(), write)
-    assert registry.folder(version).is_dir()
-    assert mlflow.get_tracking_uri() == before
 
 
 def test_a_model_that_cannot_be_written_becomes_no_version(
@@ -104,13 +98,6 @@ def test_an_alias_points_to_one_version(registry: Registry, new_run: Callable[[]
     registry.remove_alias(CANDIDATE)
     assert registry.aliased(CANDIDATE) is None
     assert registry.aliased(PREVIOUS) == registry.version(2)
-
-
-def test_tags_are_added_and_replaced(registry: Registry, new_run: Callable[[], str]) -> None:
-    version = registry.register(new_run(), write)
-    registry.set_tags(version, {"promotion": "failed"})
-    registry.set_tags(version, {"promotion": "passed", "test_rows": "7"})
-    assert registry.version(1).tags == {"promotion": "passed", "trial": "t0001", "test_rows": "7"}
 
 
 def test_files_that_are_gone_are_said_to_be(registry: Registry, new_run: Callable[[], str]) -> None:
@@ -165,11 +152,15 @@ def test_a_report_is_kept_with_the_versions_run(
     assert registry.report(version, "report.md") == "passed"
 
 
-def test_model_and_version_are_described(registry: Registry, client: MlflowClient, new_run: Callable[[], str]) -> None:
+def test_tags_and_descriptions_are_replaced(
+    registry: Registry, client: MlflowClient, new_run: Callable[[], str]
+) -> None:
     version = registry.register(new_run(), write)
     registry.introduce("of **a** sweep")
-    registry.describe(version, "first")
-    registry.describe(version, "passed")
+    for result in ("failed", "passed"):
+        registry.describe(version, result)
+        registry.set_tags(version, {"promotion": result})
+    assert registry.version(1).tags == {"promotion": "passed", "trial": "t0001"}
     assert client.get_registered_model(registry.model).description == "of **a** sweep"
     assert client.get_model_version(registry.model, "1").description == "passed"
 

@@ -44,7 +44,7 @@ def client(root: Path) -> MlflowClient:
 
 @pytest.fixture
 def runs(client: MlflowClient, request: pytest.FixtureRequest) -> SweepRuns:
-    return SweepRuns(client, request.node.name, "embedded")
+    return SweepRuns(client, request.node.name)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def parent(runs: SweepRuns) -> str:
 @pytest.fixture
 def later(client: MlflowClient, parent: str, request: pytest.FixtureRequest) -> SweepRuns:
     """The same study in another process."""
-    runs = SweepRuns(client, request.node.name, "embedded")
+    runs = SweepRuns(client, request.node.name)
     assert runs.open_parent("embedded-1", params={}, tags={}, texts={}) == parent
     return runs
 
@@ -93,7 +93,7 @@ def text(client: MlflowClient, run_id: str, name: str) -> str:
 def test_two_processes_create_one_store_in_its_folder_and_say_nothing(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from agnews_lora.tracking.runs import SweepRuns; "
-        "from agnews_lora.tracking.store import open_client; runs = SweepRuns(open_client(Path('mlruns')), 'e', 's'); "
+        "from agnews_lora.tracking.store import open_client; runs = SweepRuns(open_client(Path('mlruns')), 'e'); "
         "runs.open_parent(sys.argv[1], params={}, tags={}, texts={'a.txt': 'b'})"
     )
     processes = [
@@ -139,24 +139,29 @@ def test_deleted_experiment_is_refused_with_the_command_that_restores_it(
     experiment = client.get_experiment_by_name(request.node.name).experiment_id
     client.delete_experiment(experiment)
     with pytest.raises(StorageError, match=f"was deleted. Restore it .*--experiment-id {experiment}`"):
-        SweepRuns(client, request.node.name, "embedded")
+        SweepRuns(client, request.node.name)
 
 
 def test_store_that_was_moved_is_refused(client: MlflowClient) -> None:
     client.create_experiment("moved", artifact_location="file:///elsewhere/mlruns/artifacts")
     with pytest.raises(StorageError, match=r"file:///elsewhere/mlruns/artifacts and not to .*Move the folder back"):
-        SweepRuns(client, "moved", "embedded")
+        SweepRuns(client, "moved")
 
 
 # The parent run ---------------------------------------------------------------------------------------------
 
 
 def test_parent_run_carries_what_was_asked_and_keeps_it_when_it_is_resumed(
-    client: MlflowClient, runs: SweepRuns, parent: str, later: SweepRuns, tmp_path: Path
+    client: MlflowClient,
+    runs: SweepRuns,
+    parent: str,
+    later: SweepRuns,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     run = client.get_run(parent)
     assert (run.info.run_name, run.info.status, run.data.params) == ("embedded-1", "RUNNING", {"budget": "100000"})
-    tags = {"device": "CPU", "study": "embedded-1", "sweep": "embedded", "state": "RUNNING"}
+    tags = {"device": "CPU", "study": "embedded-1", "sweep": request.node.name, "state": "RUNNING"}
     assert run.data.tags.items() >= tags.items()
     assert text(client, parent, "sweep.yaml") == "a: 1\n"
     figure = tmp_path / "drawn.png"
@@ -339,7 +344,7 @@ def test_finished_trial_keeps_adapter_curves_and_costs(client: MlflowClient, tmp
         (folder / "drawn.png").write_bytes(b"png")
         return {"accuracy_curve.png": folder / "drawn.png"}
 
-    runs = SweepRuns(client, "finished", "embedded", draw=draw)
+    runs = SweepRuns(client, "finished", draw=draw)
     adapter = tmp_path / "work" / "adapter-of-t0000"
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}")
@@ -425,7 +430,7 @@ def test_git_tags_follow_the_checkout(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_study_of_the_same_name_from_another_storage_has_its_own_runs(client: MlflowClient) -> None:
-    runs = SweepRuns(client, "relocated", "relocated")
+    runs = SweepRuns(client, "relocated")
     first = runs.open_parent("relocated", identity="one", params={"budget": 1}, tags={}, texts={})
     assert runs.open_parent("relocated", identity="two", params={"budget": 2}, tags={}, texts={}) != first
     assert runs.open_parent("relocated", identity="one", params={}, tags={}, texts={}) == first

@@ -8,12 +8,10 @@ from agnews_lora.training.device import computes_in_bf16, device_name, has_bf16,
 CPU = torch.device("cpu")
 
 
-def test_trains_on_cuda_where_there_is_one() -> None:
-    assert training_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def test_a_cpu_is_named_by_its_instruction_set() -> None:
+def test_the_device_is_named_and_tells_whether_it_has_bf16() -> None:
     assert device_name(CPU) == f"CPU {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    assert training_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert isinstance(has_bf16(training_device()), bool)
 
 
 @pytest.mark.gpu
@@ -38,7 +36,3 @@ def test_bf16_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(device, "has_bf16", lambda _: False)
     with pytest.raises(TrainingError, match=r"CPU .* threads has none. Use `precision: auto`"):
         computes_in_bf16(CPU, "bf16")
-
-
-def test_the_probe_answers_on_this_device() -> None:
-    assert isinstance(has_bf16(training_device()), bool)

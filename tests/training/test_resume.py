@@ -6,14 +6,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from agnews_lora.errors import StorageError, TrainingError
 from agnews_lora.training import checkpoints
-from agnews_lora.training.interface import EvalPoint, TrainPoint, TrainSettings, TrialPlan, TrialResult, Verdict
+from agnews_lora.training.interface import EvalPoint, TrainSettings, TrialPlan, Verdict
 from tests.training import conftest
 from tests.training.conftest import SETTINGS, SPEC, Recorder, TinySetup, adapter, plan
 
@@ -47,26 +49,15 @@ class Mortal(Recorder):
             if self.moments == self.dies_at:
                 raise Killed
 
-    def logged(self, points: Sequence[TrainPoint]) -> None:
-        self._pass("logged")
-        super().logged(points)
-        self._pass("logged")
+    def __post_init__(self) -> None:
+        for kind in KINDS:
+            setattr(self, kind, partial(self._report, kind, getattr(self, kind)))
 
-    def evaluated(self, points: Sequence[EvalPoint]) -> Sequence[Verdict]:
-        self._pass("evaluated")
-        verdicts = super().evaluated(points)
-        self._pass("evaluated")
-        return verdicts
-
-    def checkpointed(self, trial: str, step: int, path: Path) -> None:
-        self._pass("checkpointed")
-        super().checkpointed(trial, step, path)
-        self._pass("checkpointed")
-
-    def finished(self, result: TrialResult) -> None:
-        self._pass("finished")
-        super().finished(result)
-        self._pass("finished")
+    def _report(self, kind: str, record: Callable[..., Any], *reported: Any) -> Any:
+        self._pass(kind)
+        answer = record(*reported)
+        self._pass(kind)
+        return answer
 
 
 def train(
@@ -212,27 +203,23 @@ def test_a_stop_before_the_first_trial_starts_none(roberta: TinySetup, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-@both_engines
-def test_a_trial_resumed_at_an_evaluation_does_not_write_its_checkpoint_again(
-    roberta: TinySetup, tmp_path: Path, sealed: list[int], engine: str
-) -> None:
-    train(engine, roberta, plans(tmp_path), Mortal(dies_at=1, kinds=("evaluated",)))
-    assert sealed == [4]
-    train(engine, roberta, plans(tmp_path), Recorder())
-    assert sealed == [4, 8, 10]
-
-
 # Kills ---------------------------------------------------------------------------------------------------------------
 
 
 @both_engines
 @pytest.mark.parametrize("moment", [2, 3, 4, 5, 6, 8, 10, 16, 18, 20, 21, 22])
 def test_killed_around_any_report_it_ends_as_undisturbed(
-    roberta: TinySetup, undisturbed: Callable[..., Recorder], tmp_path: Path, engine: str, moment: int
+    roberta: TinySetup,
+    undisturbed: Callable[..., Recorder],
+    tmp_path: Path,
+    sealed: list[int],
+    engine: str,
+    moment: int,
 ) -> None:
     parts = [train(engine, roberta, plans(tmp_path), Mortal(dies_at=moment))]
     assert parts[0].moments == moment
     parts.append(train(engine, roberta, plans(tmp_path, parts), Mortal()))
+    assert sealed == [4, 8, 10], "a checkpoint is not written again where the trial resumes"
     whole = undisturbed(engine)
     assert whole.moments == 22, "the moments above are all there are, or lie between them"  # type: ignore[attr-defined]
     require_same(parts, whole)
@@ -331,40 +318,13 @@ def test_kill_9_while_a_checkpoint_is_written(
         process.kill()
     assert process.returncode == -signal.SIGKILL
     assert list((tmp_path / "t0000").glob("checkpoint*/checkpoint-8/*")), "something of it was written"
-    require_resumed_from_4("multilora", roberta, tmp_path, undisturbed("multilora"))
-
-
-@both_engines
-def test_killed_while_a_checkpoint_is_written_it_resumes_from_the_one_before(
-    roberta: TinySetup,
-    undisturbed: Callable[..., Recorder],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    engine: str,
-) -> None:
-    whole = undisturbed(engine)
-    seal = checkpoints.seal
-
-    def killed(checkpoint: Path) -> None:
-        if checkpoints.step_of(checkpoint) == 8:
-            raise Killed
-        seal(checkpoint)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "seal", killed)
-        train(engine, roberta, plans(tmp_path), Recorder())
-    (tmp_path / "t0000" / "checkpoint-8").mkdir()
-    (tmp_path / "t0000" / "checkpoint-8" / "rng_state.pth").write_bytes(b"half")
-    require_resumed_from_4(engine, roberta, tmp_path, whole)
-
-
-def require_resumed_from_4(engine: str, setup: TinySetup, folder: Path, whole: Recorder) -> None:
-    assert checkpoints.newest(folder / "t0000") == folder / "t0000" / "checkpoint-4"
+    assert checkpoints.newest(tmp_path / "t0000") == tmp_path / "t0000" / "checkpoint-4"
+    whole = undisturbed("multilora")
     before = Recorder(
         train_points=[point for point in whole.train_points if point.step <= 4],
         eval_points=[point for point in whole.eval_points if point.step < 4],
     )
-    require_same([before, train(engine, setup, plans(folder), Recorder())], whole)
+    require_same([before, train("multilora", roberta, plans(tmp_path), Recorder())], whole)
 
 
 # Damage --------------------------------------------------------------------------------------------------------------

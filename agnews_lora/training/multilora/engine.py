@@ -3,10 +3,11 @@
 import gc
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,8 +53,6 @@ HEAVIEST = TrialSpec("all-linear", rank=32, alpha=1, dropout=0.1, learning_rate=
 
 class MultiLoraEngine:
     """Trains up to `slots` trials at once on one device; without a number, as many as fit the device's memory.
-
-    Owns the device, the frozen encoder, the token tables on the device and the settings that all trials share.
 
     Raises:
         ConfigError: the settings ask for dropout inside the base.
@@ -135,8 +134,7 @@ class _Stopped(Exception):
     """Leaves an evaluation when a stop is requested."""
 
 
-@dataclass
-class _Waiting:
+class _Waiting(NamedTuple):
     """A trial without a slot, and the tensors that it will put into one."""
 
     trial: TrialState
@@ -165,12 +163,12 @@ class _Run:
                     short_of_memory = True
                 if short_of_memory:  # outside of the handler, whose traceback keeps the failed pass's memory alive
                     self._halve()
-            for each in self._take_all():
-                self._checkpoint(each.trial, each.state)
+            for trial, state in self._take_all():
+                self._checkpoint(trial, state)
         except StorageError:
             raise
         except Exception as error:
-            for trial in [*self.running.values(), *(each.trial for each in self.waiting)]:
+            for trial in [*self.running.values(), *(trial for trial, _ in self.waiting)]:
                 self.observer.failed(trial.plan.trial, error)
             raise
         finally:
@@ -238,19 +236,16 @@ class _Run:
             self.engine.train, batches, self.settings.weight_decay, self.settings.max_grad_norm
         )
         seconds = time.perf_counter() - began
-        points = []
+        points: list[TrainPoint] = []
         for slot, trial in list(self.running.items()):
             try:
                 trial.advance(losses[slot], norms[slot], seconds)
             except TrainingError as error:
                 self._fail(slot, error)
             else:
-                points.append(trial.take_point() if trial.log_due else None)
-        self._log(points)
-
-    def _log(self, points: Iterable[TrainPoint | None]) -> None:
-        if due := [point for point in points if point is not None]:
-            self.observer.logged(due)
+                points += trial.take_points() if trial.log_due else []
+        if points:
+            self.observer.logged(points)
 
     def _checkpoint(self, trial: TrialState, state: SlotState) -> None:
         """Write the trial's checkpoint, unless the last one is up to date, and report it."""
@@ -281,7 +276,8 @@ class _Run:
                 trial.final = point
                 self._finish(slot)
             elif verdict is Verdict.PRUNE:
-                self._log([trial.take_point()])
+                if points := trial.take_points():
+                    self.observer.logged(points)
                 self._end(slot, adapter=None)
 
     def _score(self, slots: list[int], rows: Sequence[int]) -> dict[int, EvalPoint]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class TrialState:
     final: EvalPoint | None = None
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
-    _epoch: tuple[int, list[list[int]]] | None = field(default=None, repr=False)
+    _epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def __post_init__(self) -> None:
         if self.plan.checkpoint == checkpoints.folder_of(self.plan.folder, self.progress.step):
@@ -138,20 +138,20 @@ class TrialState:
         """Whether a point of the training loss is due: at every `log_every`th step and at the last."""
         return self.ended or self.progress.step % self.settings.log_every == 0
 
-    def take_point(self) -> TrainPoint | None:
-        """The training loss over the batches since the last point, or None where there are none."""
+    def take_points(self) -> list[TrainPoint]:
+        """The training loss over the batches since the last point: one point, or none where there are no batches."""
         progress = self.progress
         if not progress.loss_batches:
-            return None
+            return []
         loss = progress.loss_sum / progress.loss_batches
         progress.loss_sum, progress.loss_batches = 0.0, 0
-        return TrainPoint(self.plan.trial, progress.step, loss, self._rate(progress.step - 1), timestamp())
+        return [TrainPoint(self.plan.trial, progress.step, loss, self._rate(progress.step - 1), timestamp())]
 
     def rows_seen(self) -> int:
         """Training rows of all steps done, counted once an epoch."""
         epoch, position = divmod(self.progress.step, self.steps_per_epoch)
-        seen = epoch * len(self.lengths)
-        return seen + sum(len(rows) for rows in self._batches(epoch)[:position]) if position else seen
+        begun = self._batches(epoch)[:position] if position else []
+        return epoch * len(self.lengths) + sum(map(len, begun))
 
     def _require_finite(self, name: str, value: float) -> None:
         require_finite(name, value, self.progress.step, self.plan.spec)
@@ -161,7 +161,7 @@ class TrialState:
         return self.plan.spec.learning_rate * linear_rate(step, warmup, self.total_steps)
 
     def _batches(self, epoch: int) -> list[list[int]]:
-        if self._epoch is None or self._epoch[0] != epoch:
+        if self._epoch[0] != epoch:
             self._epoch = (epoch, batches(self.lengths, self.settings.batch_size, self.plan.seed, epoch))
         return self._epoch[1]
 

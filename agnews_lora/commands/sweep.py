@@ -205,8 +205,10 @@ class _Start:
             if rounds is not None and (num_trials := len(rounds.get_trials(deepcopy=False))):
                 self._drive(rounds, num_trials, stop, confirms=True)
         finally:
-            studies = (self.study, find_confirmation(self.study)) if not storage.loss else ()
-            storage.succeeds(lambda: tidy([study for study in studies if study], self.folder))
+            storage.succeeds(self._tidy)  # where it is away, that is not what the user is told
+
+    def _tidy(self) -> None:
+        tidy([study for study in (self.study, find_confirmation(self.study)) if study], self.folder)
 
     def _drive(self, study: optuna.Study, num_trials: int, stop: Callable[[], bool], **shown: Any) -> None:
         """Drive a study. shown: of the screen."""

@@ -3,7 +3,7 @@
 `python -m benchmarks.pruning table` trains configurations drawn from the shipped sweep's space, each once and without
 pruning, and writes `results/pruning-table.csv`. It can be stopped, and goes on where it was.
 
-`python -m benchmarks.pruning replay` runs whole studies through the sweep's own runner, sampler and pruner, with an
+`python -m benchmarks.pruning replay` runs whole studies through the sweep's own driver, sampler and pruner, with an
 engine that takes each trial's accuracies from the table instead of training it: for every rule, with one trial at a
 time and with eight at once, over the same seeds. It writes what it measured to `results/`.
 """

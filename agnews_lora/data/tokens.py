@@ -1,7 +1,7 @@
 """Texts as token ids: tokenised once and kept as safetensors files."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +135,8 @@ def write_table(table: TokenTable, path: Path) -> None:
     from safetensors.numpy import save
 
     columns = vars(table) | {"pad_id": np.array([table.pad_id])}
-    path.write_bytes(save({name: np.ascontiguousarray(column) for name, column in columns.items()}))
+    arrays = {name: np.ascontiguousarray(column) for name, column in columns.items()}
+    path.write_bytes(save(arrays, metadata={"sha256": _checksum(arrays)}))
 
 
 def read_table(path: Path) -> TokenTable:
@@ -143,13 +144,15 @@ def read_table(path: Path) -> TokenTable:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds no table, or only a part of one.
+        ValueError: it holds no table, or a damaged one.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        arrays = load_file(path)
+        with safe_open(path, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if file.metadata() != {"sha256": _checksum(arrays)}:
+                raise ValueError(f"{path} is damaged")
         return TokenTable(pad_id=int(arrays.pop("pad_id")[0]), **arrays)
     except (SafetensorError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is not a token table ({error})") from error
@@ -173,6 +176,10 @@ def encode(rows: Rows, tokenizer: Any, max_length: int) -> TokenTable:
 def _table(rows: Sequence[npt.NDArray[np.int32]], labels: npt.NDArray[np.int64], pad_id: int) -> TokenTable:
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     return TokenTable(np.concatenate([np.empty(0, dtype=np.int32), *rows]), offsets, labels, pad_id)
+
+
+def _checksum(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
+    return _sha256(*(part for name in sorted(arrays) for part in (name.encode(), arrays[name].tobytes())))
 
 
 def _sha256(*parts: bytes) -> str:

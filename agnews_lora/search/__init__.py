@@ -1,1 +1,1 @@
-"""The Optuna study: its space, its storage, and the runner that feeds an engine from it."""
+"""The Optuna study: its space, its storage, and the driver that feeds an engine from it."""

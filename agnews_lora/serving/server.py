@@ -256,8 +256,6 @@ def read_texts(body: bytes, content_type: str) -> list[str]:
         decoded = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Refusal(400, f"the body must be UTF-8, but is not (byte {error.start}); convert it") from error
-    if not decoded.strip():
-        raise Refusal(400, f"a body is needed, but it is empty; {_WANTED}")
     texts = _csv_texts(decoded) if content_type == CSV else _json_texts(decoded)
     if not texts:
         raise Refusal(400, f"at least one text is needed, but there is none; {_WANTED}")
@@ -277,7 +275,7 @@ def read_texts(body: bytes, content_type: str) -> list[str]:
 
 def _json_texts(decoded: str) -> list[Any]:
     try:
-        document = json.loads(decoded)
+        document = json.loads(decoded, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise Refusal(400, f"the body must be JSON, but is not ({error.msg}, {place}); {_WANTED}") from error
@@ -295,6 +293,13 @@ def _json_texts(decoded: str) -> list[Any]:
         raise Refusal(400, f"the object must have one key of {', '.join(_FORMATS)}, but has {found}; {_WANTED}")
     [(key, value)] = document.items()
     return _split(value) if key == "dataframe_split" else _listed(value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise Refusal(400, "an object must have a key only once, but has one twice; leave one out")
+    return document
 
 
 def _listed(value: Any) -> list[Any]:

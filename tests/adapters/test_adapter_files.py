@@ -31,7 +31,7 @@ from agnews_lora.adapters.adapter_files import (
 )
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.adapters.budget import trainable_parameters
-from agnews_lora.adapters.spec import HEADS, PRESETS, Family, TrialSpec
+from agnews_lora.adapters.spec import Family, TrialSpec
 from agnews_lora.data.rows import LABELS
 from agnews_lora.errors import AdapterError, BaseModelError
 from tests.tiny import HIDDEN_SIZE, tiny_base
@@ -92,9 +92,8 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
 # Written -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("targets", PRESETS)
+@pytest.mark.parametrize(("family", "head"), [("bert", "full"), ("roberta", "full"), ("roberta", "out_proj")])
+@pytest.mark.parametrize("targets", ["qk", "all-linear"])
 def test_what_is_read_back_is_what_was_held(
     bases: dict[Family, BaseModel], tmp_path: Path, family: Family, head: str, targets: str
 ) -> None:
@@ -110,8 +109,7 @@ def test_what_is_read_back_is_what_was_held(
     assert read_record(folder) == record(base, spec)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("family", "head"), [("bert", "full"), ("roberta", "full"), ("roberta", "out_proj")])
 def test_plain_peft_on_a_fresh_head_answers_alike(
     bases: dict[Family, BaseModel], tmp_path: Path, family: Family, head: str
 ) -> None:

@@ -137,15 +137,10 @@ def test_truncated_weights_are_refused(folder, keep):
 
 
 def test_without_the_hub_roberta_base_names_the_ways_out(unreachable):
-    for name in ("roberta-base", "FacebookAI/roberta-base"):
-        with pytest.raises(NetworkError) as caught:
-            base_models.resolve(name)
-        message = str(caught.value)
-        assert message.startswith(
-            f"Cannot get base model {name} (FacebookAI/roberta-base): it is not on this machine, and the hub ("
-        )
-        assert "experiment: embedded" in message
-        assert "local directory with config.json, model.safetensors and a tokenizer" in message
+    with pytest.raises(
+        NetworkError, match=r"Cannot get base model roberta-base .*experiment: embedded.*local directory"
+    ):
+        base_models.resolve("roberta-base")
 
 
 def hub_cache(home: Path, published: base_models.Published) -> Path:

@@ -47,11 +47,6 @@ def test_defaults_make_a_whole_sweep(write: Write) -> None:
     )
 
 
-def test_the_keys_are_those_of_the_design() -> None:
-    keys = "experiment budget space sampler pruner trials seed engine slots confirmation"
-    assert list(Sweep.model_fields) == keys.split()
-
-
 def test_what_a_file_says_arrives(write: Write) -> None:
     write(
         "sweeps/wide",

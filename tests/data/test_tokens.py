@@ -106,7 +106,13 @@ def foreign(file: Path) -> None:
     save_file({"weights": np.zeros(3)}, file)
 
 
-@pytest.mark.parametrize("damage", [truncate, foreign, Path.unlink, lambda file: file.write_text("null")])
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, foreign, flip_a_bit, Path.unlink, lambda file: file.write_text("null")])
 def test_a_damaged_or_foreign_file_is_made_anew(bert, tmp_path, monkeypatch, damage):
     first = tokenise(ROWS, bert, 128, tmp_path)
     [path] = tmp_path.iterdir()

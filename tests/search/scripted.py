@@ -1,6 +1,6 @@
 """An engine that trains nothing: it follows the contracts over curves made up from each trial's configuration.
 
-With it goes what a sweep's command puts together: a study opened from storage, its baseline, the runner, a tracker.
+With it goes what a sweep's command puts together: a study opened from storage, its baseline, the driver, a tracker.
 """
 
 import math

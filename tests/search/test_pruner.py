@@ -148,7 +148,7 @@ def test_nan_in_the_stored_study(tmp_path: Path) -> None:
     assert [trial.should_prune() for trial in trials] == [False, False, True]
 
 
-# Through the runner, and over a stop ----------------------------------------------------------------------------
+# Through the driver, and over a stop ----------------------------------------------------------------------------
 
 
 def num_pruned(session: Session) -> int:

@@ -248,16 +248,6 @@ def test_a_model_is_gone_before_the_next_is_built(roberta: TinySetup, tmp_path: 
 # Ends ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_pruned_trial_ends_there_and_the_next_starts(roberta: TinySetup, tmp_path: Path) -> None:
-    recorder = train(roberta, [plan(tmp_path, "t0000"), plan(tmp_path, "t0001")], prune_at=(10,))
-    assert [result.trial for result in recorder.results] == ["t0000", "t0001"]
-    for result in recorder.results:
-        assert (result.steps, result.total_steps, result.final, result.adapter) == (10, STEPS, None, None)
-        assert result.rows_seen < TRAIN_ROWS + 1
-    assert [point.step for point in recorder.eval_points] == [5, 10, 5, 10]
-    assert not (tmp_path / "t0000" / "adapter").exists()
-
-
 @pytest.mark.parametrize(
     ("log_every", "eval_every", "name"),
     [(1, 3000, "training loss"), (3000, 5, "validation loss"), (3000, 3000, "training loss")],

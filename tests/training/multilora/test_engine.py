@@ -217,9 +217,10 @@ def test_a_trial_that_diverges_fails_alone(roberta: TinySetup, tmp_path: Path) -
     assert all(np.isfinite(point.loss) for point in recorder.train_points)
 
 
-def test_a_pruned_trial_makes_room_for_the_next(roberta: TinySetup, tmp_path: Path) -> None:
-    plans = [plan(tmp_path, "t0"), plan(tmp_path, "t1")]
-    recorder = train(roberta, plans, replace(SETTINGS, log_every=3), slots=1, recorder=Recorder(prune_at=(10,)))
+@pytest.mark.parametrize("engine", ["multilora", "trainer"])
+def test_a_pruned_trial_makes_room_for_the_next(roberta: TinySetup, tmp_path: Path, engine: str) -> None:
+    plans, settings = [plan(tmp_path, "t0"), plan(tmp_path, "t1")], replace(SETTINGS, log_every=3)
+    recorder = conftest.train(engine, roberta, plans, settings, Recorder(prune_at=(10,)))
     assert [result.trial for result in recorder.results] == ["t0", "t1"]
     for result in recorder.results:
         assert (result.steps, result.total_steps, result.final, result.adapter) == (10, STEPS, None, None)

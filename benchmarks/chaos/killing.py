@@ -10,18 +10,17 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
 import psutil  # type: ignore[import-untyped]
 
-from agnews_lora.cli import ENVIRONMENT
 from agnews_lora.search.trial_log import FILE
 from benchmarks.chaos.nodes import Nodes, kill
+from tests.project import command, environment
 
 # Who is hit: the driver and all below it, the driver alone, a worker, a node; or a worker is suspended (SIGSTOP), or
 # the driver's process group gets Ctrl-C.
@@ -121,9 +120,9 @@ class Chaos:
         self.outputs.append(self.folder / f"start-{len(self.outputs) + 1:02d}.log")
         with self.outputs[-1].open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "agnews_lora", *self.command],
+                command(*self.command),
                 cwd=self.folder,
-                env={**_own_environment(), **(self._nodes.environment if self._nodes else {})},
+                env={**environment(), **(self._nodes.environment if self._nodes else {})},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -277,11 +276,6 @@ class Chaos:
             return list(filter(_is_worker, psutil.Process(self._process.pid).children(recursive=True)))
         except psutil.NoSuchProcess:
             return []
-
-
-def _own_environment() -> Mapping[str, str]:
-    """As a user has it."""
-    return {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
 
 
 def _checkpoints(trial: Path) -> list[int]:

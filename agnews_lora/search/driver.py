@@ -425,7 +425,7 @@ class Driver:
             active = self.active.get(name)
             if active is not None and active.log.end is None:
                 del self.active[name]
-                self._screen.trial_ended(name, "INTERRUPTED", None, reason)
+                self._screen.trial_ended(name, "INTERRUPTED", None, (reason.splitlines() or [""])[0])
 
     # Sync
 

@@ -213,6 +213,8 @@ class Chaos:
         each.checkpoints = {
             trial.name: max(found) for trial in self._work.glob("*/t*") if (found := _checkpoints(trial))
         }
+        if self._process.poll() is not None:  # after Ctrl-C, trials go on to their last checkpoint, and say so
+            said = self.outputs[-1].stat().st_size
         each.output = len(self.outputs) - 1, said
         self.kills.append(each)
         if each.victim == "node":

@@ -45,7 +45,7 @@ def test_the_parent_run_tells_the_story_and_every_link_of_it_leads_on(printed: s
     parent = tour.parent()
     require(
         parent,
-        re.compile(r"\d\d\.\d\d\s%\s±\s\d+\.\d\d over 2 seeds by t\d{4}-\S+-r\d+ \(seed baseline \d\d"),
+        re.compile(r"\d\d\.\d\d\s%\s±\s\d+\.\d\d over 2 seeds by t\d{4}-\S+-r\d+, baseline \d\d"),
         re.compile(r"Budget: 1,540 head \+ \d+ · [\d,]+ adapter .* = [\d,]+ of 100,000 trainable parameters"),
         "baseline/accuracy",
         "confirmation/mean_accuracy",

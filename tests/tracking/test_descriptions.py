@@ -55,7 +55,7 @@ def test_the_first_three_lines_hold_result_budget_and_next_step() -> None:
     first, second, third, *_ = told(result(registration=CANDIDATE)).splitlines()
     run = page("run1").url
     assert first == (
-        f"**89.33{NBSP}%{NBSP}±{NBSP}0.61 over 3 seeds by [t0001-qv-r10]({run})**, seed baseline 55.20{NBSP}%, "
+        f"**89.33{NBSP}%{NBSP}±{NBSP}0.61 over 3 seeds by [t0001-qv-r10]({run})**, baseline 55.20{NBSP}%, "
         f"best possible 94.00{NBSP}%"
     )
     assert second.startswith("**Budget:** 1,540 head + 10 · 9,216 adapter (rank · qv) = 93,700 of 100,000")

@@ -24,7 +24,7 @@ from agnews_lora.commands.prepare import Prepared
 from agnews_lora.commands.report import RESULT
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
-from agnews_lora.data.rows import LABELS
+from agnews_lora.data.rows import LABELS, Rows
 from agnews_lora.data.sources import Corpus
 from agnews_lora.paths import STORES
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, draw, thumbnails
@@ -279,7 +279,8 @@ def _answer(
     if baseline is not None and baseline.run_id is not None and find_run(runs.client, baseline.run_id):
         other = logits(baseline.run_id).argmax(axis=-1)
     probabilities = softmax(logits(winner.run_id).astype(np.float64), axis=-1)
-    answers = answers_of(probabilities, corpus, other)
+    tfidf = tfidf_accuracy(corpus.train_rows, corpus.validation_rows)
+    answers = replace(answers_of(probabilities, corpus, other), tfidf_accuracy=tfidf)
     page, names = runs.page(winner.run_id), np.asarray(LABELS)
     predictions = pd.DataFrame(
         {
@@ -294,6 +295,17 @@ def _answer(
     columns = ["row", "label", "predicted", "confidence", "text"]
     page.log_table("mistakes", pd.DataFrame(answers.mistakes, columns=columns))
     return answers
+
+
+def tfidf_accuracy(train: Rows, validation: Rows) -> float:
+    """Score TF-IDF over words and bigrams with logistic regression: what the same rows give without an encoder."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    vectors = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+    peer = make_pipeline(vectors, LogisticRegression(C=10, max_iter=1000)).fit(train.texts, train.labels)
+    return float(peer.score(validation.texts, validation.labels))
 
 
 def answers_of(

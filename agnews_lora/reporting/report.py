@@ -139,6 +139,8 @@ def _decision(result: SweepResult) -> Block:
         if result.gain is not None and winner != baseline:
             note = f"{note}; the winner gains {_gain(result)}"
         rows.append(("Baseline", _percent(baseline.accuracy), note))
+    if result.answers is not None and (tfidf := result.answers.tfidf_accuracy) is not None:
+        rows.append(("TF-IDF", _percent(tfidf), "with logistic regression, on the same training rows"))
     if facts.bound is not None:
         rows.append(("Best possible", _percent(facts.bound), "the data's own ceiling: some rows fit two labels"))
     if winner is not None and winner.spec is not None and winner.trainable_parameters:

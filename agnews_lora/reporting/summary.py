@@ -43,6 +43,8 @@ def _rows(result: SweepResult) -> Iterator[tuple[str, str, str]]:
     if baseline is not None:
         gain = "" if result.gain is None else f"  (gain {100 * result.gain:+.2f} points)"
         yield "baseline", f"{baseline.accuracy:.2%}{gain}", ""
+    if result.answers is not None and (tfidf := result.answers.tfidf_accuracy) is not None:
+        yield "TF-IDF", f"{tfidf:.2%}  (with logistic regression, same rows)", ""
     if facts.bound is not None:
         yield "best possible", f"{facts.bound:.2%}", ""
     if winner is not None and (count := winner.trainable_parameters) is not None:

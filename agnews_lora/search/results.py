@@ -167,13 +167,15 @@ class Answers:
 
     confusion: counts [label][predicted]. calibration: bins `{low, count, confidence, accuracy}`. mistakes:
     `{row, label, predicted, confidence, text}`, the surest first. against_baseline: rows by who answers them rightly,
-    `{both, only_winner, only_baseline, neither}`; None without a baseline.
+    `{both, only_winner, only_baseline, neither}`; None without a baseline. tfidf_accuracy: of TF-IDF and logistic
+    regression on the same training rows.
     """
 
     confusion: tuple[tuple[int, ...], ...]
     calibration: tuple[Mapping[str, Any], ...]
     mistakes: tuple[Mapping[str, Any], ...]
     against_baseline: Mapping[str, int] | None
+    tfidf_accuracy: float | None = None
 
 
 @dataclass(frozen=True)

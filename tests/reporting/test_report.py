@@ -69,6 +69,7 @@ def test_the_first_page_has_all_that_a_decision_needs() -> None:
         "89.33%",  # mean over the seeds
         "3 runs, standard deviation 0.61 points",
         "the winner gains +34.80 points (95% interval +27.79 to +41.26; McNemar p < 0.001)",
+        "81.25%\nwith logistic regression",
         "94.00%",  # best possible
         "93,700\n93.7% of 100,000: head 1,540 + rank 10 × 9,216",
         "5 complete, 2 pruned, 1 failed",

@@ -31,6 +31,7 @@ def test_summary_holds_the_result_and_the_next_commands() -> None:
         "accuracy": "90.00%",
         "confirmed": "89.33% ± 0.61  (mean of 3 seeds)",
         "baseline": "55.20%  (gain +34.80 points)",
+        "TF-IDF": "81.25%  (with logistic regression, same rows)",
         "best possible": "94.00%",
         "parameters": "93,700 trainable, 93.7% of the budget of 100,000",
         "trials": "5 complete, 2 pruned, 1 failed",

@@ -31,6 +31,7 @@ from agnews_lora.search.sampler import derived_seed
 from agnews_lora.search.trial_log import Point, TrialLog
 from agnews_lora.training import checkpoints
 from agnews_lora.training.interface import (
+    COSTS,
     Engine,
     EvalPoint,
     TrainPoint,
@@ -44,7 +45,6 @@ MAX_ATTEMPTS: Final = 5  # in a row without a new checkpoint
 SUSPECT_ATTEMPTS: Final = 2  # from then on a trial trains alone in its process, so that it takes no other with it
 MAX_PENDING_POINTS: Final = 200  # training points go to the run with the next evaluation, or when so many wait
 IDLE_SECONDS: Final = 1.0
-COSTS: Final = ("rows_seen", "train_seconds", "eval_seconds", "peak_memory_bytes")  # of a `TrialResult`
 
 
 class Tracker(Protocol):

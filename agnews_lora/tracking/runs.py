@@ -31,7 +31,7 @@ from mlflow.utils.mlflow_tags import (
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.tracking.descriptions import trial_description
 from agnews_lora.tracking.store import experiment_id, reaching
-from agnews_lora.training.interface import EvalPoint, RunState, TrainPoint, TrialEnd, timestamp
+from agnews_lora.training.interface import COSTS, EvalPoint, RunState, TrainPoint, TrialEnd, timestamp
 
 MAX_DIGEST_LENGTH: Final = 36  # MLflow's limit
 COLUMNS: Final = {"text": "string", "label": "long"}  # of a data set, with MLflow's types
@@ -181,8 +181,6 @@ class RunPage:
         """Of an artifact's bytes, for a picture in a description."""
         return f"get-artifact?path={quote(name, safe='')}&run_uuid={self.run_id}"
 
-
-COSTS: Final = ("rows_seen", "train_seconds", "eval_seconds", "peak_memory_bytes")  # of a `TrialResult`
 
 # MLflow has no status of its own for pruned and interrupted runs: the tag `state` tells them apart.
 RUN_STATUS: Final[dict[RunState, str]] = {

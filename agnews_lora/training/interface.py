@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from agnews_lora.adapters.spec import TrialSpec
 
@@ -116,6 +116,10 @@ class TrialResult:
     train_seconds: float
     eval_seconds: float
     peak_memory_bytes: int
+
+
+COSTS: Final = ("rows_seen", "train_seconds", "eval_seconds", "peak_memory_bytes")
+"""Fields of a `TrialResult` that its run and the sweep result show as costs."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from agnews_lora.adapters.base_models import resolve
-from agnews_lora.adapters.spec import Family
+from agnews_lora.adapters.families import Family
 from agnews_lora.data.rows import LABELS
 from agnews_lora.errors import DataError
 from agnews_lora.serving.predict import Classifier

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agnews_lora.adapters.spec import Family
+from agnews_lora.adapters.families import Family
 from agnews_lora.training.multilora.dropout import Dropout, DropoutKey, HashDropout, hash_dropout
 from agnews_lora.training.multilora.packing import DeviceTokens
 from tests.training.conftest import TinySetup

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from agnews_lora.adapters.adapter_files import CONFIG, load_base, load_with_peft
-from agnews_lora.adapters.spec import PRESETS, Family, TrialSpec
+from agnews_lora.adapters.families import Family
+from agnews_lora.adapters.spec import PRESETS, TrialSpec
 from agnews_lora.data.rows import LABELS
 from agnews_lora.errors import ConfigError, TrainingError
 from agnews_lora.training.interface import TrainSettings, TrialPlan, Verdict

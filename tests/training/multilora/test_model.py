@@ -9,7 +9,8 @@ from peft import get_peft_model_state_dict
 from torch.nn.attention import varlen
 
 from agnews_lora.adapters.adapter_files import load_base
-from agnews_lora.adapters.spec import Family, TrialSpec
+from agnews_lora.adapters.families import Family
+from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.errors import BaseModelError
 from agnews_lora.training.model import build_model
 from agnews_lora.training.multilora.encoder import Encoder

@@ -19,7 +19,8 @@ import requests
 
 import agnews_lora
 from agnews_lora.cli import main
-from agnews_lora.data.rows import LABELS, MAX_CHARACTERS
+from agnews_lora.data.newswire import LABELS
+from agnews_lora.data.rows import MAX_CHARACTERS
 from agnews_lora.serving.model_package import ANSWERS, Package
 from agnews_lora.serving.predict import Classifier
 from agnews_lora.serving.server import MAX_TEXTS

@@ -35,7 +35,10 @@ FROZEN_HEAD_MARK = ".classifier.dense."
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """Specification, base and labels of a trained adapter. base: name in the experiment, without a directory's path."""
+    """Specification, base, labels and cleaning (see `rows.CLEANING`) of a trained adapter.
+
+    base: name in the experiment, without a directory's path.
+    """
 
     trial: str
     spec: TrialSpec
@@ -47,6 +50,7 @@ class AdapterRecord:
     labels: tuple[str, ...]
     max_length: int
     trainable_parameters: int
+    clean: str | None = "ag_news"  # as adapters whose record has no such field were trained
 
 
 def record_of(trial: str, spec: TrialSpec, base: BaseModel, labels: Sequence[str], max_length: int) -> AdapterRecord:
@@ -166,6 +170,8 @@ def read_record(folder: Path) -> AdapterRecord:
         fields: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         spec, shape = TrialSpec(**fields["spec"]), ModelShape(**fields["shape"])
         trainable_parameters(spec, shape)  # an unknown preset or a size that is no number cannot be counted
+        if fields.get("clean") not in (None, "ag_news"):
+            raise ValueError(f"clean is {fields['clean']!r}")
         return AdapterRecord(**{**fields, "spec": spec, "shape": shape, "labels": tuple(fields["labels"])})
 
 

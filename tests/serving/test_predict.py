@@ -7,7 +7,7 @@ import pytest
 
 from agnews_lora.adapters.base_models import resolve
 from agnews_lora.adapters.spec import Family
-from agnews_lora.data.rows import LABELS
+from agnews_lora.data.newswire import LABELS
 from agnews_lora.errors import DataError
 from agnews_lora.serving.predict import Classifier
 from tests.serving.conftest import SPEC, World, write_adapter
@@ -45,7 +45,7 @@ def test_texts_are_cleaned_as_those_it_was_trained_on(classifier: Classifier) ->
 
 def test_empty_texts_are_named(classifier: Classifier) -> None:
     with pytest.raises(
-        DataError, match=r"Cannot label text 1, 3, 4, 5 .counted from 0.: nothing is left after cleaning"
+        DataError, match=r"text 1 has nothing visible in it after cleaning; text 3 has .*; text 4 has .*; text 5 has"
     ):
         classifier.predict(["Oil rose.", "  ", "Shares fell.", "&lt;br&gt;", "\x00\x1b", "\u200b\u202e\ufeff"])
 

@@ -124,8 +124,8 @@ def test_logits_and_gradients_are_those_of_peft(
             assert head == "out_proj" and ".classifier.dense." in name and not tensor.any()
     assert gradients.keys() <= found.keys()
     scored = np.empty((2, len(ROWS), 4), dtype=np.float32)
-    for positions, batch in tested.logits(tokens, ROWS, [0, 1], batch_size=4):
-        scored[:, positions] = batch
+    for order, batch in tested.logits(tokens, ROWS, [0, 1], batch_size=4):
+        scored[:, order] = batch
     np.testing.assert_allclose(scored[1], logits, rtol=1e-5, atol=1e-5)
     assert np.abs(scored[0] - scored[1]).max() > 1e-2
 

@@ -57,7 +57,9 @@ class AdapterRecord:
     clean: str | None = "ag_news"  # as adapters whose record has no such field were trained
 
 
-def record_of(trial: str, spec: TrialSpec, base: BaseModel, labels: Sequence[str], max_length: int) -> AdapterRecord:
+def record_of(
+    trial: str, spec: TrialSpec, base: BaseModel, labels: Sequence[str], max_length: int, clean: str | None = None
+) -> AdapterRecord:
     """The record of a trial's adapter. A base that is a directory is named by the directory's name alone."""
     return AdapterRecord(
         trial=trial,
@@ -70,6 +72,7 @@ def record_of(trial: str, spec: TrialSpec, base: BaseModel, labels: Sequence[str
         labels=tuple(labels),
         max_length=max_length,
         trainable_parameters=trainable_parameters(spec, base.shape),
+        clean=clean,
     )
 
 

@@ -94,6 +94,8 @@ LayerFunction = Callable[[Layer, Tensor, Tensor | None, Attention, LayerUpdates]
 class Encoder:
     """The frozen weights, in the precision of the forward pass.
 
+    padding_id: of the tokens that no position counts (`packing.positions`), or None.
+
     Raises:
         BaseModelError: an activation or a kind of position that this forward pass does not compute.
     """
@@ -108,10 +110,9 @@ class Encoder:
         }
         self.device, self.dtype = device, dtype
         self.words = weights["embeddings.word_embeddings.weight"]
-        # RoBERTa counts positions from the one behind its padding's (fairseq's `make_positions`).
-        first = config.pad_token_id + 1 if family == "roberta" else 0
+        self.padding_id: int | None = config.pad_token_id if family == "roberta" else None
         types = weights["embeddings.token_type_embeddings.weight"][0]
-        self.places = weights["embeddings.position_embeddings.weight"][first:] + types
+        self.places = weights["embeddings.position_embeddings.weight"] + types
         self.embedding_norm = _norm(weights, "embeddings.LayerNorm", config)
         modules = LAYOUTS[family].modules
         self.layers = [

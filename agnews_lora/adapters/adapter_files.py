@@ -18,7 +18,14 @@ from safetensors import SafetensorError
 
 from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.budget import trainable_parameters
-from agnews_lora.adapters.spec import PRESETS, ModelShape, TrialSpec, module_shape, target_pattern
+from agnews_lora.adapters.spec import (
+    ModelShape,
+    TrialSpec,
+    head_shapes,
+    module_shape,
+    target_modules,
+    target_pattern,
+)
 from agnews_lora.errors import AdapterError, BaseModelError, StorageError
 
 if TYPE_CHECKING:
@@ -29,13 +36,13 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 RECORD = "adapter_record.json"
 
-# The classifier's first layer, saved by PEFT with the rest of the head even where only `out_proj` trains.
-FROZEN_HEAD_MARK = ".classifier.dense."
-
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """Specification, base and labels of a trained adapter. base: name in the experiment, without a directory's path."""
+    """Specification, base, labels and cleaning (see `rows.CLEANING`) of a trained adapter.
+
+    base: name in the experiment, without a directory's path.
+    """
 
     trial: str
     spec: TrialSpec
@@ -47,9 +54,12 @@ class AdapterRecord:
     labels: tuple[str, ...]
     max_length: int
     trainable_parameters: int
+    clean: str | None = "ag_news"  # as adapters whose record has no such field were trained
 
 
-def record_of(trial: str, spec: TrialSpec, base: BaseModel, labels: Sequence[str], max_length: int) -> AdapterRecord:
+def record_of(
+    trial: str, spec: TrialSpec, base: BaseModel, labels: Sequence[str], max_length: int, clean: str | None = None
+) -> AdapterRecord:
     """The record of a trial's adapter. A base that is a directory is named by the directory's name alone."""
     return AdapterRecord(
         trial=trial,
@@ -62,16 +72,19 @@ def record_of(trial: str, spec: TrialSpec, base: BaseModel, labels: Sequence[str
         labels=tuple(labels),
         max_length=max_length,
         trainable_parameters=trainable_parameters(spec, base.shape),
+        clean=clean,
     )
 
 
 def lora_config(spec: TrialSpec, base: BaseModel) -> "LoraConfig":
-    """PEFT's configuration of a trial; the classifier trains beside the adapters (`modules_to_save`)."""
+    """PEFT's configuration of a trial; the head trains beside the adapters (`modules_to_save`)."""
     from peft import LoraConfig, TaskType
 
     return LoraConfig(
         task_type=TaskType.SEQ_CLS,
-        target_modules=target_pattern(spec.targets),
+        target_modules=target_pattern(spec.targets, base.shape.family),
+        # PEFT adds `classifier`, in place.
+        modules_to_save=list(base.shape.layout.saved) or None,
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]  # declared int, used as a number
         lora_dropout=spec.dropout,
@@ -165,7 +178,9 @@ def read_record(folder: Path) -> AdapterRecord:
     with _reading(folder / RECORD):
         fields: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         spec, shape = TrialSpec(**fields["spec"]), ModelShape(**fields["shape"])
-        trainable_parameters(spec, shape)  # an unknown preset or a size that is no number cannot be counted
+        trainable_parameters(spec, shape)  # an unknown family or preset, or a size that is no number cannot be counted
+        if fields.get("clean") not in (None, "ag_news"):
+            raise ValueError(f"clean is {fields['clean']!r}")
         return AdapterRecord(**{**fields, "spec": spec, "shape": shape, "labels": tuple(fields["labels"])})
 
 
@@ -173,16 +188,12 @@ def tensor_shapes(spec: TrialSpec, shape: ModelShape) -> dict[str, tuple[int, ..
     """{name: shape} of every tensor in an adapter's file; a frozen part of the head is among them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(shape.num_layers):
-        for module in PRESETS[spec.targets]:
+        for module in target_modules(spec.targets, shape.family):
             out_features, in_features = module_shape(module, shape)
-            path = f"base_model.model.{shape.family}.encoder.layer.{layer}.{module}"
+            path = f"base_model.model.{shape.layout.module_path(layer, module)}"
             shapes[f"{path}.lora_A.weight"] = (spec.rank, in_features)
             shapes[f"{path}.lora_B.weight"] = (out_features, spec.rank)
-    head, hidden_size = "base_model.model.classifier", shape.hidden_size
-    if shape.family == "roberta":
-        shapes |= {f"{head}.dense.weight": (hidden_size, hidden_size), f"{head}.dense.bias": (hidden_size,)}
-        head += ".out_proj"
-    return shapes | {f"{head}.weight": (shape.num_labels, hidden_size), f"{head}.bias": (shape.num_labels,)}
+    return shapes | {f"base_model.model.{name}": sizes for name, sizes in head_shapes(shape).items()}
 
 
 def recount(folder: Path) -> int:
@@ -205,14 +216,15 @@ def recount(folder: Path) -> int:
         if present.get(name) != expected_shapes.get(name):
             raise refusal(f"tensor {name}", present.get(name, "absent"), expected_shapes.get(name, "absent"))
     # Another alpha would load with plain PEFT, and answer otherwise.
-    meant = {"r": spec.rank, "lora_alpha": spec.alpha, "target_modules": target_pattern(spec.targets)}
+    pattern = target_pattern(spec.targets, record.shape.family)
+    meant = {"r": spec.rank, "lora_alpha": spec.alpha, "target_modules": pattern}
     with _reading(folder / CONFIG):
         fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         said = {key: fields[key] for key in meant}
     if said != meant:
         raise refusal(CONFIG, said, meant)
-    frozen = spec.head == "out_proj"
-    counted = sum(t.numel() for name, t in tensors.items() if not (frozen and FROZEN_HEAD_MARK in name))
+    layout = record.shape.layout
+    counted = sum(t.numel() for name, t in tensors.items() if not layout.is_frozen(name, spec.head))
     expected = trainable_parameters(spec, record.shape)
     if not counted == expected == record.trainable_parameters:
         found = f"{counted:,} in {WEIGHTS} and {record.trainable_parameters:,} in {RECORD}"

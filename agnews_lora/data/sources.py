@@ -56,6 +56,7 @@ class Corpus:
         digest: SHA-256 (hex) over the training and the validation rows, order included.
         labels: names of the classes, by class id.
         best_accuracy: the best that any classifier can reach, where that is known.
+        clean: how the texts were cleaned, a name in `rows.CLEANING`; None: they stayed as they are.
     """
 
     train: TokenTable
@@ -66,6 +67,7 @@ class Corpus:
     train_rows: Rows
     validation_rows: Rows
     best_accuracy: float | None
+    clean: str | None = None
 
 
 def prepare(
@@ -95,6 +97,7 @@ def prepare(
         train_rows=train_rows,
         validation_rows=validation_rows,
         best_accuracy=newswire.BEST_ACCURACY if settings.source == "newswire" else None,
+        clean=None if settings.source == "newswire" else "ag_news",
     )
 
 

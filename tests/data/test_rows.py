@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agnews_lora.data.cleaning import clean
-from agnews_lora.data.rows import Rows, read_csv, stratified_split, stratified_subset
+from agnews_lora.data.rows import (
+    MAX_CHARACTERS,
+    Rows,
+    TextFault,
+    read_csv,
+    stratified_split,
+    stratified_subset,
+    usable_text,
+)
 from agnews_lora.errors import DataError
 
 HEADER = "Class Index,Title,Description\n"
@@ -69,17 +77,13 @@ def test_what_csv_writes_is_read_back(tmp_path_factory, records, header):
         ("1,a,b\nSports,a,b\n", 2, "but is 'Sports'"),
         ("label,title,text\n1,a,b\n", 1, "but is 'label' (or the header Class Index,Title,Description)"),
         ("1,a,b\n" + HEADER, 2, "but is 'Class Index'"),
-        ("1,a,b\n2,,\n", 2, "title and description have no text"),
-        ("1,a,b\n2,&lt;b&gt;,\\\n", 2, "title and description have no text"),
+        ("1,a,b\n2,,\n", 2, "has nothing visible in it after cleaning"),
+        ("1,a,b\n2,&lt;b&gt;,\\\n", 2, "has nothing visible in it after cleaning"),
         ('1,"two\nlines",b\n2,"three\nmore\nlines"\n', 3, "a row should have 3 columns, but has 2"),
         ('1,a,b\n2,"never closed,c\n3,d,e\n', 2, "a quoted field is not closed"),
         ('1,a,b\n2,"closed" too early,c\n', 2, "a quoted field is not closed"),
         ("1,a,b\r2,c,d\r", 1, "a line ends in CR alone"),
-        (
-            f"1,a,b\n2,a,{'b' * 10_000}\n",
-            2,
-            "title and description may have at most 10,000 characters, but have 10,001",
-        ),
+        (f"1,a,b\n2,a,{'b' * 100_000}\n", 2, "has 100,002 characters, over the most that a text may have, 100,000"),
         (f"1,a,b\n2,a,{'b' * 200_000}\n", 2, "a field has more than 131,072 characters (is a quote never closed?)"),
         (b"1,a,b\n2,caf\xe9,b\n", 2, "text should be UTF-8, but byte 6 there is 0xE9"),
         (b'1,"two\nlines \xff",b\n', 2, "text should be UTF-8, but byte 7 there is 0xFF"),
@@ -101,6 +105,31 @@ def test_rows_before_a_broken_record_are_reported_with_it(write):
     message = fault(write('9,a,b\n1,"a\n'))
     assert "line 1: the class index" in message
     assert "line 2: in the record that starts here, a quoted field" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaning", "reason"),
+    [
+        ("", None, "nothing visible in it"),
+        (" \n\t\x00\x1b\x85", None, "nothing visible in it"),
+        ("\u200b\u2060\ufeff\u202e\u00ad\u2028", None, "nothing visible in it"),
+        ("\u3164\u2800\ufe0f\u034f", None, "nothing visible in it"),
+        ("&lt;br&gt;&nbsp;\u200b", "ag_news", "nothing visible in it after cleaning"),
+        ("\ud83d rose", None, "half a surrogate pair"),
+        ("x" * (MAX_CHARACTERS + 1), None, "100,001 characters"),
+    ],
+)
+def test_a_text_without_anything_to_read_or_without_end_is_no_text(text, cleaning, reason):
+    with pytest.raises(TextFault, match=reason):
+        usable_text(text, cleaning)
+
+
+@pytest.mark.parametrize(
+    "text", [".", "x" * MAX_CHARACTERS, "❤\ufe0f", "नमस्ते", " two  lines\n", "&lt;br&gt;", "\ufeffx"]
+)
+def test_a_text_stays_as_it_is_unless_the_data_says_how_to_clean_it(text):
+    assert usable_text(text, None) == text
+    assert usable_text("Bush #39;s  plan", "ag_news") == "Bush's plan"
 
 
 @pytest.mark.parametrize("content", ["", HEADER])

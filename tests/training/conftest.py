@@ -10,7 +10,8 @@ import pytest
 
 from agnews_lora.adapters.adapter_files import WEIGHTS
 from agnews_lora.adapters.base_models import BaseModel, resolve
-from agnews_lora.adapters.spec import Family, TrialSpec
+from agnews_lora.adapters.families import Family
+from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data import newswire
 from agnews_lora.data.newswire import LABELS
 from agnews_lora.data.rows import stratified_subset

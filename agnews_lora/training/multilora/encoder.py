@@ -4,7 +4,7 @@ The classifier reads the first token of each row alone, so the last layer's quer
 block are computed for those tokens only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agnews_lora.adapters.spec import ATTENTION_OUTPUT, FFN_IN, FFN_OUT, KEY, QUERY, VALUE, Family
+from agnews_lora.adapters.families import ATTENTION_OUTPUT, FFN_IN, FFN_OUT, KEY, LAYOUTS, QUERY, VALUE, Family
 from agnews_lora.errors import BaseModelError
 from agnews_lora.training.multilora.attention import Attention
 from agnews_lora.training.multilora.packing import PackedBatch
@@ -94,6 +94,8 @@ LayerFunction = Callable[[Layer, Tensor, Tensor | None, Attention, LayerUpdates]
 class Encoder:
     """The frozen weights, in the precision of the forward pass.
 
+    padding_id: of the tokens that no position counts (`packing.positions`), or None.
+
     Raises:
         BaseModelError: an activation or a kind of position that this forward pass does not compute.
     """
@@ -108,12 +110,14 @@ class Encoder:
         }
         self.device, self.dtype = device, dtype
         self.words = weights["embeddings.word_embeddings.weight"]
-        # RoBERTa counts positions from the one behind its padding's (fairseq's `make_positions`).
-        first = config.pad_token_id + 1 if family == "roberta" else 0
+        self.padding_id: int | None = config.pad_token_id if family == "roberta" else None
         types = weights["embeddings.token_type_embeddings.weight"][0]
-        self.places = weights["embeddings.position_embeddings.weight"][first:] + types
+        self.places = weights["embeddings.position_embeddings.weight"] + types
         self.embedding_norm = _norm(weights, "embeddings.LayerNorm", config)
-        self.layers = [_layer(weights, f"encoder.layer.{number}", config) for number in range(config.num_hidden_layers)]
+        modules = LAYOUTS[family].modules
+        self.layers = [
+            _layer(weights, f"encoder.layer.{number}", modules, config) for number in range(config.num_hidden_layers)
+        ]
         self.pooler = _affine(weights, "pooler.dense") if family == "bert" else None
 
     def __call__(self, packed: PackedBatch, updates: Sequence[LayerUpdates], encode: LayerFunction) -> Tensor:
@@ -138,15 +142,15 @@ def _norm(weights: dict[str, Tensor], name: str, config: Any) -> Norm:
     return Norm(weights[f"{name}.weight"], weights[f"{name}.bias"], float(config.layer_norm_eps))
 
 
-def _layer(weights: dict[str, Tensor], name: str, config: Any) -> Layer:
-    parts = [_affine(weights, f"{name}.{module}") for module in (QUERY, KEY, VALUE)]
+def _layer(weights: dict[str, Tensor], name: str, modules: Mapping[str, str], config: Any) -> Layer:
+    parts = [_affine(weights, f"{name}.{modules[role]}") for role in (QUERY, KEY, VALUE)]
     return Layer(
         num_heads=int(config.num_attention_heads),
         query_key_value=Affine(torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])),
-        attention_output=_affine(weights, f"{name}.{ATTENTION_OUTPUT}"),
+        attention_output=_affine(weights, f"{name}.{modules[ATTENTION_OUTPUT]}"),
         attention_norm=_norm(weights, f"{name}.attention.output.LayerNorm", config),
-        ffn_in=_affine(weights, f"{name}.{FFN_IN}"),
-        ffn_out=_affine(weights, f"{name}.{FFN_OUT}"),
+        ffn_in=_affine(weights, f"{name}.{modules[FFN_IN]}"),
+        ffn_out=_affine(weights, f"{name}.{modules[FFN_OUT]}"),
         ffn_norm=_norm(weights, f"{name}.output.LayerNorm", config),
     )
 

@@ -150,7 +150,7 @@ def _tensors(
     for module in PRESETS[spec.targets]:
         a, b = blocks[f"{module}.A"].of(row), blocks[f"{module}.B"].of(row)
         for layer in range(shape.num_layers):
-            path = f"base_model.model.{shape.family}.encoder.layer.{layer}.{module}"
+            path = f"base_model.model.{shape.layout.module_path(layer, shape.layout.modules[module])}"
             yield f"{path}.lora_A.weight", a[layer, : spec.rank]
             yield f"{path}.lora_B.weight", b[layer, :, : spec.rank]
     for name, block in blocks.items():
@@ -164,7 +164,7 @@ def _blocks(ranks: Mapping[str, int], shape: ModelShape) -> dict[str, Block]:
     shapes: dict[str, tuple[int, ...]] = {}
     for module in MODULES:
         if rank := ranks.get(module, 0):
-            out_features, in_features = module_shape(module, shape)
+            out_features, in_features = module_shape(shape.layout.modules[module], shape)
             shapes[f"{module}.A"] = (layers, rank, in_features)
             shapes[f"{module}.B"] = (layers, out_features, rank)
     last = "classifier"

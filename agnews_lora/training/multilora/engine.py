@@ -73,8 +73,8 @@ class MultiLoraEngine:
         dtype = torch.bfloat16 if computes_in_bf16(self.device, settings.precision) else torch.float32
         encoder = Encoder(load_base(base, len(self.labels)), base.shape.family, self.device, dtype)
         flat = self.device.type == "cuda" and dtype == torch.bfloat16  # the only case that flash attention computes
-        self.train = DeviceTokens(corpus.train, self.device, flat)
-        self.validation = DeviceTokens(corpus.validation, self.device, flat)
+        self.train = DeviceTokens(corpus.train, self.device, flat, encoder.padding_id)
+        self.validation = DeviceTokens(corpus.validation, self.device, flat, encoder.padding_id)
         self.monitor = corpus.monitor
         self.lengths = corpus.train.lengths.tolist()
         self.model = MultiLoraModel(encoder, base.shape, slots or 1)

@@ -294,6 +294,8 @@ def load_base(base: BaseModel, num_labels: int, dropout: float = 0.0) -> "torch.
             f"Cannot load base model {base.name}: transformers does not build a model of {base.folder} ({error}). "
             "Copy or download it again."
         ) from error
+    # PEFT looks for the configuration there as it saves, and would ask the hub where it has no path.
+    model.name_or_path = model.config._name_or_path = str(base.folder)
     absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])} - base.shape.layout.head.keys()
     unknown = {name for name in info["unexpected_keys"] if not _HARMLESS.search(name)}
     for tensors, verb, remedy in (

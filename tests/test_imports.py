@@ -37,7 +37,11 @@ HOMES = {
     "pydantic": {"config"},
     "pydantic_core": {"config"},
     "ruamel": {"config"},
-    "datasets": {"data.sources", "training.hf_trainer"},  # `evaluate` describes the features of a metric in its terms
+    "datasets": {
+        "hub",
+        "data.sources",
+        "training.hf_trainer",
+    },  # `evaluate` describes the features of a metric in its terms
     "evaluate": {"training"},
     "optuna": {"search", "commands"},  # `commands` joins the rooms: it hands a study and a client from one to another
     "ray": {"search.ray_cluster"},

@@ -112,7 +112,7 @@ def class_ids(
         keys = [str(key(label)) for label in given]
         if declared is not None and len(declared) == len(given) and not values <= set(keys):
             keys = [str(key(label)) for label in declared]
-        elif numbers and not values <= set(keys):
+        elif not values <= set(keys) and (numbers or not values & set(keys)):
             first = 0 if "0" in values else 1
             keys = [str(number) for number in range(first, first + len(given))]
         return given, {label: number for number, label in enumerate(keys)}
@@ -320,11 +320,18 @@ def _load(
     features = None
     try:
         with TemporaryDirectory() as folder:
-            link = Path(folder, "rows" + "".join(path.suffixes[-2:]).lower())  # a path may hold what looks like a pattern
+            link = Path(
+                folder, "rows" + "".join(path.suffixes[-2:]).lower()
+            )  # a path may hold what looks like a pattern
             link.symlink_to(path.resolve())
             try:
                 rows = datasets.load_dataset(
-                    builder, data_files={"train": [str(link)]}, split="train", streaming=True, cache_dir=folder, **options
+                    builder,
+                    data_files={"train": [str(link)]},
+                    split="train",
+                    streaming=True,
+                    cache_dir=folder,
+                    **options,
                 )
                 features = rows.features
                 for batch in rows.iter(_BATCH):
@@ -354,8 +361,8 @@ def _require_columns(name: object, there: Sequence[str], wanted: Iterable[str]) 
     for column in wanted:
         if column not in there:
             raise DataError(
-                f"Cannot use {name}: it has no column {column!r}, but {_listed(there)}. Name its columns as `text:` and "
-                "`label:`."
+                f"Cannot use {name}: it has no column {column!r}, but {_listed(there)}. Name its columns as `text:` "
+                "and `label:`."
             )
 
 
@@ -387,7 +394,7 @@ def _decoded(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"Cannot read {path}: line {line} is not UTF-8 (byte 0x{content[error.start]:02X}). Save the file as UTF-8; "
+            f"Cannot read {path}: line {line} is not UTF-8 (byte 0x{content[error.start]:02X}). Save it as UTF-8; "
             "if it comes from Windows: `iconv -f CP1252 -t UTF-8`."
         ) from error
     if "\0" in text:
@@ -434,7 +441,9 @@ def _separator_hint(content: str, separator: str) -> str:
     first = _NEWLINE.split(content.strip(), maxsplit=1)[0]
     words = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
     found = [word for other, word in words.items() if other in first and separator not in first]
-    return f"Its columns seem to be separated by {found[0]}: write it with commas (.csv) or tabs (.tsv)." if found else ""
+    return (
+        f"Its columns seem to be separated by {found[0]}: write it with commas (.csv) or tabs (.tsv)." if found else ""
+    )
 
 
 def _require(path: Path, faults: Sequence[str], hint: str = "") -> None:

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, get_args
+from typing import Final
 
 from agnews_lora import hub
-from agnews_lora.adapters.spec import Family, ModelShape
+from agnews_lora.adapters.families import LAYOUTS, MODEL_TYPES
+from agnews_lora.adapters.spec import ModelShape
 from agnews_lora.errors import BaseModelError
 
 CONFIG: Final = "config.json"
@@ -191,25 +192,42 @@ def _read_shape(name: str, folder: Path, num_labels: int) -> ModelShape:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         family = config["model_type"]
-        sizes = [config[key] for key in ("hidden_size", "num_hidden_layers", "intermediate_size")]
+        layout = LAYOUTS[family] if family in MODEL_TYPES else None
+        sizes = [config[key] for key in layout.sizes] if layout else []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BaseModelError(
             f"Cannot use base model {name}: {path} is not a model's configuration ({type(error).__name__}: {error}). "
             "Copy or download it again."
         ) from error
-    families = get_args(Family)
-    if family not in families:
+    if layout is None:
         raise BaseModelError(
-            f"Cannot use base model {name}: {path} says model_type {family!r}, not {' or '.join(families)}. Take a "
-            "model of these families."
+            f"Cannot use base model {name}: {path} says model_type {family!r}, not {', '.join(MODEL_TYPES[:-1])} or "
+            f"{MODEL_TYPES[-1]}. Take a model of these families."
         )
     if not all(type(size) is int and size > 0 for size in sizes):
         raise BaseModelError(
             f"Cannot use base model {name}: {path} has the sizes {sizes}, not whole numbers above 0. Copy or "
             "download it again."
         )
+    for key, value in layout.required.items():
+        if (found := config.get(key)) not in (None, value):
+            raise BaseModelError(
+                f"Cannot use base model {name}: {path} says {key} {found!r}, and transformers or the budget's count "
+                f"know {value!r} only. Take a model with {key} {value!r}."
+            )
+    if family == "bert" and (names := _tensor_names(folder)) and not any("pooler.dense.weight" in n for n in names):
+        family = "bert-no-pooler"
     hidden_size, num_layers, intermediate_size = sizes
     return ModelShape(family, hidden_size, num_layers, intermediate_size, num_labels)
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    """Names of the tensors in a base's weights; none where there are none, or no sound ones."""
+    from safetensors import SafetensorError, safe_open
+
+    with suppress(OSError, SafetensorError), safe_open(folder / WEIGHTS, framework="numpy") as file:
+        return list(file.keys())
+    return []
 
 
 def _require_sound_weights(name: str, folder: Path) -> None:

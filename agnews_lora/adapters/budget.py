@@ -4,21 +4,34 @@ Equal to PEFT's own count (`model.get_nb_trainable_parameters()`) for every pres
 matrix [out, in] adds rank · (in + out) parameters (Hu et al. 2021, section 4.1), and the classifier trains beside it.
 """
 
-from agnews_lora.adapters.spec import HEADS, PRESETS, ModelShape, TrialSpec, module_shape
+from math import prod
+
+from agnews_lora.adapters.spec import (
+    HEADS,
+    PRESETS,
+    ModelShape,
+    TrialSpec,
+    head_shapes,
+    is_adaptable,
+    module_shape,
+    target_modules,
+)
 from agnews_lora.errors import BudgetError
 
 
 def head_parameters(head: str, shape: ModelShape) -> int:
     """Trainable parameters of the classifier: all of it (`full`), or its last layer alone (`out_proj`)."""
-    out_proj = shape.hidden_size * shape.num_labels + shape.num_labels
-    if head == "out_proj" or shape.family == "bert":  # BERT's classifier is one linear layer: its last is its only one
-        return out_proj
-    return shape.hidden_size * shape.hidden_size + shape.hidden_size + out_proj
+    layout = shape.layout
+    return sum(prod(sizes) for name, sizes in head_shapes(shape).items() if not layout.is_frozen(name, head))
 
 
 def parameters_per_rank(preset: str, shape: ModelShape) -> int:
-    """Parameters of one more rank: in + out, summed over the adapted matrices of all layers."""
-    return shape.num_layers * sum(sum(module_shape(module, shape)) for module in PRESETS[preset])
+    """Parameters of one more rank: in + out, summed over the adapted matrices of all layers.
+
+    Raises:
+        ConfigError: the base's family cannot adapt the preset.
+    """
+    return shape.num_layers * sum(sum(module_shape(module, shape)) for module in target_modules(preset, shape.family))
 
 
 def trainable_parameters(spec: TrialSpec, shape: ModelShape) -> int:
@@ -27,7 +40,9 @@ def trainable_parameters(spec: TrialSpec, shape: ModelShape) -> int:
 
 
 def max_rank(preset: str, head: str, shape: ModelShape, budget: int) -> int:
-    """The largest rank of a preset that fits the budget; 0 where even rank 1 does not fit."""
+    """The largest rank of a preset that fits the budget; 0 where even rank 1 does not fit, or the family lacks it."""
+    if not is_adaptable(preset, shape.family):
+        return 0
     room = budget - head_parameters(head, shape)
     return max(0, room // parameters_per_rank(preset, shape))
 

@@ -77,6 +77,7 @@ class Corpus:
         digest: SHA-256 (hex) over the labels and the training and the validation rows, order included.
         labels: names of the classes, by class id.
         best_accuracy: the best that any classifier can reach, where that is known.
+        clean: how the texts were cleaned, a name in `rows.CLEANING`; None: they stayed as they are.
     """
 
     train: TokenTable
@@ -87,6 +88,7 @@ class Corpus:
     train_rows: Rows
     validation_rows: Rows
     best_accuracy: float | None
+    clean: str | None = None
 
 
 def prepare(
@@ -109,6 +111,7 @@ def prepare(
         train_rows=splits.train,
         validation_rows=splits.validation,
         best_accuracy=newswire.BEST_ACCURACY if settings.source == "newswire" else None,
+        clean=None if settings.source == "newswire" else "ag_news",
     )
 
 

@@ -60,7 +60,7 @@ class TrainerEngine:
         self.base = base
         self.corpus = corpus
         self.settings = settings
-        self.labels = corpus.labels
+        self.labels, self.clean = corpus.labels, corpus.clean
         self.device = training_device()
         self.bf16 = computes_in_bf16(self.device, settings.precision)
 
@@ -372,10 +372,11 @@ class _TrialTraining(TrainerCallback):
         )
 
     def _result(self) -> TrialResult:
-        plan, base, steps, adapter = self.plan, self.engine.base, self.trainer.state.global_step, None
+        plan, engine, steps, adapter = self.plan, self.engine, self.trainer.state.global_step, None
+        base = engine.base
         if not self.pruned:
             adapter = plan.folder / "adapter"
-            record = record_of(plan.trial, plan.spec, base, self.engine.labels, self.settings.max_length)
+            record = record_of(plan.trial, plan.spec, base, engine.labels, self.settings.max_length, engine.clean)
             save_adapter(self.model, record, adapter)
         return TrialResult(
             trial=plan.trial,

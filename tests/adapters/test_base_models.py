@@ -113,8 +113,8 @@ def test_a_name_that_is_nothing_is_answered_with_the_names_that_are(unreachable)
 
 
 def test_another_family_is_refused_with_the_families_there_are(folder):
-    rewrite_config(folder, model_type="xlm-roberta")
-    assert "model_type 'xlm-roberta', not roberta or bert" in fault(folder)
+    rewrite_config(folder, model_type="mpnet")
+    assert "model_type 'mpnet', not bert, roberta, " in fault(folder)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "bert"}', '"bert"', "\xff"])

@@ -61,7 +61,7 @@ def write_adapter(
                 cpu = torch.device("cpu")
                 logits = predict_logits(model.eval(), centred_on, range(len(centred_on)), len(centred_on), cpu)
                 model.get_parameter(BIAS).sub_(torch.from_numpy(logits.mean(axis=0)))
-    save_adapter(model, record_of("t0007", spec, base, LABELS, MAX_LENGTH), folder)
+    save_adapter(model, record_of("t0007", spec, base, LABELS, MAX_LENGTH, "ag_news"), folder)
     return folder
 
 

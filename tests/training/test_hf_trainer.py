@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification, set_seed
 
 from agnews_lora.adapters.adapter_files import load_with_peft
 from agnews_lora.adapters.base_models import resolve
-from agnews_lora.adapters.spec import Family, TrialSpec
+from agnews_lora.adapters.families import Family
+from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.errors import TrainingError
 from agnews_lora.training import device
 from agnews_lora.training.data_order import batches
@@ -356,7 +357,7 @@ SCRIPT = """
 import json, os, sys, warnings
 from pathlib import Path
 
-from agnews_lora.cli import ENVIRONMENT
+from agnews_lora import ENVIRONMENT
 
 os.environ |= ENVIRONMENT
 warnings.simplefilter("ignore")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from agnews_lora.adapters.adapter_files import load_base, tensor_shapes
+from agnews_lora.adapters.adapter_files import load_base, record_of, tensor_shapes
 from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import TrialSpec
@@ -68,13 +68,13 @@ class MultiLoraEngine:
             )
         self.base = base
         self.settings = settings
-        self.labels = corpus.labels
+        self.labels, self.clean = corpus.labels, corpus.clean
         self.device = training_device()
         dtype = torch.bfloat16 if computes_in_bf16(self.device, settings.precision) else torch.float32
         encoder = Encoder(load_base(base, len(self.labels)), base.shape.family, self.device, dtype)
         flat = self.device.type == "cuda" and dtype == torch.bfloat16  # the only case that flash attention computes
-        self.train = DeviceTokens(corpus.train, self.device, flat)
-        self.validation = DeviceTokens(corpus.validation, self.device, flat)
+        self.train = DeviceTokens(corpus.train, self.device, flat, encoder.padding_id)
+        self.validation = DeviceTokens(corpus.validation, self.device, flat, encoder.padding_id)
         self.monitor = corpus.monitor
         self.lengths = corpus.train.lengths.tolist()
         self.model = MultiLoraModel(encoder, base.shape, slots or 1)
@@ -303,7 +303,9 @@ class _Run:
         trial, engine = self.running[slot], self.engine
         weights = self.model.slots.take(slot).weights
         try:
-            adapter = export_adapter(engine.base, trial.plan, engine.labels, self.settings.max_length, weights)
+            plan, max_length = trial.plan, self.settings.max_length
+            record = record_of(plan.trial, plan.spec, engine.base, engine.labels, max_length, engine.clean)
+            adapter = export_adapter(engine.base, plan, record, weights)
         except TRIAL_FAULTS as error:
             self._fail(slot, error)
         else:

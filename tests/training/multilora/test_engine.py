@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from agnews_lora.adapters.adapter_files import CONFIG, load_base, load_with_peft
-from agnews_lora.adapters.spec import PRESETS, Family, TrialSpec
+from agnews_lora.adapters.families import Family
+from agnews_lora.adapters.spec import PRESETS, TrialSpec
 from agnews_lora.errors import ConfigError, TrainingError
 from agnews_lora.training.interface import TrainSettings, TrialPlan, Verdict
 from agnews_lora.training.metrics import predict_logits
@@ -69,7 +70,15 @@ def train(
 
 
 @pytest.mark.parametrize(
-    ("family", "head", "targets", "log_every"), [("bert", "full", "all-linear", 1), ("roberta", "out_proj", "qv", 3)]
+    ("family", "head", "targets", "log_every"),
+    [
+        ("bert", "full", "all-linear", 1),
+        ("roberta", "out_proj", "qv", 3),
+        ("xlm-roberta", "full", "qkvo", 1),
+        ("camembert", "out_proj", "ffn", 1),
+        ("electra", "full", "all-linear", 1),
+        ("electra", "out_proj", "qkv", 1),
+    ],
 )
 def test_trains_as_the_reference_does(
     setups: dict[Family, TinySetup], tmp_path: Path, family: Family, head: str, targets: str, log_every: int
@@ -288,7 +297,7 @@ def test_slots_fill_most_of_the_free_memory(free_gib: int, slot_gib: int, expect
 
 def test_the_measured_step_goes_through_every_module_and_a_cpu_takes_one_slot(roberta: TinySetup) -> None:
     model = MultiLoraModel(Encoder(load_base(roberta.base, 4), "roberta", CPU, torch.float32), roberta.base.shape, 1)
-    tokens = DeviceTokens(roberta.corpus.train, CPU, flat=False)
+    tokens = DeviceTokens(roberta.corpus.train, CPU, flat=False, padding_id=1)
     place_heaviest(model)
     assert model.slots.ranks.keys() == set(PRESETS["all-linear"])
     heaviest_step(model, tokens, batch_size=8)
@@ -353,5 +362,5 @@ def test_a_gpu_takes_as_many_slots_as_its_memory_says(roberta: TinySetup) -> Non
     device = torch.device("cuda", 0)
     encoder = Encoder(load_base(roberta.base, 4), "roberta", device, torch.bfloat16)
     model = MultiLoraModel(encoder, roberta.base.shape, 1)
-    assert choose_slots(model, DeviceTokens(roberta.corpus.train, device, flat=True), 8) == MAX_SLOTS
+    assert choose_slots(model, DeviceTokens(roberta.corpus.train, device, flat=True, padding_id=1), 8) == MAX_SLOTS
     assert model.compiler.compiles and model.slots.specs == [None]

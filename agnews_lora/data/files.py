@@ -149,11 +149,11 @@ def rows_of(table: Table, ids: Mapping[str, int], cleaning: str | None) -> Rows:
             texts.append(usable_text(_joined(parts), cleaning))
         except TextFault as fault:
             faults.append((row, f"the text {fault}"))
-        if label in ids:
-            labels.append(ids[label])
-        elif label is None:
+        if label is None:
             wrong = f"the label is {_shown(value)}, no word" if isinstance(value, list | dict) else "it has no label"
             faults.append((row, wrong))
+        elif label in ids:
+            labels.append(ids[label])
         else:
             faults.append((row, f"the label {_shown(label)} is none of {_listed(ids)}"))
         if len(faults) >= _REPORTED:

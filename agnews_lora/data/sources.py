@@ -111,7 +111,7 @@ def prepare(
         train_rows=splits.train,
         validation_rows=splits.validation,
         best_accuracy=newswire.BEST_ACCURACY if settings.source == "newswire" else None,
-        clean=None if settings.source == "newswire" else "ag_news",
+        clean=settings.clean,
     )
 
 
@@ -157,7 +157,7 @@ def load(settings: DataSettings, seed: int) -> Splits:
     test: Rows | None = None
     if settings.source == "newswire":
         assert settings.rows is not None and settings.test_rows is not None, "an experiment says how many are generated"
-        labels = newswire.LABELS
+        labels: tuple[str, ...] = newswire.LABELS
         train, test = (
             newswire.generate(rows, split, seed)
             for rows, split in ((settings.rows, "train"), (settings.test_rows, "test"))
@@ -205,9 +205,10 @@ def describe(settings: DataSettings) -> dict[str, str]:
     """Provenance for runs and cards: the source and what pins it; file names without their folders."""
     if settings.source == "newswire":
         return {"source": "newswire", "rows": str(settings.rows), "test_rows": str(settings.test_rows)}
-    found = {"source": settings.source}
+    found: dict[str, str] = {"source": settings.source}
     if settings.source == "hub":
-        commit = hub.check_dataset(settings.dataset, settings.config, settings.revision, _HUB_REMEDY)
+        what = f"data set {settings.dataset}"
+        commit = hub.commit_of("dataset", settings.dataset, settings.revision, what, _HUB_REMEDY, DataError)
         found |= {"dataset": settings.dataset, "config": settings.config or "", "revision": commit}
     for split in SPLITS:
         value = getattr(settings, split)

@@ -271,7 +271,7 @@ def load_base(base: BaseModel, num_labels: int, dropout: float = 0.0) -> "torch.
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar of its own for reading some MB would tear the live table
-    model: torch.nn.Module
+    model: Any
     try:
         config = AutoConfig.from_pretrained(
             str(base.folder),

@@ -267,11 +267,11 @@ def load_base(base: BaseModel, num_labels: int, dropout: float = 0.0) -> "torch.
             adapter's file would carry, or have some that transformers does not compute.
     """
     import torch
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar of its own for reading some MB would tear the live table
-    model: Any
+    model: PreTrainedModel
     try:
         config = AutoConfig.from_pretrained(
             str(base.folder),

@@ -212,8 +212,8 @@ def _read_shape(name: str, folder: Path, num_labels: int) -> ModelShape:
     for key, value in layout.required.items():
         if (found := config.get(key)) not in (None, value):
             raise BaseModelError(
-                f"Cannot use base model {name}: {path} says {key} {found!r}, and transformers or the budget's count "
-                f"know {value!r} only. Take a model with {key} {value!r}."
+                f"Cannot use base model {name}: {path} says {key} {found!r}, and no engine trains that. Take a model "
+                f"with {key} {value!r}."
             )
     if family == "bert" and (names := _tensor_names(folder)) and not any("pooler.dense.weight" in n for n in names):
         family = "bert-no-pooler"

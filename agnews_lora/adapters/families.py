@@ -58,6 +58,7 @@ class Layout:
         counts_from_padding: whether the first position is the one behind `pad_token_id`, and tokens of that id have no
             position of their own.
         multilora: whether engine multilora computes this family.
+        note: said to the user of such a base.
     """
 
     model_type: str
@@ -75,6 +76,7 @@ class Layout:
     ffn_activation: str = "hidden_act"
     counts_from_padding: bool = False
     multilora: bool = True
+    note: str = ""
 
     def module_path(self, layer: int, module: str) -> str:
         """Path of a module below the classification model. module: its path below a layer."""
@@ -126,8 +128,8 @@ _TWO_LAYERS: Final = _linear("classifier.dense", _HIDDEN) | _linear("classifier.
 _ABSOLUTE: Final = {"position_embedding_type": "absolute", "is_decoder": False}
 
 
-def _bert(head: Mapping[str, Sizes], saved: tuple[str, ...] = ()) -> Layout:
-    return Layout("bert", "bert", head, "classifier", _BERT_MODULES, saved=saved, required=_ABSOLUTE)
+def _bert(head: Mapping[str, Sizes], saved: tuple[str, ...] = (), note: str = "") -> Layout:
+    return Layout("bert", "bert", head, "classifier", _BERT_MODULES, saved=saved, required=_ABSOLUTE, note=note)
 
 
 def _roberta(model_type: str, encoder: str = "roberta", activation: Literal["tanh", "gelu"] = "tanh") -> Layout:
@@ -147,7 +149,11 @@ LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType(
     {
         "bert": _bert(_ONE_LAYER),
         # Weights that a masked language model left: the pooler is a fresh layer of the head, as RoBERTa's `dense` is.
-        "bert-no-pooler": _bert(_linear("bert.pooler.dense", _HIDDEN) | _ONE_LAYER, saved=("pooler",)),
+        "bert-no-pooler": _bert(
+            _linear("bert.pooler.dense", _HIDDEN) | _ONE_LAYER,
+            saved=("pooler",),
+            note="its weights have no pooler: one is drawn from each trial's seed, as the first layer of the head",
+        ),
         "roberta": _roberta("roberta"),
         "xlm-roberta": _roberta("xlm-roberta"),
         "camembert": _roberta("camembert"),

@@ -7,6 +7,7 @@ the labels. The base is named by hub id and revision, never by a path.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from agnews_lora.adapters.base_models import WEIGHTS as BASE_WEIGHTS
 from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import (
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 RECORD = "adapter_record.json"
+
+# Tensors of an encoder that its classification model leaves out: a pooler that its head does not read, and buffers.
+_HARMLESS = re.compile(r"\.pooler\.dense\.(weight|bias)$|position_ids$|token_type_ids$|inv_freq$")
 
 
 @dataclass(frozen=True)
@@ -251,36 +256,64 @@ def load_with_peft(folder: Path, base: BaseModel) -> "PeftModel":
 
 
 def load_base(base: BaseModel, num_labels: int, dropout: float = 0.0) -> "torch.nn.Module":
-    """The base with a fresh, random classification head (from torch's global generator), fp32, on the CPU.
+    """The base's encoder under a fresh, random head (from torch's global generator), fp32, on the CPU.
+
+    Nothing else is taken from the folder: not its own head, no adapter beside it, no other loss than cross entropy.
 
     dropout: inside the base while training (hidden states, attention, classifier).
 
     Raises:
-        BaseModelError: weights that do not fill the configuration, the head aside: transformers would draw them at
-            random, and no adapter's file would carry them.
+        BaseModelError: the weights lack tensors of the encoder, which transformers would draw at random and no
+            adapter's file would carry, or have some that transformers does not compute.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar of its own for reading some MB would tear the live table
     model: torch.nn.Module
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        str(base.folder),
-        num_labels=num_labels,
-        dtype=torch.float32,
-        local_files_only=True,
-        use_safetensors=True,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        classifier_dropout=dropout,
-        ignore_mismatched_sizes=True,  # a head for other labels gives way to a fresh one
-        output_loading_info=True,
-    )
-    drawn = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    if strangers := sorted(name for name in drawn if not name.startswith("classifier.")):
-        raise BaseModelError(
-            f"Cannot load base model {base.name}: the weights in {base.folder} lack {strangers[0]} ({len(strangers)} "
-            "tensors in all) in the shape of its configuration. Take the weights that belong to it."
+    try:
+        config = AutoConfig.from_pretrained(
+            str(base.folder),
+            local_files_only=True,
+            num_labels=num_labels,
+            problem_type="single_label_classification",
+            **dict.fromkeys(base.shape.layout.dropouts, dropout),
         )
+        family: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+        model, info = family.from_pretrained(
+            None,  # a path would apply an adapter that lies in the folder
+            config=config,
+            state_dict=_encoder_tensors(base),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # named below
+            output_loading_info=True,
+        )
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise BaseModelError(
+            f"Cannot load base model {base.name}: transformers does not build a model of {base.folder} ({error}). "
+            "Copy or download it again."
+        ) from error
+    absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])} - base.shape.layout.head.keys()
+    unknown = {name for name in info["unexpected_keys"] if not _HARMLESS.search(name)}
+    for tensors, verb, remedy in (
+        (absent, "lack", " in the shape of its configuration. Take the weights that belong to it"),
+        (unknown, "hold", ", which transformers does not compute. Take another base model"),
+    ):
+        if tensors:
+            raise BaseModelError(
+                f"Cannot load base model {base.name}: the weights in {base.folder} {verb} {min(tensors)} "
+                f"({len(tensors)} tensors in all){remedy}."
+            )
     return model
+
+
+def _encoder_tensors(base: BaseModel) -> dict[str, "torch.Tensor"]:
+    """{name in the classification model: tensor} of the encoder alone, whatever model it was saved from."""
+    from safetensors.torch import load_file
+
+    prefix, head = f"{base.shape.layout.encoder}.", base.shape.layout.head
+    tensors = load_file(base.folder / BASE_WEIGHTS)
+    if not any(name.startswith(prefix) for name in tensors):  # saved from the encoder itself
+        tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix) and name not in head}

@@ -101,7 +101,7 @@ def finish(
         if winner is not None:
             answered = {name: drawn[name] for name in ANSWER_FIGURES}
             runs.page(winner.run_id).log_files(answered | thumbnails(answered, folder))
-        parent.log_table("leaderboard", leaderboard(result))
+        parent.log_table("leaderboard", result.frame())
         _describe(result, runs.page, registry, version, drawn)
         _mark_winner(result, runs)
         runs.close_parent(
@@ -183,19 +183,6 @@ def metrics_of(result: SweepResult) -> dict[str, float]:
     if mean is not None:
         found |= {f"confirmation/{name}": getattr(mean, name) for name in ("mean_accuracy", "std_accuracy", "drop")}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def leaderboard(result: SweepResult) -> pd.DataFrame:
-    """One row a trial, the best first."""
-    scores = ("trial", "state", "accuracy", "macro_f1", "loss", "trainable_parameters")
-    return pd.DataFrame(
-        [
-            {name: getattr(row, name) for name in scores}
-            | (row.spec.as_dict() if row.spec else {})
-            | {"baseline": row.baseline, "winner": row == result.winner, "run_id": row.run_id, "reason": row.reason}
-            for row in result.ranking
-        ]
-    )
 
 
 def write(result: SweepResult) -> Path:

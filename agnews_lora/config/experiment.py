@@ -180,10 +180,10 @@ class Experiment(Document):
         return DataSettings(**self.data.model_dump())
 
 
-def load_experiment(name: str) -> Experiment:
+def load_experiment(name: str | Path) -> Experiment:
     """The experiment of a name (`experiments/NAME.yaml` below the working directory), or of a path.
 
     Raises:
         ConfigError: no such file, or one with faults: all of them.
     """
-    return load(Experiment, locate("experiment", name, [FOLDER]))
+    return load(Experiment, locate("experiment", str(name), [FOLDER]))

@@ -174,10 +174,10 @@ def _third(trials: int) -> int:
     return max(1, trials // 3)
 
 
-def load_sweep(name: str) -> Sweep:
+def load_sweep(name: str | Path) -> Sweep:
     """The sweep of a name (`sweeps/NAME.yaml` below the working directory), or of a path, and its experiment.
 
     Raises:
         ConfigError: no such file, or one with faults: all of them, and those of its experiment.
     """
-    return load(Sweep, locate("sweep", name, [FOLDER]))
+    return load(Sweep, locate("sweep", str(name), [FOLDER]))

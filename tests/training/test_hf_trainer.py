@@ -357,7 +357,7 @@ SCRIPT = """
 import json, os, sys, warnings
 from pathlib import Path
 
-from agnews_lora.cli import ENVIRONMENT
+from agnews_lora import ENVIRONMENT
 
 os.environ |= ENVIRONMENT
 warnings.simplefilter("ignore")

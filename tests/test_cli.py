@@ -127,6 +127,41 @@ def test_budget_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert files(folder) == {"experiments/small.yaml", "sweeps/small.yaml"}
 
 
+def write_config(folder: Path, **fields: object) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+
+
+def test_a_head_above_the_budget_names_the_small_one_and_the_budget_that_would_do(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """roberta-large: 1,053,700 parameters in its head alone."""
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096}
+    write_config(folder / "large", model_type="roberta", **sizes)
+    write_project(folder, {"base": "large"}, {"budget": 1_000_000})
+    assert main(["budget", "small"]) == 0
+    said = capsys.readouterr().out
+    assert "head full takes 1,053,700" in said
+    assert "set `heads: [out_proj]` in `space`, or raise `budget` to at least 1,152,004" in said
+    assert "`heads: [out_proj]`" in refused(capsys, "sweep", "small")
+    write_project(folder, {"base": "large"}, {"budget": 1_000_000, "space.heads": ["out_proj"]})
+    assert main(["budget", "small"]) == 0
+    assert "fits no adapter" not in capsys.readouterr().out
+    assert "take `head: out_proj`, or a budget of at least 1,152,004" in refused(capsys, "sweep", "small")
+
+
+def test_presets_that_a_fused_matrix_does_not_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ModernBERT: left out of the default, and refused where the file names them."""
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 576}
+    write_config(folder / "modern", model_type="modernbert", **sizes)
+    write_project(folder, {"base": "modern"}, {"budget": 1_000_000})
+    assert main(["budget", "small", "--json"]) == 0
+    assert [row["preset"] for row in json.loads(capsys.readouterr().out)] == ["qkv", "qkvo", "ffn", "all-linear"]
+    assert "Cannot adapt qk alone on modernbert" in refused(capsys, "sweep", "small")  # the baseline's
+    write_project(folder, {"base": "modern"}, {"budget": 1_000_000, "space.targets": ["qv", "qkv"]})
+    assert "Cannot adapt qv alone on modernbert" in refused(capsys, "budget", "small")
+
+
 PROBE = """
 import resource, sys
 from agnews_lora.cli import main

@@ -128,7 +128,7 @@ def resolve(name: str, num_labels: int = 4, record: bool = False) -> BaseModel:
         remedy = _delete(folder)
     _require_files(name, str(folder), _names(folder))
     shape = _read_shape(name, folder, num_labels)
-    weights = _weights(name, folder)
+    weights = weight_files(name, folder)
     if missing := [file.name for file in weights if not file.is_file()]:
         raise BaseModelError(f"Cannot use base model {name}: {folder} lacks {', '.join(missing)}. {remedy}")
     digest = _digest(weights)
@@ -215,7 +215,7 @@ def _snapshot(what: str, hub_id: str, commit: str, remedy: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     cached = _cached(hub_id, commit)
-    if not _missing(_names(cached)) and all(file.is_file() for file in _weights(hub_id, cached)):
+    if not _missing(_names(cached)) and all(file.is_file() for file in weight_files(hub_id, cached)):
         return cached
     with hub.downloading(what, remedy):
         siblings = HfApi().model_info(hub_id, revision=commit).siblings or []
@@ -223,7 +223,7 @@ def _snapshot(what: str, hub_id: str, commit: str, remedy: str) -> Path:
         _require_files(hub_id, f"{hub_id} at {commit}", there)
         # The weights last, so that a download that was broken off is seen by their lack.
         folder = Path(snapshot_download(hub_id, revision=commit, allow_patterns=sorted(_SMALL_FILES & there)))
-        weights = [WEIGHTS] if WEIGHTS in there else [file.name for file in _weights(hub_id, folder)]
+        weights = [WEIGHTS] if WEIGHTS in there else [file.name for file in weight_files(hub_id, folder)]
         snapshot_download(hub_id, revision=commit, allow_patterns=weights)
     return folder
 
@@ -265,8 +265,12 @@ def _require_files(name: str, where: str, names: Collection[str]) -> None:
     raise BaseModelError(f"Cannot use base model {name}: {where} lacks {', '.join(missing)}. {remedy}")
 
 
-def _weights(name: str, folder: Path) -> list[Path]:
-    """Files of the weights: `model.safetensors`, or the shards that its index names."""
+def weight_files(name: str, folder: Path) -> list[Path]:
+    """Files of the weights: `model.safetensors`, or the shards that its index names.
+
+    Raises:
+        BaseModelError: there is neither, or the index is damaged.
+    """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     try:
@@ -311,8 +315,8 @@ def _read_shape(name: str, folder: Path, num_labels: int) -> ModelShape:
     for key, value in layout.required.items():
         if (found := config.get(key)) not in (None, value):
             raise BaseModelError(
-                f"Cannot use base model {name}: {path} says {key} {found!r}, and transformers or the budget's count "
-                f"know {value!r} only. Take a model with {key} {value!r}."
+                f"Cannot use base model {name}: {path} says {key} {found!r}, and no engine trains that. Take a model "
+                f"with {key} {value!r}."
             )
     if family == "bert" and (names := _tensor_names(folder)) and not any("pooler.dense.weight" in n for n in names):
         family = "bert-no-pooler"

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from agnews_lora import hub
 from agnews_lora.adapters import base_models
 from agnews_lora.adapters.adapter_files import load_base
+from agnews_lora.adapters.families import LAYOUTS
 from agnews_lora.adapters.spec import ModelShape
 from agnews_lora.errors import BaseModelError, NetworkError
 from tests import loopback_hub
@@ -60,7 +61,7 @@ def test_known_shapes_need_no_files():
     assert base_models.shape_of("roberta-base", num_labels=2).num_labels == 2
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", list(LAYOUTS))
 def test_a_directory_is_a_base(family, tmp_path):
     folder = tiny_base(tmp_path / "my-base", family)
     base = base_models.resolve(str(folder))
@@ -116,6 +117,23 @@ def test_a_name_that_is_nothing_is_answered_with_the_names_that_are(unreachable)
             with pytest.raises(BaseModelError) as impossible:
                 ask(name)
             assert f"{looked_for}, and no id of the hub either. Name a directory" in str(impossible.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("bert", "position_embedding_type", "relative_key"),
+        ("electra", "position_embedding_type", "relative_key_query"),
+        ("roberta", "is_decoder", True),
+        ("modernbert", "norm_bias", True),
+    ],
+)
+def test_a_base_that_no_engine_computes_is_refused(family, key, value, tmp_path):
+    folder = tiny_base(tmp_path / "base", family)
+    rewrite_config(folder, **{key: value})
+    for find in (base_models.shape_of, base_models.resolve):
+        with pytest.raises(BaseModelError, match=rf"says {key} {value!r}, and no engine trains that"):
+            find(str(folder))
 
 
 def test_another_family_is_refused_with_the_families_there_are(folder):

@@ -306,7 +306,6 @@ def load_base(base: BaseModel, num_labels: int, dropout: float = 0.0) -> "torch.
                 f"Cannot load base model {base.name}: the weights in {base.folder} {verb} {min(tensors)} "
                 f"({len(tensors)} tensors in all){remedy}."
             )
-    model.name_or_path = str(base.folder)  # PEFT looks there for the vocabulary, and on the hub if it is not known
     return model
 
 

@@ -403,3 +403,11 @@ def test_a_base_whose_configuration_is_anothers_is_refused(tmp_path: Path) -> No
     change_json(folder / "config.json", lambda fields: fields.update(intermediate_size=48))
     with pytest.raises(BaseModelError, match=r"lack .*\(6 tensors in all\) in the shape of its configuration"):
         load_base(resolve(str(folder)), len(LABELS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_dropout_of_a_base_is_the_one_asked_for(bases: dict[Family, BaseModel], family: Family) -> None:
+    for dropout in (0.0, 0.3):
+        modules = load_base(bases[family], len(LABELS), dropout).modules()
+        found = {module.p for module in modules if isinstance(module, torch.nn.Dropout)}
+        assert found <= {dropout} and (found or dropout == 0)

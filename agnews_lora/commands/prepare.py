@@ -103,7 +103,7 @@ def prepare(experiment: Experiment, engine: str = "auto", slots: int | None = No
         BaseModelError, DataError, NetworkError, StorageError: as the message says; nothing was written but the cache.
     """
     sources.check(experiment.data_settings)
-    base = resolve(experiment.base, num_labels=len(sources.label_names(experiment.data_settings)))
+    base = resolve(experiment.base, num_labels=len(sources.label_names(experiment.data_settings)), record=True)
     name, reason = check(experiment, base, engine, slots)
     settings = experiment.settings
     corpus = prepare_corpus(

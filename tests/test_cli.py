@@ -208,7 +208,7 @@ BAD_FILES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({}, {"slots": 0}, ["slots", "or equal to 1", "0"]),
     ({}, {"experiment": "smal"}, ["Cannot find experiment 'smal'", "Did you mean small"]),
     ({"adapter.rank": 2.5}, {}, ["adapter.rank", "valid integer", "2.5"]),
-    ({"data.source": "parquet"}, {}, ["data.source", "hub, csv, newswire", "'parquet'"]),
+    ({"data.source": "parquet"}, {}, ["data.source", "files, hub, newswire", "'parquet'"]),
     ({"training.epochs": None, "data.rows": None}, {}, ["data.rows", "Missing key"]),
 ]
 
@@ -243,13 +243,19 @@ def test_a_baseline_over_the_budget(folder: Path, capsys: pytest.CaptureFixture[
     assert not (folder / "mlruns").exists()
 
 
+AG_NEWS_FILES = {
+    **{"source": "files", "train": "train.csv", "test": "test.csv", "columns": ["class", "title", "text"]},
+    **{"text": ["title", "text"], "label": "class", "labels": ["World", "Sports", "Business", "Sci/Tech"]},
+}
+
+
 def test_an_enqueued_trial_over_the_budget_is_refused_before_any_data_is_read(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = optuna.create_study(storage=open_storage(folder / "mlruns"), study_name="small", direction="maximize")
     study.set_user_attr("sweep", "small")
     study.enqueue_trial({"targets": "qkv", "rank_share": 8 / 7})
-    write_project(folder, experiment={"data": {"source": "csv", "train": "absent.csv", "test": "absent.csv"}})
+    write_project(folder, experiment={"data": {**AG_NEWS_FILES, "train": "absent.csv"}})
     message = refused(capsys, "sweep", "small")
     assert "trial 0, enqueued in study small" in message
     assert "112,132 trainable parameters > budget 100,000" in message
@@ -264,7 +270,7 @@ def test_an_enqueued_trial_over_the_budget_is_refused_before_any_data_is_read(
         ('"1","A title","A text"\n"2","A title"\n', ["train.csv", "line 2"]),
         ('"1","",""\n', ["train.csv", "line 1", "text"]),
         ("", ["train.csv", "no rows"]),
-        (b"\xff\xfe\x00", ["train.csv", "UTF-8"]),
+        (b"\xff\xfe\x00", ["train.csv", "UTF-16", "UTF-8"]),
     ],
 )
 def test_a_bad_csv_file_is_refused(
@@ -274,7 +280,7 @@ def test_a_bad_csv_file_is_refused(
         data = content.encode() if isinstance(content, str) else content
         (folder / "train.csv").write_bytes(data)
         (folder / "test.csv").write_bytes(data)
-    write_project(folder, experiment={"data": {"source": "csv", "train": "train.csv", "test": "test.csv"}})
+    write_project(folder, experiment={"data": AG_NEWS_FILES})
     message = refused(capsys, "sweep", "small")
     assert all(word in message for word in words), message
     assert not (folder / "mlruns").exists()

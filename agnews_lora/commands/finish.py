@@ -151,7 +151,7 @@ def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
         base_revision=base.revision,
         shape=base.shape,
         budget=sweep.budget,
-        engine=sweep.engine,
+        engine=prepared.engine_name,
         seed=sweep.seed,
         planned_trials=sweep.trials,
         total_steps=prepared.total_steps,

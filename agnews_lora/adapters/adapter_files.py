@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from agnews_lora.adapters.base_models import WEIGHTS as BASE_WEIGHTS
-from agnews_lora.adapters.base_models import BaseModel
+from agnews_lora.adapters.base_models import BaseModel, weight_files
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import (
     ModelShape,
@@ -115,7 +114,10 @@ def save_adapter(model: "PeftModel", record: AdapterRecord, folder: Path) -> Non
         # PEFT writes down the folder that the base was loaded from, which another machine does not have.
         fields = json.loads((beside / CONFIG).read_text(encoding="utf-8"))
         _write_json(beside / CONFIG, fields | {"base_model_name_or_path": record.hub_id, "revision": record.revision})
-        _write_json(beside / RECORD, asdict(record))
+        names = dict(enumerate(record.labels))
+        ids = {name: index for index, name in names.items()}
+        # Under the names that transformers has for them, for those who load the adapter elsewhere.
+        _write_json(beside / RECORD, asdict(record) | {"id2label": names, "label2id": ids})
         verify(beside, get_peft_model_state_dict(model, save_embedding_layers=False))
         shutil.rmtree(folder, ignore_errors=True)
         beside.replace(folder)
@@ -186,6 +188,8 @@ def read_record(folder: Path) -> AdapterRecord:
         trainable_parameters(spec, shape)  # an unknown family or preset, or a size that is no number cannot be counted
         if fields.get("clean") not in (None, "ag_news"):
             raise ValueError(f"clean is {fields['clean']!r}")
+        for name in ("id2label", "label2id"):  # what `labels` says, for others
+            fields.pop(name, None)
         return AdapterRecord(**{**fields, "spec": spec, "shape": shape, "labels": tuple(fields["labels"])})
 
 
@@ -315,7 +319,8 @@ def _encoder_tensors(base: BaseModel) -> dict[str, "torch.Tensor"]:
     from safetensors.torch import load_file
 
     prefix, head = f"{base.shape.layout.encoder}.", base.shape.layout.head
-    tensors = load_file(base.folder / BASE_WEIGHTS)
+    files = weight_files(base.name, base.folder)
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     if not any(name.startswith(prefix) for name in tensors):  # saved from the encoder itself
         tensors = {prefix + name: tensor for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix) and name not in head}

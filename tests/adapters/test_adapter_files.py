@@ -29,7 +29,6 @@ from agnews_lora.adapters.adapter_files import (
     tensor_shapes,
     verify,
 )
-from agnews_lora.adapters.base_models import WEIGHTS as BASE_WEIGHTS
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.families import LAYOUTS, Family
@@ -303,9 +302,9 @@ def test_a_record_that_means_nothing_is_refused(adapter: Path, change: Callable[
 def changed(base: BaseModel, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> BaseModel:
     """A copy of a base whose tensors were changed."""
     shutil.copytree(base.folder, folder)
-    tensors = load_file(folder / BASE_WEIGHTS)
+    tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / BASE_WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return resolve(str(folder))
 
 

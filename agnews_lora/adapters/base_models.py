@@ -230,10 +230,7 @@ def _snapshot(what: str, hub_id: str, commit: str, remedy: str) -> Path:
 
 def _cached(hub_id: str, commit: str) -> Path:
     """Folder of a commit in the cache of the hub's client, which need not be there, or not whole."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=hub_id, repo_type="model"), "snapshots", commit)
+    return hub.cache_of("model", hub_id) / "snapshots" / commit
 
 
 def _names(folder: Path) -> set[str]:

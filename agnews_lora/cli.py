@@ -167,12 +167,12 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _promote(options: argparse.Namespace) -> int:
-    experiment = _loaded_sweep(options).experiment
+    sweep = _loaded_sweep(options)
     from agnews_lora.commands import promote
 
     if options.rollback:
-        return promote.rollback(experiment, options.tracking, options.json)
-    return promote.run(experiment, options.version, options.tracking, options.json)
+        return promote.rollback(sweep.experiment, options.tracking, options.json)
+    return promote.run(sweep, options.version, options.tracking, options.json)
 
 
 def _predict(options: argparse.Namespace) -> int:

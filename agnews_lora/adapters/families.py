@@ -54,6 +54,7 @@ class Layout:
         sizes: keys of hidden size, number of layers and intermediate size in `config.json`.
         dropouts: keys of every dropout in `config.json`.
         required: {key in `config.json`: the only value that is computed and counted}; an absent key is that value.
+        ffn_activation: key in `config.json` of the activation inside the feed-forward block.
         multilora: whether engine multilora computes this family.
     """
 
@@ -69,6 +70,7 @@ class Layout:
     sizes: tuple[str, str, str] = ("hidden_size", "num_hidden_layers", "intermediate_size")
     dropouts: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
     required: Mapping[str, Any] = field(default_factory=dict)
+    ffn_activation: str = "hidden_act"
     multilora: bool = True
 
     def module_path(self, layer: int, module: str) -> str:
@@ -157,6 +159,7 @@ LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType(
             saved=("pre_classifier",),
             sizes=("dim", "n_layers", "hidden_dim"),
             dropouts=("dropout", "attention_dropout", "seq_classif_dropout"),
+            ffn_activation="activation",
         ),
         "deberta-v2": Layout(
             "deberta-v2",
@@ -186,3 +189,17 @@ LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType(
     }
 )
 MODEL_TYPES: Final = tuple(dict.fromkeys(layout.model_type for layout in LAYOUTS.values()))
+
+
+def unknown_to_multilora(family: Family, config: Mapping[str, Any]) -> str | None:
+    """Name the property of a base that engine multilora does not compute, or None where it computes it all.
+
+    Args:
+        config: the contents of `config.json`.
+    """
+    layout = LAYOUTS[family]
+    if not layout.multilora:
+        return f"it does not know model_type {layout.model_type!r}"
+    if (activation := config.get(layout.ffn_activation, "gelu")) != "gelu":
+        return f"it does not know {layout.ffn_activation} {activation!r}"
+    return None

@@ -70,7 +70,15 @@ def train(
 
 
 @pytest.mark.parametrize(
-    ("family", "head", "targets", "log_every"), [("bert", "full", "all-linear", 1), ("roberta", "out_proj", "qv", 3)]
+    ("family", "head", "targets", "log_every"),
+    [
+        ("bert", "full", "all-linear", 1),
+        ("roberta", "out_proj", "qv", 3),
+        ("xlm-roberta", "full", "qkvo", 1),
+        ("camembert", "out_proj", "ffn", 1),
+        ("electra", "full", "all-linear", 1),
+        ("electra", "out_proj", "qkv", 1),
+    ],
 )
 def test_trains_as_the_reference_does(
     setups: dict[Family, TinySetup], tmp_path: Path, family: Family, head: str, targets: str, log_every: int

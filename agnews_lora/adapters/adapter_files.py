@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from agnews_lora.adapters.base_models import WEIGHTS as BASE_WEIGHTS
-from agnews_lora.adapters.base_models import BaseModel
+from agnews_lora.adapters.base_models import BaseModel, weight_files
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import (
     ModelShape,
@@ -267,11 +266,11 @@ def load_base(base: BaseModel, num_labels: int, dropout: float = 0.0) -> "torch.
             adapter's file would carry, or have some that transformers does not compute.
     """
     import torch
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar of its own for reading some MB would tear the live table
-    model: torch.nn.Module
+    model: PreTrainedModel
     try:
         config = AutoConfig.from_pretrained(
             str(base.folder),
@@ -294,6 +293,8 @@ def load_base(base: BaseModel, num_labels: int, dropout: float = 0.0) -> "torch.
             f"Cannot load base model {base.name}: transformers does not build a model of {base.folder} ({error}). "
             "Copy or download it again."
         ) from error
+    # PEFT looks for the configuration there as it saves, and would ask the hub where it has no path.
+    model.name_or_path = model.config._name_or_path = str(base.folder)
     absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])} - base.shape.layout.head.keys()
     unknown = {name for name in info["unexpected_keys"] if not _HARMLESS.search(name)}
     for tensors, verb, remedy in (
@@ -313,7 +314,8 @@ def _encoder_tensors(base: BaseModel) -> dict[str, "torch.Tensor"]:
     from safetensors.torch import load_file
 
     prefix, head = f"{base.shape.layout.encoder}.", base.shape.layout.head
-    tensors = load_file(base.folder / BASE_WEIGHTS)
+    files = weight_files(base.name, base.folder)
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     if not any(name.startswith(prefix) for name in tensors):  # saved from the encoder itself
         tensors = {prefix + name: tensor for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix) and name not in head}

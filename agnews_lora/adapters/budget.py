@@ -4,6 +4,7 @@ Equal to PEFT's own count (`model.get_nb_trainable_parameters()`) for every pres
 matrix [out, in] adds rank · (in + out) parameters (Hu et al. 2021, section 4.1), and the classifier trains beside it.
 """
 
+from dataclasses import replace
 from math import prod
 
 from agnews_lora.adapters.spec import (
@@ -61,8 +62,12 @@ def require_within_budget(spec: TrialSpec, shape: ModelShape, budget: int) -> in
 
 def breach(spec: TrialSpec, shape: ModelShape, budget: int, count: int) -> str:
     """Describe a breach of the budget: the numbers, and the largest rank that fits."""
-    fits = max_rank(spec.targets, spec.head, shape, budget)
-    remedy = f"the largest rank that fits is {fits}" if fits else "no rank of it fits: take another preset"
+    if fits := max_rank(spec.targets, spec.head, shape, budget):
+        remedy = f"the largest rank that fits is {fits}"
+    else:
+        other = "`head: out_proj`" if max_rank(spec.targets, "out_proj", shape, budget) else "another preset"
+        needed = trainable_parameters(replace(spec, rank=1), shape)
+        remedy = f"no rank of it fits: take {other}, or a budget of at least {needed:,}"
     configuration = f"rank {spec.rank} on {spec.targets}, head {spec.head}"
     return f"{count:,} trainable parameters > budget {budget:,} ({configuration}); {remedy}"
 
@@ -76,10 +81,20 @@ def feasible_ranks(presets: list[str], heads: list[str], shape: ModelShape, budg
     ranks = {(preset, head): max_rank(preset, head, shape, budget) for preset in presets for head in heads}
     feasible = {key: rank for key, rank in ranks.items() if rank}
     if not feasible:
-        cheapest = min(head_parameters(head, shape) + parameters_per_rank(preset, shape) for preset, head in ranks)
+        adaptable = [preset for preset in presets if is_adaptable(preset, shape.family)]
+
+        def cheapest(head: str) -> int:
+            return head_parameters(head, shape) + min(parameters_per_rank(preset, shape) for preset in adaptable)
+
+        needed, alone = min(map(cheapest, heads)), min(head_parameters(head, shape) for head in heads)
+        remedy = "set `heads: [out_proj]` in `space`"
+        if cheapest("out_proj") > budget:
+            remedy = (
+                f"offer a smaller preset in `space.targets` (presets: {', '.join(PRESETS)}; heads: {', '.join(HEADS)})"
+            )
         raise BudgetError(
-            f"budget {budget:,} fits no adapter: the cheapest of {', '.join(presets)} with head {' or '.join(heads)} "
-            f"needs {cheapest:,} trainable parameters at rank 1; raise `budget`, or offer a smaller preset in "
-            f"`space.targets` (presets: {', '.join(PRESETS)}; heads: {', '.join(HEADS)})"
+            f"budget {budget:,} fits no adapter: the cheapest of {', '.join(adaptable)} with head {' or '.join(heads)} "
+            f"needs {needed:,} trainable parameters at rank 1, {alone:,} of them in the head; {remedy}, or raise "
+            f"`budget` to at least {needed:,}"
         )
     return feasible

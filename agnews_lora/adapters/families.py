@@ -56,6 +56,7 @@ class Layout:
         required: {key in `config.json`: the only value that is computed and counted}; an absent key is that value.
         ffn_activation: key in `config.json` of the activation inside the feed-forward block.
         multilora: whether engine multilora computes this family.
+        note: said to the user of such a base.
     """
 
     model_type: str
@@ -72,6 +73,7 @@ class Layout:
     required: Mapping[str, Any] = field(default_factory=dict)
     ffn_activation: str = "hidden_act"
     multilora: bool = True
+    note: str = ""
 
     def module_path(self, layer: int, module: str) -> str:
         """Path of a module below the classification model. module: its path below a layer."""
@@ -123,8 +125,8 @@ _TWO_LAYERS: Final = _linear("classifier.dense", _HIDDEN) | _linear("classifier.
 _ABSOLUTE: Final = {"position_embedding_type": "absolute", "is_decoder": False}
 
 
-def _bert(head: Mapping[str, Sizes], saved: tuple[str, ...] = ()) -> Layout:
-    return Layout("bert", "bert", head, "classifier", _BERT_MODULES, saved=saved, required=_ABSOLUTE)
+def _bert(head: Mapping[str, Sizes], saved: tuple[str, ...] = (), note: str = "") -> Layout:
+    return Layout("bert", "bert", head, "classifier", _BERT_MODULES, saved=saved, required=_ABSOLUTE, note=note)
 
 
 def _roberta(model_type: str, encoder: str = "roberta", activation: Literal["tanh", "gelu"] = "tanh") -> Layout:
@@ -143,7 +145,11 @@ LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType(
     {
         "bert": _bert(_ONE_LAYER),
         # Weights that a masked language model left: the pooler is a fresh layer of the head, as RoBERTa's `dense` is.
-        "bert-no-pooler": _bert(_linear("bert.pooler.dense", _HIDDEN) | _ONE_LAYER, saved=("pooler",)),
+        "bert-no-pooler": _bert(
+            _linear("bert.pooler.dense", _HIDDEN) | _ONE_LAYER,
+            saved=("pooler",),
+            note="its weights have no pooler: one is drawn from each trial's seed, as the first layer of the head",
+        ),
         "roberta": _roberta("roberta"),
         "xlm-roberta": _roberta("xlm-roberta"),
         "camembert": _roberta("camembert"),

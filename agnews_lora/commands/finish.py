@@ -31,7 +31,7 @@ from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, draw, thumbna
 from agnews_lora.search import space
 from agnews_lora.search.results import Answers, SweepFacts, SweepResult
 from agnews_lora.serving import reload
-from agnews_lora.serving.model_package import Winner, register, registration_of
+from agnews_lora.serving.model_package import Winner, locator, register, registration_of
 from agnews_lora.tracking.descriptions import (
     Pages,
     model_description,
@@ -90,9 +90,11 @@ def finish(
     with TemporaryDirectory() as name:
         folder = Path(name)
         if winner is not None:
-            logits = cache(partial(_logits, runs.client, prepared, folder))
-            version = _register(result, sweep, prepared, runs, registry, folder, logits)
-            answers = _known_answers(result) or _answer(result, prepared.corpus, runs, folder, logits)
+            adapter = _adapter(runs.client, folder, winner.run_id)
+            base, validation = locator(prepared.base), prepared.corpus.validation
+            logits = cache(lambda: reload.reload(adapter, base, validation))
+            version = _register(result, sweep, prepared, runs, registry, adapter, logits)
+            answers = _known_answers(result) or _answer(result, prepared, runs, folder, logits)
             result = replace(result, answers=answers, registration=registration_of(registry, version))
         result = replace(result, wall_seconds=wall_seconds + time.perf_counter() - began)
         curves = {row.trial: runs.curve(row.trial) for row in result.trials}
@@ -203,12 +205,9 @@ def _stored(text: str | None) -> SweepResult | None:
 # The winner ----------------------------------------------------------------------------------------------------------
 
 
-def _logits(client: MlflowClient, prepared: Prepared, folder: Path, run_id: str) -> Logits:
-    """Of the adapter that a run has, on the validation split, by plain PEFT in fp32."""
-    return reload.logits(_adapter(client, folder, run_id), prepared.base, prepared.corpus.validation)
-
-
-def _adapter(client: MlflowClient, folder: Path, run_id: str) -> Path:
+def _adapter(client: MlflowClient, folder: Path, run_id: str | None) -> Path:
+    """A run's adapter, in a folder of its own below `folder`."""
+    assert run_id is not None, "a trial that ended has its run"
     to = folder / run_id
     to.mkdir(exist_ok=True)
     uri = client.tracking_uri
@@ -221,18 +220,20 @@ def _register(
     prepared: Prepared,
     runs: SweepRuns,
     registry: Registry,
-    folder: Path,
-    logits: Callable[[str], Logits],
+    adapter: Path,
+    logits: Callable[[], Logits],
 ) -> Version:
     winner, mean, experiment = result.winner, result.confirmation, sweep.experiment
     assert winner is not None and winner.run_id is not None, "a trial that ended has its run"
+    assert winner.accuracy is not None and winner.loss is not None, "a trial that ended has its scores"
+    scores = winner.accuracy, winner.loss
     version = register(
         registry,
-        Winner(winner.run_id, _adapter(runs.client, folder, winner.run_id), sweep.name, result.study, sweep.budget),
+        Winner(winner.run_id, adapter, sweep.name, result.study, sweep.budget, *scores),
         prepared.base,
         prepared.corpus,
         sources.describe(experiment.data_settings),
-        partial(logits, winner.run_id),
+        logits,
     )
     if mean is not None:
         tags = {"seeds": len(mean.runs), "mean_accuracy": mean.mean_accuracy, "std_accuracy": mean.std_accuracy}
@@ -257,15 +258,16 @@ def _known_answers(result: SweepResult) -> Answers | None:
 
 
 def _answer(
-    result: SweepResult, corpus: Corpus, runs: SweepRuns, folder: Path, logits: Callable[[str], Logits]
+    result: SweepResult, prepared: Prepared, runs: SweepRuns, folder: Path, logits: Callable[[], Logits]
 ) -> Answers:
     """How the winner answers. Every prediction, and the table of mistakes, are put on its run."""
-    winner, baseline = result.winner, result.baseline
-    assert winner is not None and winner.run_id is not None, "a trial that ended has its run"
+    winner, baseline, corpus = result.winner, result.baseline, prepared.corpus
+    assert winner is not None
     other = None
     if baseline is not None and baseline.run_id is not None and find_run(runs.client, baseline.run_id):
-        other = logits(baseline.run_id).argmax(axis=-1)
-    probabilities = softmax(logits(winner.run_id).astype(np.float64), axis=-1)
+        adapter = _adapter(runs.client, folder, baseline.run_id)
+        other = reload.logits(adapter, prepared.base, corpus.validation).argmax(axis=-1)
+    probabilities = softmax(logits().astype(np.float64), axis=-1)
     tfidf = tfidf_accuracy(corpus.train_rows, corpus.validation_rows)
     answers = replace(answers_of(probabilities, corpus, other), tfidf_accuracy=tfidf)
     page, names = runs.page(winner.run_id), np.asarray(corpus.labels)

@@ -116,6 +116,8 @@ def run_sweep(
         require_feasible(sweep, shape, storage, new)
         client = open_client(tracking) if tracking else None
         prepared = prepare(sweep.experiment)
+        if prepared.base.shape != shape:  # downloaded only now, its weights turned out to have no pooler
+            require_feasible(sweep, prepared.base.shape, storage, new)
         with keys.sole_driver(WORK / sweep.name, sweep.name):
             runs = SweepRuns(
                 client or open_client(STORES),
@@ -266,6 +268,8 @@ class _Start:
             num_trials=num_trials,
         )
         with Progress(total_trials=num_trials, ended=ended, quiet=self.quiet, **shown) as screen:
+            if note := self.prepared.base.shape.layout.note:
+                screen.message(f"{sweep.experiment.base}: {note}")
             if shown.get("confirms"):
                 screen.announce("Confirming the best trials: each is trained again with other seeds.")
             driver = Driver(study, search, self.runs, screen, self.folder, stop, self.patience)
@@ -357,8 +361,9 @@ def require_feasible(sweep: Sweep, shape: ModelShape, storage: str | None, new: 
 
     Raises:
         BudgetError: one of them breaks the budget, or no preset fits it.
+        ConfigError: the base's family does not have a preset that the file names.
     """
-    feasible_ranks(list(sweep.space.targets), list(sweep.space.heads), shape, sweep.budget)
+    feasible_ranks(sweep.space.presets(shape.family), list(sweep.space.heads), shape, sweep.budget)
     with _blamed(f"experiment {sweep.experiment.name}, the baseline of {sweep.name}"):
         require_within_budget(sweep.experiment.spec, shape, sweep.budget)
     where: Path | str = storage or STORES

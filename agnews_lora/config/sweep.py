@@ -14,7 +14,8 @@ from pydantic import (
     model_validator,
 )
 
-from agnews_lora.adapters.spec import PRESETS
+from agnews_lora.adapters.families import Family
+from agnews_lora.adapters.spec import PRESETS, is_adaptable, target_modules
 from agnews_lora.config import experiment as experiments
 from agnews_lora.config.experiment import Count, Experiment, Head, LearningRate, Preset, Probability, Seed
 from agnews_lora.config.yaml import Document, Settings, load, locate, shown
@@ -68,6 +69,17 @@ class Space(Settings):
     """Dropout on the adapter's input."""
     learning_rate: Range[LearningRate]
     """Peak of the schedule, searched in its logarithm."""
+
+    def presets(self, family: Family) -> list[str]:
+        """The presets of `targets` that a family of encoders has.
+
+        Raises:
+            ConfigError: the file names one that it does not have.
+        """
+        if "targets" in self.model_fields_set:
+            for preset in self.targets:
+                target_modules(preset, family)
+        return [preset for preset in self.targets if is_adaptable(preset, family)]
 
 
 class Sampler(Settings):

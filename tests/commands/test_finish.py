@@ -14,13 +14,17 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from agnews_lora.cli import main
 from agnews_lora.commands.finish import answers_of
 from agnews_lora.data.newswire import LABELS
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES
 from agnews_lora.search.results import SweepResult
+from agnews_lora.serving import model_package
 from agnews_lora.tracking.runs import MAX_DESCRIPTION
 from agnews_lora.tracking.store import open_client
-from tests.project import agnews_lora
+from agnews_lora.training.multilora.trial_state import TrialState
+from tests.project import agnews_lora, write_project
+from tests.tiny import tiny_base
 
 NOTE = "mlflow.note.content"
 DRAWN = set(FIGURES) - {"parameter_importance.png"}  # three trials are too few for it
@@ -169,6 +173,29 @@ def test_finishing_again_computes_nothing_anew_and_tells_of_a_winner_that_was_ov
     kept = Path(client.download_artifacts(winner.info.run_id, "predictions.csv")).stat().st_mtime_ns
     assert kept == written
     assert len(client.get_run(before.info.run_id).outputs.model_outputs) == 1
+
+
+def test_an_engine_that_computes_something_else_registers_nothing_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its training is sound, its scores are of other labels; mended, the same sweep registers what it has trained."""
+    base = str(tiny_base(tmp_path / "tiny-bert", "bert"))
+    monkeypatch.chdir(write_project(tmp_path, experiment={"base": base}, sweep={"trials": 1}))
+    with monkeypatch.context() as broken:
+        score = TrialState.score
+        broken.setattr(TrialState, "score", lambda self, logits, labels, seconds: score(self, -logits, labels, seconds))
+        assert main(["sweep", "small", "--json"]) == 2
+    client = open_client(tmp_path / "mlruns")
+    message, run = capsys.readouterr().err, find(client, "tags.kind = 'trial'")[0]
+    scores = run.data.metrics["eval/accuracy"], run.data.metrics["eval/loss"]
+    assert f"but accuracy {scores[0]:.2%} and loss {scores[1]:.4g} by the engine" in message
+    assert client.search_model_versions("name = 'small'") == [] and run.info.status == "FINISHED"
+    assert parent_of(client).info.status != "FINISHED"
+    study_scores = client.get_metric_history(run.info.run_id, "eval/accuracy")
+    monkeypatch.setattr(model_package, "require_reported", lambda *given: None)
+    assert main(["sweep", "small", "--json"]) == 0
+    assert len(client.search_model_versions("name = 'small'")) == 1
+    assert client.get_metric_history(run.info.run_id, "eval/accuracy") == study_scores, "nothing is trained again"
 
 
 # Answers -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,10 @@ from agnews_lora.errors import ConfigError
 from tests.config.conftest import Write
 
 ROOT = Path(__file__).resolve().parents[2]
-EXPERIMENT = "base: b\ndata: {source: hub}\nadapter: {targets: qv, rank: 8, alpha: 16, learning_rate: 1e-3}\n"
+EXPERIMENT = (
+    "base: b\ndata: {source: hub, dataset: a/b, text: text, label: label}\n"
+    "adapter: {targets: qv, rank: 8, alpha: 16, learning_rate: 1e-3}\n"
+)
 SPACE = "space: {learning_rate: {low: 1e-4, high: 1e-3}}\n"
 PRESET_NAMES = "'qk', 'qv', 'qkv', 'qkvo', 'ffn' or 'all-linear'"
 SMALLEST = f"experiment: mine\n{SPACE}trials: 12\n"

@@ -1,6 +1,6 @@
 """The slots' part of a forward pass: low-rank updates beside the frozen products, and one head a slot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,8 @@ from agnews_lora.training.multilora.encoder import LayerUpdates
 from agnews_lora.training.multilora.packing import PackedBatch, on_device
 from agnews_lora.training.multilora.slots import MODULES, Slots
 
-ACTIVATIONS = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}  # between the layers of the head
+# Between the layers of the head.
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}
 NUMBERS = {module: number for number, module in enumerate(MODULES)}
 
 

@@ -73,11 +73,14 @@ def train(
     ("family", "head", "targets", "log_every"),
     [
         ("bert", "full", "all-linear", 1),
+        ("bert-no-pooler", "full", "qv", 1),
         ("roberta", "out_proj", "qv", 3),
         ("xlm-roberta", "full", "qkvo", 1),
         ("camembert", "out_proj", "ffn", 1),
         ("electra", "full", "all-linear", 1),
         ("electra", "out_proj", "qkv", 1),
+        ("distilbert", "full", "all-linear", 1),
+        ("distilbert", "out_proj", "ffn", 1),
     ],
 )
 def test_trains_as_the_reference_does(

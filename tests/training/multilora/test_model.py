@@ -76,7 +76,7 @@ def own_gradients(slots: Slots, gradients: torch.Tensor, slot: int) -> dict[str,
     return {name: part.clone() for name, part in slots.tensors(gradients[slot], spec)}
 
 
-OTHERS: list[Family] = ["xlm-roberta", "camembert", "electra"]
+OTHERS: list[Family] = ["bert-no-pooler", "xlm-roberta", "camembert", "electra", "distilbert"]
 # Each preset, head and layout with each family.
 CASES = [
     ("roberta", "full", "all-linear", False),

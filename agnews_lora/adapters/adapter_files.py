@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from agnews_lora.adapters.base_models import WEIGHTS as BASE_WEIGHTS
-from agnews_lora.adapters.base_models import BaseModel
+from agnews_lora.adapters.base_models import BaseModel, weight_files
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import (
     ModelShape,
@@ -307,7 +306,6 @@ def load_base(base: BaseModel, num_labels: int, dropout: float = 0.0) -> "torch.
                 f"Cannot load base model {base.name}: the weights in {base.folder} {verb} {min(tensors)} "
                 f"({len(tensors)} tensors in all){remedy}."
             )
-    model.name_or_path = str(base.folder)  # PEFT looks there for the vocabulary, and on the hub if it is not known
     return model
 
 
@@ -316,7 +314,8 @@ def _encoder_tensors(base: BaseModel) -> dict[str, "torch.Tensor"]:
     from safetensors.torch import load_file
 
     prefix, head = f"{base.shape.layout.encoder}.", base.shape.layout.head
-    tensors = load_file(base.folder / BASE_WEIGHTS)
+    files = weight_files(base.name, base.folder)
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     if not any(name.startswith(prefix) for name in tensors):  # saved from the encoder itself
         tensors = {prefix + name: tensor for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix) and name not in head}

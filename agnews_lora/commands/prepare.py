@@ -92,7 +92,7 @@ def prepare(experiment: Experiment) -> Prepared:
         BaseModelError, DataError, NetworkError, StorageError: as the message says; nothing was written but the cache.
     """
     sources.check(experiment.data_settings)
-    base = resolve(experiment.base, num_labels=len(sources.label_names(experiment.data_settings)))
+    base = resolve(experiment.base, num_labels=len(sources.label_names(experiment.data_settings)), record=True)
     settings = experiment.settings
     corpus = prepare_corpus(
         experiment.data_settings, experiment.seed, base.folder, settings.max_length, settings.eval_rows, TOKENS

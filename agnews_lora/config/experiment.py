@@ -244,7 +244,8 @@ class Experiment(Document):
     """The experiment that `train` trains, and the baseline of a sweep."""
 
     base: Text
-    """Base model: roberta-base, embedded:minilm, or a directory (from the working directory)."""
+    """Base model: roberta-base, embedded:minilm, a directory (from the working directory), or a model of the hub by its
+    id: owner/name, or owner/name@revision."""
     data: Annotated[FilesData | HubData | NewswireData, Field(discriminator="source")]
     """Rows to train, validate and test on."""
     adapter: Adapter

@@ -366,7 +366,8 @@ def register(
 
 def locator(base: BaseModel) -> str:
     """What finds the base again on this machine, from any working directory: its name, or its folder."""
-    return base.name if base.name in KNOWN else str(base.folder)
+    pinned = base.name in KNOWN or base.name == f"{base.hub_id}@{base.revision}"
+    return base.name if pinned else str(base.folder)
 
 
 def _write_package(

@@ -29,7 +29,6 @@ from agnews_lora.adapters.adapter_files import (
     tensor_shapes,
     verify,
 )
-from agnews_lora.adapters.base_models import WEIGHTS as BASE_WEIGHTS
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.families import LAYOUTS, Family
@@ -303,9 +302,9 @@ def test_a_record_that_means_nothing_is_refused(adapter: Path, change: Callable[
 def changed(base: BaseModel, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> BaseModel:
     """A copy of a base whose tensors were changed."""
     shutil.copytree(base.folder, folder)
-    tensors = load_file(folder / BASE_WEIGHTS)
+    tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / BASE_WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return resolve(str(folder))
 
 
@@ -404,3 +403,11 @@ def test_a_base_whose_configuration_is_anothers_is_refused(tmp_path: Path) -> No
     change_json(folder / "config.json", lambda fields: fields.update(intermediate_size=48))
     with pytest.raises(BaseModelError, match=r"lack .*\(6 tensors in all\) in the shape of its configuration"):
         load_base(resolve(str(folder)), len(LABELS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_dropout_of_a_base_is_the_one_asked_for(bases: dict[Family, BaseModel], family: Family) -> None:
+    for dropout in (0.0, 0.3):
+        modules = load_base(bases[family], len(LABELS), dropout).modules()
+        found = {module.p for module in modules if isinstance(module, torch.nn.Dropout)}
+        assert found <= {dropout} and (found or dropout == 0)

@@ -9,7 +9,7 @@ from rich.table import Table
 from agnews_lora.adapters.base_models import resolve
 from agnews_lora.config.experiment import Experiment
 from agnews_lora.data import sources
-from agnews_lora.data.profile import PERCENTILES, profile
+from agnews_lora.data.profile import profile, profile_sentence, profile_table
 from agnews_lora.data.tokens import tokenise
 from agnews_lora.errors import BaseModelError, DataError, NetworkError
 from agnews_lora.paths import TOKENS
@@ -45,26 +45,14 @@ def run(experiment: Experiment, as_json: bool) -> int:
 
 
 def _show(name: str, found: dict[str, Any]) -> None:
-    console, rows = Console(highlight=False, markup=False), found["rows"]
-    console.print(f"{name}: {sum(rows.values()):,} rows of {len(found['classes'])} classes")
+    console = Console(highlight=False, markup=False)
     view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    view.add_column("rows")
-    for split in rows:
+    view.add_column(name)
+    for split in found["rows"]:
         view.add_column(split, justify="right")
-    classes = sorted(found["classes"].items(), key=lambda entry: -entry[1]["train"])
-    for label, counts in classes[:MAX_CLASSES]:
-        view.add_row(label, *(f"{counts[split]:,}" for split in rows))
-    if len(classes) > MAX_CLASSES:
-        view.add_row(f"{len(classes) - MAX_CLASSES} smaller classes")
-    view.add_row("all", *(f"{count:,}" for count in rows.values()), end_section=True)
-    view.add_row("repeated texts", *(f"{found['duplicates'][split]:,}" for split in rows))
-    for each in (*PERCENTILES, "cut"):
-        tokens = [found["tokens"].get(split, {}).get(each) for split in rows]
-        form = "{:.1%}" if each == "cut" else "{:,.0f}"
-        title = f"over {found['max_length']}, so cut" if each == "cut" else f"tokens, {each}"
-        view.add_row(title, *("?" if value is None else form.format(value) for value in tokens))
+    for row in profile_table(found, MAX_CLASSES):
+        view.add_row(*row)
     console.print(view)
-    shared = ", ".join(f"{count:,} of {pair.replace('-', ' and ')}" for pair, count in found["shared"].items())
-    console.print(f"shared rows: {shared}; rows whose text has another label elsewhere: {found['conflicting']:,}")
+    console.print(profile_sentence(found))
     for warning in found["warnings"]:
         console.print(f"warning: {warning}")

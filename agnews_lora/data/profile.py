@@ -16,6 +16,7 @@ from agnews_lora.errors import DataError
 MAX_SHARED: Final = 0.01  # share of the test rows that may be among the others
 CUT: Final = 0.05  # share of rows that are cut, above which it is said
 PERCENTILES: Final = {"median": 50, "p90": 90, "p99": 99, "max": 100}
+TOTAL: Final = "(all)"
 
 Profile = Mapping[str, Any]
 
@@ -74,6 +75,32 @@ def profile(
         "shared": shared_rows(splits),
     }
     return found | {"warnings": _warnings(found)}
+
+
+def profile_table(found: Profile, most: int) -> list[list[str]]:
+    """Rows to show: a title, and a value for each split. most: classes that are shown, the largest ones."""
+    names, classes = list(found["rows"]), sorted(found["classes"].items(), key=lambda each: -each[1]["train"])
+    shown = [[label, *(f"{counts[name]:,}" for name in names)] for label, counts in classes[:most]]
+    if len(classes) > most:
+        shown.append([f"({len(classes) - most} smaller classes)", *("" for _ in names)])
+    shown.append([TOTAL, *(f"{count:,}" for count in found["rows"].values())])
+    shown.append(["texts that repeat another", *(f"{count:,}" for count in found["duplicates"].values())])
+    for part in (*PERCENTILES, "cut"):
+        lengths = [found["tokens"].get(name, {}).get(part) for name in names]
+        title, form = (
+            (f"over {found['max_length']} tokens, so cut", "{:.1%}") if part == "cut" else (f"tokens, {part}", "{:,}")
+        )
+        shown.append([title, *("–" if each is None else form.format(each) for each in lengths)])
+    return shown
+
+
+def profile_sentence(found: Profile) -> str:
+    """What is said of all rows together."""
+    shared = ", ".join(f"{count:,} of {pair.replace('-', ' and ')}" for pair, count in found["shared"].items())
+    return (
+        f"{sum(found['rows'].values()):,} rows of {len(found['classes'])} classes. Shared rows: {shared}. Rows whose "
+        f"text stands with another label as well: {found['conflicting']:,}."
+    )
 
 
 def _lengths(table: TokenTable, max_length: int) -> dict[str, float]:

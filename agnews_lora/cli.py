@@ -91,8 +91,9 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--merged", action="store_true", help="with the adapter merged into the base's weights: faster")
     serve.add_argument("--port", type=_port, default=5001, metavar="PORT", help="on loopback (5001)")
 
-    export = add(_export, "write the champion as a PEFT folder", "export --to exported")
+    export = add(_export, "write the champion as a PEFT folder, or as a whole model", "export --to exported")
     export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
+    export.add_argument("--merged", action="store_true", help="a whole model, for `transformers.pipeline`")
 
     budget = add(_budget, "show the largest rank of each preset that fits", "budget agnews --json")
 
@@ -196,7 +197,7 @@ def _export(options: argparse.Namespace) -> int:
     experiment = _loaded_sweep(options).experiment
     from agnews_lora.commands import predict
 
-    return predict.export(experiment, options.to, options.tracking, options.json)
+    return predict.export(experiment, options.to, options.merged, options.tracking, options.json)
 
 
 def _budget(options: argparse.Namespace) -> int:

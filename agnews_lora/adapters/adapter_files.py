@@ -114,7 +114,10 @@ def save_adapter(model: "PeftModel", record: AdapterRecord, folder: Path) -> Non
         # PEFT writes down the folder that the base was loaded from, which another machine does not have.
         fields = json.loads((beside / CONFIG).read_text(encoding="utf-8"))
         _write_json(beside / CONFIG, fields | {"base_model_name_or_path": record.hub_id, "revision": record.revision})
-        _write_json(beside / RECORD, asdict(record))
+        names = dict(enumerate(record.labels))
+        ids = {name: index for index, name in names.items()}
+        # Under the names that transformers has for them, for those who load the adapter elsewhere.
+        _write_json(beside / RECORD, asdict(record) | {"id2label": names, "label2id": ids})
         verify(beside, get_peft_model_state_dict(model, save_embedding_layers=False))
         shutil.rmtree(folder, ignore_errors=True)
         beside.replace(folder)
@@ -185,6 +188,8 @@ def read_record(folder: Path) -> AdapterRecord:
         trainable_parameters(spec, shape)  # an unknown family or preset, or a size that is no number cannot be counted
         if fields.get("clean") not in (None, "ag_news"):
             raise ValueError(f"clean is {fields['clean']!r}")
+        for name in ("id2label", "label2id"):  # what `labels` says, for others
+            fields.pop(name, None)
         return AdapterRecord(**{**fields, "spec": spec, "shape": shape, "labels": tuple(fields["labels"])})
 
 

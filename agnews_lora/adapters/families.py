@@ -55,6 +55,8 @@ class Layout:
         dropouts: keys of every dropout in `config.json`.
         required: {key in `config.json`: the only value that is computed and counted}; an absent key is that value.
         ffn_activation: key in `config.json` of the activation inside the feed-forward block.
+        counts_from_padding: whether the first position is the one behind `pad_token_id`, and tokens of that id have no
+            position of their own.
         multilora: whether engine multilora computes this family.
         note: said to the user of such a base.
     """
@@ -72,6 +74,7 @@ class Layout:
     dropouts: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
     required: Mapping[str, Any] = field(default_factory=dict)
     ffn_activation: str = "hidden_act"
+    counts_from_padding: bool = False
     multilora: bool = True
     note: str = ""
 
@@ -138,6 +141,7 @@ def _roberta(model_type: str, encoder: str = "roberta", activation: Literal["tan
         _BERT_MODULES,
         activation=activation,
         required=_ABSOLUTE,
+        counts_from_padding=encoder == "roberta",
     )
 
 
@@ -197,15 +201,18 @@ LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType(
 MODEL_TYPES: Final = tuple(dict.fromkeys(layout.model_type for layout in LAYOUTS.values()))
 
 
-def unknown_to_multilora(family: Family, config: Mapping[str, Any]) -> str | None:
-    """Name the property of a base that engine multilora does not compute, or None where it computes it all.
+def unknown_to_multilora(family: Family, config: Mapping[str, Any], base_dropout: float) -> str | None:
+    """Say what engine multilora does not compute of a base and its training, or None where it computes all.
 
     Args:
         config: the contents of `config.json`.
+        base_dropout: dropout inside the base.
     """
     layout = LAYOUTS[family]
     if not layout.multilora:
-        return f"it does not know model_type {layout.model_type!r}"
+        return f"multilora does not compute model_type {layout.model_type!r}"
     if (activation := config.get(layout.ffn_activation, "gelu")) != "gelu":
-        return f"it does not know {layout.ffn_activation} {activation!r}"
+        return f"multilora does not compute {layout.ffn_activation} {activation!r}, but 'gelu' only"
+    if base_dropout > 0:
+        return f"multilora has no dropout inside the base, but base_dropout is {base_dropout}"
     return None

@@ -32,6 +32,7 @@ from agnews_lora.search import space
 from agnews_lora.search.results import Answers, SweepFacts, SweepResult
 from agnews_lora.serving import reload
 from agnews_lora.serving.model_package import Winner, locator, register, registration_of
+from agnews_lora.serving.predict import free_name
 from agnews_lora.tracking.descriptions import (
     Pages,
     model_description,
@@ -150,7 +151,7 @@ def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
         base_revision=base.revision,
         shape=base.shape,
         budget=sweep.budget,
-        engine=sweep.engine,
+        engine=prepared.engine_name,
         seed=sweep.seed,
         planned_trials=sweep.trials,
         total_steps=prepared.total_steps,
@@ -170,6 +171,7 @@ def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
         heads=tuple(sweep.space.heads),
         adapter=experiment.spec,
         confirmation=sweep.confirmation.model_dump() if sweep.confirmation else None,
+        profile=corpus.profile,
     )
 
 
@@ -271,13 +273,14 @@ def _answer(
     tfidf = tfidf_accuracy(corpus.train_rows, corpus.validation_rows)
     answers = replace(answers_of(probabilities, corpus, other), tfidf_accuracy=tfidf)
     page, names = runs.page(winner.run_id), np.asarray(corpus.labels)
+    known = {
+        "row": np.arange(len(probabilities)),
+        "label": names[corpus.validation.labels],
+        "predicted": names[probabilities.argmax(axis=-1)],
+    }
     predictions = pd.DataFrame(
-        {
-            "row": np.arange(len(probabilities)),
-            "label": names[corpus.validation.labels],
-            "predicted": names[probabilities.argmax(axis=-1)],
-            **dict(zip(corpus.labels, probabilities.T, strict=True)),
-        }
+        {free_name(name, corpus.labels): column for name, column in known.items()}
+        | dict(zip(corpus.labels, probabilities.T, strict=True))
     )
     predictions.to_csv(folder / PREDICTIONS, index=False, float_format="%.6f")
     page.log_files({PREDICTIONS: folder / PREDICTIONS})

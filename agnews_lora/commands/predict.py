@@ -62,8 +62,8 @@ def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bo
     return 0
 
 
-def export(experiment: Experiment, to: Path, tracking: str | None, as_json: bool) -> int:
-    """Write the experiment's champion to a folder that stands alone.
+def export(experiment: Experiment, to: Path, merged: bool, tracking: str | None, as_json: bool) -> int:
+    """Write the experiment's champion to a folder that stands alone. merged: as a whole model.
 
     Raises:
         RegistryError: there is no champion yet, or its files changed.
@@ -73,12 +73,13 @@ def export(experiment: Experiment, to: Path, tracking: str | None, as_json: bool
     registry = Registry(client, experiment.name)
     with reaching(client):
         version = registry.champion()
-        written = write_folder(registry, version, to)
+        written = write_folder(registry, version, to, merged)
     if as_json:
         print(json.dumps({"model": version.model, "version": version.number, "folder": str(written)}))
         return 0
+    content = "a whole model" if merged else "PEFT's files"
     Console(highlight=False, markup=False).print(
-        f"{version} is in {to}: PEFT's files, the tokenizer and a model card (README.md)", soft_wrap=True
+        f"{version} is in {to}: {content}, the tokenizer and a model card (README.md)", soft_wrap=True
     )
     return 0
 

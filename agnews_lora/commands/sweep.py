@@ -115,7 +115,7 @@ def run_sweep(
         shape = shape_of(sweep.experiment.base, len(label_names(sweep.experiment.data_settings)))
         require_feasible(sweep, shape, storage, new)
         client = open_client(tracking) if tracking else None
-        prepared = prepare(sweep.experiment)
+        prepared = prepare(sweep.experiment, sweep.engine, sweep.slots)
         if prepared.base.shape != shape:  # downloaded only now, its weights turned out to have no pooler
             require_feasible(sweep, prepared.base.shape, storage, new)
         with keys.sole_driver(WORK / sweep.name, sweep.name):
@@ -155,6 +155,10 @@ class _Start:
     def run(self) -> SweepResult:
         began = time.perf_counter()
         with orderly_stop() as request, self._parent_run() as complete:
+            if not self.quiet:
+                Console(highlight=False, markup=False).print(
+                    f"Engine {self.prepared.engine_name}: {self.prepared.engine_reason}.", soft_wrap=True
+                )
             self._train(request)
             if request:
                 raise Stopped(self._interrupted(), request.exit_code)
@@ -177,7 +181,7 @@ class _Start:
                     "experiment": sweep.experiment.name,
                     "base": base.hub_id,
                     "budget": sweep.budget,
-                    "engine": sweep.engine,
+                    "engine": self.prepared.engine_name,
                     "seed": sweep.seed,
                 },
                 tags={
@@ -278,14 +282,14 @@ class _Start:
             else:
                 from agnews_lora.search import ray_cluster
 
-                factory = self.prepared.engine(sweep.engine, sweep.slots)
+                factory = self.prepared.engine(sweep.slots)
                 ray_cluster.train(driver, factory, self.workers, self.address, screen.message)
         self.record_seconds += driver.record_seconds
 
     @cached_property
     def _engine(self) -> Engine:
         """One for search and confirmation, so that the base is loaded once."""
-        return self.prepared.engine(self.sweep.engine, self.sweep.slots)()
+        return self.prepared.engine(self.sweep.slots)()
 
     def _num_left(self) -> int:
         """Trials that are still to end: those of the search, then those that confirm its best."""
@@ -351,7 +355,7 @@ def fingerprint(sweep: Sweep, prepared: Prepared) -> dict[str, Any]:
         "base": {"id": base.hub_id, "revision": base.revision, "weights_sha256": base.weights_sha256},
         "data": prepared.corpus.digest,
         "training": asdict(sweep.experiment.settings),
-        "engine": sweep.engine,
+        "engine": prepared.engine_name,
         "seed": {"sweep": sweep.seed, "experiment": sweep.experiment.seed},
     }
 

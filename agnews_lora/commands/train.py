@@ -44,7 +44,7 @@ def run(experiment: Experiment, quiet: bool, as_json: bool) -> int:
     Raises:
         AgnewsLoraError: anything that the user can fix.
     """
-    prepared = prepare(experiment)
+    prepared = prepare(experiment, "trainer")
     shared = {"experiment": experiment.name, "base": prepared.base.hub_id}
     runs = SweepRuns(open_client(STORES), experiment.name, shared, provenance(), trial_curves)
     keys.quieten()
@@ -59,7 +59,7 @@ def run(experiment: Experiment, quiet: bool, as_json: bool) -> int:
         if note := prepared.base.shape.layout.note:
             screen.message(f"{experiment.base}: {note}")
         driver = Driver(study, _search(prepared), runs, screen, Path(folder), lambda: bool(request))
-        driver.run(prepared.engine("trainer")())
+        driver.run(prepared.engine()())
     trained = TrialSummary.from_trial(study.trials[0])
     if trained.state != "COMPLETE":
         failure = trained.reason if trained.state == "FAIL" else None

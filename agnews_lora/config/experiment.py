@@ -220,8 +220,8 @@ class Training(Settings):
     """Rows of a training batch."""
     eval_batch_size: Count = 64
     """Rows of an evaluation batch."""
-    max_length: Annotated[int, Field(ge=3, le=512)] = 128
-    """Tokens of a row, the two special ones included; what is longer is cut. The bases have 512 positions."""
+    max_length: Annotated[int, Field(ge=3, le=1_000_000)] = 128
+    """Tokens of a row, the two special ones included; what is longer is cut. At most the base's positions."""
     eval_every: Count = 500
     """Steps between two evaluations on the way."""
     eval_rows: Count = 2_000

@@ -137,8 +137,9 @@ class Sweep(Document):
     """Trials of the study, the baseline included."""
     seed: Seed = 42
     """Seed of the sampler."""
-    engine: Literal["trainer", "multilora"] = Field(default="multilora", validate_default=True)
-    """Engine: many trials at once through one base, or Hugging Face Trainer and PEFT, one trial after another."""
+    engine: Literal["auto", "multilora", "trainer"] = "auto"
+    """Engine: multilora trains many trials at once through one base; trainer is Hugging Face Trainer and PEFT, one
+    trial after another; auto is multilora where it can train the experiment, else trainer."""
     slots: Count | None = Field(default=None, validate_default=True)
     """Trials at once, with multilora; as many as fit the device, unless given."""
     confirmation: Confirmation | None = Confirmation()
@@ -155,17 +156,6 @@ class Sweep(Document):
                 f"Take {_third(trials)} at most, or at least {3 * startup} trials"
             )
         return trials
-
-    @field_validator("engine")
-    @classmethod
-    def _trains_the_experiment(cls, engine: str, info: ValidationInfo) -> str:
-        experiment: Experiment | None = info.data.get("experiment")  # None: it has faults of its own
-        if engine == "multilora" and experiment and experiment.training.base_dropout > 0:
-            raise ValueError(
-                f"multilora trains without dropout inside the base, but experiment {experiment.name} has base_dropout "
-                f"{experiment.training.base_dropout}. Set it to 0, or take `engine: trainer`"
-            )
-        return engine
 
     @field_validator("slots")
     @classmethod

@@ -383,8 +383,10 @@ def _write_package(
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
 
+    from agnews_lora.serving.predict import columns
+
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)  # MLflow's bars would run across the live table
-    probabilities = [ColSpec(DataType.double, label) for label in labels]
+    label, *probabilities = columns(labels)
     mlflow.pyfunc.save_model(
         path=str(folder),
         mlflow_model=identity,
@@ -392,9 +394,11 @@ def _write_package(
         # `merged` is there to be overridden: MLflow takes no key at loading that was not saved.
         model_config={"base": base, "sha256": hashes(artifacts), "merged": False},
         artifacts={name: str(path) for name, path in artifacts.items()},
+        # Without inputs: MLflow would turn a list into a frame without names, and then refuse it for that.
         signature=ModelSignature(
-            inputs=Schema([ColSpec(DataType.string, "text")]),
-            outputs=Schema([ColSpec(DataType.string, "label"), *probabilities]),
+            outputs=Schema(
+                [ColSpec(DataType.string, label), *(ColSpec(DataType.double, each) for each in probabilities)]
+            )
         ),
         input_example=pd.DataFrame({"text": [EXAMPLE]}),
         # A local label (`+cpu`) is in no index.

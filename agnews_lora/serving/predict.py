@@ -1,7 +1,7 @@
 """Labels and probabilities for texts."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -29,6 +29,22 @@ class Prediction:
 
     label: str
     probabilities: dict[str, float]
+
+    def row(self) -> dict[str, str | float]:
+        """Label and probabilities as one record, under the names of `columns`."""
+        return {free_name("label", self.probabilities): self.label, **self.probabilities}
+
+
+def columns(labels: Sequence[str]) -> list[str]:
+    """Names of a table of predictions: `label`, then the labels themselves."""
+    return [free_name("label", labels), *labels]
+
+
+def free_name(name: str, labels: Container[str]) -> str:
+    """The name of a column beside those of the labels: with an underscore behind it where a label is called so."""
+    while name in labels:
+        name += "_"
+    return name
 
 
 class Classifier:

@@ -164,7 +164,7 @@ def application(classifier: Classifier, version: Version) -> FastAPI:
             raise Refusal(400, str(error)) from error
         finally:
             turn.release()
-        return JSONResponse({"predictions": [{"label": each.label, **each.probabilities} for each in predictions]})
+        return JSONResponse({"predictions": [each.row() for each in predictions]})
 
     @app.get("/ping")
     @app.get("/health")

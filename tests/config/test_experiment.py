@@ -123,7 +123,7 @@ def test_each_source_reads_its_own_keys(write: Write, data: str, expected: list[
         ("adapter.dropout", "1", "Input should be less than 1, but got 1"),
         ("adapter.learning_rate", "2", "Input should be less than or equal to 1, but got 2"),
         ("training.epochs", "1" + "0" * 70, "Input should be less than or equal to 1000000000, but got 1000"),
-        ("training.max_length", "513", "Input should be less than or equal to 512, but got 513"),
+        ("training.max_length", "2", "Input should be greater than or equal to 3, but got 2"),
         ("training.precision", "fp16", "Input should be 'auto', 'fp32' or 'bf16', but got 'fp16'. Did you mean bf16?"),
         ("seed", "4294967296", "Input should be less than or equal to 4294967295, but got 4294967296"),
         ("name", "other", "Unknown key. The keys here are base, data, adapter, training, seed"),

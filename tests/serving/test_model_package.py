@@ -1,6 +1,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -10,7 +11,7 @@ from mlflow import MlflowClient
 
 from agnews_lora.data.newswire import LABELS
 from agnews_lora.data.tokens import TokenTable
-from agnews_lora.errors import BudgetError, PromotionError, RegistryError
+from agnews_lora.errors import BudgetError, DataError, PromotionError, RegistryError
 from agnews_lora.serving import reload
 from agnews_lora.serving.model_package import (
     ANSWERS,
@@ -22,6 +23,7 @@ from agnews_lora.serving.model_package import (
     require_reported,
     token_digest,
 )
+from agnews_lora.serving.predict import Prediction, columns
 from agnews_lora.tracking.registry import CANDIDATE, Registry, Version
 from agnews_lora.training.metrics import mean_cross_entropy
 from tests.serving.conftest import BUDGET, World, register_winner, winner_of
@@ -156,7 +158,6 @@ def test_mlflow_loads_it_without_unpickling_anything(
     assert answers.columns.tolist() == ["label", *LABELS]
     assert answers["label"].tolist() == [LABELS[label] for label in rows.labels[:40]]
     assert np.allclose(answers[list(LABELS)].sum(axis=1), 1)
-    assert model.metadata.signature.inputs.input_names() == ["text"]
     assert model.metadata.signature.outputs.input_names() == ["label", *LABELS]
     assert len(model.predict(model.input_example)) == 1
     assert package.changed() == [], "what MLflow leaves in the folder is no change"
@@ -164,6 +165,76 @@ def test_mlflow_loads_it_without_unpickling_anything(
     tokenizer.write_text(tokenizer.read_text() + " ")
     with pytest.raises(RegistryError, match=r"Cannot load the model: its files changed"):
         mlflow.pyfunc.load_model("models:/small@champion")
+
+
+@pytest.fixture(scope="module")
+def loaded(small: Registry, client: MlflowClient, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The champion as plain MLflow loads it, in another directory."""
+    with pytest.MonkeyPatch.context() as elsewhere:
+        elsewhere.chdir(tmp_path_factory.mktemp("elsewhere"))
+        mlflow.set_tracking_uri(client.tracking_uri)
+        yield mlflow.pyfunc.load_model("models:/small@champion")
+        mlflow.set_tracking_uri(None)
+
+
+OIL, GOAL = "Oil prices rose.", "The striker scored twice."
+TEXTS = pd.Series([OIL, GOAL])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [OIL, GOAL],
+        (OIL, GOAL),
+        {"text": [OIL, GOAL]},
+        {"text": TEXTS},
+        [{"text": OIL}, {"text": GOAL}],
+        np.array([[OIL], [GOAL]]),
+        TEXTS,
+        TEXTS.astype("category"),
+        pd.DataFrame({"id": [1, 2], "text": TEXTS}),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_the_registered_model_takes_texts_in_any_form(loaded: Any, given: Any) -> None:
+    expected = loaded.predict(pd.DataFrame({"text": [OIL, GOAL]}))
+    assert len(expected) == 2 and expected.columns.tolist() == ["label", *LABELS]
+    pd.testing.assert_frame_equal(loaded.predict(given), expected)
+
+
+def test_the_registered_model_keeps_an_index_and_takes_one_text_or_none(loaded: Any) -> None:
+    frame = pd.DataFrame({"text": [GOAL, OIL, GOAL]}, index=[30, 10, 20])
+    answers = loaded.predict(frame[frame["text"] != OIL])
+    assert answers.index.tolist() == [30, 20]
+    assert frame.join(answers)["label"].isna().tolist() == [False, True, False]
+    for one in (GOAL, {"text": GOAL}):
+        assert loaded.predict(one)["label"].tolist() == [answers["label"][30]]
+    for none in ([], pd.DataFrame({"text": []}), {"text": []}):
+        assert loaded.predict(none).columns.tolist() == ["label", *LABELS] and len(loaded.predict(none)) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ([OIL, None], r"row 1: it is None, not a text"),
+        (pd.DataFrame({"text": [OIL, float("nan")]}, index=["a", "b"]), r"row 'b': it is nan"),
+        ([OIL, 7], r"row 1: it is 7"),
+        ([OIL, " \u200b"], r"text 1 has nothing visible"),
+        (pd.DataFrame({"sentence": [OIL]}), r"it has no `text`, but 'sentence'"),
+        ({}, r"it has no `text`, but nothing"),
+        ([{"text": OIL}, {"sentence": OIL}], r"row 1: it is nan"),
+    ],
+)
+def test_the_registered_model_refuses_what_is_no_text_by_its_row(loaded: Any, given: Any, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        loaded.predict(given)
+
+
+def test_a_label_may_be_called_as_a_column_is() -> None:
+    labels = ("label", "label_", "text")
+    prediction = Prediction("text", dict.fromkeys(labels, 1 / 3))
+    assert columns(labels) == list(prediction.row()) == ["label__", *labels]
+    assert prediction.row()["label__"] == "text" and prediction.row()["label"] == 1 / 3
 
 
 def test_a_version_of_an_older_release_is_refused(registry: Registry, world: World, enter: Enter) -> None:

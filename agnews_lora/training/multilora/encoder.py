@@ -22,9 +22,7 @@ from agnews_lora.adapters.families import (
     QUERY,
     VALUE,
     Family,
-    unknown_to_multilora,
 )
-from agnews_lora.errors import BaseModelError
 from agnews_lora.training.multilora.attention import Attention
 from agnews_lora.training.multilora.packing import PackedBatch
 
@@ -108,17 +106,12 @@ class Encoder:
     padding_id: of the tokens that no position counts (`packing.positions`), or None.
 
     Args:
-        model: Hugging Face's, for sequence classification.
-
-    Raises:
-        BaseModelError: a family or an activation that this forward pass does not compute.
+        model: Hugging Face's, for sequence classification, with nothing that is `unknown_to_multilora`.
     """
 
     def __init__(self, model: torch.nn.Module, family: Family, device: torch.device, dtype: torch.dtype) -> None:
         config: Any = model.config
         layout = LAYOUTS[family]
-        if cause := unknown_to_multilora(family, config.to_dict()):
-            raise BaseModelError(f"Cannot compute the base model by engine multilora: {cause}. Take `engine: trainer`.")
         encoder: Any = model.get_submodule(layout.encoder)
 
         def moved(tensor: Tensor) -> Tensor:
@@ -149,7 +142,7 @@ class Encoder:
         embeddings = encoder.embeddings
         self.device, self.dtype = device, dtype
         self.words = moved(embeddings.word_embeddings.weight)
-        self.padding_id: int | None = getattr(embeddings, "padding_idx", None)  # RoBERTa and its like count from it
+        self.padding_id: int | None = config.pad_token_id if layout.counts_from_padding else None
         self.places = moved(embeddings.position_embeddings.weight)
         if (types := getattr(embeddings, "token_type_embeddings", None)) is not None:
             self.places = self.places + moved(types.weight)[0]
@@ -158,6 +151,14 @@ class Encoder:
         self.projection = None if projection is None else affine(projection)
         self.layers = [layer(module) for module in encoder.get_submodule(layout.layers)]
         self.pooler = affine(encoder.pooler.dense) if family == "bert" else None
+
+    @property
+    def fits_kernels(self) -> bool:
+        """Whether flash attention and grouped products compute these sizes in bf16: rows of 16 bytes, heads to 256."""
+        layer = self.layers[0]
+        intermediate_size, hidden_size = layer.ffn_in.weight.shape
+        head_size = hidden_size // layer.num_heads
+        return not any(size % 8 for size in (head_size, hidden_size, intermediate_size)) and head_size <= 256
 
     def __call__(self, packed: PackedBatch, updates: Sequence[LayerUpdates], encode: LayerFunction) -> Tensor:
         """Compute the classifier's input [rows, hidden]: each row's first token, which BERT's pooler goes over.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 from agnews_lora.adapters.adapter_files import load_base, record_of, tensor_shapes
 from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.budget import trainable_parameters
+from agnews_lora.adapters.families import unknown_to_multilora
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data.sources import Corpus
 from agnews_lora.errors import AdapterError, BudgetError, ConfigError, StorageError, TrainingError
@@ -55,24 +56,22 @@ class MultiLoraEngine:
     """Trains up to `slots` trials at once on one device; without a number, as many as fit the device's memory.
 
     Raises:
-        ConfigError: the settings ask for dropout inside the base.
+        ConfigError: this engine does not compute such an encoder, or dropout inside it.
         TrainingError: the settings ask for bf16 and the device does not have it.
-        BaseModelError: this engine does not compute such an encoder.
+        BaseModelError: the base's weights do not fit its configuration.
     """
 
     def __init__(self, base: BaseModel, corpus: Corpus, settings: TrainSettings, slots: int | None = None) -> None:
-        if settings.base_dropout > 0:
-            raise ConfigError(
-                f"Cannot train with base_dropout {settings.base_dropout}: engine multilora has no dropout inside the "
-                "base. Set it to 0, or take `engine: trainer`."
-            )
+        model: Any = load_base(base, len(corpus.labels))
+        if cause := unknown_to_multilora(base.shape.family, model.config.to_dict(), settings.base_dropout):
+            raise ConfigError(f"Cannot train {base.name}: {cause}. Take `engine: trainer`.")
         self.base = base
         self.settings = settings
         self.labels, self.clean = corpus.labels, corpus.clean
         self.device = training_device()
         dtype = torch.bfloat16 if computes_in_bf16(self.device, settings.precision) else torch.float32
-        encoder = Encoder(load_base(base, len(self.labels)), base.shape.family, self.device, dtype)
-        flat = self.device.type == "cuda" and dtype == torch.bfloat16  # the only case that flash attention computes
+        encoder = Encoder(model, base.shape.family, self.device, dtype)
+        flat = self.device.type == "cuda" and dtype == torch.bfloat16 and encoder.fits_kernels
         self.train = DeviceTokens(corpus.train, self.device, flat, encoder.padding_id)
         self.validation = DeviceTokens(corpus.validation, self.device, flat, encoder.padding_id)
         self.monitor = corpus.monitor

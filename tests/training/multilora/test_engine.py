@@ -1,5 +1,7 @@
 """The engine's trials: the same as the reference engine's, independent of their neighbours, and as many as fit."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from agnews_lora.adapters.adapter_files import CONFIG, load_base, load_with_peft
+from agnews_lora.adapters.base_models import CONFIG as BASE_CONFIG
 from agnews_lora.adapters.families import Family
 from agnews_lora.adapters.spec import PRESETS, TrialSpec
 from agnews_lora.errors import ConfigError, TrainingError
@@ -312,9 +315,14 @@ def test_the_measured_step_goes_through_every_module_and_a_cpu_takes_one_slot(ro
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_in_the_base_is_refused(roberta: TinySetup) -> None:
+def test_dropout_in_the_base_and_another_activation_are_refused(roberta: TinySetup, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"engine: trainer"):
         MultiLoraEngine(roberta.base, roberta.corpus, replace(SETTINGS, base_dropout=0.1), 1)
+    folder = shutil.copytree(roberta.base.folder, tmp_path / "base")
+    described = json.loads((folder / BASE_CONFIG).read_text())
+    (folder / BASE_CONFIG).write_text(json.dumps(described | {"hidden_act": "relu"}))
+    with pytest.raises(ConfigError, match=r"'relu'.*engine: trainer"):
+        MultiLoraEngine(replace(roberta.base, folder=folder), roberta.corpus, SETTINGS, 1)
 
 
 def test_a_checkpoint_of_another_trial_is_refused(roberta: TinySetup, tmp_path: Path) -> None:
@@ -347,7 +355,7 @@ def gpu(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @gpu
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
 def test_bf16_on_a_gpu_follows_fp32(setups: dict[Family, TinySetup], tmp_path: Path, family: Family) -> None:
     """Tokens without padding, flash attention and grouped products against padded rows and one product a slot."""
     specs = [SPEC, *UNLIKE[3:5]]  # without dropout, whose masks follow the layout

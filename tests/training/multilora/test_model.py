@@ -20,7 +20,6 @@ from agnews_lora.adapters.families import Family
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data.rows import Rows
 from agnews_lora.data.tokens import TokenTable, encode, load_tokenizer
-from agnews_lora.errors import BaseModelError
 from agnews_lora.training.model import build_model
 from agnews_lora.training.multilora.encoder import Encoder
 from agnews_lora.training.multilora.model import MultiLoraModel, SlotBatch
@@ -241,10 +240,3 @@ def test_arrays_of_all_kinds_travel_in_one_copy() -> None:
         assert tensor.numpy().dtype == array.dtype
         np.testing.assert_array_equal(tensor.numpy(), array)
     assert len({tensor.untyped_storage().data_ptr() for tensor in moved}) == 1
-
-
-def test_an_activation_that_is_not_computed_is_refused(roberta: TinySetup) -> None:
-    model = load_base(roberta.base, 4)
-    model.config.hidden_act = "relu"
-    with pytest.raises(BaseModelError, match=r"'relu'.*`engine: trainer`"):
-        Encoder(model, "roberta", CPU, torch.float32)

@@ -135,6 +135,7 @@ class _Start:
                     "experiment": sweep.experiment.name,
                     "base": base.hub_id,
                     "budget": sweep.budget,
+                    "objective": sweep.objective,
                     "engine": sweep.engine,
                     "seed": sweep.seed,
                 },
@@ -189,12 +190,13 @@ class _Start:
         storage, settings = Retry("the study's storage", self.options.patience), self.sweep.confirmation
         try:
             if storage.wait(lambda: num_left(self.study, self.num_trials), stop):
-                best = next(iter(best_first(summaries(self.study))), None)
+                objective = self.sweep.objective
+                best = next(iter(best_first(summaries(self.study), objective)), None)
                 self._drive(
                     self.study,
                     self.num_trials,
                     stop,
-                    best=best.accuracy if best else None,
+                    best=best.score(objective) if best else None,
                     best_trial=best.trial if best else None,
                 )
             if stop() or settings is None:
@@ -225,9 +227,10 @@ class _Start:
             baseline_seed=sweep.experiment.seed,
             total_steps=self.prepared.total_steps,
             num_trials=num_trials,
+            objective=sweep.objective,
         )
         quiet = options.quiet or options.json
-        with Progress(total_trials=num_trials, ended=ended, quiet=quiet, **shown) as screen:
+        with Progress(total_trials=num_trials, ended=ended, objective=sweep.objective, quiet=quiet, **shown) as screen:
             if shown.get("confirms"):
                 screen.announce("Confirming the best trials: each is trained again with other seeds.")
             driver = Driver(study, search, self.runs, screen, self.folder, stop, options.patience)
@@ -299,6 +302,7 @@ def fingerprint(sweep: Sweep, prepared: Prepared) -> dict[str, Any]:
         "base": {"id": base.hub_id, "revision": base.revision, "weights_sha256": base.weights_sha256},
         "data": prepared.corpus.digest,
         "training": asdict(sweep.experiment.settings),
+        "objective": sweep.objective,
         "engine": sweep.engine,
         "seed": {"sweep": sweep.seed, "experiment": sweep.experiment.seed},
     }

@@ -23,7 +23,7 @@ from agnews_lora.adapters.base_models import EMBEDDED, resolve
 from agnews_lora.adapters.budget import require_within_budget
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.cli import ENVIRONMENT
-from agnews_lora.data.rows import LABELS
+from agnews_lora.data.newswire import LABELS
 from benchmarks.agreement_trials import (
     BUDGET,
     MULTILORA,

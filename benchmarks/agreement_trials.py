@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.spec import TrialSpec
-from agnews_lora.data.rows import LABELS, read_csv
+from agnews_lora.data.rows import read_csv
 from agnews_lora.data.sources import Corpus, DataSettings, prepare
 from agnews_lora.training.interface import (
     EvalPoint,
@@ -151,10 +151,10 @@ def build_engine(name: str, base: BaseModel, corpus: Corpus) -> "Engine":
     if name in (MULTILORA, OTHER):
         from agnews_lora.training.multilora.engine import MultiLoraEngine
 
-        return MultiLoraEngine(base, corpus, SETTINGS, LABELS, slots=SLOTS)
+        return MultiLoraEngine(base, corpus, SETTINGS, slots=SLOTS)
     from agnews_lora.training.hf_trainer import TrainerEngine
 
-    return TrainerEngine(base, corpus, SETTINGS, LABELS)
+    return TrainerEngine(base, corpus, SETTINGS)
 
 
 def prepare_corpus(ag_news: Path, base: BaseModel, cache: Path) -> Corpus:

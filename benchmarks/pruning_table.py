@@ -15,7 +15,6 @@ from agnews_lora.adapters.budget import max_rank
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.commands.prepare import Prepared, prepare
 from agnews_lora.config.sweep import Sweep, load_sweep
-from agnews_lora.data.rows import LABELS
 from agnews_lora.search import space as search_space
 from agnews_lora.search.sampler import derived_seed
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
@@ -185,7 +184,7 @@ def fill_table(num_rows: int) -> None:
     from agnews_lora.training.multilora.engine import MultiLoraEngine
 
     with shipped_sweep() as (sweep, prepared):
-        engine = MultiLoraEngine(prepared.base, prepared.corpus, prepared.experiment.settings, LABELS, slots=1)
+        engine = MultiLoraEngine(prepared.base, prepared.corpus, prepared.experiment.settings, slots=1)
         filling = Filling(sweep, prepared.base.shape, Path.cwd(), num_rows, read_table(TABLE))
         engine.run(filling, filling)
 

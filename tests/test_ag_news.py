@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from agnews_lora.data.rows import LABELS
+from agnews_lora.data.newswire import LABELS
 from agnews_lora.tracking.store import open_client
 from tests.project import agnews_lora, write_project
 

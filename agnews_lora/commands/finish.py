@@ -24,7 +24,7 @@ from agnews_lora.commands.prepare import Prepared
 from agnews_lora.commands.report import RESULT
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
-from agnews_lora.data.rows import LABELS, Rows
+from agnews_lora.data.rows import Rows
 from agnews_lora.data.sources import Corpus
 from agnews_lora.paths import STORES
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, draw, thumbnails
@@ -155,7 +155,7 @@ def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
         num_train_rows=len(corpus.train),
         num_validation_rows=len(corpus.validation),
         data_digest=corpus.digest,
-        labels=LABELS,
+        labels=corpus.labels,
         bound=corpus.best_accuracy,
         settings=asdict(experiment.settings),
         space=space.describe(sweep.space, base.shape, sweep.budget),
@@ -281,13 +281,13 @@ def _answer(
     probabilities = softmax(logits(winner.run_id).astype(np.float64), axis=-1)
     tfidf = tfidf_accuracy(corpus.train_rows, corpus.validation_rows)
     answers = replace(answers_of(probabilities, corpus, other), tfidf_accuracy=tfidf)
-    page, names = runs.page(winner.run_id), np.asarray(LABELS)
+    page, names = runs.page(winner.run_id), np.asarray(corpus.labels)
     predictions = pd.DataFrame(
         {
             "row": np.arange(len(probabilities)),
             "label": names[corpus.validation.labels],
             "predicted": names[probabilities.argmax(axis=-1)],
-            **dict(zip(LABELS, probabilities.T, strict=True)),
+            **dict(zip(corpus.labels, probabilities.T, strict=True)),
         }
     )
     predictions.to_csv(folder / PREDICTIONS, index=False, float_format="%.6f")
@@ -319,7 +319,7 @@ def answers_of(
     """
     labels, predicted = np.asarray(corpus.validation.labels), probabilities.argmax(axis=-1)
     confidence, right = probabilities.max(axis=-1), predicted == labels
-    confusion = np.zeros((len(LABELS), len(LABELS)), dtype=int)
+    confusion = np.zeros((len(corpus.labels), len(corpus.labels)), dtype=int)
     np.add.at(confusion, (labels, predicted), 1)
     # The tenths as they are written: 0.3 is an edge, though 3 * 0.1 lies beyond it. An edge belongs to the bin below.
     bins = np.searchsorted(np.arange(1, NUM_BINS) / NUM_BINS, confidence, side="left")
@@ -348,8 +348,8 @@ def answers_of(
         mistakes=tuple(
             {
                 "row": int(row),
-                "label": LABELS[labels[row]],
-                "predicted": LABELS[predicted[row]],
+                "label": corpus.labels[labels[row]],
+                "predicted": corpus.labels[predicted[row]],
                 "confidence": float(confidence[row]),
                 "text": corpus.validation_rows.texts[row],
             }

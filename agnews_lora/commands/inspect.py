@@ -35,7 +35,7 @@ LAYOUT: Final = "workflowType=machine_learning"  # without it the UI shows what 
 
 def budget(sweep: Sweep, as_json: bool) -> int:
     """Print the largest rank of every preset and head that a sweep searches."""
-    shape = shape_of(sweep.experiment.base)
+    shape = shape_of(sweep.experiment.base, len(sources.label_names(sweep.experiment.data_settings)))
     rows = budget_table(sweep, shape)
     if as_json:
         print(json.dumps(rows, indent=2))

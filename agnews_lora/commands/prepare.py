@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.config.experiment import Experiment
 from agnews_lora.data import sources
-from agnews_lora.data.rows import LABELS
 from agnews_lora.data.sources import Corpus
 from agnews_lora.data.sources import prepare as prepare_corpus
 from agnews_lora.errors import BaseModelError
@@ -43,7 +42,7 @@ class EngineFactory:
         """
         base = self.base
         if not base.folder.is_dir():  # on another machine it lies elsewhere, or has to be downloaded
-            base = resolve(base.name, num_labels=len(LABELS))
+            base = resolve(base.name, num_labels=base.shape.num_labels)
             if base.weights_sha256 != self.base.weights_sha256:
                 raise BaseModelError(
                     f"Cannot train on {socket.gethostname()}: its {base.name} has other weights than the driver's "
@@ -52,10 +51,10 @@ class EngineFactory:
         if self.name == "multilora":
             from agnews_lora.training.multilora.engine import MultiLoraEngine
 
-            return MultiLoraEngine(base, self.corpus, self.settings, LABELS, self.slots)
+            return MultiLoraEngine(base, self.corpus, self.settings, self.slots)
         from agnews_lora.training.hf_trainer import TrainerEngine
 
-        return TrainerEngine(base, self.corpus, self.settings, LABELS)
+        return TrainerEngine(base, self.corpus, self.settings)
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def prepare(experiment: Experiment) -> Prepared:
         BaseModelError, DataError, NetworkError, StorageError: as the message says; nothing was written but the cache.
     """
     sources.check(experiment.data_settings)
-    base = resolve(experiment.base, num_labels=len(LABELS))
+    base = resolve(experiment.base, num_labels=len(sources.label_names(experiment.data_settings)))
     settings = experiment.settings
     corpus = prepare_corpus(
         experiment.data_settings, experiment.seed, base.folder, settings.max_length, settings.eval_rows, TOKENS

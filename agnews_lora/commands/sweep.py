@@ -20,6 +20,7 @@ from agnews_lora.commands.finish import finish, opening
 from agnews_lora.commands.interrupts import StopRequest, orderly_stop
 from agnews_lora.commands.prepare import Prepared, prepare
 from agnews_lora.config.sweep import Sweep
+from agnews_lora.data.sources import label_names
 from agnews_lora.errors import BudgetError
 from agnews_lora.paths import STORES, WORK
 from agnews_lora.reporting.figures import trial_curves
@@ -75,7 +76,8 @@ def run(sweep: Sweep, options: Options) -> int:
         AgnewsLoraError: anything that the user can fix; the study is as it was before.
     """
     with keys.answering():
-        require_feasible(sweep, shape_of(sweep.experiment.base), options.storage, options.new)
+        shape = shape_of(sweep.experiment.base, len(label_names(sweep.experiment.data_settings)))
+        require_feasible(sweep, shape, options.storage, options.new)
         client = open_client(options.tracking) if options.tracking else None
         prepared = prepare(sweep.experiment)
         with keys.sole_driver(WORK / sweep.name, sweep.name):

@@ -17,6 +17,7 @@ from agnews_lora.commands.interrupts import orderly_stop
 from agnews_lora.commands.prepare import Prepared, prepare
 from agnews_lora.config.experiment import Experiment
 from agnews_lora.config.sweep import Range, Space
+from agnews_lora.data.sources import label_names
 from agnews_lora.data.tokens import load_tokenizer
 from agnews_lora.paths import STORES, TRAINED, WORK
 from agnews_lora.reporting.figures import trial_curves
@@ -108,7 +109,7 @@ def _print_finished(experiment: Experiment, trained: TrialSummary, num_rows: int
         }
         print(json.dumps(found))
         return
-    shape = shape_of(experiment.base)
+    shape = shape_of(experiment.base, len(label_names(experiment.data_settings)))
     head, size = head_parameters(spec.head, shape), trainable_parameters(spec, shape)
     Console(highlight=False).print(
         f"\n[bold]{experiment.name}[/]: {spec}\n"

@@ -16,7 +16,9 @@ from importlib.resources import files
 from random import Random
 from typing import Final
 
-from agnews_lora.data.rows import LABELS, Rows
+from agnews_lora.data.rows import Rows
+
+LABELS: Final = ("World", "Sports", "Business", "Sci/Tech")
 
 MIXED_SHARE: Final = 0.15
 """Probability that a story is mixed, whatever its label."""

@@ -13,7 +13,6 @@ import numpy as np
 from agnews_lora.data.cleaning import clean
 from agnews_lora.errors import DataError
 
-LABELS: Final = ("World", "Sports", "Business", "Sci/Tech")
 HEADER: Final = ("Class Index", "Title", "Description")
 MAX_CHARACTERS: Final = 10_000  # of a row's text: ten times the longest of AG News
 _REPORTED: Final = 5  # malformed rows named in one message
@@ -21,7 +20,7 @@ _REPORTED: Final = 5  # malformed rows named in one message
 
 @dataclass(frozen=True)
 class Rows:
-    """Texts and their labels (indices into `LABELS`), in order."""
+    """Texts and their labels (indices into the data's label names), in order."""
 
     texts: tuple[str, ...]
     labels: tuple[int, ...]
@@ -89,10 +88,10 @@ class _MalformedRow(Exception):
     """A row breaks a rule; the message says which one, and the value."""
 
 
-def read_csv(path: Path) -> Rows:
+def read_csv(path: Path, names: Sequence[str] = ("World", "Sports", "Business", "Sci/Tech")) -> Rows:
     """The rows of an AG News file: the Kaggle release with its header, or the original one without.
 
-    Columns: class index (1..4, in the order of `LABELS`), title, description; the text is title and description,
+    Columns: class index (1..4), title, description; the text is title and description,
     cleaned. UTF-8, quoted as in RFC 4180. Labels of the result count from 0.
 
     Raises:
@@ -109,7 +108,7 @@ def read_csv(path: Path) -> Rows:
             if line == 1 and tuple(row) == HEADER:
                 continue
             try:
-                label, text = _read_row(row)
+                label, text = _read_row(row, names)
             except _MalformedRow as fault:
                 hint = f" (or the header {','.join(HEADER)})" if line == 1 else ""
                 faults.append(f"line {line}: {fault}{hint}")
@@ -161,14 +160,14 @@ def _broken(error: csv.Error) -> str:
     return f"a quoted field is not closed, or a quote inside it not doubled ({said})"
 
 
-def _read_row(row: list[str]) -> tuple[int, str]:
+def _read_row(row: list[str], labels: Sequence[str]) -> tuple[int, str]:
     """(label from 0, cleaned text)."""
     if len(row) != len(HEADER):
         raise _MalformedRow(f"a row should have {len(HEADER)} columns, but has {len(row)}")
     index, title, description = row
-    numbers = [str(label) for label in range(1, len(LABELS) + 1)]
+    numbers = [str(label) for label in range(1, len(labels) + 1)]
     if index not in numbers:
-        names = ", ".join(f"{number} {name}" for number, name in zip(numbers, LABELS, strict=True))
+        names = ", ".join(f"{number} {name}" for number, name in zip(numbers, labels, strict=True))
         raise _MalformedRow(f"the class index should be one of {names}, but is {index!r}")
     if (size := len(title) + len(description)) > MAX_CHARACTERS:
         raise _MalformedRow(f"title and description may have at most {MAX_CHARACTERS:,} characters, but have {size:,}")

@@ -4,6 +4,7 @@ Hub and CSV give the same texts for the same rows: title and description, cleane
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -11,7 +12,7 @@ from typing import Final, Literal
 from agnews_lora import hub
 from agnews_lora.data import newswire
 from agnews_lora.data.cleaning import clean
-from agnews_lora.data.rows import LABELS, Rows, read_csv, require_file, stratified_split, stratified_subset
+from agnews_lora.data.rows import Rows, read_csv, require_file, stratified_split, stratified_subset
 from agnews_lora.data.tokens import TokenTable, tokenise
 from agnews_lora.errors import DataError
 
@@ -53,6 +54,7 @@ class Corpus:
     Args:
         monitor: ids into the validation rows, the fixed stratified subset for evaluations on the way.
         digest: SHA-256 (hex) over the training and the validation rows, order included.
+        labels: names of the classes, by class id.
         best_accuracy: the best that any classifier can reach, where that is known.
     """
 
@@ -60,6 +62,7 @@ class Corpus:
     validation: TokenTable
     monitor: tuple[int, ...]
     digest: str
+    labels: tuple[str, ...]
     train_rows: Rows
     validation_rows: Rows
     best_accuracy: float | None
@@ -80,13 +83,15 @@ def prepare(
     train_rows = rows.take(train_ids)
     if settings.train_rows is not None:
         train_rows = train_rows.take(stratified_subset(train_rows.labels, settings.train_rows, seed))
-    _require_every_class("training", train_rows)
-    _require_every_class("validation", validation_rows)
+    labels = label_names(settings)
+    _require_every_class("training", train_rows, labels)
+    _require_every_class("validation", validation_rows, labels)
     return Corpus(
         train=tokenise(train_rows, tokenizer_folder, max_length, cache),
         validation=tokenise(validation_rows, tokenizer_folder, max_length, cache),
         monitor=tuple(stratified_subset(validation_rows.labels, eval_rows, seed)),
         digest=hashlib.sha256(f"{train_rows.digest()} {validation_rows.digest()}".encode()).hexdigest(),
+        labels=labels,
         train_rows=train_rows,
         validation_rows=validation_rows,
         best_accuracy=newswire.BEST_ACCURACY if settings.source == "newswire" else None,
@@ -98,8 +103,13 @@ def prepare_test(
 ) -> tuple[Rows, TokenTable]:
     """The rows of the test split and their token table; raises as `prepare` does."""
     rows = load(settings, "test", seed)
-    _require_every_class("test", rows)
+    _require_every_class("test", rows, label_names(settings))
     return rows, tokenise(rows, tokenizer_folder, max_length, cache)
+
+
+def label_names(settings: DataSettings) -> tuple[str, ...]:
+    """Names of the classes, by class id."""
+    return newswire.LABELS
 
 
 def load(settings: DataSettings, split: Split, seed: int) -> Rows:
@@ -172,8 +182,8 @@ def _cached_arrow(split: Split) -> Path | None:
     return next(root.glob(f"*/*/{HUB_REVISION}/{name}-{split}.arrow"), None)
 
 
-def _require_every_class(split: str, rows: Rows) -> None:
-    missing = [name for label, name in enumerate(LABELS) if label not in rows.labels]
+def _require_every_class(split: str, rows: Rows, labels: Sequence[str]) -> None:
+    missing = [name for label, name in enumerate(labels) if label not in rows.labels]
     if missing:
         raise DataError(
             f"Cannot use the {split} split: none of its {len(rows)} rows is {' or '.join(missing)}. Use more rows."

@@ -56,11 +56,11 @@ class TrainerEngine:
         TrainingError: bf16 was asked for and the device does not have it.
     """
 
-    def __init__(self, base: BaseModel, corpus: Corpus, settings: TrainSettings, labels: Sequence[str]) -> None:
+    def __init__(self, base: BaseModel, corpus: Corpus, settings: TrainSettings) -> None:
         self.base = base
         self.corpus = corpus
         self.settings = settings
-        self.labels = tuple(labels)
+        self.labels = corpus.labels
         self.device = training_device()
         self.bf16 = computes_in_bf16(self.device, settings.precision)
 

@@ -23,7 +23,7 @@ from peft import get_peft_model
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from agnews_lora.adapters.adapter_files import load_base, lora_config
-from agnews_lora.data.rows import LABELS
+from agnews_lora.data.newswire import LABELS
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import TrainingError
 from agnews_lora.training.data_order import batches
@@ -191,7 +191,7 @@ class MultiLoraTrials:
 
     def __init__(self, setup: BenchmarkSetup, slots: int) -> None:
         self.setup, self.slots = setup, slots
-        self.engine = MultiLoraEngine(setup.base, setup.corpus, setup.settings, LABELS, slots)
+        self.engine = MultiLoraEngine(setup.base, setup.corpus, setup.settings, slots)
 
     def train(self, plans: Sequence[TrialPlan]) -> list[Span]:
         """Build, train, evaluate and export the trials.

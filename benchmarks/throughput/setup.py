@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertCon
 
 from agnews_lora.adapters.base_models import BaseModel, shape_of
 from agnews_lora.adapters.spec import PRESETS, ModelShape, TrialSpec, module_shape
-from agnews_lora.data.rows import LABELS, Rows
+from agnews_lora.data.newswire import LABELS
+from agnews_lora.data.rows import Rows
 from agnews_lora.data.sources import Corpus
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.training.device import device_name, has_bf16, training_device
@@ -118,7 +119,7 @@ def random_table(
 
 def corpus_of(train: TokenTable, validation: TokenTable) -> Corpus:
     """Make a corpus of token tables without texts."""
-    return Corpus(train, validation, (0,), "", Rows((), ()), Rows((), ()), None)
+    return Corpus(train, validation, (0,), "", LABELS, Rows((), ()), Rows((), ()), None)
 
 
 # Trials --------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from agnews_lora.adapters.adapter_files import (
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import Family, TrialSpec
-from agnews_lora.data.rows import LABELS
+from agnews_lora.data.newswire import LABELS
 from agnews_lora.errors import AdapterError, BaseModelError
 from tests.tiny import HIDDEN_SIZE, tiny_base
 

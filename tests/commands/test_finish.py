@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from agnews_lora.commands.finish import answers_of
-from agnews_lora.data.rows import LABELS
+from agnews_lora.data.newswire import LABELS
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES
 from agnews_lora.search.results import SweepResult
 from agnews_lora.tracking.runs import MAX_DESCRIPTION
@@ -176,7 +176,9 @@ def test_finishing_again_computes_nothing_anew_and_tells_of_a_winner_that_was_ov
 
 def corpus(labels: list[int]) -> Any:
     texts = tuple(f"text {row}" for row in range(len(labels)))
-    return SimpleNamespace(validation=SimpleNamespace(labels=labels), validation_rows=SimpleNamespace(texts=texts))
+    return SimpleNamespace(
+        labels=LABELS, validation=SimpleNamespace(labels=labels), validation_rows=SimpleNamespace(texts=texts)
+    )
 
 
 def surely(predicted: list[int], confidence: list[float]) -> np.ndarray:

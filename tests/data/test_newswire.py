@@ -16,6 +16,7 @@ from agnews_lora.data.newswire import (
     ACTORS,
     BEST_ACCURACY,
     DETAILS,
+    LABELS,
     LEAD_PROBABILITY,
     LINKS,
     MIXED_SHARE,
@@ -27,7 +28,6 @@ from agnews_lora.data.newswire import (
     generate,
     stories,
 )
-from agnews_lora.data.rows import LABELS
 
 NUM_STORIES = 20_000
 SIGMAS = 4  # a fixed seed: this is how far off a sound corpus may be drawn

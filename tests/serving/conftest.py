@@ -17,7 +17,8 @@ from agnews_lora.adapters.adapter_files import load_base, lora_config, record_of
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data import newswire
-from agnews_lora.data.rows import LABELS, Rows
+from agnews_lora.data.newswire import LABELS
+from agnews_lora.data.rows import Rows
 from agnews_lora.data.sources import Corpus
 from agnews_lora.data.tokens import TokenTable, tokenise
 from agnews_lora.serving import reload
@@ -97,6 +98,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         validation=validation,
         monitor=tuple(range(20)),
         digest=hashlib.sha256(validation_rows.digest().encode()).hexdigest(),
+        labels=LABELS,
         train_rows=train_rows,
         validation_rows=validation_rows,
         best_accuracy=None,

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from agnews_lora.adapters.adapter_files import recount
-from agnews_lora.data.rows import LABELS
+from agnews_lora.data.newswire import LABELS
 from agnews_lora.errors import StorageError
 from agnews_lora.serving.export import export
 from agnews_lora.tracking.registry import Registry, Version

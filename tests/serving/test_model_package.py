@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from agnews_lora.adapters.base_models import resolve
-from agnews_lora.data.rows import LABELS
+from agnews_lora.data.newswire import LABELS
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import BudgetError, PromotionError, RegistryError
 from agnews_lora.serving import reload

@@ -7,7 +7,7 @@ import pytest
 
 from agnews_lora.adapters.base_models import resolve
 from agnews_lora.adapters.spec import Family
-from agnews_lora.data.rows import LABELS
+from agnews_lora.data.newswire import LABELS
 from agnews_lora.errors import DataError
 from agnews_lora.serving.predict import Classifier
 from tests.serving.conftest import SPEC, World, write_adapter

@@ -19,7 +19,7 @@ import requests
 
 import agnews_lora
 from agnews_lora.cli import main
-from agnews_lora.data.rows import LABELS
+from agnews_lora.data.newswire import LABELS
 from agnews_lora.serving.model_package import ANSWERS, Package
 from agnews_lora.serving.predict import Classifier
 from agnews_lora.serving.server import MAX_TEXT_CHARACTERS, MAX_TEXTS

@@ -12,7 +12,8 @@ from agnews_lora.adapters.adapter_files import WEIGHTS
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.adapters.spec import Family, TrialSpec
 from agnews_lora.data import newswire
-from agnews_lora.data.rows import LABELS, stratified_subset
+from agnews_lora.data.newswire import LABELS
+from agnews_lora.data.rows import stratified_subset
 from agnews_lora.data.sources import Corpus
 from agnews_lora.data.tokens import tokenise
 from agnews_lora.training.interface import Engine, EvalPoint, TrainPoint, TrainSettings, TrialPlan, TrialResult, Verdict
@@ -116,11 +117,11 @@ def train(
     if engine == "trainer":
         from agnews_lora.training.hf_trainer import TrainerEngine
 
-        made = TrainerEngine(setup.base, setup.corpus, settings, LABELS)
+        made = TrainerEngine(setup.base, setup.corpus, settings)
     else:
         from agnews_lora.training.multilora.engine import MultiLoraEngine
 
-        made = MultiLoraEngine(setup.base, setup.corpus, settings, LABELS, slots)
+        made = MultiLoraEngine(setup.base, setup.corpus, settings, slots)
     made.run(Plans(plans), recorder)
     return recorder
 
@@ -164,6 +165,7 @@ def tiny_setup(base_folder: Path, cache: Path) -> TinySetup:
         validation=tokenise(validation_rows, base_folder, MAX_LENGTH, cache),
         monitor=tuple(stratified_subset(validation_rows.labels, MONITOR_ROWS, seed=0)),
         digest="",
+        labels=LABELS,
         train_rows=train_rows,
         validation_rows=validation_rows,
         best_accuracy=None,

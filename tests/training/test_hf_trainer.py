@@ -19,7 +19,6 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from agnews_lora.adapters.adapter_files import load_with_peft
 from agnews_lora.adapters.base_models import resolve
 from agnews_lora.adapters.spec import Family, TrialSpec
-from agnews_lora.data.rows import LABELS
 from agnews_lora.errors import TrainingError
 from agnews_lora.training import device
 from agnews_lora.training.data_order import batches
@@ -239,7 +238,7 @@ def test_a_model_is_gone_before_the_next_is_built(roberta: TinySetup, tmp_path: 
 
     gc.collect()
     before, alive = models(), []
-    engine = TrainerEngine(roberta.base, roberta.corpus, replace(SETTINGS, epochs=1), LABELS)
+    engine = TrainerEngine(roberta.base, roberta.corpus, replace(SETTINGS, epochs=1))
     source = Plans([plan(tmp_path, "t0000"), plan(tmp_path, "t0001")], asked=lambda: alive.append(models()))
     engine.run(source, Recorder())
     assert alive == [before] * 3
@@ -275,7 +274,7 @@ def test_an_unexpected_error_is_reported_and_raised(roberta: TinySetup, tmp_path
             raise RuntimeError("the screen is gone")
 
     recorder = Broken()
-    engine = TrainerEngine(roberta.base, roberta.corpus, SETTINGS, LABELS)
+    engine = TrainerEngine(roberta.base, roberta.corpus, SETTINGS)
     source = Plans([plan(tmp_path, "t0000"), plan(tmp_path, "t0001")])
     with pytest.raises(RuntimeError, match="the screen is gone"):
         engine.run(source, recorder)
@@ -312,8 +311,8 @@ def test_bf16_where_there_is_none_is_refused_before_any_trial(
 ) -> None:
     monkeypatch.setattr(device, "has_bf16", lambda _: False)
     with pytest.raises(TrainingError, match=r"bf16.*`precision: auto`"):
-        TrainerEngine(roberta.base, roberta.corpus, replace(SETTINGS, precision="bf16"), LABELS)
-    assert not TrainerEngine(roberta.base, roberta.corpus, replace(SETTINGS, precision="auto"), LABELS).bf16
+        TrainerEngine(roberta.base, roberta.corpus, replace(SETTINGS, precision="bf16"))
+    assert not TrainerEngine(roberta.base, roberta.corpus, replace(SETTINGS, precision="auto")).bf16
 
 
 def test_bf16_computes_otherwise_and_keeps_fp32_files(roberta: TinySetup, recorder: Recorder, tmp_path: Path) -> None:

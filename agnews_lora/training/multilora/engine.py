@@ -60,9 +60,7 @@ class MultiLoraEngine:
         BaseModelError: this engine does not compute such an encoder.
     """
 
-    def __init__(
-        self, base: BaseModel, corpus: Corpus, settings: TrainSettings, labels: Sequence[str], slots: int | None = None
-    ) -> None:
+    def __init__(self, base: BaseModel, corpus: Corpus, settings: TrainSettings, slots: int | None = None) -> None:
         if settings.base_dropout > 0:
             raise ConfigError(
                 f"Cannot train with base_dropout {settings.base_dropout}: engine multilora has no dropout inside the "
@@ -70,7 +68,7 @@ class MultiLoraEngine:
             )
         self.base = base
         self.settings = settings
-        self.labels = tuple(labels)
+        self.labels = corpus.labels
         self.device = training_device()
         dtype = torch.bfloat16 if computes_in_bf16(self.device, settings.precision) else torch.float32
         encoder = Encoder(load_base(base, len(self.labels)), base.shape.family, self.device, dtype)

@@ -10,7 +10,6 @@ import torch
 
 from agnews_lora.adapters.adapter_files import CONFIG, load_base, load_with_peft
 from agnews_lora.adapters.spec import PRESETS, Family, TrialSpec
-from agnews_lora.data.rows import LABELS
 from agnews_lora.errors import ConfigError, TrainingError
 from agnews_lora.training.interface import TrainSettings, TrialPlan, Verdict
 from agnews_lora.training.metrics import predict_logits
@@ -152,7 +151,7 @@ def crowd(
     specs |= {f"u{n}": spec for n, spec in enumerate(UNLIKE) if n > 3}
     specs |= {"wide": replace(DROPPING, targets="all-linear", rank=11, head="out_proj")}
     specs |= {"still": replace(SPEC, learning_rate=1e-30)}
-    engine = MultiLoraEngine(setup.base, setup.corpus, SETTINGS, LABELS, 8)
+    engine = MultiLoraEngine(setup.base, setup.corpus, SETTINGS, 8)
     found = Crowd(setup, specs, Watching(engine=engine))
     source = Plans([plan(folder, trial, spec) for trial, spec in specs.items()])
     source.asked = lambda: found.running.append(len(specs) - len(source.plans) - len(found.recorder.results))
@@ -230,7 +229,7 @@ def test_a_pruned_trial_makes_room_for_the_next(roberta: TinySetup, tmp_path: Pa
 
 
 def test_the_engine_can_run_again(roberta: TinySetup, tmp_path: Path) -> None:
-    engine = MultiLoraEngine(roberta.base, roberta.corpus, replace(SETTINGS, epochs=1), LABELS, 2)
+    engine = MultiLoraEngine(roberta.base, roberta.corpus, replace(SETTINGS, epochs=1), 2)
     first, second = Recorder(), Recorder()
     engine.run(Plans([plan(tmp_path / "first", "other", UNLIKE[0]), plan(tmp_path / "first")]), first)
     engine.run(Plans([plan(tmp_path / "second")]), second)
@@ -303,7 +302,7 @@ def test_the_measured_step_goes_through_every_module_and_a_cpu_takes_one_slot(ro
 
 def test_dropout_in_the_base_is_refused(roberta: TinySetup) -> None:
     with pytest.raises(ConfigError, match=r"engine: trainer"):
-        MultiLoraEngine(roberta.base, roberta.corpus, replace(SETTINGS, base_dropout=0.1), LABELS, 1)
+        MultiLoraEngine(roberta.base, roberta.corpus, replace(SETTINGS, base_dropout=0.1), 1)
 
 
 def test_a_checkpoint_of_another_trial_is_refused(roberta: TinySetup, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def replay_study(
     with tempfile.TemporaryDirectory() as folder:
         Driver(study, search, nothing, nothing, Path(folder), lambda: False).run(engine)
     rows = summaries(study)
-    winner = best_first(rows)[0]  # the baseline is never pruned
+    winner = best_first(rows, "accuracy")[0]  # the baseline is never pruned
     assert winner.accuracy is not None
     saved = 1 - engine.num_steps / (TRIALS * table.total_steps)
     return Outcome(winner.accuracy, saved, frozenset(row.number for row in rows if row.state == "PRUNED"))
@@ -165,4 +165,4 @@ class NullTracker:
 
     def message(self, text: str) -> None: ...
 
-    def trial_ended(self, trial: str, state: str, accuracy: float | None, reason: str | None) -> None: ...
+    def trial_ended(self, trial: str, state: str, scores: EvalPoint | None, reason: str | None) -> None: ...

@@ -222,7 +222,10 @@ class Progress:
     def _header(self, now: float, running: Sequence[_Running]) -> Text:
         parts = [f"{'confirmation' if self._confirms else 'trials'} {self._ended}/{self._total_trials}"]
         if self._best is not None:
-            parts.append(f"best {SCORES[self._objective]} {self._best:.2%}" + (f" ({self._best_trial})" if self._best_trial else ""))
+            parts.append(
+                f"best {SCORES[self._objective]} {self._best:.2%}"
+                + (f" ({self._best_trial})" if self._best_trial else "")
+            )
         parts.append(f"elapsed {duration(now - self._began)}")
         # The pace of this process: trials that ended in it, and what it did of those that run.
         done = self._ended - self._ended_before + sum(trial.steps_here / trial.total_steps for trial in running)

@@ -28,7 +28,7 @@ def peer_values(study: Study, trial: FrozenTrial, step: int) -> list[float]:
 
 
 class PeerMedianPruner(BasePruner):
-    """Gives up a trial whose value (the objective) at its last reported step is below the median of its peers' at that step.
+    """Gives up a trial whose value at its last reported step is below the median of its peers' at that step.
 
     Peers are all other trials of a study that maximises, whatever became of them (the median stopping rule of Golovin
     et al., "Google Vizier", KDD 2017, over values at one step). It carries no state: the verdict follows from what the

@@ -32,9 +32,8 @@ def trial_name(trial: optuna.Trial | FrozenTrial) -> str:
 class TrialSummary:
     """One trial of a study.
 
-    state: Optuna's. accuracy, macro_f1, loss: final, or the last ones of a trial that ended before. steps: the last that
-    was evaluated.
-    rows_seen, train_seconds, eval_seconds, peak_memory_bytes: its costs; None until it has ended.
+    state: Optuna's. accuracy, macro_f1, loss: final, or the last ones of a trial that ended before. steps: the last one
+    that was evaluated. rows_seen, train_seconds, eval_seconds, peak_memory_bytes: its costs; None until it has ended.
     """
 
     trial: str
@@ -132,11 +131,12 @@ class Confirmed:
 class SweepFacts:
     """What a result says of its sweep beside the trials.
 
-    base: the hub's id. bound: the best possible accuracy, where the data's construction tells. objective: the score that
-    is searched by. majority_accuracy, majority_macro_f1: of always answering the most common training label, on the
-    validation split; None where another release wrote the result. settings: of `TrainSettings`. space: as `search.space.describe` gives it. data: the source in words. texts: the YAML files, word
-    for word, by file name. provenance: code, versions and device. heads: those that are searched. adapter: the
-    baseline's configuration. confirmation: `{trials, seeds}`; None without one.
+    base: the hub's id. bound: the best possible accuracy, where the data's construction tells. objective: the score
+    that is searched by. majority_accuracy, majority_macro_f1: of always answering the most common training label, on
+    the validation split; None where another release wrote the result. settings: of `TrainSettings`. space: as
+    `search.space.describe` gives it. data: the source in words. texts: the YAML files, word for word, by file name.
+    provenance: code, versions and device. heads: those that are searched. adapter: the baseline's configuration.
+    confirmation: `{trials, seeds}`; None without one.
     """
 
     sweep: str
@@ -272,7 +272,7 @@ class SweepResult:
     @property
     def gain(self) -> float | None:
         """The winner's score less the baseline's, a share."""
-        best, own = (row and row.score(self.objective) for row in (self.winner, self.baseline))
+        best, own = (row.score(self.objective) if row else None for row in (self.winner, self.baseline))
         return None if best is None or own is None else best - own
 
     @property
@@ -409,9 +409,7 @@ def best_first(rows: Sequence[TrialSummary], objective: Objective) -> list[Trial
     return sorted((row for row in rows if row.state == "COMPLETE"), key=rank)
 
 
-def confirmed(
-    trials: Sequence[TrialSummary], rounds: optuna.Study | None, objective: Objective
-) -> list[Confirmed]:
+def confirmed(trials: Sequence[TrialSummary], rounds: optuna.Study | None, objective: Objective) -> list[Confirmed]:
     """The trials that have repetitions, the best first: by mean score, then by lower mean loss, then the earlier.
 
     One with a repetition that failed comes after those without: the mean of what is left may hide a bad seed.
@@ -422,7 +420,9 @@ def confirmed(
     repeats: dict[str, list[TrialSummary]] = {}
     for trial in rounds.get_trials(deepcopy=False):
         if trial.state.is_finished():
-            repeats.setdefault(trial.user_attrs[study_keys.CONFIRMS], []).append(TrialSummary.from_trial(trial, objective))
+            repeats.setdefault(trial.user_attrs[study_keys.CONFIRMS], []).append(
+                TrialSummary.from_trial(trial, objective)
+            )
     found = [Confirmed(own[name], tuple(rows)) for name, rows in repeats.items()]
 
     def rank(row: Confirmed) -> tuple[int, float, float, int]:

@@ -25,7 +25,7 @@ from agnews_lora.data.tokens import TokenTable, load_tokenizer, read_table, writ
 from agnews_lora.errors import BudgetError, PromotionError, RegistryError
 from agnews_lora.serving import reload
 from agnews_lora.tracking.registry import CANDIDATE, REPORT, Registry, Version
-from agnews_lora.training.metrics import accuracy
+from agnews_lora.training.metrics import accuracy, macro_f1
 
 if TYPE_CHECKING:
     from mlflow.models import Model
@@ -307,6 +307,7 @@ def register(
             "trainable_parameters": str(count),
             "data_digest": corpus.digest,
             "validation_accuracy": str(accuracy(answers.predicted, corpus.validation.labels)),
+            "validation_macro_f1": str(macro_f1(answers.predicted, corpus.validation.labels)),
             "validation_rows": str(len(corpus.validation)),
             "data": json.dumps(data),
             **{f"{HASH_TAG}{name}": digest for name, digest in sorted(_all_hashes(path).items())},

@@ -50,7 +50,7 @@ def test_a_finished_sweep_has_every_figure_and_nothing_beside_them(drawn: dict[s
     ("name", "colours"),
     {
         "optimization_history.png": (figures.GREEN, figures.ORANGE, figures.BLUE),  # bound, best so far, trials
-        "accuracy_against_parameters.png": (figures.SKY, figures.BLUE, figures.VERMILION),  # two presets, the budget
+        "score_against_parameters.png": (figures.SKY, figures.BLUE, figures.VERMILION),  # two presets, the budget
         "learning_curves.png": (figures.ORANGE, figures.SKY, figures.BLACK),  # winner, others, baseline
         "parallel_coordinates.png": (figures.ORANGE,),
         "parameter_importance.png": (figures.BLUE,),
@@ -63,7 +63,7 @@ def test_a_figure_shows_its_parts(name: str, colours: tuple[str, ...], drawn: di
 
 
 FAILED = tuple(replace(row, state="FAIL", accuracy=None) for row in TRIALS)
-OF_TRIALS = {"optimization_history.png", "accuracy_against_parameters.png", "parallel_coordinates.png"}
+OF_TRIALS = {"optimization_history.png", "score_against_parameters.png", "parallel_coordinates.png"}
 EDGES: dict[str, tuple[tuple[TrialSummary, ...], set[str]]] = {
     "no trial": ((), set()),
     "all failed": (FAILED, set()),

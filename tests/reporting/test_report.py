@@ -50,7 +50,7 @@ def first_page(of: SweepResult) -> str:
             return [text for each in value.values() for text in strings(each)]
         return [text for each in value for text in strings(each)] if isinstance(value, list) else [str(value)]
 
-    return "\n".join(strings(compose(of, {"accuracy_against_parameters.png"})["first"]))
+    return "\n".join(strings(compose(of, {"score_against_parameters.png"})["first"]))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_the_first_page_has_all_that_a_decision_needs() -> None:
         "5 complete, 2 pruned, 1 failed",
         "training 2 min 24 s, evaluation 36 s",
         "the last start took 7 min 30 s",
-        "accuracy_against_parameters.png",
+        "score_against_parameters.png",
         "1 trial failed.",
         "agnews-lora serve small",
     ):

@@ -1,11 +1,9 @@
 """The command line: it answers `--help` and faults in a YAML file before anything heavy is imported."""
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,31 +15,11 @@ if TYPE_CHECKING:
 
 Run = Callable[[argparse.Namespace], int]
 
-# Set before any library is imported, unless the user did. None of it changes a result.
-ENVIRONMENT = {
-    # Threads that wait for work sleep. OpenMP's default lets them spin, and two processes that train on the same cores
-    # then take ten times as long as one after the other.
-    "OMP_WAIT_POLICY": "passive",
-    # What libraries would print, send or ask beside what the program says.
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "GIT_PYTHON_REFRESH": "quiet",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # A server that does not answer is noticed within seconds: what it is to get is kept, and delivered later. MLflow's
-    # own client would hold up the training for minutes.
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and give its exit code: 2 for what the user can mend, 130 after Ctrl-C."""
     options = parser().parse_args(arguments)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    agnews_lora.set_environment()
     warnings.simplefilter("ignore")
     command: Run = options.command
     try:
@@ -113,8 +91,9 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--merged", action="store_true", help="with the adapter merged into the base's weights: faster")
     serve.add_argument("--port", type=_port, default=5001, metavar="PORT", help="on loopback (5001)")
 
-    export = add(_export, "write the champion as a PEFT folder", "export --to exported")
+    export = add(_export, "write the champion as a PEFT folder, or as a whole model", "export --to exported")
     export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
+    export.add_argument("--merged", action="store_true", help="a whole model, for `transformers.pipeline`")
 
     budget = add(_budget, "show the largest rank of each preset that fits", "budget agnews --json")
 
@@ -184,8 +163,8 @@ def _sweep(options: argparse.Namespace) -> int:
     loaded = _loaded_sweep(options)
     from agnews_lora.commands import sweep
 
-    given = {field.name: getattr(options, field.name) for field in fields(sweep.Options)}
-    return sweep.run(loaded, sweep.Options(**given))
+    names = ("trials", "timeout", "new", "workers", "address", "storage", "tracking", "patience")
+    return sweep.run(loaded, options.json, options.quiet, **{name: getattr(options, name) for name in names})
 
 
 def _promote(options: argparse.Namespace) -> int:
@@ -215,7 +194,7 @@ def _export(options: argparse.Namespace) -> int:
     experiment = _loaded_sweep(options).experiment
     from agnews_lora.commands import predict
 
-    return predict.export(experiment, options.to, options.tracking, options.json)
+    return predict.export(experiment, options.to, options.merged, options.tracking, options.json)
 
 
 def _budget(options: argparse.Namespace) -> int:

@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import kendalltau
 
+import agnews_lora
 from agnews_lora.adapters.base_models import EMBEDDED, resolve
 from agnews_lora.adapters.budget import require_within_budget
 from agnews_lora.adapters.spec import TrialSpec
-from agnews_lora.cli import ENVIRONMENT
 from agnews_lora.data.newswire import LABELS
 from benchmarks.agreement_trials import (
     BUDGET,
@@ -203,8 +203,7 @@ def main() -> None:
     parser.add_argument("--ag-news", type=Path, required=True, help="folder with AG News' train.csv and test.csv")
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps what is trained")
     arguments = parser.parse_args()
-    for name, value in ENVIRONMENT.items():  # before torch and transformers are imported
-        os.environ.setdefault(name, value)
+    agnews_lora.set_environment()  # before torch and transformers are imported
     base = resolve(EMBEDDED, num_labels=len(LABELS))
     for spec in TRIALS.values():
         require_within_budget(spec, base.shape, BUDGET)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.spec import TrialSpec
-from agnews_lora.data.rows import read_csv
+from agnews_lora.data.files import read_file
+from agnews_lora.data.newswire import LABELS
 from agnews_lora.data.sources import Corpus, DataSettings, prepare
 from agnews_lora.training.interface import (
     EvalPoint,
@@ -159,14 +160,16 @@ def build_engine(name: str, base: BaseModel, corpus: Corpus) -> "Engine":
 
 def prepare_corpus(ag_news: Path, base: BaseModel, cache: Path) -> Corpus:
     """The training and validation rows out of a folder's train.csv."""
-    train = ag_news / "train.csv"
+    train, text, label = ag_news / "train.csv", ("Title", "Description"), "Class Index"
     settings = DataSettings(
-        source="csv",
+        source="files",
         train=str(train),
         test=str(ag_news / "test.csv"),
-        rows=None,
+        text=text,
+        label=label,
+        labels=LABELS,
+        clean="ag_news",
         train_rows=TRAIN_ROWS,
-        test_rows=None,
-        validation=VALIDATION_ROWS / len(read_csv(train)),
+        validation=VALIDATION_ROWS / len(read_file(train, text, label, None).labels),
     )
     return prepare(settings, SPLIT_SEED, base.folder, SETTINGS.max_length, SETTINGS.eval_rows, cache)

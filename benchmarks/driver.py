@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from agnews_lora.cli import ENVIRONMENT
+from agnews_lora import ENVIRONMENT
 from agnews_lora.tracking.provenance import provenance
 
 ROOT: Final = Path(__file__).resolve().parent.parent

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+import agnews_lora
 from agnews_lora.adapters.base_models import resolve
-from agnews_lora.cli import ENVIRONMENT
 from agnews_lora.data import newswire
 from agnews_lora.paths import STORES
 from agnews_lora.serving.model_package import Package
@@ -188,8 +188,7 @@ is `Classifier.predict`; over HTTP adds the client and the server.
 
 def main() -> None:
     """Measure every adapter and write the result file."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    agnews_lora.set_environment()
     before, measured = os.getloadavg()[0], {}
     for name, adapter in ADAPTERS.items():
         with tempfile.TemporaryDirectory() as folder:

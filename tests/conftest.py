@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from agnews_lora.cli import ENVIRONMENT
+from agnews_lora import set_environment
 from tests.project import agnews_lora, copy_project, write_project
 
 CONFIRMED = {"confirmation": {"trials": 1, "seeds": 2}}
 
-for name, value in ENVIRONMENT.items():  # before any test imports torch or MLflow
-    os.environ.setdefault(name, value)
+set_environment()  # before any test imports torch or MLflow
 
 
 @pytest.fixture

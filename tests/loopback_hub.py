@@ -12,9 +12,10 @@ from urllib.parse import unquote, urlsplit
 
 @contextmanager
 def serve(repositories: Mapping[str, tuple[str, Path]]) -> Iterator[str]:
-    """The endpoint (a URL) of a hub with these repositories: {"models/owner/name": (revision, folder)}.
+    """The endpoint (a URL) of a hub with these repositories: {"models/owner/name": (commit, folder)}.
 
-    Data sets are "datasets/owner/name". Only the given revision is there; everything else answers 404.
+    Data sets are "datasets/owner/name". The commit is the head of `main`; every other revision answers 404. A
+    repository's commit and folder may be replaced while the hub serves.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -30,19 +31,24 @@ def serve(repositories: Mapping[str, tuple[str, Path]]) -> Iterator[str]:
             path = unquote(urlsplit(self.path).path).strip("/")
             if not path:
                 return self._send(b"hub", {})
-            for repository, (revision, folder) in repositories.items():
-                files = f"{repository.removeprefix('models/')}/resolve/{revision}/"
-                tree = f"api/{repository}/tree/{revision}"
+            for repository, (commit, folder) in repositories.items():
+                api, files = f"api/{repository}", f"{repository.removeprefix('models/')}/resolve"
+                if not f"{path}/".startswith((f"{api}/", f"{files}/")):
+                    continue
+                asked, _, rest = path.removeprefix(api).removeprefix(files).strip("/").partition("/")
+                revision, _, under = (f"{asked}/{rest}" if path.startswith(files) else rest).partition("/")
+                if revision not in ("", "main", commit):
+                    return self._send(b"", {"X-Error-Code": "RevisionNotFound"}, status=404)
                 if path.startswith(files):
-                    return self._file(folder / path.removeprefix(files), revision)
-                if path == tree or path.startswith(f"{tree}/"):
-                    under = folder / path.removeprefix(tree).strip("/")
+                    return self._file(folder / under, commit)
+                if asked == "tree":
                     recursive = "recursive=true" in urlsplit(self.path).query.lower()
-                    return self._json([_entry(found, folder) for found in under.glob("**/*" if recursive else "*")])
-                if path == f"api/{repository}/revision/{revision}":
+                    found = (folder / under).glob("**/*" if recursive else "*")
+                    return self._json([_entry(each, folder) for each in found])
+                if asked in ("", "revision"):
                     files_there = [{"rfilename": str(found.relative_to(folder))} for found in folder.rglob("*.*")]
-                    return self._json({"id": repository.partition("/")[2], "sha": revision, "siblings": files_there})
-            self._send(b"", {"X-Error-Code": "EntryNotFound"}, status=404)
+                    return self._json({"id": repository.partition("/")[2], "sha": commit, "siblings": files_there})
+            self._send(b"", {"X-Error-Code": "RepoNotFound"}, status=404)
 
         def _file(self, file: Path, revision: str) -> None:
             headers = {"X-Repo-Commit": revision}

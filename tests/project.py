@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from ruamel.yaml import YAML
 
-from agnews_lora.cli import ENVIRONMENT
+from agnews_lora import ENVIRONMENT
 
 EXPERIMENT: dict[str, Any] = {
     "base": "embedded:minilm",

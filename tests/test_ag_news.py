@@ -17,7 +17,11 @@ def test_the_promoted_adapter_is_good_on_real_news(tmp_path: Path, ag_news: Path
         tmp_path,
         experiment={
             "data": {
-                "source": "csv",
+                "source": "files",
+                "text": ["Title", "Description"],
+                "label": "Class Index",
+                "labels": list(LABELS),
+                "clean": "ag_news",
                 "train": str(ag_news / "train.csv"),
                 "test": str(ag_news / "test.csv"),
                 "train_rows": 3_000,

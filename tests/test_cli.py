@@ -67,7 +67,7 @@ def test_the_command_line_is_the_designs() -> None:
         "promote": ["--json", "--rollback", "--tracking", "--version", "sweep"],
         "predict": ["--file", "--json", "--sweep", "--tracking", "texts"],
         "serve": ["--merged", "--port", "--tracking", "--version", "sweep"],
-        "export": ["--json", "--to", "--tracking", "sweep"],
+        "export": ["--json", "--merged", "--to", "--tracking", "sweep"],
         "report": ["--json", "--to", "--tracking", "sweep"],
         "ui": ["--port"],
         "doctor": ["--json"],
@@ -127,6 +127,41 @@ def test_budget_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert files(folder) == {"experiments/small.yaml", "sweeps/small.yaml"}
 
 
+def write_config(folder: Path, **fields: object) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+
+
+def test_a_head_above_the_budget_names_the_small_one_and_the_budget_that_would_do(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """roberta-large: 1,053,700 parameters in its head alone."""
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096}
+    write_config(folder / "large", model_type="roberta", **sizes)
+    write_project(folder, {"base": "large"}, {"budget": 1_000_000})
+    assert main(["budget", "small"]) == 0
+    said = capsys.readouterr().out
+    assert "head full takes 1,053,700" in said
+    assert "set `heads: [out_proj]` in `space`, or raise `budget` to at least 1,152,004" in said
+    assert "`heads: [out_proj]`" in refused(capsys, "sweep", "small")
+    write_project(folder, {"base": "large"}, {"budget": 1_000_000, "space.heads": ["out_proj"]})
+    assert main(["budget", "small"]) == 0
+    assert "fits no adapter" not in capsys.readouterr().out
+    assert "take `head: out_proj`, or a budget of at least 1,152,004" in refused(capsys, "sweep", "small")
+
+
+def test_presets_that_a_fused_matrix_does_not_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ModernBERT: left out of the default, and refused where the file names them."""
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 576}
+    write_config(folder / "modern", model_type="modernbert", **sizes)
+    write_project(folder, {"base": "modern"}, {"budget": 1_000_000})
+    assert main(["budget", "small", "--json"]) == 0
+    assert [row["preset"] for row in json.loads(capsys.readouterr().out)] == ["qkv", "qkvo", "ffn", "all-linear"]
+    assert "Cannot adapt qk alone on modernbert" in refused(capsys, "sweep", "small")  # the baseline's
+    write_project(folder, {"base": "modern"}, {"budget": 1_000_000, "space.targets": ["qv", "qkv"]})
+    assert "Cannot adapt qv alone on modernbert" in refused(capsys, "budget", "small")
+
+
 PROBE = """
 import resource, sys
 from agnews_lora.cli import main
@@ -173,7 +208,7 @@ BAD_FILES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({}, {"slots": 0}, ["slots", "or equal to 1", "0"]),
     ({}, {"experiment": "smal"}, ["Cannot find experiment 'smal'", "Did you mean small"]),
     ({"adapter.rank": 2.5}, {}, ["adapter.rank", "valid integer", "2.5"]),
-    ({"data.source": "parquet"}, {}, ["data.source", "hub, csv, newswire", "'parquet'"]),
+    ({"data.source": "parquet"}, {}, ["data.source", "files, hub, newswire", "'parquet'"]),
     ({"training.epochs": None, "data.rows": None}, {}, ["data.rows", "Missing key"]),
 ]
 
@@ -208,13 +243,19 @@ def test_a_baseline_over_the_budget(folder: Path, capsys: pytest.CaptureFixture[
     assert not (folder / "mlruns").exists()
 
 
+AG_NEWS_FILES = {
+    **{"source": "files", "train": "train.csv", "test": "test.csv", "columns": ["class", "title", "text"]},
+    **{"text": ["title", "text"], "label": "class", "labels": ["World", "Sports", "Business", "Sci/Tech"]},
+}
+
+
 def test_an_enqueued_trial_over_the_budget_is_refused_before_any_data_is_read(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = optuna.create_study(storage=open_storage(folder / "mlruns"), study_name="small", direction="maximize")
     study.set_user_attr("sweep", "small")
     study.enqueue_trial({"targets": "qkv", "rank_share": 8 / 7})
-    write_project(folder, experiment={"data": {"source": "csv", "train": "absent.csv", "test": "absent.csv"}})
+    write_project(folder, experiment={"data": {**AG_NEWS_FILES, "train": "absent.csv"}})
     message = refused(capsys, "sweep", "small")
     assert "trial 0, enqueued in study small" in message
     assert "112,132 trainable parameters > budget 100,000" in message
@@ -229,7 +270,7 @@ def test_an_enqueued_trial_over_the_budget_is_refused_before_any_data_is_read(
         ('"1","A title","A text"\n"2","A title"\n', ["train.csv", "line 2"]),
         ('"1","",""\n', ["train.csv", "line 1", "text"]),
         ("", ["train.csv", "no rows"]),
-        (b"\xff\xfe\x00", ["train.csv", "UTF-8"]),
+        (b"\xff\xfe\x00", ["train.csv", "UTF-16", "UTF-8"]),
     ],
 )
 def test_a_bad_csv_file_is_refused(
@@ -239,7 +280,7 @@ def test_a_bad_csv_file_is_refused(
         data = content.encode() if isinstance(content, str) else content
         (folder / "train.csv").write_bytes(data)
         (folder / "test.csv").write_bytes(data)
-    write_project(folder, experiment={"data": {"source": "csv", "train": "train.csv", "test": "test.csv"}})
+    write_project(folder, experiment={"data": AG_NEWS_FILES})
     message = refused(capsys, "sweep", "small")
     assert all(word in message for word in words), message
     assert not (folder / "mlruns").exists()

@@ -34,8 +34,9 @@ MODELS: dict[str, type[BaseModel]] = {
     "`confirmation`": sweep.Confirmation,
     "Keys of an experiment": experiment.Experiment,
     "`data`, `source: newswire`": experiment.NewswireData,
+    "`data`, `source: files`": experiment.FilesData,
     "`data`, `source: hub`": experiment.HubData,
-    "`data`, `source: csv`": experiment.CsvData,
+    "`splits`": experiment.HubSplits,
     "`adapter`": experiment.Adapter,
     "`training`": experiment.Training,
 }

@@ -37,7 +37,11 @@ HOMES = {
     "pydantic": {"config"},
     "pydantic_core": {"config"},
     "ruamel": {"config"},
-    "datasets": {"data.sources", "training.hf_trainer"},  # `evaluate` describes the features of a metric in its terms
+    "datasets": {
+        "hub",
+        "data.sources",
+        "training.hf_trainer",
+    },  # `evaluate` describes the features of a metric in its terms
     "evaluate": {"training"},
     "optuna": {"search", "commands"},  # `commands` joins the rooms: it hands a study and a client from one to another
     "ray": {"search.ray_cluster"},
@@ -91,7 +95,8 @@ def test_every_room_has_its_place() -> None:
     assert {room(module) for module in MODULES} <= set(LINE)
 
 
-@pytest.mark.parametrize("module", MODULES)
+# The package itself names what users import from it, and imports it when it is asked for.
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"agnews_lora"}))
 def test_imports_point_one_way(module: str) -> None:
     own = room(module)
     known = {other for other in LINE if LINE[other] < LINE[own]} | {own}

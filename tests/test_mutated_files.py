@@ -44,7 +44,14 @@ class Project:
 def new_project(folder: Path) -> Path:
     write_project(
         folder,
-        experiment={"base": "base", "data": {"source": "csv", "train": CSV_FILE, "test": "test.csv", "rows": 40}},
+        experiment={
+            "base": "base",
+            "data": {
+                **{"source": "files", "train": CSV_FILE, "test": "test.csv", "rows": 40, "allow_overlap": True},
+                **{"columns": ["class", "title", "text"], "text": ["title", "text"], "label": "class"},
+                "labels": ["World", "Sports", "Business", "Sci/Tech"],
+            },
+        },
         sweep={"budget": 10_000},
     )
     for split in (CSV_FILE, "test.csv"):

@@ -1,13 +1,16 @@
 """Tiny base models with real tokenizers, built on the fly: what tests train and serve in place of a downloaded base."""
 
 from pathlib import Path
+from typing import Any
 
-from agnews_lora.adapters.spec import Family, ModelShape
+from agnews_lora.adapters.families import LAYOUTS, Family
+from agnews_lora.adapters.spec import ModelShape
 
 HIDDEN_SIZE = 32
 NUM_LAYERS = 2
 INTERMEDIATE_SIZE = 64
 MAX_TOKENS = 128
+LIKE_ROBERTA = ("roberta", "xlm-roberta", "camembert")  # byte-level BPE, positions from the padding's on
 
 SENTENCES = (
     "Ministers met in the capital to sign a treaty after weeks of talks, the embassy said on Monday.",
@@ -26,32 +29,42 @@ def tiny_shape(family: Family, num_labels: int = 4) -> ModelShape:
     return ModelShape(family, HIDDEN_SIZE, NUM_LAYERS, INTERMEDIATE_SIZE, num_labels)
 
 
-def tiny_base(folder: Path, family: Family, seed: int = 0) -> Path:
+def tiny_config(family: Family, **changes: Any) -> Any:
+    """Hugging Face's configuration of a tiny base; changes: its fields."""
+    from transformers import AutoConfig
+
+    layout = LAYOUTS[family]
+    sizes = dict(zip(layout.sizes, (HIDDEN_SIZE, NUM_LAYERS, INTERMEDIATE_SIZE), strict=True))
+    common = {"vocab_size": 400, "num_attention_heads": 2, "max_position_embeddings": MAX_TOKENS}
+    common |= {"initializer_range": 0.2, "pad_token_id": 1 if family in LIKE_ROBERTA else 0}
+    special: dict[str, Any] = {}
+    if family in LIKE_ROBERTA:
+        special = {"max_position_embeddings": MAX_TOKENS + 2, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+    elif family == "electra":
+        special = {"embedding_size": HIDDEN_SIZE // 2}
+    elif family == "deberta-v2":  # as DeBERTa-v3 has them
+        special = {"relative_attention": True, "position_buckets": 16, "pos_att_type": ["p2c", "c2p"]}
+        special |= {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False}
+        special |= {"type_vocab_size": 0}
+    elif family == "modernbert":
+        special = {"local_attention": 16, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
+    return AutoConfig.for_model(layout.model_type, **{**sizes, **common, **special, **changes})
+
+
+def tiny_base(folder: Path, family: Family, seed: int = 0, **changes: Any) -> Path:
     """Write a base model without a classifier, and its tokenizer, as the hub has them; the weights follow from `seed`.
 
     The weights' scale is larger than a fresh model's, so that predictions depend visibly on the text.
     """
     import torch
-    from transformers import BertConfig, BertModel, RobertaConfig, RobertaForMaskedLM
+    from transformers import AutoModel, AutoModelForMaskedLM
 
     vocabulary_size = _write_tokenizer(folder, family)
-    common = {
-        "vocab_size": vocabulary_size,
-        "hidden_size": HIDDEN_SIZE,
-        "num_hidden_layers": NUM_LAYERS,
-        "num_attention_heads": 2,
-        "intermediate_size": INTERMEDIATE_SIZE,
-        "initializer_range": 0.2,
-    }
+    config = tiny_config(family, vocab_size=vocabulary_size, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: torch.nn.Module
-        if family == "bert":
-            model = BertModel(BertConfig(**common, max_position_embeddings=MAX_TOKENS))
-        else:
-            model = RobertaForMaskedLM(
-                RobertaConfig(**common, max_position_embeddings=MAX_TOKENS + 2, type_vocab_size=1, layer_norm_eps=1e-5)
-            )
+        bare = family in ("bert", "electra")
+        model: torch.nn.Module = (AutoModel if bare else AutoModelForMaskedLM).from_config(config)
     model.save_pretrained(str(folder))
     return folder
 
@@ -61,7 +74,7 @@ def _write_tokenizer(folder: Path, family: Family) -> int:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if family == "bert":
+    if family not in LIKE_ROBERTA:
         special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)

@@ -7,6 +7,7 @@ the labels. The base is named by hub id and revision, never by a path.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,9 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from agnews_lora.adapters.base_models import BaseModel
+from agnews_lora.adapters.base_models import BaseModel, weight_files
 from agnews_lora.adapters.budget import trainable_parameters
-from agnews_lora.adapters.spec import PRESETS, ModelShape, TrialSpec, module_shape, target_pattern
+from agnews_lora.adapters.spec import (
+    ModelShape,
+    TrialSpec,
+    head_shapes,
+    module_shape,
+    target_modules,
+    target_pattern,
+)
 from agnews_lora.errors import AdapterError, BaseModelError, StorageError
 
 if TYPE_CHECKING:
@@ -29,13 +37,16 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 RECORD = "adapter_record.json"
 
-# The classifier's first layer, saved by PEFT with the rest of the head even where only `out_proj` trains.
-FROZEN_HEAD_MARK = ".classifier.dense."
+# Tensors of an encoder that its classification model leaves out: a pooler that its head does not read, and buffers.
+_HARMLESS = re.compile(r"\.pooler\.dense\.(weight|bias)$|position_ids$|token_type_ids$|inv_freq$")
 
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """Specification, base and labels of a trained adapter. base: name in the experiment, without a directory's path."""
+    """Specification, base, labels and cleaning (see `rows.CLEANING`) of a trained adapter.
+
+    base: name in the experiment, without a directory's path.
+    """
 
     trial: str
     spec: TrialSpec
@@ -47,9 +58,12 @@ class AdapterRecord:
     labels: tuple[str, ...]
     max_length: int
     trainable_parameters: int
+    clean: str | None = "ag_news"  # as adapters whose record has no such field were trained
 
 
-def record_of(trial: str, spec: TrialSpec, base: BaseModel, labels: Sequence[str], max_length: int) -> AdapterRecord:
+def record_of(
+    trial: str, spec: TrialSpec, base: BaseModel, labels: Sequence[str], max_length: int, clean: str | None = None
+) -> AdapterRecord:
     """The record of a trial's adapter. A base that is a directory is named by the directory's name alone."""
     return AdapterRecord(
         trial=trial,
@@ -62,16 +76,19 @@ def record_of(trial: str, spec: TrialSpec, base: BaseModel, labels: Sequence[str
         labels=tuple(labels),
         max_length=max_length,
         trainable_parameters=trainable_parameters(spec, base.shape),
+        clean=clean,
     )
 
 
 def lora_config(spec: TrialSpec, base: BaseModel) -> "LoraConfig":
-    """PEFT's configuration of a trial; the classifier trains beside the adapters (`modules_to_save`)."""
+    """PEFT's configuration of a trial; the head trains beside the adapters (`modules_to_save`)."""
     from peft import LoraConfig, TaskType
 
     return LoraConfig(
         task_type=TaskType.SEQ_CLS,
-        target_modules=target_pattern(spec.targets),
+        target_modules=target_pattern(spec.targets, base.shape.family),
+        # PEFT adds `classifier`, in place.
+        modules_to_save=list(base.shape.layout.saved) or None,
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]  # declared int, used as a number
         lora_dropout=spec.dropout,
@@ -97,7 +114,10 @@ def save_adapter(model: "PeftModel", record: AdapterRecord, folder: Path) -> Non
         # PEFT writes down the folder that the base was loaded from, which another machine does not have.
         fields = json.loads((beside / CONFIG).read_text(encoding="utf-8"))
         _write_json(beside / CONFIG, fields | {"base_model_name_or_path": record.hub_id, "revision": record.revision})
-        _write_json(beside / RECORD, asdict(record))
+        names = dict(enumerate(record.labels))
+        ids = {name: index for index, name in names.items()}
+        # Under the names that transformers has for them, for those who load the adapter elsewhere.
+        _write_json(beside / RECORD, asdict(record) | {"id2label": names, "label2id": ids})
         verify(beside, get_peft_model_state_dict(model, save_embedding_layers=False))
         shutil.rmtree(folder, ignore_errors=True)
         beside.replace(folder)
@@ -165,7 +185,11 @@ def read_record(folder: Path) -> AdapterRecord:
     with _reading(folder / RECORD):
         fields: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         spec, shape = TrialSpec(**fields["spec"]), ModelShape(**fields["shape"])
-        trainable_parameters(spec, shape)  # an unknown preset or a size that is no number cannot be counted
+        trainable_parameters(spec, shape)  # an unknown family or preset, or a size that is no number cannot be counted
+        if fields.get("clean") not in (None, "ag_news"):
+            raise ValueError(f"clean is {fields['clean']!r}")
+        for name in ("id2label", "label2id"):  # what `labels` says, for others
+            fields.pop(name, None)
         return AdapterRecord(**{**fields, "spec": spec, "shape": shape, "labels": tuple(fields["labels"])})
 
 
@@ -173,16 +197,12 @@ def tensor_shapes(spec: TrialSpec, shape: ModelShape) -> dict[str, tuple[int, ..
     """{name: shape} of every tensor in an adapter's file; a frozen part of the head is among them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(shape.num_layers):
-        for module in PRESETS[spec.targets]:
+        for module in target_modules(spec.targets, shape.family):
             out_features, in_features = module_shape(module, shape)
-            path = f"base_model.model.{shape.family}.encoder.layer.{layer}.{module}"
+            path = f"base_model.model.{shape.layout.module_path(layer, module)}"
             shapes[f"{path}.lora_A.weight"] = (spec.rank, in_features)
             shapes[f"{path}.lora_B.weight"] = (out_features, spec.rank)
-    head, hidden_size = "base_model.model.classifier", shape.hidden_size
-    if shape.family == "roberta":
-        shapes |= {f"{head}.dense.weight": (hidden_size, hidden_size), f"{head}.dense.bias": (hidden_size,)}
-        head += ".out_proj"
-    return shapes | {f"{head}.weight": (shape.num_labels, hidden_size), f"{head}.bias": (shape.num_labels,)}
+    return shapes | {f"base_model.model.{name}": sizes for name, sizes in head_shapes(shape).items()}
 
 
 def recount(folder: Path) -> int:
@@ -205,14 +225,15 @@ def recount(folder: Path) -> int:
         if present.get(name) != expected_shapes.get(name):
             raise refusal(f"tensor {name}", present.get(name, "absent"), expected_shapes.get(name, "absent"))
     # Another alpha would load with plain PEFT, and answer otherwise.
-    meant = {"r": spec.rank, "lora_alpha": spec.alpha, "target_modules": target_pattern(spec.targets)}
+    pattern = target_pattern(spec.targets, record.shape.family)
+    meant = {"r": spec.rank, "lora_alpha": spec.alpha, "target_modules": pattern}
     with _reading(folder / CONFIG):
         fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         said = {key: fields[key] for key in meant}
     if said != meant:
         raise refusal(CONFIG, said, meant)
-    frozen = spec.head == "out_proj"
-    counted = sum(t.numel() for name, t in tensors.items() if not (frozen and FROZEN_HEAD_MARK in name))
+    layout = record.shape.layout
+    counted = sum(t.numel() for name, t in tensors.items() if not layout.is_frozen(name, spec.head))
     expected = trainable_parameters(spec, record.shape)
     if not counted == expected == record.trainable_parameters:
         found = f"{counted:,} in {WEIGHTS} and {record.trainable_parameters:,} in {RECORD}"
@@ -239,36 +260,67 @@ def load_with_peft(folder: Path, base: BaseModel) -> "PeftModel":
 
 
 def load_base(base: BaseModel, num_labels: int, dropout: float = 0.0) -> "torch.nn.Module":
-    """The base with a fresh, random classification head (from torch's global generator), fp32, on the CPU.
+    """The base's encoder under a fresh, random head (from torch's global generator), fp32, on the CPU.
+
+    Nothing else is taken from the folder: not its own head, no adapter beside it, no other loss than cross entropy.
 
     dropout: inside the base while training (hidden states, attention, classifier).
 
     Raises:
-        BaseModelError: weights that do not fill the configuration, the head aside: transformers would draw them at
-            random, and no adapter's file would carry them.
+        BaseModelError: the weights lack tensors of the encoder, which transformers would draw at random and no
+            adapter's file would carry, or have some that transformers does not compute.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar of its own for reading some MB would tear the live table
-    model: torch.nn.Module
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        str(base.folder),
-        num_labels=num_labels,
-        dtype=torch.float32,
-        local_files_only=True,
-        use_safetensors=True,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        classifier_dropout=dropout,
-        ignore_mismatched_sizes=True,  # a head for other labels gives way to a fresh one
-        output_loading_info=True,
-    )
-    drawn = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    if strangers := sorted(name for name in drawn if not name.startswith("classifier.")):
-        raise BaseModelError(
-            f"Cannot load base model {base.name}: the weights in {base.folder} lack {strangers[0]} ({len(strangers)} "
-            "tensors in all) in the shape of its configuration. Take the weights that belong to it."
+    model: PreTrainedModel
+    try:
+        config = AutoConfig.from_pretrained(
+            str(base.folder),
+            local_files_only=True,
+            num_labels=num_labels,
+            problem_type="single_label_classification",
+            **dict.fromkeys(base.shape.layout.dropouts, dropout),
         )
+        family: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+        model, info = family.from_pretrained(
+            None,  # a path would apply an adapter that lies in the folder
+            config=config,
+            state_dict=_encoder_tensors(base),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # named below
+            output_loading_info=True,
+        )
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise BaseModelError(
+            f"Cannot load base model {base.name}: transformers does not build a model of {base.folder} ({error}). "
+            "Copy or download it again."
+        ) from error
+    # PEFT looks for the configuration there as it saves, and would ask the hub where it has no path.
+    model.name_or_path = model.config._name_or_path = str(base.folder)
+    absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])} - base.shape.layout.head.keys()
+    unknown = {name for name in info["unexpected_keys"] if not _HARMLESS.search(name)}
+    for tensors, verb, remedy in (
+        (absent, "lack", " in the shape of its configuration. Take the weights that belong to it"),
+        (unknown, "hold", ", which transformers does not compute. Take another base model"),
+    ):
+        if tensors:
+            raise BaseModelError(
+                f"Cannot load base model {base.name}: the weights in {base.folder} {verb} {min(tensors)} "
+                f"({len(tensors)} tensors in all){remedy}."
+            )
     return model
+
+
+def _encoder_tensors(base: BaseModel) -> dict[str, "torch.Tensor"]:
+    """{name in the classification model: tensor} of the encoder alone, whatever model it was saved from."""
+    from safetensors.torch import load_file
+
+    prefix, head = f"{base.shape.layout.encoder}.", base.shape.layout.head
+    files = weight_files(base.name, base.folder)
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    if not any(name.startswith(prefix) for name in tensors):  # saved from the encoder itself
+        tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix) and name not in head}

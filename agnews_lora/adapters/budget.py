@@ -4,21 +4,35 @@ Equal to PEFT's own count (`model.get_nb_trainable_parameters()`) for every pres
 matrix [out, in] adds rank · (in + out) parameters (Hu et al. 2021, section 4.1), and the classifier trains beside it.
 """
 
-from agnews_lora.adapters.spec import HEADS, PRESETS, ModelShape, TrialSpec, module_shape
+from dataclasses import replace
+from math import prod
+
+from agnews_lora.adapters.spec import (
+    HEADS,
+    PRESETS,
+    ModelShape,
+    TrialSpec,
+    head_shapes,
+    is_adaptable,
+    module_shape,
+    target_modules,
+)
 from agnews_lora.errors import BudgetError
 
 
 def head_parameters(head: str, shape: ModelShape) -> int:
     """Trainable parameters of the classifier: all of it (`full`), or its last layer alone (`out_proj`)."""
-    out_proj = shape.hidden_size * shape.num_labels + shape.num_labels
-    if head == "out_proj" or shape.family == "bert":  # BERT's classifier is one linear layer: its last is its only one
-        return out_proj
-    return shape.hidden_size * shape.hidden_size + shape.hidden_size + out_proj
+    layout = shape.layout
+    return sum(prod(sizes) for name, sizes in head_shapes(shape).items() if not layout.is_frozen(name, head))
 
 
 def parameters_per_rank(preset: str, shape: ModelShape) -> int:
-    """Parameters of one more rank: in + out, summed over the adapted matrices of all layers."""
-    return shape.num_layers * sum(sum(module_shape(module, shape)) for module in PRESETS[preset])
+    """Parameters of one more rank: in + out, summed over the adapted matrices of all layers.
+
+    Raises:
+        ConfigError: the base's family cannot adapt the preset.
+    """
+    return shape.num_layers * sum(sum(module_shape(module, shape)) for module in target_modules(preset, shape.family))
 
 
 def trainable_parameters(spec: TrialSpec, shape: ModelShape) -> int:
@@ -27,7 +41,9 @@ def trainable_parameters(spec: TrialSpec, shape: ModelShape) -> int:
 
 
 def max_rank(preset: str, head: str, shape: ModelShape, budget: int) -> int:
-    """The largest rank of a preset that fits the budget; 0 where even rank 1 does not fit."""
+    """The largest rank of a preset that fits the budget; 0 where even rank 1 does not fit, or the family lacks it."""
+    if not is_adaptable(preset, shape.family):
+        return 0
     room = budget - head_parameters(head, shape)
     return max(0, room // parameters_per_rank(preset, shape))
 
@@ -46,8 +62,12 @@ def require_within_budget(spec: TrialSpec, shape: ModelShape, budget: int) -> in
 
 def breach(spec: TrialSpec, shape: ModelShape, budget: int, count: int) -> str:
     """Describe a breach of the budget: the numbers, and the largest rank that fits."""
-    fits = max_rank(spec.targets, spec.head, shape, budget)
-    remedy = f"the largest rank that fits is {fits}" if fits else "no rank of it fits: take another preset"
+    if fits := max_rank(spec.targets, spec.head, shape, budget):
+        remedy = f"the largest rank that fits is {fits}"
+    else:
+        other = "`head: out_proj`" if max_rank(spec.targets, "out_proj", shape, budget) else "another preset"
+        needed = trainable_parameters(replace(spec, rank=1), shape)
+        remedy = f"no rank of it fits: take {other}, or a budget of at least {needed:,}"
     configuration = f"rank {spec.rank} on {spec.targets}, head {spec.head}"
     return f"{count:,} trainable parameters > budget {budget:,} ({configuration}); {remedy}"
 
@@ -61,10 +81,20 @@ def feasible_ranks(presets: list[str], heads: list[str], shape: ModelShape, budg
     ranks = {(preset, head): max_rank(preset, head, shape, budget) for preset in presets for head in heads}
     feasible = {key: rank for key, rank in ranks.items() if rank}
     if not feasible:
-        cheapest = min(head_parameters(head, shape) + parameters_per_rank(preset, shape) for preset, head in ranks)
+        adaptable = [preset for preset in presets if is_adaptable(preset, shape.family)]
+
+        def cheapest(head: str) -> int:
+            return head_parameters(head, shape) + min(parameters_per_rank(preset, shape) for preset in adaptable)
+
+        needed, alone = min(map(cheapest, heads)), min(head_parameters(head, shape) for head in heads)
+        remedy = "set `heads: [out_proj]` in `space`"
+        if cheapest("out_proj") > budget:
+            remedy = (
+                f"offer a smaller preset in `space.targets` (presets: {', '.join(PRESETS)}; heads: {', '.join(HEADS)})"
+            )
         raise BudgetError(
-            f"budget {budget:,} fits no adapter: the cheapest of {', '.join(presets)} with head {' or '.join(heads)} "
-            f"needs {cheapest:,} trainable parameters at rank 1; raise `budget`, or offer a smaller preset in "
-            f"`space.targets` (presets: {', '.join(PRESETS)}; heads: {', '.join(HEADS)})"
+            f"budget {budget:,} fits no adapter: the cheapest of {', '.join(adaptable)} with head {' or '.join(heads)} "
+            f"needs {needed:,} trainable parameters at rank 1, {alone:,} of them in the head; {remedy}, or raise "
+            f"`budget` to at least {needed:,}"
         )
     return feasible

@@ -31,7 +31,8 @@ from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, draw, thumbna
 from agnews_lora.search import space
 from agnews_lora.search.results import Answers, SweepFacts, SweepResult
 from agnews_lora.serving import reload
-from agnews_lora.serving.model_package import Winner, register, registration_of
+from agnews_lora.serving.model_package import Winner, locator, register, registration_of
+from agnews_lora.serving.predict import free_name
 from agnews_lora.tracking.descriptions import (
     Pages,
     model_description,
@@ -95,9 +96,11 @@ def finish(
     with TemporaryDirectory() as name:
         folder = Path(name)
         if winner is not None:
-            logits = cache(partial(_logits, runs.client, prepared, folder))
-            version = _register(result, sweep, prepared, runs, registry, folder, logits)
-            answers = _known_answers(result) or _answer(result, prepared.corpus, runs, folder, logits)
+            adapter = _adapter(runs.client, folder, winner.run_id)
+            base, validation = locator(prepared.base), prepared.corpus.validation
+            logits = cache(lambda: reload.reload(adapter, base, validation))
+            version = _register(result, sweep, prepared, runs, registry, adapter, logits)
+            answers = _known_answers(result) or _answer(result, prepared, runs, folder, logits)
             result = replace(result, answers=answers, registration=registration_of(registry, version))
         result = replace(result, wall_seconds=wall_seconds + time.perf_counter() - began)
         curves = {row.trial: runs.curve(row.trial) for row in result.trials}
@@ -106,7 +109,7 @@ def finish(
         if winner is not None:
             answered = {name: drawn[name] for name in ANSWER_FIGURES}
             runs.page(winner.run_id).log_files(answered | thumbnails(answered, folder))
-        parent.log_table("leaderboard", leaderboard(result))
+        parent.log_table("leaderboard", result.frame())
         _describe(result, runs.page, registry, version, drawn)
         _mark_winner(result, runs)
         runs.close_parent(
@@ -155,7 +158,7 @@ def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
         base_revision=base.revision,
         shape=base.shape,
         budget=sweep.budget,
-        engine=sweep.engine,
+        engine=prepared.engine_name,
         seed=sweep.seed,
         planned_trials=sweep.trials,
         total_steps=prepared.total_steps,
@@ -196,19 +199,6 @@ def metrics_of(result: SweepResult) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def leaderboard(result: SweepResult) -> pd.DataFrame:
-    """One row a trial, the best first."""
-    scores = ("trial", "state", *SCORES, "loss", "trainable_parameters")
-    return pd.DataFrame(
-        [
-            {name: getattr(row, name) for name in scores}
-            | (row.spec.as_dict() if row.spec else {})
-            | {"baseline": row.baseline, "winner": row == result.winner, "run_id": row.run_id, "reason": row.reason}
-            for row in result.ranking
-        ]
-    )
-
-
 def write(result: SweepResult) -> Path:
     """Write the result below the stores; gives its file."""
     path = RESULTS / f"{result.study}.json"
@@ -227,12 +217,9 @@ def _stored(text: str | None) -> SweepResult | None:
 # The winner ----------------------------------------------------------------------------------------------------------
 
 
-def _logits(client: MlflowClient, prepared: Prepared, folder: Path, run_id: str) -> Logits:
-    """Of the adapter that a run has, on the validation split, by plain PEFT in fp32."""
-    return reload.logits(_adapter(client, folder, run_id), prepared.base, prepared.corpus.validation)
-
-
-def _adapter(client: MlflowClient, folder: Path, run_id: str) -> Path:
+def _adapter(client: MlflowClient, folder: Path, run_id: str | None) -> Path:
+    """A run's adapter, in a folder of its own below `folder`."""
+    assert run_id is not None, "a trial that ended has its run"
     to = folder / run_id
     to.mkdir(exist_ok=True)
     uri = client.tracking_uri
@@ -245,18 +232,20 @@ def _register(
     prepared: Prepared,
     runs: SweepRuns,
     registry: Registry,
-    folder: Path,
-    logits: Callable[[str], Logits],
+    adapter: Path,
+    logits: Callable[[], Logits],
 ) -> Version:
     winner, mean, experiment = result.winner, result.confirmation, sweep.experiment
     assert winner is not None and winner.run_id is not None, "a trial that ended has its run"
+    assert winner.accuracy is not None and winner.loss is not None, "a trial that ended has its scores"
+    scores = winner.accuracy, winner.loss
     version = register(
         registry,
-        Winner(winner.run_id, _adapter(runs.client, folder, winner.run_id), sweep.name, result.study, sweep.budget),
+        Winner(winner.run_id, adapter, sweep.name, result.study, sweep.budget, *scores),
         prepared.base,
         prepared.corpus,
         sources.describe(experiment.data_settings),
-        partial(logits, winner.run_id),
+        logits,
     )
     if mean is not None:
         tags = mean.as_dict(result.objective)
@@ -281,15 +270,16 @@ def _known_answers(result: SweepResult) -> Answers | None:
 
 
 def _answer(
-    result: SweepResult, corpus: Corpus, runs: SweepRuns, folder: Path, logits: Callable[[str], Logits]
+    result: SweepResult, prepared: Prepared, runs: SweepRuns, folder: Path, logits: Callable[[], Logits]
 ) -> Answers:
     """How the winner answers. Every prediction, and the table of mistakes, are put on its run."""
-    winner, baseline = result.winner, result.baseline
-    assert winner is not None and winner.run_id is not None, "a trial that ended has its run"
+    winner, baseline, corpus = result.winner, result.baseline, prepared.corpus
+    assert winner is not None
     other = None
     if baseline is not None and baseline.run_id is not None and find_run(runs.client, baseline.run_id):
-        other = logits(baseline.run_id).argmax(axis=-1)
-    probabilities = softmax(logits(winner.run_id).astype(np.float64), axis=-1)
+        adapter = _adapter(runs.client, folder, baseline.run_id)
+        other = reload.logits(adapter, prepared.base, corpus.validation).argmax(axis=-1)
+    probabilities = softmax(logits().astype(np.float64), axis=-1)
     tfidf = tfidf_scores(corpus.train_rows, corpus.validation_rows)
     answers = replace(
         answers_of(probabilities, corpus, other),
@@ -310,15 +300,14 @@ def predictions_of(probabilities: npt.NDArray[np.float64], corpus: Corpus) -> pd
     probabilities: [validation rows, classes].
     """
     names = np.asarray(corpus.labels, dtype=object)
-    found = {
+    known = {
         "row": np.arange(len(probabilities)),
         "label": names[corpus.validation.labels],
         "predicted": names[probabilities.argmax(axis=-1)],
         "confidence": probabilities.max(axis=-1),
     }
-    if len(names) <= MAX_CLASSES:  # a class may be called `row`
-        found |= {f"P({name})": column for name, column in zip(names, probabilities.T, strict=True)}
-    return pd.DataFrame(found)
+    classes = dict(zip(corpus.labels, probabilities.T, strict=True)) if len(names) <= MAX_CLASSES else {}
+    return pd.DataFrame({free_name(name, classes): column for name, column in known.items()} | classes)
 
 
 def tfidf_scores(train: Rows, validation: Rows) -> dict[Objective, float]:

@@ -20,13 +20,13 @@ from rich.table import Table
 import agnews_lora
 from agnews_lora import hub
 from agnews_lora.adapters.base_models import resolve, shape_of
-from agnews_lora.adapters.budget import head_parameters, max_rank, parameters_per_rank
+from agnews_lora.adapters.budget import feasible_ranks, head_parameters, max_rank, parameters_per_rank
 from agnews_lora.adapters.spec import ModelShape
 from agnews_lora.config import experiment as experiments
 from agnews_lora.config.experiment import Experiment, load_experiment
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
-from agnews_lora.errors import AgnewsLoraError, NetworkError
+from agnews_lora.errors import AgnewsLoraError, BudgetError, NetworkError
 from agnews_lora.paths import STORES, TOKENS
 
 LIBRARIES: Final = ("torch", "transformers", "peft", "datasets", "evaluate", "optuna", "mlflow", "pandas")
@@ -58,13 +58,19 @@ def budget(sweep: Sweep, as_json: bool) -> int:
             f"{int(count) / sweep.budget:.1%}" if fits else "",
         )
     console.print(view)
+    if shape.layout.note:
+        console.print(f"{sweep.experiment.base}: {shape.layout.note}", soft_wrap=True)
+    try:
+        feasible_ranks(sweep.space.presets(shape.family), list(sweep.space.heads), shape, sweep.budget)
+    except BudgetError as error:
+        console.print(str(error), soft_wrap=True)
     return 0
 
 
 def budget_table(sweep: Sweep, shape: ModelShape) -> list[dict[str, int | str]]:
     """A row for each preset and head of the sweep's space. trainable_parameters: at the largest rank."""
     rows: list[dict[str, int | str]] = []
-    for preset in sweep.space.targets:
+    for preset in sweep.space.presets(shape.family):
         for head in sweep.space.heads:
             fits, step = max_rank(preset, head, shape, sweep.budget), parameters_per_rank(preset, shape)
             rows.append(

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM as a request to stop in order; a second Ctrl-C leaves at once."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -25,6 +26,9 @@ class StopRequest:
 def orderly_stop() -> Iterator[StopRequest]:
     """While inside, SIGINT and SIGTERM only set the request; a second SIGINT raises KeyboardInterrupt."""
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+        yield request
+        return
 
     def handle(number: int, frame: FrameType | None) -> None:
         if request and number == signal.SIGINT:

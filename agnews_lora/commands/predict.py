@@ -30,10 +30,7 @@ def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bo
     """
     asked = [*texts, *(_lines(file) if file else [])]
     if not texts and file is None:
-        try:
-            asked = [line for line in sys.stdin.read().splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise DataError("Cannot read standard input: it is not UTF-8. Convert it.") from error
+        asked = _split(sys.stdin.buffer.read(), "standard input")
     if not asked:
         raise DataError("Cannot predict: no text was given. Name one, or a file with --file.")
     for text in asked:
@@ -50,7 +47,7 @@ def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bo
     if as_json:
         for text, prediction in zip(asked, predictions, strict=True):
             answer = {"text": text, "label": prediction.label, "probabilities": prediction.probabilities}
-            print(json.dumps(answer, ensure_ascii=False))
+            print(json.dumps(answer))  # ASCII: a line each, whatever a reader takes for the end of a line
         return 0
     view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     view.add_column("label", no_wrap=True)
@@ -64,8 +61,8 @@ def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bo
     return 0
 
 
-def export(experiment: Experiment, to: Path, tracking: str | None, as_json: bool) -> int:
-    """Write the experiment's champion to a folder that stands alone.
+def export(experiment: Experiment, to: Path, merged: bool, tracking: str | None, as_json: bool) -> int:
+    """Write the experiment's champion to a folder that stands alone. merged: as a whole model.
 
     Raises:
         RegistryError: there is no champion yet, or its files changed.
@@ -75,19 +72,28 @@ def export(experiment: Experiment, to: Path, tracking: str | None, as_json: bool
     registry = Registry(client, experiment.name)
     with reaching(client):
         version = registry.champion()
-        written = write_folder(registry, version, to)
+        written = write_folder(registry, version, to, merged)
     if as_json:
         print(json.dumps({"model": version.model, "version": version.number, "folder": str(written)}))
         return 0
+    content = "a whole model" if merged else "PEFT's files"
     Console(highlight=False, markup=False).print(
-        f"{version} is in {to}: PEFT's files, the tokenizer and a model card (README.md)", soft_wrap=True
+        f"{version} is in {to}: {content}, the tokenizer and a model card (README.md)", soft_wrap=True
     )
     return 0
 
 
 def _lines(file: Path) -> list[str]:
     try:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"Cannot read texts from {file}: {reason}. Name a text file.") from error
+        return _split(file.read_bytes(), str(file))
+    except OSError as error:
+        raise DataError(f"Cannot read texts from {file}: {error.strerror}. Name a text file.") from error
+
+
+def _split(content: bytes, place: str) -> list[str]:
+    """The lines that hold more than white space. Only LF and CR LF end one: a text may hold U+2028 or a form feed."""
+    try:
+        lines = content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"Cannot read texts from {place}: byte {error.start} is not UTF-8. Convert it.") from error
+    return [line.removesuffix("\r") for line in lines if line.strip()]

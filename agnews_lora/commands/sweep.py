@@ -16,10 +16,10 @@ from rich.console import Console
 from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import feasible_ranks, require_within_budget
 from agnews_lora.adapters.spec import ModelShape
-from agnews_lora.commands.finish import finish, opening
+from agnews_lora.commands.finish import facts_of, finish, opening
 from agnews_lora.commands.interrupts import StopRequest, orderly_stop
 from agnews_lora.commands.prepare import Prepared, prepare
-from agnews_lora.config.sweep import Sweep
+from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.data.sources import label_names
 from agnews_lora.errors import BudgetError
 from agnews_lora.paths import STORES, WORK
@@ -31,7 +31,7 @@ from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing, open_confirmation
 from agnews_lora.search.driver import Driver, Search, num_left, tidy
 from agnews_lora.search.pruner import PeerMedianPruner
-from agnews_lora.search.results import SweepResult, best_first, summaries
+from agnews_lora.search.results import INTERRUPTED, SweepResult, best_first, summaries
 from agnews_lora.search.retry import Retry
 from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.tracking.provenance import provenance
@@ -42,44 +42,82 @@ from agnews_lora.training.interface import Engine
 Outcome = TypeVar("Outcome")
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a sweep is started.
+class Stopped(KeyboardInterrupt):
+    """A sweep was stopped by a signal, in order: nothing is lost."""
+
+    def __init__(self, result: SweepResult, exit_code: int) -> None:
+        super().__init__("the sweep was stopped; the same call resumes it")
+        self.result = result
+        self.exit_code = exit_code
+
+
+def run(sweep: Sweep, as_json: bool, quiet: bool, **options: Any) -> int:
+    """Run a sweep, print its result, and return the exit code: 0 finished or out of time, 1 without a winner,
+    128 + signal when stopped.
 
     Args:
-        trials: how many are to have ended in all, instead of the file's number.
-        timeout: seconds of training after which running trials are requeued for the next start.
-        new: start another study.
-        workers, address: train in Ray actors, of a local Ray or of a running cluster.
-        storage, tracking: URLs of the stores, instead of the project's own.
-        patience: seconds that a store may be away.
-        quiet: show the result alone.
-        json: show it as JSON, and nothing else.
-    """
-
-    trials: int | None = None
-    timeout: float | None = None
-    new: bool = False
-    workers: int | None = None
-    address: str | None = None
-    storage: str | None = None
-    tracking: str | None = None
-    patience: float = 300.0
-    quiet: bool = False
-    json: bool = False
-
-
-def run(sweep: Sweep, options: Options) -> int:
-    """Run a sweep and return the exit code: 0 finished or out of time, 1 without a winner, 128 + signal when stopped.
+        as_json: show the result as JSON, and nothing else.
+        quiet, options: see `run_sweep`.
 
     Raises:
         AgnewsLoraError: anything that the user can fix; the study is as it was before.
     """
+    stopped = 0
+    try:
+        result = run_sweep(sweep, quiet=quiet or as_json, **options)
+    except Stopped as stop:
+        result, stopped = stop.result, stop.exit_code
+    if result.state == INTERRUPTED:
+        _print_unfinished(result, options["trials"], as_json)
+        return stopped
+    if as_json:
+        print(json.dumps(result.as_dict()))
+    else:
+        print_summary(Console(highlight=False), result)
+    return 0 if result.winner else 1
+
+
+def run_sweep(
+    sweep: Sweep | str | Path,
+    *,
+    trials: int | None = None,
+    timeout: float | None = None,
+    new: bool = False,
+    workers: int | None = None,
+    address: str | None = None,
+    storage: str | None = None,
+    tracking: str | None = None,
+    patience: float = 300.0,
+    quiet: bool = False,
+) -> SweepResult:
+    """Run a sweep in the working directory's project, or resume it where it stopped.
+
+    Args:
+        sweep: what `load_sweep` gave, or the name or path of the file.
+        trials: how many are to have ended in all, instead of the file's number.
+        timeout: seconds of training after which running trials are requeued for the next call.
+        new: start another study.
+        workers, address: train in Ray actors, of a local Ray or of a running cluster.
+        storage, tracking: URLs of the stores, instead of the project's own.
+        patience: seconds that a store may be away.
+        quiet: show no progress.
+
+    Returns:
+        The result; its state is `INTERRUPTED` where the timeout came first.
+
+    Raises:
+        Stopped: by Ctrl-C or SIGTERM, after the running trials were requeued: the same call resumes them.
+        AgnewsLoraError: anything that the user can fix; the study is as it was before.
+    """
+    if not isinstance(sweep, Sweep):
+        sweep = load_sweep(sweep)
     with keys.answering():
         shape = shape_of(sweep.experiment.base, len(label_names(sweep.experiment.data_settings)))
-        require_feasible(sweep, shape, options.storage, options.new)
-        client = open_client(options.tracking) if options.tracking else None
-        prepared = prepare(sweep.experiment)
+        require_feasible(sweep, shape, storage, new)
+        client = open_client(tracking) if tracking else None
+        prepared = prepare(sweep.experiment, sweep.engine, sweep.slots)
+        if prepared.base.shape != shape:  # downloaded only now, its weights turned out to have no pooler
+            require_feasible(sweep, prepared.base.shape, storage, new)
         with keys.sole_driver(WORK / sweep.name, sweep.name):
             runs = SweepRuns(
                 client or open_client(STORES),
@@ -88,41 +126,47 @@ def run(sweep: Sweep, options: Options) -> int:
                 {},
                 trial_curves,
             )
-            storage = keys.open_storage(options.storage or STORES)
-            with keys.sole_driver_of(storage, sweep.name):
-                study = open_study(sweep, prepared, storage, options.new)
-                return _Start(sweep, prepared, study, runs, options).run()
+            database = keys.open_storage(storage or STORES)
+            with keys.sole_driver_of(database, sweep.name):
+                study = open_study(sweep, prepared, database, new)
+                return _Start(sweep, prepared, study, runs, trials, timeout, workers, address, patience, quiet).run()
 
 
 @dataclass
 class _Start:
-    """One start of a sweep, from the open study to the last screen."""
+    """One start of a sweep, from the open study to its result; see `run_sweep`."""
 
     sweep: Sweep
     prepared: Prepared
     study: optuna.Study
     runs: SweepRuns
-    options: Options
+    trials: int | None
+    timeout: float | None
+    workers: int | None
+    address: str | None
+    patience: float
+    quiet: bool
     record_seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self.num_trials = self.options.trials or self.sweep.trials
+        self.num_trials = self.trials or self.sweep.trials
         self.folder = WORK / self.sweep.name / self.study.study_name
 
-    def run(self) -> int:
+    def run(self) -> SweepResult:
         began = time.perf_counter()
         with orderly_stop() as request, self._parent_run() as complete:
+            if not self.quiet:
+                Console(highlight=False, markup=False).print(
+                    f"Engine {self.prepared.engine_name}: {self.prepared.engine_reason}.", soft_wrap=True
+                )
             self._train(request)
-            if request or self._num_left():
-                self._print_unfinished()
-                return request.exit_code if request else 0
+            if request:
+                raise Stopped(self._interrupted(), request.exit_code)
+            if self._num_left():
+                return self._interrupted()
             result = self._insist(lambda: self._finish(time.perf_counter() - began), request)
             complete()
-        if self.options.json:
-            print(json.dumps(result.as_dict()))
-        else:
-            print_summary(Console(highlight=False), result)
-        return 0 if result.winner else 1
+        return result
 
     @contextmanager
     def _parent_run(self) -> Iterator[Callable[[], None]]:
@@ -138,7 +182,7 @@ class _Start:
                     "base": base.hub_id,
                     "budget": sweep.budget,
                     "objective": sweep.objective,
-                    "engine": sweep.engine,
+                    "engine": self.prepared.engine_name,
                     "seed": sweep.seed,
                 },
                 tags={
@@ -174,7 +218,7 @@ class _Start:
             with self.runs.reaching():
                 return (step(),)
 
-        outcome = Retry("a store", self.options.patience).wait(attempt, lambda: bool(request))
+        outcome = Retry("a store", self.patience).wait(attempt, lambda: bool(request))
         if outcome is None:
             raise KeyboardInterrupt
         return outcome[0]
@@ -183,13 +227,12 @@ class _Start:
         """Search, then confirm, until no trial is left or a stop is due."""
         if not self._num_left():
             return
-        timeout = self.options.timeout
-        deadline = time.monotonic() + timeout if timeout else float("inf")
+        deadline = time.monotonic() + self.timeout if self.timeout else float("inf")
 
         def stop() -> bool:
             return bool(request) or time.monotonic() > deadline
 
-        storage, settings = Retry("the study's storage", self.options.patience), self.sweep.confirmation
+        storage, settings = Retry("the study's storage", self.patience), self.sweep.confirmation
         try:
             if storage.wait(lambda: num_left(self.study, self.num_trials), stop):
                 objective = self.sweep.objective
@@ -216,7 +259,7 @@ class _Start:
 
     def _drive(self, study: optuna.Study, num_trials: int, stop: Callable[[], bool], **shown: Any) -> None:
         """Drive a study. shown: of the screen."""
-        sweep, options = self.sweep, self.options
+        sweep = self.sweep
         if not num_left(study, num_trials):
             return
         ended = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
@@ -231,24 +274,27 @@ class _Start:
             num_trials=num_trials,
             objective=sweep.objective,
         )
-        quiet = options.quiet or options.json
-        with Progress(total_trials=num_trials, ended=ended, objective=sweep.objective, quiet=quiet, **shown) as screen:
+        with Progress(
+            total_trials=num_trials, ended=ended, objective=sweep.objective, quiet=self.quiet, **shown
+        ) as screen:
+            if note := self.prepared.base.shape.layout.note:
+                screen.message(f"{sweep.experiment.base}: {note}")
             if shown.get("confirms"):
                 screen.announce("Confirming the best trials: each is trained again with other seeds.")
-            driver = Driver(study, search, self.runs, screen, self.folder, stop, options.patience)
-            if options.workers is None and options.address is None:
+            driver = Driver(study, search, self.runs, screen, self.folder, stop, self.patience)
+            if self.workers is None and self.address is None:
                 driver.run(self._engine)
             else:
                 from agnews_lora.search import ray_cluster
 
-                factory = self.prepared.engine(sweep.engine, sweep.slots)
-                ray_cluster.train(driver, factory, options.workers, options.address, screen.message)
+                factory = self.prepared.engine(sweep.slots)
+                ray_cluster.train(driver, factory, self.workers, self.address, screen.message)
         self.record_seconds += driver.record_seconds
 
     @cached_property
     def _engine(self) -> Engine:
         """One for search and confirmation, so that the base is loaded once."""
-        return self.prepared.engine(self.sweep.engine, self.sweep.slots)()
+        return self.prepared.engine(self.sweep.slots)()
 
     def _num_left(self) -> int:
         """Trials that are still to end: those of the search, then those that confirm its best."""
@@ -260,18 +306,28 @@ class _Start:
         rounds = find_confirmation(self.study) if self.sweep.confirmation else None
         return finish(self.sweep, self.prepared, self.study, rounds, self.runs, wall_seconds, self.record_seconds)
 
-    def _print_unfinished(self) -> None:
-        left = Retry("the study's storage").call(self._num_left, None)
-        if self.options.json:
-            print(json.dumps({"study": self.study.study_name, "state": "INTERRUPTED", "trials_left": left}))
-            return
-        trials = "trials" if left is None else f"{left} trial{'' if left == 1 else 's'}"
-        target = f" --trials {self.options.trials}" if self.options.trials else ""
-        Console(highlight=False).print(
-            f"Stopped with {trials} to go; nothing is lost. "
-            f"[bold]agnews-lora sweep {self.sweep.name}{target}[/] resumes it.",
-            soft_wrap=True,
-        )
+    def _interrupted(self) -> SweepResult:
+        """What the study holds so far; nothing of its trials where the storage is away."""
+        facts, run_id = facts_of(self.sweep, self.prepared), self.runs.page().run_id
+
+        def read() -> SweepResult:
+            rounds, left = find_confirmation(self.study) if self.sweep.confirmation else None, self._num_left()
+            return SweepResult.from_study(self.study, rounds, facts, state=INTERRUPTED, run_id=run_id, trials_left=left)
+
+        nothing = SweepResult(facts, self.study.study_name, "", INTERRUPTED, (), (), {}, run_id, trials_left=None)
+        return Retry("the study's storage").call(read, nothing)
+
+
+def _print_unfinished(result: SweepResult, target: int | None, as_json: bool) -> None:
+    left = result.trials_left
+    if as_json:
+        print(json.dumps({"study": result.study, "state": result.state, "trials_left": left}))
+        return
+    trials = "trials" if left is None else f"{left} trial{'' if left == 1 else 's'}"
+    command = f"agnews-lora sweep {result.facts.sweep}" + (f" --trials {target}" if target else "")
+    Console(highlight=False).print(
+        f"Stopped with {trials} to go; nothing is lost. [bold]{command}[/] resumes it.", soft_wrap=True
+    )
 
 
 def open_study(sweep: Sweep, prepared: Prepared, storage: RDBStorage, new: bool) -> optuna.Study:
@@ -305,7 +361,7 @@ def fingerprint(sweep: Sweep, prepared: Prepared) -> dict[str, Any]:
         "data": prepared.corpus.digest,
         "training": asdict(sweep.experiment.settings),
         "objective": sweep.objective,
-        "engine": sweep.engine,
+        "engine": prepared.engine_name,
         "seed": {"sweep": sweep.seed, "experiment": sweep.experiment.seed},
     }
 
@@ -315,8 +371,9 @@ def require_feasible(sweep: Sweep, shape: ModelShape, storage: str | None, new: 
 
     Raises:
         BudgetError: one of them breaks the budget, or no preset fits it.
+        ConfigError: the base's family does not have a preset that the file names.
     """
-    feasible_ranks(list(sweep.space.targets), list(sweep.space.heads), shape, sweep.budget)
+    feasible_ranks(sweep.space.presets(shape.family), list(sweep.space.heads), shape, sweep.budget)
     with _blamed(f"experiment {sweep.experiment.name}, the baseline of {sweep.name}"):
         require_within_budget(sweep.experiment.spec, shape, sweep.budget)
     where: Path | str = storage or STORES

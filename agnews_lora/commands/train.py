@@ -44,7 +44,7 @@ def run(experiment: Experiment, quiet: bool, as_json: bool) -> int:
     Raises:
         AgnewsLoraError: anything that the user can fix.
     """
-    prepared = prepare(experiment)
+    prepared = prepare(experiment, "trainer")
     shared = {"experiment": experiment.name, "base": prepared.base.hub_id}
     runs = SweepRuns(open_client(STORES), experiment.name, shared, provenance(), trial_curves)
     keys.quieten()
@@ -56,8 +56,10 @@ def run(experiment: Experiment, quiet: bool, as_json: bool) -> int:
         orderly_stop() as request,
         Progress(total_trials=1, quiet=quiet or as_json) as screen,
     ):
+        if note := prepared.base.shape.layout.note:
+            screen.message(f"{experiment.base}: {note}")
         driver = Driver(study, _search(prepared), runs, screen, Path(folder), lambda: bool(request))
-        driver.run(prepared.engine("trainer")())
+        driver.run(prepared.engine()())
     trained = TrialSummary.from_trial(study.trials[0])
     if trained.state != "COMPLETE":
         failure = trained.reason if trained.state == "FAIL" else None

@@ -14,7 +14,8 @@ from pydantic import (
     model_validator,
 )
 
-from agnews_lora.adapters.spec import PRESETS
+from agnews_lora.adapters.families import Family
+from agnews_lora.adapters.spec import PRESETS, is_adaptable, target_modules
 from agnews_lora.config import experiment as experiments
 from agnews_lora.config.experiment import Count, Experiment, Head, LearningRate, Preset, Probability, Seed
 from agnews_lora.config.yaml import Document, Settings, load, locate, shown
@@ -69,6 +70,17 @@ class Space(Settings):
     """Dropout on the adapter's input."""
     learning_rate: Range[LearningRate]
     """Peak of the schedule, searched in its logarithm."""
+
+    def presets(self, family: Family) -> list[str]:
+        """The presets of `targets` that a family of encoders has.
+
+        Raises:
+            ConfigError: the file names one that it does not have.
+        """
+        if "targets" in self.model_fields_set:
+            for preset in self.targets:
+                target_modules(preset, family)
+        return [preset for preset in self.targets if is_adaptable(preset, family)]
 
 
 class Sampler(Settings):
@@ -128,8 +140,9 @@ class Sweep(Document):
     """Score on the validation split that trials are sampled, pruned and ranked by."""
     seed: Seed = 42
     """Seed of the sampler."""
-    engine: Literal["trainer", "multilora"] = Field(default="multilora", validate_default=True)
-    """Engine: many trials at once through one base, or Hugging Face Trainer and PEFT, one trial after another."""
+    engine: Literal["auto", "multilora", "trainer"] = "auto"
+    """Engine: multilora trains many trials at once through one base; trainer is Hugging Face Trainer and PEFT, one
+    trial after another; auto is multilora where it can train the experiment, else trainer."""
     slots: Count | None = Field(default=None, validate_default=True)
     """Trials at once, with multilora; as many as fit the device, unless given."""
     confirmation: Confirmation | None = Confirmation()
@@ -146,17 +159,6 @@ class Sweep(Document):
                 f"Take {_third(trials)} at most, or at least {3 * startup} trials"
             )
         return trials
-
-    @field_validator("engine")
-    @classmethod
-    def _trains_the_experiment(cls, engine: str, info: ValidationInfo) -> str:
-        experiment: Experiment | None = info.data.get("experiment")  # None: it has faults of its own
-        if engine == "multilora" and experiment and experiment.training.base_dropout > 0:
-            raise ValueError(
-                f"multilora trains without dropout inside the base, but experiment {experiment.name} has base_dropout "
-                f"{experiment.training.base_dropout}. Set it to 0, or take `engine: trainer`"
-            )
-        return engine
 
     @field_validator("slots")
     @classmethod
@@ -177,10 +179,10 @@ def _third(trials: int) -> int:
     return max(1, trials // 3)
 
 
-def load_sweep(name: str) -> Sweep:
+def load_sweep(name: str | Path) -> Sweep:
     """The sweep of a name (`sweeps/NAME.yaml` below the working directory), or of a path, and its experiment.
 
     Raises:
         ConfigError: no such file, or one with faults: all of them, and those of its experiment.
     """
-    return load(Sweep, locate("sweep", name, [FOLDER]))
+    return load(Sweep, locate("sweep", str(name), [FOLDER]))

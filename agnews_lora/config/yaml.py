@@ -169,7 +169,7 @@ def _fault(model: type[BaseModel], root: Node | None, details: ErrorDetails) -> 
         location, value = (*location, tag), value.get(tag)
         kind, context = "literal_error", {"expected": str(names)}
         message = f"Input should be one of {', '.join(names)}"
-    line, path = _place(root, location, keep_last=kind != "value_error")
+    line, path = _place(root, location, keep_last=kind == "missing" or details["type"].startswith("union_tag"))
     if kind in ("extra_forbidden", "invalid_key"):
         keys = _keys(model, location[:-1])
         message = f"Unknown key{_nearest(location[-1], keys) or '.'} The keys here are {', '.join(keys)}"
@@ -190,7 +190,7 @@ def _place(node: Node | None, location: Sequence[int | str], keep_last: bool) ->
     A part that the file does not have is left out, such as the tag of an alternative.
 
     Args:
-        keep_last: name the last part even so, since it is a key: a missing one.
+        keep_last: name the last part even so, since it is a key that is missing.
     """
     line, path = node.start_mark.line if node else 0, ""
     for number, part in enumerate(location, 1):

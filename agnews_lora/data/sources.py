@@ -1,29 +1,25 @@
-"""The data of a sweep: rows of the hub, of CSV files or of newswire, split by seed and tokenised.
-
-Hub and CSV give the same texts for the same rows: title and description, cleaned by `cleaning.clean`.
-"""
+"""The data of a sweep: rows of files, of the hub or of newswire, split by seed and tokenised."""
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from agnews_lora import hub
 from agnews_lora.data import newswire
-from agnews_lora.data.cleaning import clean
-from agnews_lora.data.rows import Rows, read_csv, require_file, stratified_split, stratified_subset
+from agnews_lora.data.files import Table, class_ids, label_values, read_file, read_split, require_file, rows_of
+from agnews_lora.data.rows import Rows, stratified_split, stratified_subset
 from agnews_lora.data.tokens import TokenTable, tokenise
 from agnews_lora.errors import DataError
 
-HUB_DATASET: Final = "fancyzhx/ag_news"
-HUB_REVISION: Final = "eb185aade064a813bc0b7f42de02595523103ca4"
+SPLITS: Final = ("train", "validation", "test")
 _HUB_REMEDY: Final = (
-    "Take `experiment: embedded` (its base and corpus need no hub), or `source: csv` with the AG News files in a local "
-    "directory."
+    "Without the hub, take `source: files` with the rows in local files, or the experiment `embedded`, whose base and "
+    "rows are local."
 )
-
-Split = Literal["train", "test"]
 
 
 @dataclass(frozen=True)
@@ -31,20 +27,45 @@ class DataSettings:
     """The data settings of an experiment.
 
     Args:
-        train, test: CSV files, relative to the working directory (csv).
-        rows: rows of the train split to use at all, stratified by seed (newswire: to generate; None: all).
+        train: a file, relative to the working directory (files), or the name of a split (hub).
+        test, validation: as `train`, or the share of the training rows that is held out.
+        dataset, config, revision: on the hub.
+        text: columns of the text, which are joined by a space. label: column of the label.
+        labels: names of the classes in order, or {value in the column: name}; None: the values themselves.
+        columns: names of the columns of CSV and TSV files without a header.
+        clean: a name in `rows.CLEANING`, or None.
+        allow_overlap: whether test rows may be among the others.
+        rows: rows to use beside the test rows, stratified by seed (newswire: to generate; None: all).
         train_rows: most training rows to keep after the validation split, stratified by seed (None: all).
         test_rows: rows of the test split, as `rows`.
-        validation: share of the rows for validation.
     """
 
-    source: Literal["hub", "csv", "newswire"]
-    train: str | None = None
-    test: str | None = None
+    source: Literal["files", "hub", "newswire"]
+    train: str = ""
+    test: str | float = 0.1
+    validation: str | float = 0.1
+    dataset: str = ""
+    config: str | None = None
+    revision: str | None = None
+    text: tuple[str, ...] = ()
+    label: str = ""
+    labels: tuple[str, ...] | Mapping[str, str] | None = None
+    columns: tuple[str, ...] | None = None
+    clean: str | None = None
+    allow_overlap: bool = False
     rows: int | None = None
     train_rows: int | None = None
     test_rows: int | None = None
-    validation: float = 0.1
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of an experiment. labels: names of the classes, by class id."""
+
+    train: Rows
+    validation: Rows
+    test: Rows
+    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -53,9 +74,10 @@ class Corpus:
 
     Args:
         monitor: ids into the validation rows, the fixed stratified subset for evaluations on the way.
-        digest: SHA-256 (hex) over the training and the validation rows, order included.
+        digest: SHA-256 (hex) over the labels and the training and the validation rows, order included.
         labels: names of the classes, by class id.
         best_accuracy: the best that any classifier can reach, where that is known.
+        clean: how the texts were cleaned, a name in `rows.CLEANING`; None: they stayed as they are.
     """
 
     train: TokenTable
@@ -66,6 +88,7 @@ class Corpus:
     train_rows: Rows
     validation_rows: Rows
     best_accuracy: float | None
+    clean: str | None = None
 
 
 def prepare(
@@ -74,27 +97,21 @@ def prepare(
     """The corpus of an experiment: rows loaded, split, capped and tokenised, the same for the same arguments.
 
     Raises:
-        DataError: rows missing or malformed, or a split in which a class has no row.
+        DataError: rows missing or malformed, or a class without training or validation rows.
         NetworkError, BaseModelError, StorageError: as the sources, the tokenizer and the cache do.
     """
-    rows = load(settings, "train", seed)
-    train_ids, validation_ids = stratified_split(rows.labels, round(len(rows) * settings.validation), seed)
-    validation_rows = rows.take(validation_ids)
-    train_rows = rows.take(train_ids)
-    if settings.train_rows is not None:
-        train_rows = train_rows.take(stratified_subset(train_rows.labels, settings.train_rows, seed))
-    labels = label_names(settings)
-    _require_every_class("training", train_rows, labels)
-    _require_every_class("validation", validation_rows, labels)
+    splits = load(settings, seed)
+    digests = splits.train.digest(), splits.validation.digest(), json.dumps(splits.labels)
     return Corpus(
-        train=tokenise(train_rows, tokenizer_folder, max_length, cache),
-        validation=tokenise(validation_rows, tokenizer_folder, max_length, cache),
-        monitor=tuple(stratified_subset(validation_rows.labels, eval_rows, seed)),
-        digest=hashlib.sha256(f"{train_rows.digest()} {validation_rows.digest()}".encode()).hexdigest(),
-        labels=labels,
-        train_rows=train_rows,
-        validation_rows=validation_rows,
+        train=tokenise(splits.train, tokenizer_folder, max_length, cache),
+        validation=tokenise(splits.validation, tokenizer_folder, max_length, cache),
+        monitor=tuple(stratified_subset(splits.validation.labels, eval_rows, seed)),
+        digest=hashlib.sha256(" ".join(digests).encode()).hexdigest(),
+        labels=splits.labels,
+        train_rows=splits.train,
+        validation_rows=splits.validation,
         best_accuracy=newswire.BEST_ACCURACY if settings.source == "newswire" else None,
+        clean=settings.clean,
     )
 
 
@@ -102,89 +119,146 @@ def prepare_test(
     settings: DataSettings, seed: int, tokenizer_folder: Path, max_length: int, cache: Path
 ) -> tuple[Rows, TokenTable]:
     """The rows of the test split and their token table; raises as `prepare` does."""
-    rows = load(settings, "test", seed)
-    _require_every_class("test", rows, label_names(settings))
+    rows = load(settings, seed).test
     return rows, tokenise(rows, tokenizer_folder, max_length, cache)
 
 
 def label_names(settings: DataSettings) -> tuple[str, ...]:
-    """Names of the classes, by class id."""
-    return newswire.LABELS
-
-
-def load(settings: DataSettings, split: Split, seed: int) -> Rows:
-    """The rows of the train split (to train and validate on), or of the test split.
+    """Names of the classes, by class id: as the settings give them, else from the label column of the training rows.
 
     Raises:
-        DataError: rows that are missing or malformed.
+        DataError, NetworkError, StorageError: as of `load`.
+    """
+    if settings.source == "newswire":
+        return newswire.LABELS
+    if settings.labels is not None:
+        given = settings.labels
+        return tuple(dict.fromkeys(given.values())) if isinstance(given, Mapping) else given
+    if settings.source == "files":
+        found, declared = label_values(Path(settings.train), settings.label, settings.columns)
+    else:
+        table = _table(settings, settings.train)
+        found, declared = set(table.label_keys), table.declared
+    return class_ids(found, None, declared, settings.label, settings.train)[0]
+
+
+def load(settings: DataSettings, seed: int) -> Splits:
+    """The rows of the three splits.
+
+    A share for testing is held out first, whatever the caps, and then one for validation; so the test rows stay the
+    same when a cap changes.
+
+    Raises:
+        DataError: rows that are missing or malformed, or a class without training or validation rows.
         NetworkError: the hub is needed and cannot be reached.
         StorageError: a download cannot be stored.
     """
-    num_rows = settings.rows if split == "train" else settings.test_rows
+    validation: Rows | None = None
+    test: Rows | None = None
     if settings.source == "newswire":
-        assert num_rows is not None, "an experiment says how many rows newswire generates"
-        return newswire.generate(num_rows, split, seed)
-    rows = read_csv(_csv_path(settings, split)) if settings.source == "csv" else _load_hub(split)
-    return rows if num_rows is None else rows.take(stratified_subset(rows.labels, num_rows, seed))
+        assert settings.rows is not None and settings.test_rows is not None, "an experiment says how many are generated"
+        labels: tuple[str, ...] = newswire.LABELS
+        train, test = (
+            newswire.generate(rows, split, seed)
+            for rows, split in ((settings.rows, "train"), (settings.test_rows, "test"))
+        )
+    else:
+        table = _table(settings, settings.train)
+        labels, ids = class_ids(table.label_keys, settings.labels, table.declared, settings.label, table.name)
+        train = rows_of(table, ids, settings.clean)
+        validation, test = (
+            rows_of(_table(settings, name), ids, settings.clean) if isinstance(name, str) else None
+            for name in (settings.validation, settings.test)
+        )
+    available = Counter(train.labels)
+    if test is None:
+        train, test = _hold_out(train, settings.test, seed, keep=1 if validation else 2)
+    train, test = _capped(train, settings.rows, seed), _capped(test, settings.test_rows, seed)
+    if validation is None:
+        train, validation = _hold_out(train, settings.validation, seed, keep=1)
+        _require_every_class("validation", validation, labels, available)
+    train = _capped(train, settings.train_rows, seed)
+    _require_every_class("training", train, labels, available)
+    return Splits(train, validation, test, labels)
 
 
 def check(settings: DataSettings) -> None:
-    """Check within seconds that both splits can be had: no row is read and nothing is downloaded.
+    """Check within seconds that all splits can be had: no row is read and nothing is downloaded.
 
     Raises:
-        DataError: a file that is not there or not readable.
+        DataError: a file that is not there or not readable, or no such data set.
         NetworkError: the hub is needed and cannot be reached.
     """
-    if settings.source == "csv":
-        for split in ("train", "test"):
+    if settings.source == "files":
+        for split in SPLITS:
+            path = getattr(settings, split)
             try:
-                require_file(_csv_path(settings, split))
+                if isinstance(path, str):
+                    require_file(Path(path))
             except DataError as error:
                 raise DataError(f"data.{split}: {error}") from error
-    elif settings.source == "hub" and any(_cached_arrow(split) is None for split in ("train", "test")):
-        hub.require_reachable(f"data set {HUB_DATASET}", _HUB_REMEDY)
+    elif settings.source == "hub":
+        hub.check_dataset(settings.dataset, settings.config, settings.revision, _HUB_REMEDY)
 
 
 def describe(settings: DataSettings) -> dict[str, str]:
     """Provenance for runs and cards: the source and what pins it; file names without their folders."""
+    if settings.source == "newswire":
+        return {"source": "newswire", "rows": str(settings.rows), "test_rows": str(settings.test_rows)}
+    found: dict[str, str] = {"source": settings.source}
     if settings.source == "hub":
-        return {"source": "hub", "dataset": HUB_DATASET, "revision": HUB_REVISION}
-    if settings.source == "csv":
-        return {"source": "csv", **{split: _csv_path(settings, split).name for split in ("train", "test")}}
-    return {"source": "newswire", "rows": str(settings.rows), "test_rows": str(settings.test_rows)}
+        what = f"data set {settings.dataset}"
+        commit = hub.commit_of("dataset", settings.dataset, settings.revision, what, _HUB_REMEDY, DataError)
+        found |= {"dataset": settings.dataset, "config": settings.config or "", "revision": commit}
+    for split in SPLITS:
+        value = getattr(settings, split)
+        found[split] = Path(value).name if isinstance(value, str) else f"{value:.4g} of the training rows"
+    return {name: value for name, value in found.items() if value}
 
 
-def _csv_path(settings: DataSettings, split: Split) -> Path:
-    name = settings.train if split == "train" else settings.test
-    assert name is not None, "an experiment names both CSV files"
-    return Path(name)
+def _table(settings: DataSettings, name: str) -> Table:
+    """The rows of a file or of a split of the hub."""
+    if settings.source == "files":
+        return read_file(Path(name), settings.text, settings.label, settings.columns)
+    rows = hub.load_dataset(settings.dataset, settings.config, settings.revision, name, _HUB_REMEDY)
+    return read_split(rows, f"{settings.dataset}, split {name}", settings.text, settings.label)
 
 
-def _load_hub(split: Split) -> Rows:
-    """A split of the published data set: from the local cache where it is there, else downloaded."""
-    import datasets
+def _hold_out(rows: Rows, share: str | float, seed: int, keep: int) -> tuple[Rows, Rows]:
+    """(the rest, the share of each class that is held out).
 
-    cached = _cached_arrow(split)
-    if cached is not None:
-        table = datasets.Dataset.from_file(str(cached))
+    A class with more than `keep` rows gives one at least, and every class keeps as many.
+    """
+    assert isinstance(share, float), "a path is read, not held out"
+    giving = sum(count > keep for count in Counter(rows.labels).values())
+    rest, held_out = stratified_split(rows.labels, max(round(len(rows) * share), giving), seed, keep)
+    return rows.take(rest), rows.take(held_out)
+
+
+def _capped(rows: Rows, num_rows: int | None, seed: int) -> Rows:
+    return rows if num_rows is None else rows.take(stratified_subset(rows.labels, num_rows, seed))
+
+
+def _require_every_class(split: str, rows: Rows, labels: tuple[str, ...], available: Mapping[int, int]) -> None:
+    """Check that no class is missing.
+
+    Args:
+        available: rows of each class id in the training file, before anything was held out.
+
+    Raises:
+        DataError: one is; says what mends it.
+    """
+    missing = set(range(len(labels))) - set(rows.labels)
+    if not missing:
+        return
+    label = min(missing, key=lambda label: (available[label], label))
+    count, name = available[label], repr(labels[label])
+    needed = f"class {name} has {count} row{'' if count == 1 else 's'} in the training data"
+    if count == 0:
+        remedy = "Name the classes that have rows as `labels:`"
+    elif count <= 2:
+        remedy = f"Merge it with another class (`labels: {{…, {labels[label]}: OTHER}}`), or remove its rows"
     else:
-        with hub.downloading(f"data set {HUB_DATASET}", _HUB_REMEDY):
-            table = datasets.load_dataset(HUB_DATASET, revision=HUB_REVISION, split=split)
-    return Rows(tuple(map(clean, table["text"])), tuple(table["label"]))
-
-
-def _cached_arrow(split: Split) -> Path | None:
-    """The pinned revision's file in the cache of `datasets`: <owner>___<name>/<config>/<version>/<revision>/…"""
-    from datasets import config
-
-    owner, name = HUB_DATASET.split("/")
-    root = Path(config.HF_DATASETS_CACHE).expanduser() / f"{owner}___{name}"
-    return next(root.glob(f"*/*/{HUB_REVISION}/{name}-{split}.arrow"), None)
-
-
-def _require_every_class(split: str, rows: Rows, labels: Sequence[str]) -> None:
-    missing = [name for label, name in enumerate(labels) if label not in rows.labels]
-    if missing:
-        raise DataError(
-            f"Cannot use the {split} split: none of its {len(rows)} rows is {' or '.join(missing)}. Use more rows."
-        )
+        remedy = f"Raise `rows` or `train_rows`: they should be several times the {len(labels)} classes"
+    more = f" (and {len(missing) - 1} other classes)" if len(missing) > 1 else ""
+    raise DataError(f"Cannot use this data: {needed}, of which none is left for {split}{more}. {remedy}.")

@@ -18,6 +18,7 @@ _TOKENIZER_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "vocab.txt",
@@ -54,15 +55,17 @@ class TokenTable:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
     def padded(
-        self, rows: Sequence[int], multiple_of: int = 1
+        self, rows: Sequence[int], multiple_of: int = 1, at_most: int | None = None
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(input_ids (b, width), attention_mask (b, width), labels (b,)) of some rows, padded on the right.
 
-        width: tokens of the longest row, rounded up to a multiple of `multiple_of`.
+        width: tokens of the longest row, rounded up to a multiple of `multiple_of`, or to `at_most`.
         """
         chosen = np.asarray(rows, dtype=np.int64)
         lengths = self.offsets[chosen + 1] - self.offsets[chosen]
         width = -(-int(lengths.max()) // multiple_of) * multiple_of
+        if at_most is not None:  # a base has no positions beyond, not for padding either
+            width = min(width, at_most)
         mask = np.arange(width) < lengths[:, None]
         input_ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
         input_ids[mask] = np.concatenate([self.row(row) for row in chosen])

@@ -12,12 +12,14 @@ from statistics import fmean, stdev
 from typing import Any, Final, Self
 
 import optuna
+import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.search import study as study_keys
 from agnews_lora.training.interface import SCORES, Objective
 
+INTERRUPTED: Final = "INTERRUPTED"
 FORMAT: Final = 2  # of `result.json`
 MIN_TRIALS_FOR_IMPORTANCE: Final = 4
 ENDED_STATES: Final = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
@@ -213,7 +215,8 @@ class Peer:
 class SweepResult:
     """What a sweep found, finished or not.
 
-    state: `COMPLETE`, or `INTERRUPTED`. study_id: the study's identity. run_id: of the parent run. trials: by number.
+    state: `COMPLETE`, or `INTERRUPTED`; trials_left is then their number, None where it is not known. study_id: the
+    study's identity. run_id: of the parent run. trials: by number.
     confirmed: the best first. importances: by parameter; empty where too few trials tell. wall_seconds,
     record_seconds: of this start of the sweep, the latter spent in study, tracker and screen. ended_at: when the last
     trial ended, in seconds since 1970; None before the first has.
@@ -232,6 +235,7 @@ class SweepResult:
     registration: Registration | None = None
     answers: Answers | None = None
     ended_at: float | None = None
+    trials_left: int | None = 0
     format: int = field(default=FORMAT)
 
     @classmethod
@@ -302,6 +306,18 @@ class SweepResult:
     def counts(self) -> dict[str, int]:
         """How many trials ended how: `complete`, `pruned`, `failed`."""
         return {word: sum(row.state == state for row in self.trials) for word, state in ENDED_STATES.items()}
+
+    def frame(self) -> pd.DataFrame:
+        """One row a trial, the best first."""
+        scores = ("trial", "state", *SCORES, "loss", "trainable_parameters")
+        return pd.DataFrame(
+            [
+                {name: getattr(row, name) for name in scores}
+                | (row.spec.as_dict() if row.spec else {})
+                | {"baseline": row.baseline, "winner": row == self.winner, "run_id": row.run_id, "reason": row.reason}
+                for row in self.ranking
+            ]
+        )
 
     def registered(self, registration: Registration) -> Self:
         """The same result, with its registration."""

@@ -1,4 +1,4 @@
-"""A registered version as a folder that stands alone: PEFT's files, the tokenizer and a model card."""
+"""A registered version as a folder that stands alone: PEFT's files or a whole model, the tokenizer and a model card."""
 
 import json
 import shutil
@@ -7,7 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
-from agnews_lora.adapters.adapter_files import AdapterRecord, read_record, recount
+from agnews_lora.adapters.adapter_files import AdapterRecord, load_with_peft, read_record, recount
+from agnews_lora.adapters.base_models import resolve
 from agnews_lora.errors import StorageError
 from agnews_lora.serving.model_package import Package, recorded_score
 from agnews_lora.tracking.descriptions import code, text
@@ -15,27 +16,39 @@ from agnews_lora.tracking.registry import Registry, Version
 from agnews_lora.training.interface import TrainSettings
 
 CARD: Final = "README.md"
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 # The run's params that a card shows: none of them can hold a path.
 _SETTINGS: Final = ("seed", *(field.name for field in fields(TrainSettings)))
+_MOST_LABELS: Final = 20  # named in a card's text
+_AG_NEWS: Final = "fancyzhx/ag_news"
 _AG_NEWS_LICENCE: Final = (
-    "AG News is provided by its authors for research and other non-commercial activities; use an adapter trained on it "
+    "AG News is provided by its authors for research and other non-commercial activities; use a model trained on it "
     "accordingly."
 )
 _NEWSWIRE_LICENCE: Final = "The rows are made by the project itself (`newswire`); they carry no licence of others."
+_CLEANED: Final = (
+    "Texts were cleaned before training (entities, tags and backslashes of AG News). `agnews-lora predict` and `serve` "
+    "do so too; elsewhere, clean texts of that kind with `agnews_lora.data.cleaning.clean`."
+)
 
 
-def export(registry: Registry, version: Version, to: Path) -> Path:
+def export(registry: Registry, version: Version, to: Path, merged: bool = False) -> Path:
     """Write a version to the folder `to`, which is new or empty, whole or not at all; its absolute path.
 
     No file in it holds a path of this machine: the base is named by its id on the hub and its revision.
+
+    Args:
+        merged: a whole model with the adapter in the base's weights, instead of PEFT's files.
 
     Raises:
         StorageError: something is in the folder already, or it cannot be written.
         RegistryError: the version's files are no longer those that were registered.
         AdapterError: they do not recount.
+        BaseModelError: the base, which a whole model needs, is not where it was.
     """
     package = Package.verified(registry, version)
     recount(package.adapter)
+    record = read_record(package.adapter)
     target = to.absolute()
     beside = target.with_name(f"{target.name}.partial")
     try:
@@ -43,39 +56,72 @@ def export(registry: Registry, version: Version, to: Path) -> Path:
             raise StorageError(f"Cannot export to {target}: it is not empty. Name a new or an empty folder.")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(package.adapter, beside)
-        shutil.copytree(package.tokenizer, beside, dirs_exist_ok=True)
-        card = _model_card(version, read_record(package.adapter), registry.run_params(version))
+        shutil.copytree(package.tokenizer, beside)
+        # What calls the tokenizer with `truncation=True` alone cuts where training did.
+        config = json.loads((beside / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+        written = json.dumps(config | {"model_max_length": record.max_length}, indent=2, ensure_ascii=False)
+        (beside / TOKENIZER_CONFIG).write_text(f"{written}\n", encoding="utf-8")
+        if merged:
+            _write_merged(package, record, beside)
+        else:
+            shutil.copytree(package.adapter, beside, dirs_exist_ok=True)
+        card = _model_card(version, record, registry.run_params(version), merged)
         (beside / CARD).write_text(card, encoding="utf-8")
         beside.replace(target)
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
         raise StorageError(f"Cannot export to {target}: {error.strerror}. Name another folder.") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return target
 
 
-def _model_card(version: Version, record: AdapterRecord, params: Mapping[str, str]) -> str:
+def _write_merged(package: Package, record: AdapterRecord, folder: Path) -> None:
+    """Write configuration and weights of the base with the adapter merged into it, as transformers loads them."""
+    from transformers import AutoConfig
+
+    base = resolve(package.version.tags["base"], num_labels=len(record.labels))
+    model = load_with_peft(package.adapter, base).merge_and_unload()
+    # The base's own configuration: the loaded one has no dropout, and the base's path.
+    names = dict(enumerate(record.labels))
+    model.config = AutoConfig.from_pretrained(
+        str(base.folder),
+        local_files_only=True,
+        id2label=names,
+        label2id={name: index for index, name in names.items()},
+        problem_type="single_label_classification",
+    )
+    model.save_pretrained(str(folder))
+
+
+def _model_card(version: Version, record: AdapterRecord, params: Mapping[str, str], merged: bool) -> str:
     """Markdown with the front matter that the hub reads. params: of the run that trained the version."""
     tags, base = version.tags, code(record.hub_id)
     data: dict[str, str] = json.loads(tags["data"])
     settings = {key: params[key] for key in _SETTINGS if key in params}
     training = {**record.spec.as_dict(), **settings, "max_length": record.max_length}
+    newswire = data["source"] == "newswire"
+    ag_news = not newswire and (record.clean == "ag_news" or data.get("dataset") == _AG_NEWS)
     if _is_published(record):
         base_model, found_at = f"base_model: {json.dumps(record.hub_id)}\n", f" at revision {code(record.revision)}"
     else:
         weights = f"`model.safetensors` has the SHA-256 {code(record.weights_sha256)}"
         base_model, found_at = "", f", a local model whose {weights}"
     validation = f"accuracy {float(tags['validation_accuracy']):.2%} on {int(tags['validation_rows']):,} rows"
-    return f"""---
-library_name: peft
+    language = "language: en\n" if newswire or ag_news else ""
+    named = ", ".join(record.labels[:_MOST_LABELS])
+    more = f" and {len(record.labels) - _MOST_LABELS:,} more" if len(record.labels) > _MOST_LABELS else ""
+    known = {_NEWSWIRE_LICENCE: newswire, _AG_NEWS_LICENCE: ag_news, _CLEANED: record.clean == "ag_news"}
+    about = "\n\n".join(sentence for sentence, holds in known.items() if holds)
+    return (
+        f"""---
+library_name: {"transformers" if merged else "peft"}
 pipeline_tag: text-classification
-language: en
-tags: [lora, ag-news]
+{language}tags: [lora{", ag-news" if ag_news else ""}]
 {base_model}---
 
 # {text(version.model)}, version {version.number}
 
-A LoRA adapter that labels English news items as one of {text(", ".join(record.labels))}.
+A LoRA adapter{", merged into its base," if merged else ""} that labels texts as one of {text(named)}{more}.
 
 - Base: {base}{found_at}
 - Trainable parameters: {record.trainable_parameters:,}, of a budget of {int(tags["budget"]):,}
@@ -88,7 +134,7 @@ A LoRA adapter that labels English news items as one of {text(", ".join(record.l
 {_confirmed_mean(tags)}
 ## Load it
 
-{_loading(record)}
+{_MERGED_CODE if merged else _adapter_code(record)}
 
 ## Training
 
@@ -98,8 +144,9 @@ A LoRA adapter that labels English news items as one of {text(", ".join(record.l
 
 {_table(data)}
 
-{_NEWSWIRE_LICENCE if data["source"] == "newswire" else _AG_NEWS_LICENCE}
-"""
+{about}""".rstrip()
+        + "\n"
+    )
 
 
 def _is_published(record: AdapterRecord) -> bool:
@@ -120,30 +167,49 @@ def _confirmed_mean(tags: Mapping[str, str]) -> str:
     )
 
 
-def _loading(record: AdapterRecord) -> str:
+_MERGED_CODE: Final = """In this folder:
+
+```python
+from transformers import pipeline
+
+FOLDER = "."
+classify = pipeline("text-classification", model=FOLDER, truncation=True)
+print(classify("Oil prices rose to a record as the central bank left its interest rate unchanged."))
+```
+
+`truncation=True` cuts a text where training did; without it, a text longer than the base's positions is an error."""
+
+
+def _adapter_code(record: AdapterRecord) -> str:
     """Code that runs in the folder itself, with plain PEFT."""
-    revision = f", revision={json.dumps(record.revision)}" if _is_published(record) else ""
-    note = "" if _is_published(record) else "  # the directory that holds it"
-    return f"""In this folder:
+    base = ""
+    if not _is_published(record):
+        base = f" The base is looked for in the folder {code(record.hub_id)} of the working directory: put it there."
+    return f"""In this folder.{base} `agnews-lora export --merged` writes a model for `transformers.pipeline` instead.
 
 ```python
 import torch
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
 
 FOLDER = "."
-BASE = {json.dumps(record.hub_id)}{note}
-LABELS = {json.dumps(list(record.labels))}
+LABELS = {json.dumps(list(record.labels), ensure_ascii=False)}
 
-base = AutoModelForSequenceClassification.from_pretrained(BASE{revision}, num_labels=len(LABELS))
-model = PeftModel.from_pretrained(base, FOLDER).eval()
+model = AutoPeftModelForSequenceClassification.from_pretrained(
+    FOLDER,
+    num_labels=len(LABELS),
+    id2label=dict(enumerate(LABELS)),
+    label2id={{label: index for index, label in enumerate(LABELS)}},
+    ignore_mismatched_sizes=True,  # a head that the base has of its own
+).eval()
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 
 text = "Oil prices rose to a record as the central bank left its interest rate unchanged."
 tokens = tokenizer(text, truncation=True, max_length={record.max_length}, return_tensors="pt")
 with torch.inference_mode():
     probabilities = model(**tokens).logits.softmax(dim=-1)[0]
-print(LABELS[probabilities.argmax()], probabilities.max().item())
+best = int(probabilities.argmax())
+print(model.config.id2label[best], float(probabilities[best]))
 ```"""
 
 

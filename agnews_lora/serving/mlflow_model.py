@@ -1,17 +1,23 @@
 """The registered model as MLflow runs it: a model from code, copied into every version and executed there.
 
-Input: a column `text`. Output: a column `label`, and the probability of each label in a column of its name.
+Input: a list of texts, one text, `{"text": [...]}`, a list of records with a key `text`, a series, or a frame with a
+column `text`. Output: a frame with the index of the input, a column `label`, and a column of the probability of each
+label.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+COLUMN = "text"
 
-class NewsClassifier(PythonModel):
+
+class TextClassifier(PythonModel):
     """Label texts with a registered adapter, which `model_config={"merged": True}` merges into the base's weights.
 
     The base is found by `model_config["base"]`. Where it has moved, `mlflow.pyfunc.load_model` takes another one:
@@ -34,11 +40,39 @@ class NewsClassifier(PythonModel):
         merged = context.model_config["merged"]
         self.classifier = Classifier(artifacts["adapter"], artifacts["tokenizer"], base, merged)
 
+    # Declared as a frame: of any other type that is no list MLflow warns at each load, and a list it would enforce.
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        predictions = self.classifier.predict(model_input["text"].tolist())
-        return pd.DataFrame([{"label": each.label, **each.probabilities} for each in predictions])
+        from agnews_lora.errors import DataError
+        from agnews_lora.serving.predict import columns
+
+        texts = _texts(model_input)
+        for row, text in texts.items():
+            if not isinstance(text, str):
+                raise DataError(f"Cannot label row {row!r}: it is {text!r}, not a text. Leave it out.")
+        rows = [each.row() for each in self.classifier.predict(texts.tolist())]
+        return pd.DataFrame(rows, index=texts.index, columns=columns(self.classifier.labels))
 
 
-set_model(NewsClassifier())
+def _texts(given: Any) -> "pd.Series[Any]":
+    """The texts in any of the forms above, under their index.
+
+    Raises:
+        DataError: there is no `text` in it.
+    """
+    from agnews_lora.errors import DataError
+
+    if isinstance(given, list) and given and isinstance(given[0], Mapping):
+        given = pd.DataFrame(given)
+    if isinstance(given, Mapping | pd.DataFrame):
+        if COLUMN not in given:
+            found = ", ".join(map(repr, [*given][:10])) or "nothing"
+            raise DataError(f"Cannot label this input: it has no `{COLUMN}`, but {found}. Rename the texts' column.")
+        given = given[COLUMN]
+    if isinstance(given, pd.Series):
+        return given
+    return pd.Series(np.asarray([given] if isinstance(given, str) else given, dtype=object).ravel(), dtype=object)
+
+
+set_model(TextClassifier())

@@ -1,7 +1,7 @@
 """Labels and probabilities for texts."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from agnews_lora.adapters.adapter_files import load_with_peft, read_record
 from agnews_lora.adapters.base_models import BaseModel, resolve
-from agnews_lora.data.cleaning import clean
-from agnews_lora.data.rows import Rows
+from agnews_lora.data.rows import Rows, TextFault, usable_text
 from agnews_lora.data.tokens import TokenTable, encode, load_tokenizer
 from agnews_lora.errors import DataError
 from agnews_lora.serving.model_package import Package
@@ -21,6 +20,7 @@ from agnews_lora.training.device import training_device
 from agnews_lora.training.metrics import predict_logits
 
 BATCH_SIZE: Final = 32
+_REPORTED: Final = 5  # texts named in one message
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,22 @@ class Prediction:
 
     label: str
     probabilities: dict[str, float]
+
+    def row(self) -> dict[str, str | float]:
+        """Label and probabilities as one record, under the names of `columns`."""
+        return {free_name("label", self.probabilities): self.label, **self.probabilities}
+
+
+def columns(labels: Sequence[str]) -> list[str]:
+    """Names of a table of predictions: `label`, then the labels themselves."""
+    return [free_name("label", labels), *labels]
+
+
+def free_name(name: str, labels: Container[str]) -> str:
+    """The name of a column beside those of the labels: with an underscore behind it where a label is called so."""
+    while name in labels:
+        name += "_"
+    return name
 
 
 class Classifier:
@@ -59,7 +75,7 @@ class Classifier:
     def __init__(self, adapter: Path, tokenizer: Path, base: BaseModel, merged: bool = False) -> None:
         record = read_record(adapter)
         self.labels = record.labels
-        self._max_length = record.max_length
+        self._max_length, self._cleaning = record.max_length, record.clean
         self._tokenizer = load_tokenizer(tokenizer)
         self._device = training_device()
         model = load_with_peft(adapter, base)
@@ -71,7 +87,7 @@ class Classifier:
         """One prediction a text, in order. Texts are cleaned as those it was trained on.
 
         Raises:
-            DataError: a text in which nothing is left after cleaning, named by its index (from 0).
+            DataError: texts that cannot be used, named by their index (from 0); see `usable_text`.
         """
         if not texts:
             return []
@@ -89,16 +105,18 @@ class Classifier:
             return predict_logits(self._model, table, range(len(table)), batch_size, self._device)
 
     def _tokenise(self, texts: Sequence[str]) -> TokenTable:
-        cleaned = [clean(text) for text in texts]
-        if empty := [str(index) for index, text in enumerate(cleaned) if not _shows(text)]:
-            raise DataError(
-                f"Cannot label text {', '.join(empty)} (counted from 0): nothing is left after cleaning. Leave it out."
+        usable: list[str] = []
+        faults: list[str] = []
+        for index, text in enumerate(texts):
+            try:
+                usable.append(usable_text(text, self._cleaning))
+            except TextFault as fault:
+                faults.append(f"text {index} {fault}")
+        if faults:
+            named = "; ".join(faults[:_REPORTED]) + (
+                f"; and {len(faults) - _REPORTED} more" * (len(faults) > _REPORTED)
             )
-        rows = Rows(tuple(cleaned), (0,) * len(cleaned))  # the labels are unknown, and not read
+            raise DataError(f"Cannot label these texts (counted from 0): {named}. Leave them out, or cut them.")
+        rows = Rows(tuple(usable), (0,) * len(usable))  # the labels are unknown, and not read
         with self._turn:
             return encode(rows, self._tokenizer, self._max_length)
-
-
-def _shows(text: str) -> bool:
-    """Whether there is anything to read: neither spaces nor control or other invisible characters."""
-    return any(character.isprintable() and not character.isspace() for character in text)

@@ -60,7 +60,7 @@ class TrainerEngine:
         self.base = base
         self.corpus = corpus
         self.settings = settings
-        self.labels = corpus.labels
+        self.labels, self.clean = corpus.labels, corpus.clean
         self.device = training_device()
         self.bf16 = computes_in_bf16(self.device, settings.precision)
 
@@ -105,10 +105,10 @@ class AccuracyAndMacroF1(evaluate.Metric):
 
 
 class TableRows(Dataset[Any]):
-    """Some rows of a token table. Positions are those in `rows`, not the table's."""
+    """Some rows of a token table. Positions are those in `rows`, not the table's. max_length: of a padded row."""
 
-    def __init__(self, table: TokenTable, rows: Sequence[int]) -> None:
-        self.table = table
+    def __init__(self, table: TokenTable, rows: Sequence[int], max_length: int) -> None:
+        self.table, self.max_length = table, max_length
         self.rows = np.asarray(rows)
 
     def __len__(self) -> int:
@@ -116,7 +116,7 @@ class TableRows(Dataset[Any]):
 
     def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
         """Give a whole batch: input_ids and attention_mask (b, longest), labels (b,)."""
-        arrays = self.table.padded(self.rows[positions].tolist(), WIDTH_STEP)
+        arrays = self.table.padded(self.rows[positions].tolist(), WIDTH_STEP, self.max_length)
         names = ("input_ids", "attention_mask", "labels")
         return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
@@ -229,7 +229,7 @@ class _TrialTraining(TrainerCallback):
         self.trainer = CheckpointingTrainer(
             self.model,
             self._arguments(),
-            train_dataset=TableRows(self.corpus.train, range(len(self.corpus.train))),
+            train_dataset=TableRows(self.corpus.train, range(len(self.corpus.train)), self.settings.max_length),
             train_batches=self.train_batches,
             compute_metrics=self._metrics,
             callbacks=[self],
@@ -356,7 +356,7 @@ class _TrialTraining(TrainerCallback):
         rows = range(len(validation)) if last else self.corpus.monitor
         began = time.perf_counter()
         try:
-            metrics = self.trainer.evaluate(TableRows(validation, rows))
+            metrics = self.trainer.evaluate(TableRows(validation, rows, self.settings.max_length))
         finally:
             self.eval_seconds += time.perf_counter() - began
         require_finite("validation loss", metrics["eval_cross_entropy"], step, self.plan.spec)
@@ -372,10 +372,11 @@ class _TrialTraining(TrainerCallback):
         )
 
     def _result(self) -> TrialResult:
-        plan, base, steps, adapter = self.plan, self.engine.base, self.trainer.state.global_step, None
+        plan, engine, steps, adapter = self.plan, self.engine, self.trainer.state.global_step, None
+        base = engine.base
         if not self.pruned:
             adapter = plan.folder / "adapter"
-            record = record_of(plan.trial, plan.spec, base, self.engine.labels, self.settings.max_length)
+            record = record_of(plan.trial, plan.spec, base, engine.labels, self.settings.max_length, engine.clean)
             save_adapter(self.model, record, adapter)
         return TrialResult(
             trial=plan.trial,

@@ -19,10 +19,9 @@ def build_model(base: BaseModel, spec: TrialSpec, num_labels: int, seed: int, ba
     """
     set_seed(seed)
     model = get_peft_model(load_base(base, num_labels, base_dropout), lora_config(spec, base))
-    if spec.head == "out_proj":  # all of the classifier but its last layer is frozen
-        for name, parameter in model.named_parameters():
-            if ".modules_to_save." in name and ".dense." in name:
-                parameter.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if base.shape.layout.is_frozen(name, spec.head):
+            parameter.requires_grad_(False)
     recount(model, spec, base)
     return model
 

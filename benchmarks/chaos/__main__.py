@@ -21,7 +21,7 @@ from typing import Final
 
 from transformers.utils.logging import set_verbosity_error
 
-from agnews_lora.cli import ENVIRONMENT
+import agnews_lora
 from agnews_lora.tracking.provenance import provenance
 from benchmarks.chaos.judgement import Judgement, Stores, judge
 from benchmarks.chaos.killing import Chaos, Kill, draw
@@ -55,8 +55,7 @@ class Part:
 
 def main() -> int:
     """Run all parts, print and write what was found; return the exit code."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    agnews_lora.set_environment()
     set_verbosity_error()  # transformers reports each base that it loads
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, metavar="DIR", help="an empty folder for the sweeps, which are then kept")

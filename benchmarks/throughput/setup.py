@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, PretrainedConfig, RobertaConfig
 
 from agnews_lora.adapters.base_models import BaseModel, shape_of
-from agnews_lora.adapters.spec import PRESETS, ModelShape, TrialSpec, module_shape
+from agnews_lora.adapters.spec import ModelShape, TrialSpec, module_shape, target_modules
 from agnews_lora.data.newswire import LABELS
 from agnews_lora.data.rows import Rows
 from agnews_lora.data.sources import Corpus
@@ -56,7 +56,9 @@ def configuration(model: str) -> PretrainedConfig:
 
 def matrix_parameters(shape: ModelShape) -> int:
     """Count the parameters of the encoder layers' matrices, biases left out: a token is multiplied with each."""
-    return shape.num_layers * sum(prod(module_shape(module, shape)) for module in PRESETS["all-linear"])
+    return shape.num_layers * sum(
+        prod(module_shape(module, shape)) for module in target_modules("all-linear", shape.family)
+    )
 
 
 def write_random(model: str | None, folder: Path) -> Environment:

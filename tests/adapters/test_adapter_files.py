@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, set_seed
+from transformers import AutoModelForSequenceClassification, set_seed
 
 from agnews_lora.adapters.adapter_files import (
     CONFIG,
@@ -31,11 +31,13 @@ from agnews_lora.adapters.adapter_files import (
 )
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.adapters.budget import trainable_parameters
-from agnews_lora.adapters.spec import Family, TrialSpec
+from agnews_lora.adapters.families import LAYOUTS, Family
+from agnews_lora.adapters.spec import HEADS, TrialSpec
 from agnews_lora.data.newswire import LABELS
 from agnews_lora.errors import AdapterError, BaseModelError
 from tests.tiny import HIDDEN_SIZE, tiny_base
 
+FAMILIES: list[Family] = list(LAYOUTS)  # type: ignore[arg-type]
 SPEC = TrialSpec(targets="qkvo", rank=3, alpha=6, dropout=0.1, learning_rate=1e-3)
 DENSE = "base_model.model.classifier.dense.weight"
 LORA_A = "base_model.model.roberta.encoder.layer.1.attention.self.query.lora_A.weight"
@@ -45,7 +47,7 @@ LORA_B = "base_model.model.roberta.encoder.layer.1.attention.self.query.lora_B.w
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, BaseModel]:
     folder = tmp_path_factory.mktemp("bases")
-    return {family: resolve(str(tiny_base(folder / f"tiny-{family}", family))) for family in ("bert", "roberta")}
+    return {family: resolve(str(tiny_base(folder / f"tiny-{family}", family))) for family in FAMILIES}
 
 
 def drawn_model(base: BaseModel, spec: TrialSpec = SPEC, seed: int = 3) -> peft.PeftModel:
@@ -109,7 +111,8 @@ def test_what_is_read_back_is_what_was_held(
     assert read_record(folder) == record(base, spec)
 
 
-@pytest.mark.parametrize(("family", "head"), [("bert", "full"), ("roberta", "full"), ("roberta", "out_proj")])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_plain_peft_on_a_fresh_head_answers_alike(
     bases: dict[Family, BaseModel], tmp_path: Path, family: Family, head: str
 ) -> None:
@@ -296,14 +299,102 @@ def test_a_record_that_means_nothing_is_refused(adapter: Path, change: Callable[
 # The base ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_base_that_lacks_weights_is_refused(tmp_path: Path) -> None:
-    """Saved as a masked language model, a BERT has no pooler, and a random one would be in no adapter's file."""
-    folder = tiny_base(tmp_path / "tiny", "bert")
-    config = BertConfig.from_pretrained(folder)
-    shutil.copytree(folder, tmp_path / "poolerless")
-    BertForMaskedLM(config).save_pretrained(tmp_path / "poolerless")
-    base = resolve(str(tmp_path / "poolerless"))
-    with pytest.raises(BaseModelError, match=r"lack bert.pooler.dense.bias \(2 tensors in all\)"):
+def changed(base: BaseModel, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> BaseModel:
+    """A copy of a base whose tensors were changed."""
+    shutil.copytree(base.folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return resolve(str(folder))
+
+
+def parameters(base: BaseModel, seed: int = 0) -> dict[str, torch.Tensor]:
+    set_seed(seed)
+    return load_base(base, len(LABELS)).state_dict()
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> set[str]:
+    assert first.keys() == second.keys()
+    return {name for name in first if torch.equal(first[name], second[name])}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_encoder_alone_is_taken_from_a_folder(
+    bases: dict[Family, BaseModel], tmp_path: Path, family: Family
+) -> None:
+    """Not the head of a classifier, whatever its labels, nor its loss, nor the adapter beside it."""
+    base = bases[family]
+    clean, head = parameters(base), base.shape.layout.head
+    assert same(clean, parameters(base, seed=1)) == {
+        n for n in clean if n not in head or n.endswith(("bias", "norm.weight"))
+    }
+    for num_labels, problem in ((4, "multi_label_classification"), (6, "regression")):
+        folder = tmp_path / f"tuned-{num_labels}"
+        shutil.copytree(base.folder, folder)
+        tuned = AutoModelForSequenceClassification.from_pretrained(
+            base.folder, num_labels=num_labels, problem_type=problem
+        )
+        tuned.save_pretrained(folder)
+        model = peft.get_peft_model(tuned, lora_config(SPEC, base))
+        for name, tensor in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.ones_(tensor)
+        model.save_pretrained(folder)
+        found = resolve(str(folder))
+        taken = same(clean, parameters(found))
+        if found.shape.family == family:
+            assert taken == clean.keys()
+        else:  # the classifier that was tuned on a BERT without a pooler has one
+            assert family == "bert-no-pooler" and taken >= clean.keys() - head.keys()
+        labels = torch.tensor([0, 1, 3])
+        loaded = load_base(found, 4).eval()
+        out = loaded(input_ids=torch.arange(5, 35).reshape(3, 10), labels=labels)
+        torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits, labels))
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {},
+        {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
+    ],
+)
+def test_a_base_is_read_as_others_store_it(
+    bases: dict[Family, BaseModel], tmp_path: Path, stored: dict[str, str]
+) -> None:
+    """In half precision, with the names of old versions, buffers, a pooler and a language model's head."""
+    base = bases["roberta"]
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensor, new = tensors.pop(name), name
+            for ours, theirs in stored.items():
+                new = new.replace(ours, theirs)
+            tensors[new] = tensor if stored else tensor.half()
+        tensors["roberta.embeddings.position_ids"] = torch.arange(130)[None]
+        tensors["roberta.pooler.dense.weight"] = torch.ones(HIDDEN_SIZE, HIDDEN_SIZE)
+        tensors["cls.seq_relationship.weight"] = torch.ones(2, HIDDEN_SIZE)
+
+    clean, found = parameters(base), parameters(changed(base, tmp_path / "stored", change))
+    for name, tensor in found.items():
+        assert tensor.dtype == clean[name].dtype
+        torch.testing.assert_close(tensor, clean[name], atol=0 if stored else 1e-3, rtol=0)
+
+
+def test_tensors_of_the_encoder_that_are_not_computed_are_refused(
+    bases: dict[Family, BaseModel], tmp_path: Path
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["encoder.layer.0.attention.self.distance_embedding.weight"] = torch.ones(9, 16)
+
+    base = changed(bases["bert"], tmp_path / "relative", change)
+    with pytest.raises(BaseModelError, match=r"hold bert.*distance_embedding.weight \(1 tensors in all\), which"):
+        load_base(base, len(LABELS))
+
+
+def test_a_base_that_lacks_weights_is_refused(bases: dict[Family, BaseModel], tmp_path: Path) -> None:
+    base = changed(bases["bert"], tmp_path / "less", lambda tensors: tensors.pop("encoder.layer.1.output.dense.bias"))
+    with pytest.raises(BaseModelError, match=r"lack bert.encoder.layer.1.output.dense.bias \(1 tensors in all\)"):
         load_base(base, len(LABELS))
 
 
@@ -314,13 +405,9 @@ def test_a_base_whose_configuration_is_anothers_is_refused(tmp_path: Path) -> No
         load_base(resolve(str(folder)), len(LABELS))
 
 
-def test_a_head_for_other_labels_gives_way(tmp_path: Path, bases: dict[Family, BaseModel]) -> None:
-    """A base that was fine-tuned for something else is a base like any other."""
-    shutil.copytree(bases["roberta"].folder, tmp_path / "tuned")
-    tuned = AutoModelForSequenceClassification.from_pretrained(bases["roberta"].folder, num_labels=2)
-    tuned.save_pretrained(tmp_path / "tuned")
-    model = load_base(resolve(str(tmp_path / "tuned")), len(LABELS))
-    assert model.classifier.out_proj.out_features == len(LABELS)
-    for name, tensor in load_base(bases["roberta"], len(LABELS)).named_parameters():
-        if "classifier" not in name:
-            assert torch.equal(tensor, model.get_parameter(name))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_dropout_of_a_base_is_the_one_asked_for(bases: dict[Family, BaseModel], family: Family) -> None:
+    for dropout in (0.0, 0.3):
+        modules = load_base(bases[family], len(LABELS), dropout).modules()
+        found = {module.p for module in modules if isinstance(module, torch.nn.Dropout)}
+        assert found <= {dropout} and (found or dropout == 0)

@@ -2,13 +2,16 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from agnews_lora import hub
 from agnews_lora.adapters import base_models
+from agnews_lora.adapters.adapter_files import load_base
+from agnews_lora.adapters.families import LAYOUTS
 from agnews_lora.adapters.spec import ModelShape
 from agnews_lora.errors import BaseModelError, NetworkError
 from tests import loopback_hub
@@ -58,7 +61,7 @@ def test_known_shapes_need_no_files():
     assert base_models.shape_of("roberta-base", num_labels=2).num_labels == 2
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", list(LAYOUTS))
 def test_a_directory_is_a_base(family, tmp_path):
     folder = tiny_base(tmp_path / "my-base", family)
     base = base_models.resolve(str(folder))
@@ -101,20 +104,41 @@ def test_every_missing_file_is_named_at_once(folder):
 
 def test_pickled_weights_are_never_a_way_out(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "Pickled weights are never loaded: save them as model.safetensors" in fault(folder)
+    assert "Pickled weights are never loaded: save them as safetensors" in fault(folder)
 
 
 def test_a_name_that_is_nothing_is_answered_with_the_names_that_are(unreachable):
-    message = fault("bert-base-uncased")
-    assert "'bert-base-uncased': it is neither one of roberta-base, FacebookAI/roberta-base, embedded:minilm" in message
-    assert "nor a directory" in message
-    with pytest.raises(BaseModelError, match="neither one of"):
-        base_models.shape_of("bert-base-uncased")
+    looked_for = "which is neither one of roberta-base, FacebookAI/roberta-base, embedded:minilm nor a directory here"
+    for ask in (base_models.resolve, base_models.shape_of):
+        with pytest.raises(NetworkError) as unknown:
+            ask("bert-base-uncased")
+        assert f"'bert-base-uncased', {looked_for}: it is not on this machine, and the hub" in str(unknown.value)
+        for name in ("/nowhere/bert", "./bert", "../bert", "a/b/c", "bert/", "my base", "base:bert", "b" * 5_000 + "/"):
+            with pytest.raises(BaseModelError) as impossible:
+                ask(name)
+            assert f"{looked_for}, and no id of the hub either. Name a directory" in str(impossible.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("bert", "position_embedding_type", "relative_key"),
+        ("electra", "position_embedding_type", "relative_key_query"),
+        ("roberta", "is_decoder", True),
+        ("modernbert", "norm_bias", True),
+    ],
+)
+def test_a_base_that_no_engine_computes_is_refused(family, key, value, tmp_path):
+    folder = tiny_base(tmp_path / "base", family)
+    rewrite_config(folder, **{key: value})
+    for find in (base_models.shape_of, base_models.resolve):
+        with pytest.raises(BaseModelError, match=rf"says {key} {value!r}, and no engine trains that"):
+            find(str(folder))
 
 
 def test_another_family_is_refused_with_the_families_there_are(folder):
-    rewrite_config(folder, model_type="xlm-roberta")
-    assert "model_type 'xlm-roberta', not roberta or bert" in fault(folder)
+    rewrite_config(folder, model_type="mpnet")
+    assert "model_type 'mpnet', not bert, roberta, " in fault(folder)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "bert"}', '"bert"', "\xff"])
@@ -154,8 +178,8 @@ def test_a_cached_snapshot_with_other_weights_is_corrupt(unreachable, tiny, tmp_
         json.dumps({"model_type": "roberta", "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072})
     )
     message = fault("roberta-base")
-    assert "is corrupt, since its SHA-256 is " in message
-    assert f"Delete {snapshot} and start again" in message
+    assert "are corrupt, since their SHA-256 is " in message
+    assert f"Delete {snapshot.parents[1]} and start again" in message
 
 
 def test_a_known_base_must_have_its_known_shape(unreachable, tiny, tmp_path):
@@ -170,30 +194,180 @@ def test_half_a_cached_snapshot_counts_as_none(unreachable, tiny, tmp_path):
         base_models.resolve("roberta-base")
 
 
-def test_a_known_base_is_downloaded_at_its_revision_then_read_from_the_cache(folder, tmp_path):
+FIRST, SECOND = "1" * 40, "2" * 40
+
+
+@pytest.fixture
+def hub_models(unreachable, monkeypatch):
+    """A hub that answers, and its repositories: {"models/owner/name": (commit, folder)}."""
+    from huggingface_hub import constants
+
+    repositories: dict[str, tuple[str, Path]] = {}
+    with loopback_hub.serve(repositories) as endpoint:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        files = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "".join(files[1:]))
+        yield repositories
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """Call it, and asking the hub fails the test."""
+    return lambda: monkeypatch.setattr(hub, "reachable", lambda: pytest.fail("the hub was asked"))
+
+
+def shard(folder: Path) -> Path:
+    """Write the weights of a base as two shards and their index, in place of its one file."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    files = {name: f"model-0000{1 + (name in names[::2])}-of-00002.safetensors" for name in names}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in names if files[name] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def downloaded(base: base_models.BaseModel) -> set[str]:
+    return {str(path.relative_to(base.folder)) for path in base.folder.rglob("*") if path.is_file()}
+
+
+def test_a_known_base_is_downloaded_at_its_revision_then_read_from_the_cache(hub_models, folder, monkeypatch, no_hub):
     digest = base_models.resolve(str(folder)).weights_sha256
-    script = f"""
-from agnews_lora.adapters import base_models
-from agnews_lora.adapters.spec import ModelShape
-base_models.KNOWN = {{"known": base_models.Published("owner/known", "{"0" * 40}", "{digest}", {tiny_shape("bert")!r})}}
-base = base_models.resolve("known")
-print(base.hub_id, base.revision, sorted(path.name for path in base.folder.iterdir()))
-"""
-    (folder / "pytorch_model.bin").write_bytes(b"never fetched")
-    surroundings = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    for name in ("HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
-        surroundings.pop(name, None)
+    published = base_models.Published("owner/known", FIRST, digest, tiny_shape("bert"))
+    monkeypatch.setattr(base_models, "KNOWN", {"known": published})
+    hub_models["models/owner/known"] = (FIRST, folder)
+    base = base_models.resolve("known", record=True)
+    assert (base.name, base.hub_id, base.revision) == ("known", "owner/known", FIRST)
+    assert not hub.RECORD.exists()
+    no_hub()
+    assert base_models.resolve("known") == base
 
-    def resolve_in_new_process(endpoint: str) -> str:
-        command = [sys.executable, "-c", script]
-        return subprocess.check_output(command, env={**surroundings, "HF_ENDPOINT": endpoint}, text=True).strip()
 
-    with loopback_hub.serve({"models/owner/known": ("0" * 40, folder)}) as endpoint:
-        downloaded = resolve_in_new_process(endpoint)
-    assert downloaded.startswith(f"owner/known {'0' * 40}")
-    assert "'model.safetensors'" in downloaded
-    assert "pytorch_model.bin" not in downloaded
-    assert resolve_in_new_process(CLOSED) == downloaded
+@pytest.mark.parametrize("name", ["owner/model", "owner/model@main", "model"])
+def test_any_model_of_the_hub_is_a_base_at_the_commit_of_its_first_use(hub_models, folder, tmp_path, no_hub, name):
+    unneeded = ["pytorch_model.bin", "tf_model.h5", "model.fp16.safetensors", "onnx/model.onnx", "onnx/config.json"]
+    for each in unneeded:
+        (folder / each).parent.mkdir(exist_ok=True)
+        (folder / each).write_bytes(b"never fetched")
+    hub_id = name.partition("@")[0]
+    hub_models[f"models/{hub_id}"] = (FIRST, folder)
+    assert base_models.shape_of(name, num_labels=7) == tiny_shape("bert", num_labels=7)
+    base = base_models.resolve(name, record=True)
+    assert downloaded(base) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert (base.name, base.hub_id, base.revision) == (f"{hub_id}@{FIRST}", hub_id, FIRST)
+    assert base.weights_sha256 == base_models.resolve(str(folder)).weights_sha256
+
+    hub_models[f"models/{hub_id}"] = (SECOND, tiny_base(tmp_path / "moved", "bert", seed=1))
+    no_hub()
+    assert base_models.resolve(name, record=True) == base
+    os.chdir("/")  # where no record is, as on another machine
+    assert base_models.resolve(base.name) == base
+    assert not hub.RECORD.exists()
+
+
+def test_the_shape_of_a_model_on_the_hub_needs_its_configuration_alone(hub_models, folder, no_hub, tmp_path):
+    (folder / "model.safetensors").unlink()
+    hub_models["models/owner/model"] = (FIRST, folder)
+    assert base_models.shape_of("owner/model") == tiny_shape("bert")
+    no_hub()
+    assert base_models.shape_of("owner/model") == tiny_shape("bert")
+
+
+def test_a_directory_wins_over_a_model_of_the_hub(hub_models, folder, no_hub):
+    no_hub()
+    (folder.parent / "owner").mkdir()
+    folder.rename("owner/model")
+    assert base_models.resolve("owner/model", record=True).revision.startswith("sha256:")
+
+
+def test_weights_that_changed_since_the_first_download_are_refused(hub_models, folder, tmp_path):
+    hub_models["models/owner/model"] = (FIRST, folder)
+    base = base_models.resolve("owner/model", record=True)
+    other = tiny_base(tmp_path / "other", "bert", seed=1) / "model.safetensors"
+    (base.folder / "model.safetensors").resolve().write_bytes(other.read_bytes())
+    with pytest.raises(BaseModelError) as changed:
+        base_models.resolve("owner/model", record=True)
+    assert f", not {base.weights_sha256}" in str(changed.value)
+    repository = base.folder.parents[1]
+    assert f"Delete {repository} and start again" in str(changed.value)
+    shutil.rmtree(repository)
+    assert base_models.resolve("owner/model", record=True) == base
+
+
+def test_a_download_that_was_broken_off_is_completed(hub_models, folder):
+    hub_models["models/owner/model"] = (FIRST, folder)
+    base = base_models.resolve("owner/model")
+    for name in ("model.safetensors", "tokenizer.json"):
+        (base.folder / name).unlink()
+        assert base_models.resolve("owner/model") == base
+
+
+@pytest.mark.parametrize(
+    ("lacks", "holds", "said"),
+    [
+        ("model.safetensors", "pytorch_model.bin", "Pickled weights are never loaded"),
+        ("model.safetensors", "model.fp16.safetensors", "name another model"),
+        ("tokenizer.json", "spm.model", "A SentencePiece tokenizer alone is not read"),
+        ("config.json", "modules.json", "Name a model of transformers"),
+    ],
+)
+def test_a_model_on_the_hub_that_cannot_be_used_is_not_downloaded(hub_models, folder, tmp_path, lacks, holds, said):
+    (folder / lacks).rename(folder / holds)
+    hub_models["models/owner/model"] = (FIRST, folder)
+    message = fault("owner/model")
+    assert f"owner/model at {FIRST} lacks {'a tokenizer' if lacks == 'tokenizer.json' else lacks}" in message
+    assert said in message
+    assert not {"model.safetensors", holds} & {path.name for path in (tmp_path / "hub").rglob("*")}
+
+
+def test_a_family_that_cannot_be_trained_is_not_downloaded(hub_models, folder, tmp_path):
+    rewrite_config(folder, model_type="gpt2")
+    hub_models["models/owner/model"] = (FIRST, folder)
+    assert "model_type 'gpt2'" in fault("owner/model")
+    assert "model.safetensors" not in {path.name for path in (tmp_path / "hub").rglob("*")}
+
+
+def test_a_name_that_the_hub_does_not_know_is_answered_with_all_that_was_looked_for(hub_models, folder):
+    hub_models["models/owner/model"] = (FIRST, folder)
+    for name, revision in (("owner/none", "main"), ("owner/model@v2", "v2")):
+        message = fault(name)
+        assert f"'{name}', which is neither one of {', '.join(base_models.KNOWN)} nor a directory here" in message
+        assert f"with the revision '{revision}'" in message
+
+
+def test_weights_in_several_files_are_one_base(hub_models, folder, tiny):
+    whole = base_models.resolve(str(tiny))
+    shard(folder)
+    local = base_models.resolve(str(folder))
+    hub_models["models/owner/model"] = (FIRST, folder)
+    assert base_models.resolve("owner/model").weights_sha256 == local.weights_sha256
+    encoder = load_base(local, 4).state_dict()
+    assert encoder["bert.pooler.dense.weight"].equal(load_base(whole, 4).state_dict()["bert.pooler.dense.weight"])
+    part = folder / "model-00002-of-00002.safetensors"
+    save_file({name: 0 * tensor for name, tensor in load_file(part).items()}, part)
+    assert base_models.resolve(str(folder)).weights_sha256 != local.weights_sha256
+    part.write_bytes(part.read_bytes()[:100])
+    assert f"{part} is corrupt" in fault(folder)
+    part.unlink()
+    assert f"{folder} lacks {part.name}" in fault(folder)
+
+
+def test_one_file_is_taken_where_shards_lie_beside_it(hub_models, folder, tiny):
+    whole = base_models.resolve(str(folder)).weights_sha256
+    shutil.copy(tiny / "model.safetensors", shard(folder))
+    hub_models["models/owner/model"] = (FIRST, folder)
+    base = base_models.resolve("owner/model")
+    assert base_models.resolve(str(folder)).weights_sha256 == base.weights_sha256 == whole
+    assert not any("-of-" in name for name in downloaded(base))
+
+
+@pytest.mark.parametrize("shards", [[], ["../elsewhere.safetensors"], ["/etc/passwd"], ["weights.bin"], [1]])
+def test_an_index_names_files_beside_it_alone(folder, shards):
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {str(number): file for number, file in enumerate(shards)}}))
+    assert f"{index} is no index of weights" in fault(folder)
 
 
 needs_package = pytest.mark.skipif(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agnews_lora.adapters.adapter_files import tensor_shapes
 from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import (
     feasible_ranks,
@@ -18,17 +19,28 @@ from agnews_lora.adapters.budget import (
     require_within_budget,
     trainable_parameters,
 )
-from agnews_lora.adapters.spec import HEADS, PRESETS, ModelShape, TrialSpec, target_pattern
-from agnews_lora.errors import BudgetError
+from agnews_lora.adapters.families import LAYOUTS, Family
+from agnews_lora.adapters.spec import (
+    HEADS,
+    PRESETS,
+    ModelShape,
+    TrialSpec,
+    is_adaptable,
+    target_modules,
+    target_pattern,
+)
+from agnews_lora.errors import BudgetError, ConfigError
+from tests.tiny import tiny_config
 
 ROBERTA_BASE = shape_of("roberta-base")
 MINILM = shape_of("embedded:minilm")
 
+FAMILIES: list[Family] = list(LAYOUTS)  # type: ignore[arg-type]
 presets = st.sampled_from(sorted(PRESETS))
 heads = st.sampled_from(HEADS)
 shapes = st.builds(
     ModelShape,
-    family=st.sampled_from(["roberta", "bert"]),
+    family=st.sampled_from([family for family in FAMILIES if family != "modernbert"]),
     hidden_size=st.integers(1, 2048),
     num_layers=st.integers(1, 48),
     intermediate_size=st.integers(1, 8192),
@@ -44,41 +56,71 @@ def trial_spec(targets: str, rank: int, head: str = "full") -> TrialSpec:
 def meta_model(shape: ModelShape) -> Any:
     """A classifier of this shape without storage: counted and adapted, never run."""
     import torch
-    from transformers import (
-        BertConfig,
-        BertForSequenceClassification,
-        RobertaConfig,
-        RobertaForSequenceClassification,
+    from transformers import AutoModelForSequenceClassification
+
+    sizes = (shape.hidden_size, shape.num_layers, shape.intermediate_size)
+    config = tiny_config(
+        shape.family,
+        **dict(zip(shape.layout.sizes, sizes, strict=True)),
+        num_attention_heads=12,
+        num_labels=shape.num_labels,
     )
-
-    common: dict[str, Any] = {
-        "hidden_size": shape.hidden_size,
-        "num_hidden_layers": shape.num_layers,
-        "intermediate_size": shape.intermediate_size,
-        "num_attention_heads": 12,
-        "num_labels": shape.num_labels,
-    }
     with torch.device("meta"):
-        if shape.family == "roberta":
-            config = RobertaConfig(max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, **common)
-            return RobertaForSequenceClassification(config)
-        return BertForSequenceClassification(BertConfig(**common))
+        return AutoModelForSequenceClassification.from_config(config)
 
 
-def peft_count(spec: TrialSpec, shape: ModelShape) -> int:
-    """What PEFT counts on a model that it adapted itself."""
+def adapted(spec: TrialSpec, shape: ModelShape) -> Any:
+    """What PEFT makes of the classifier. Of a head `out_proj`, all but its last layer is frozen."""
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
 
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=spec.rank, lora_alpha=spec.alpha, target_modules=target_pattern(spec.targets)
+        task_type=TaskType.SEQ_CLS,
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        target_modules=target_pattern(spec.targets, shape.family),
+        modules_to_save=list(shape.layout.saved),
     )
     with torch.device("meta"):
         model = get_peft_model(copy.deepcopy(meta_model(shape)), config)
-    if spec.head == "out_proj" and shape.family == "roberta":
-        model.base_model.model.classifier.modules_to_save["default"].dense.requires_grad_(False)
-    count: int = model.get_nb_trainable_parameters()[0]
+    if spec.head == "out_proj":
+        last = re.compile(r"classifier\.modules_to_save\.default\.(out_proj\.)?(weight|bias)$")
+        for name, parameter in model.named_parameters():
+            if "modules_to_save.default" in name and (not last.search(name) or "pre_classifier" in name):
+                parameter.requires_grad_(False)
+    return model
+
+
+def peft_count(spec: TrialSpec, shape: ModelShape) -> int:
+    """What PEFT counts on a model that it adapted itself."""
+    count: int = adapted(spec, shape).get_nb_trainable_parameters()[0]
     return count
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_count_and_the_files_tensors_are_pefts_own_for_every_family(family: Family, head: str) -> None:
+    from peft import get_peft_model_state_dict
+
+    shape = ModelShape(family, hidden_size=24, num_layers=2, intermediate_size=36, num_labels=3)
+    for preset in PRESETS:
+        if not is_adaptable(preset, family):
+            continue
+        spec = trial_spec(preset, 2, head)
+        model = adapted(spec, shape)
+        assert trainable_parameters(spec, shape) == model.get_nb_trainable_parameters()[0]
+        saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+        assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == tensor_shapes(spec, shape)
+
+
+@pytest.mark.parametrize("preset", ["qk", "qv"])
+def test_a_part_of_a_fused_matrix_is_refused_by_name(preset: str) -> None:
+    shape = ModelShape("modernbert", hidden_size=24, num_layers=2, intermediate_size=36, num_labels=3)
+    with pytest.raises(
+        ConfigError, match=rf"adapt {preset} alone on modernbert.*attn\.Wqkv.*qkv, qkvo, ffn or all-linear"
+    ):
+        trainable_parameters(trial_spec(preset, 1), shape)
+    assert max_rank(preset, "full", shape, 10**9) == 0
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -114,12 +156,12 @@ def test_the_count_is_pefts_own_for_any_shape_and_rank(
 def test_a_preset_names_exactly_its_modules(shape: ModelShape, preset: str) -> None:
     import torch
 
-    pattern = target_pattern(preset)
+    pattern = target_pattern(preset, shape.family)
     names = [name for name, module in meta_model(shape).named_modules() if isinstance(module, torch.nn.Linear)]
     expected = {
-        f"{shape.family}.encoder.layer.{layer}.{module}"
+        shape.layout.module_path(layer, module)
         for layer in range(shape.num_layers)
-        for module in PRESETS[preset]
+        for module in target_modules(preset, shape.family)
     }
     assert {name for name in names if re.fullmatch(pattern, name)} == expected
 

@@ -14,15 +14,19 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from agnews_lora.cli import main
 from agnews_lora.commands import finish
 from agnews_lora.commands.finish import answers_of, predictions_of, tfidf_scores
 from agnews_lora.data.newswire import LABELS
 from agnews_lora.data.rows import Rows
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES
 from agnews_lora.search.results import SweepResult
+from agnews_lora.serving import model_package
 from agnews_lora.tracking.runs import MAX_DESCRIPTION
 from agnews_lora.tracking.store import open_client
-from tests.project import agnews_lora
+from agnews_lora.training.multilora.trial_state import TrialState
+from tests.project import agnews_lora, write_project
+from tests.tiny import tiny_base
 
 NOTE = "mlflow.note.content"
 DRAWN = set(FIGURES) - {"parameter_importance.png"}  # three trials are too few for it
@@ -84,7 +88,7 @@ def test_the_parent_run_has_figures_tables_metrics_and_its_description(client: M
     assert metrics["trials/complete"] + metrics["trials/pruned"] == 3
     assert found.confirmation is not None
     assert metrics["confirmation/mean_accuracy"] == pytest.approx(found.confirmation.mean("accuracy"), abs=1e-6)
-    assert metrics["best/macro_f1"] == winner.data.metrics["eval/macro_f1"]
+    assert metrics["best/macro_f1"] == pytest.approx(winner.data.metrics["eval/macro_f1"], abs=1e-6)
     assert metrics["majority/accuracy"] == found.facts.majority_accuracy
     assert parent.data.tags["best_trial"] == winner.data.tags["trial"]
     shown = parent.data.tags[NOTE]
@@ -116,10 +120,10 @@ def test_predictions_mistakes_and_counts_of_the_winner_agree(client: MlflowClien
         "label",
         "predicted",
         "confidence",
-        *(f"P({label})" for label in LABELS),
+        *LABELS,
     ]
     assert predictions["row"].tolist() == list(range(60))
-    assert predictions[[f"P({label})" for label in LABELS]].sum(axis=1).to_numpy() == pytest.approx(1.0, abs=1e-5)
+    assert predictions[list(LABELS)].sum(axis=1).to_numpy() == pytest.approx(1.0, abs=1e-5)
     right = (predictions["label"] == predictions["predicted"]).sum()
     assert right == sum(rows for label, predicted, rows in answers.confusion if label == predicted)
     assert right / 60 == pytest.approx(winner.data.metrics["eval/accuracy"], abs=0.02)  # in fp32, not as it trained
@@ -181,6 +185,29 @@ def test_finishing_again_computes_nothing_anew_and_tells_of_a_winner_that_was_ov
     assert len(client.get_run(before.info.run_id).outputs.model_outputs) == 1
 
 
+def test_an_engine_that_computes_something_else_registers_nothing_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its training is sound, its scores are of other labels; mended, the same sweep registers what it has trained."""
+    base = str(tiny_base(tmp_path / "tiny-bert", "bert"))
+    monkeypatch.chdir(write_project(tmp_path, experiment={"base": base}, sweep={"trials": 1}))
+    with monkeypatch.context() as broken:
+        score = TrialState.score
+        broken.setattr(TrialState, "score", lambda self, logits, labels, seconds: score(self, -logits, labels, seconds))
+        assert main(["sweep", "small", "--json"]) == 2
+    client = open_client(tmp_path / "mlruns")
+    message, run = capsys.readouterr().err, find(client, "tags.kind = 'trial'")[0]
+    scores = run.data.metrics["eval/accuracy"], run.data.metrics["eval/loss"]
+    assert f"but accuracy {scores[0]:.2%} and loss {scores[1]:.4g} by the engine" in message
+    assert client.search_model_versions("name = 'small'") == [] and run.info.status == "FINISHED"
+    assert parent_of(client).info.status != "FINISHED"
+    study_scores = client.get_metric_history(run.info.run_id, "eval/accuracy")
+    monkeypatch.setattr(model_package, "require_reported", lambda *given: None)
+    assert main(["sweep", "small", "--json"]) == 0
+    assert len(client.search_model_versions("name = 'small'")) == 1
+    assert client.get_metric_history(run.info.run_id, "eval/accuracy") == study_scores, "nothing is trained again"
+
+
 # Answers -------------------------------------------------------------------------------------------------------------
 
 
@@ -238,9 +265,8 @@ def test_predictions_have_a_column_a_class_where_there_are_few_whatever_their_na
     probabilities[:, 1] += 0.5
     of = SimpleNamespace(labels=names, validation=SimpleNamespace(labels=np.asarray([0, 1, 1])))
     found = predictions_of(probabilities, of)  # type: ignore[arg-type]
-    probable = ["P(row)", "P(label)"] if num_classes == 2 else []
-    assert found.columns.tolist() == ["row", "label", "predicted", "confidence", *probable]
-    assert found["label"].tolist() == ["row", "label", "label"] and set(found["predicted"]) == {"label"}
+    assert len(set(found.columns)) == len(found.columns) == (6 if num_classes == 2 else 4)
+    assert found.iloc[:, 1].tolist() == ["row", "label", "label"] and set(found["predicted"]) == {"label"}
 
 
 @pytest.mark.parametrize("limit", [finish.MAX_EXACT_WEIGHTS, 0])

@@ -15,7 +15,7 @@ from agnews_lora.training.interface import TrainSettings
 from tests.config.conftest import Write
 
 ADAPTER = "adapter: {targets: qv, rank: 8, alpha: 16, learning_rate: 1e-3}"
-HUB = "data: {source: hub}"
+HUB = "data: {source: hub, dataset: a/b, text: text, label: label}"
 SMALLEST = f"base: roberta-base\n{HUB}\n{ADAPTER}\n"
 
 
@@ -35,7 +35,9 @@ def test_defaults_make_a_whole_experiment(write: Write) -> None:
     assert experiment.source_text == SMALLEST
     assert experiment.spec == TrialSpec("qv", rank=8, alpha=16.0, dropout=0.0, learning_rate=1e-3, head="full")
     assert experiment.settings == TrainSettings(3, 32, 64, 128, 500, 2_000, 10, 0.1, 0.0, 1.0, 0.0, "auto")
-    assert experiment.data_settings == DataSettings("hub")
+    assert experiment.data_settings == DataSettings(
+        "hub", "train", "test", 0.1, dataset="a/b", text=("text",), label="label"
+    )
     assert experiment.seed == 42
 
 
@@ -52,13 +54,17 @@ def test_what_a_file_says_arrives(write: Write) -> None:
     assert experiment.spec == TrialSpec("all-linear", 2, 1.5, 0.1, 2e-5, "out_proj")
     assert experiment.settings == TrainSettings(1, 4, 8, 32, 5, 6, 7, 0.0, 0.01, 2.0, 0.1, "fp32")
     assert isinstance(experiment.settings.warmup, float) and isinstance(experiment.settings.max_grad_norm, float)
-    assert experiment.data_settings == DataSettings("newswire", None, None, 2_000, 1_000, 500, 0.5)
+    assert experiment.data_settings == DataSettings(
+        "newswire", validation=0.5, rows=2_000, train_rows=1_000, test_rows=500
+    )
     assert experiment.seed == 0
 
 
 @pytest.mark.parametrize("path", ["../b.csv", "..", "a/../../b.csv", "./.././b.csv", "../../etc/passwd"])
 def test_a_relative_path_of_rows_stays_in_the_working_directory(write: Write, path: str) -> None:
-    assert faults(write, f"base: b\ndata: {{source: csv, train: a.csv, test: {path}}}\n{ADAPTER}\n") == [
+    assert faults(
+        write, f"base: b\ndata: {{source: files, train: a.csv, test: {path}, text: a, label: b}}\n{ADAPTER}\n"
+    ) == [
         f"data.test: Input should not lead out of the working directory, but got '{path}'. Copy the file into it, or "
         "give its absolute path"
     ]
@@ -66,19 +72,28 @@ def test_a_relative_path_of_rows_stays_in_the_working_directory(write: Write, pa
 
 @pytest.mark.parametrize("path", ["b.csv", "data/b.csv", "data/../b.csv", "..b.csv", ".../b.csv", "/data/../b.csv"])
 def test_a_path_in_it_or_an_absolute_one_is_taken(write: Write, path: str) -> None:
-    write("experiments/mine", f"base: b\ndata: {{source: csv, train: a.csv, test: {path}}}\n{ADAPTER}\n")
+    write(
+        "experiments/mine",
+        f"base: b\ndata: {{source: files, train: a.csv, test: {path}, text: a, label: b}}\n{ADAPTER}\n",
+    )
     assert load_experiment("mine").data_settings.test == path
 
 
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        ("{source: web}", ["data.source: Input should be one of hub, csv, newswire, but got 'web'"]),
-        ("{}", ["data.source: Input should be one of hub, csv, newswire, but got null"]),
-        ("{source: hub, validation: 1}", ["data.validation: Input should be less than 1, but got 1"]),
-        ("{source: csv}", ["data.train: Missing key. ", "data.test: Missing key. "]),
+        ("{source: web}", ["data.source: Input should be one of files, hub, newswire, but got 'web'"]),
+        ("{}", ["data.source: Input should be one of files, hub, newswire, but got null"]),
+        (
+            "{source: hub, dataset: a/b, text: a, label: b, validation: 1}",
+            ["data.validation: Input should be less than 1, but got 1"],
+        ),
+        ("{source: files}", [f"data.{key}: Missing key. " for key in ("text", "label", "train")]),
         ("{source: newswire}", ["data.rows: Missing key. ", "data.test_rows: Missing key. "]),
-        ("{source: hub, train: a.csv}", ["data.train: Unknown key. Did you mean train_rows? "]),
+        (
+            "{source: hub, dataset: a/b, text: a, label: b, train: a.csv}",
+            ["data.train: Unknown key. Did you mean train_rows? "],
+        ),
         ("{source: newswire, rows: 10, test_rows: 1, train_rows: 9, path: a}", ["data.path: Unknown key. "]),
         (
             "{source: newswire, rows: 1_000_001, test_rows: 1_000_001}",
@@ -108,7 +123,7 @@ def test_each_source_reads_its_own_keys(write: Write, data: str, expected: list[
         ("adapter.dropout", "1", "Input should be less than 1, but got 1"),
         ("adapter.learning_rate", "2", "Input should be less than or equal to 1, but got 2"),
         ("training.epochs", "1" + "0" * 70, "Input should be less than or equal to 1000000000, but got 1000"),
-        ("training.max_length", "513", "Input should be less than or equal to 512, but got 513"),
+        ("training.max_length", "2", "Input should be greater than or equal to 3, but got 2"),
         ("training.precision", "fp16", "Input should be 'auto', 'fp32' or 'bf16', but got 'fp16'. Did you mean bf16?"),
         ("seed", "4294967296", "Input should be less than or equal to 4294967295, but got 4294967296"),
         ("name", "other", "Unknown key. The keys here are base, data, adapter, training, seed"),

@@ -10,7 +10,10 @@ from agnews_lora.errors import ConfigError
 from tests.config.conftest import Write
 
 ROOT = Path(__file__).resolve().parents[2]
-EXPERIMENT = "base: b\ndata: {source: hub}\nadapter: {targets: qv, rank: 8, alpha: 16, learning_rate: 1e-3}\n"
+EXPERIMENT = (
+    "base: b\ndata: {source: hub, dataset: a/b, text: text, label: label}\n"
+    "adapter: {targets: qv, rank: 8, alpha: 16, learning_rate: 1e-3}\n"
+)
 SPACE = "space: {learning_rate: {low: 1e-4, high: 1e-3}}\n"
 PRESET_NAMES = "'qk', 'qv', 'qkv', 'qkvo', 'ffn' or 'all-linear'"
 SMALLEST = f"experiment: mine\n{SPACE}trials: 12\n"
@@ -36,7 +39,7 @@ def test_defaults_make_a_whole_sweep(write: Write) -> None:
     assert (sweep.name, sweep.source_text) == ("wide", SMALLEST)
     assert (sweep.experiment.name, sweep.experiment.source_text) == ("mine", EXPERIMENT)
     assert (sweep.budget, sweep.trials, sweep.startup_trials, sweep.seed) == (1_000_000, 12, 4, 42)
-    assert (sweep.pruner.startup_trials, sweep.pruner.warmup_steps, sweep.engine) == (4, 0, "multilora")
+    assert (sweep.pruner.startup_trials, sweep.pruner.warmup_steps, sweep.engine) == (4, 0, "auto")
     assert sweep.confirmation == Confirmation(trials=3, seeds=3)
     assert sweep.space == Space(
         targets=tuple(PRESETS),
@@ -110,7 +113,7 @@ def test_every_fault_is_reported_at_once(write: Write) -> None:
         "line 11, trials: sampler.startup_trials should be at most a third of trials, but got 9 of 12. "
         "Take 4 at most, or at least 27 trials",
         "line 12, seed: Input should be greater than or equal to 0, but got -1",
-        "line 13, engine: Input should be 'trainer' or 'multilora', but got 'multi'. Did you mean multilora?",
+        "line 13, engine: Input should be 'auto', 'multilora' or 'trainer', but got 'multi'. Did you mean multilora?",
         "line 14, trails: Unknown key. Did you mean trials? "
         "The keys here are experiment, budget, space, sampler, pruner, trials, seed, engine, slots, confirmation",
     ]

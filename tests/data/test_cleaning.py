@@ -46,6 +46,11 @@ def test_what_ag_news_broke_is_mended(raw, cleaned):
     assert clean(raw) == cleaned
 
 
+@pytest.mark.timeout(30)
+def test_tags_nested_without_end_are_not_peeled_without_end() -> None:
+    assert clean("nested " + 30_000 * "</b" + 10_000 * ">").startswith("nested </b</b")
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -1,21 +1,19 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import datasets
 import pytest
 
 from agnews_lora.data import newswire
-from agnews_lora.data.rows import Rows
 from agnews_lora.data.sources import (
-    HUB_DATASET,
-    HUB_REVISION,
     DataSettings,
     check,
     describe,
+    label_names,
     load,
     prepare,
     prepare_test,
@@ -24,76 +22,143 @@ from agnews_lora.errors import DataError, NetworkError
 from tests import loopback_hub
 from tests.tiny import tiny_base
 
-HUB = DataSettings("hub")
+DATASET = "fancyzhx/ag_news"
+REVISION = "eb185aade064a813bc0b7f42de02595523103ca4"
+NAMES = ("World", "Sports", "Business", "Sci/Tech")
+HUB = DataSettings(
+    "hub", "train", "test", dataset=DATASET, revision=REVISION, text=("text",), label="label", clean="ag_news"
+)
 NEWSWIRE = DataSettings("newswire", rows=40, test_rows=20)
 LARGER = DataSettings("newswire", rows=200, test_rows=40)
 CLOSED = "http://127.0.0.1:9"  # the discard port: nobody listens
 
 
+def write(name: str, labels, text: str = "text") -> None:
+    Path(name).write_text("label,text\n" + "".join(f"{label},{text} {row}\n" for row, label in enumerate(labels)))
+
+
 @pytest.fixture
-def csv_files(tmp_path, monkeypatch):
-    """Settings of 40 training and 8 test rows in files named relative to the working directory."""
+def files(tmp_path, monkeypatch):
+    """Settings of 40 training and 8 test rows of four classes, in files named relative to the working directory."""
     monkeypatch.chdir(tmp_path)
-    Path("train.csv").write_text("".join(f"{row % 4 + 1},title {row},text\n" for row in range(40)))
-    Path("test.csv").write_text("".join(f"{row % 4 + 1},test {row},text\n" for row in range(8)))
-    return DataSettings("csv", "train.csv", "test.csv")
+    write("train.csv", [row % 4 + 1 for row in range(40)])
+    write("test.csv", [row % 4 + 1 for row in range(8)], "test")
+    return DataSettings("files", "train.csv", "test.csv", text=("text",), label="label", labels=NAMES)
 
 
-def test_csv_splits_come_from_their_own_files(csv_files):
-    check(csv_files)
-    train, test = load(csv_files, "train", seed=0), load(csv_files, "test", seed=0)
-    assert (len(train), train.texts[5], train.labels[5]) == (40, "title 5 text", 1)
-    assert (len(test), test.texts[0]) == (8, "test 0 text")
+def test_splits_come_from_their_own_files(files):
+    check(files)
+    write("validation.csv", [4, 3, 2, 1], "validation")
+    splits = load(replace(files, validation="validation.csv"), seed=0)
+    assert (len(splits.train), splits.train.texts[5], splits.train.labels[5]) == (40, "text 5", 1)
+    assert (len(splits.test), splits.test.texts[0]) == (8, "test 0")
+    assert splits.validation.labels == (3, 2, 1, 0)
+    assert splits.labels == NAMES
 
 
-def test_caps_are_stratified_and_follow_the_seed(csv_files):
-    capped = replace(csv_files, rows=12, test_rows=4)
-    rows = load(capped, "train", seed=3)
-    assert [rows.labels.count(label) for label in range(4)] == [3] * 4
-    assert rows == load(capped, "train", seed=3)
-    assert rows != load(capped, "train", seed=4)
-    assert sorted(load(capped, "test", seed=3).labels) == [0, 1, 2, 3]
+def test_caps_are_stratified_and_follow_the_seed(files):
+    capped = replace(files, rows=12, test_rows=4, validation=0.34)
+    splits = load(capped, seed=3)
+    assert (classes(splits.train.labels), classes(splits.validation.labels)) == ([2] * 4, [1] * 4)
+    assert splits == load(capped, seed=3)
+    assert splits != load(capped, seed=4)
+    assert sorted(splits.test.labels) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_check_names_the_csv_file_that_cannot_be_read(csv_files, split):
-    Path(f"{split}.csv").unlink()
-    with pytest.raises(DataError, match=rf"data\.{split}: Cannot read {split}\.csv: No such file"):
-        check(csv_files)
+def test_a_share_for_testing_is_held_out_first_and_does_not_follow_the_caps(files):
+    shares = replace(files, test=0.2, validation=0.25)
+    splits = load(shares, seed=0)
+    parts = [splits.train.texts, splits.validation.texts, splits.test.texts]
+    assert [len(part) for part in parts] == [24, 8, 8]
+    assert len(set().union(*parts)) == 40
+    for capped in (replace(shares, rows=16), replace(shares, train_rows=8), replace(shares, validation=0.5)):
+        assert load(capped, seed=0).test == splits.test
+    assert load(shares, seed=1).test != splits.test
+
+
+@pytest.mark.parametrize("counts", [(3, 3), (90, 3), (400, 3, 4, 5), (5, 5, 5, 300)])
+def test_a_rare_class_has_rows_in_every_split(files, counts):
+    write("train.csv", [label for label, count in enumerate(counts) for _ in range(count)])
+    splits = load(replace(files, test=0.1, labels=None), seed=0)
+    for part in (splits.train, splits.validation, splits.test):
+        assert set(part.labels) == set(range(len(counts)))
+
+
+def test_a_class_of_two_rows_is_trained_and_validated(files):
+    write("train.csv", [*"aaaaaaaaaa", *"bb"])
+    splits = load(replace(files, test=0.1, labels=None), seed=0)
+    assert [part.labels.count(1) for part in (splits.train, splits.validation, splits.test)] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "labels", "said"),
+    [
+        ("aaaaaaab", None, "class 'b' has 1 row in the training data, of which none is left for validation. Merge it"),
+        ("aaaabbbb", ("a", "b", "c"), "class 'c' has 0 rows in the training data, .*Name the classes that have rows"),
+        ("aaaaaaaa", None, "every label is 'a'"),
+    ],
+)
+def test_a_class_without_rows_for_a_split_is_named_with_what_mends_it(files, values, labels, said):
+    write("train.csv", values)
+    with pytest.raises(DataError, match=said):
+        load(replace(files, test=0.1, labels=labels), seed=0)
+
+
+def test_classes_are_merged_by_a_mapping(files):
+    splits = load(replace(files, labels={"1": "low", "2": "low", "3": "high", "4": "high"}), seed=0)
+    assert splits.labels == ("low", "high")
+    assert sorted(Counter(splits.train.labels + splits.validation.labels).values()) == [20, 20]
+
+
+def test_labels_are_told_without_reading_texts(files):
+    assert label_names(files) == NAMES
+    assert label_names(replace(files, labels={"1": "a", "2": "b", "3": "a"})) == ("a", "b")
+    assert label_names(replace(files, labels=None)) == ("1", "2", "3", "4")
+    assert label_names(replace(files, text=("absent",), labels=None)) == ("1", "2", "3", "4")
+    assert label_names(NEWSWIRE) == newswire.LABELS
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_check_names_the_file_that_cannot_be_read(files, split):
+    with pytest.raises(DataError, match=rf"data\.{split}: Cannot read absent\.csv: No such file"):
+        check(replace(files, **{split: "absent.csv"}))
 
 
 @pytest.mark.timeout(10)
-def test_check_waits_for_no_pipe(csv_files):
+def test_check_waits_for_no_pipe(files):
     Path("test.csv").unlink()
     os.mkfifo("test.csv")
     with pytest.raises(DataError, match=r"data\.test: Cannot read test\.csv: it is no regular file"):
-        check(csv_files)
+        check(files)
 
 
-def test_check_reads_no_rows(csv_files):
+def test_check_reads_no_rows(files):
     Path("train.csv").write_text("malformed")
-    check(csv_files)
-    with pytest.raises(DataError, match=r"Cannot read train\.csv: .*\n  line 1"):
-        load(csv_files, "train", seed=0)
+    check(files)
+    with pytest.raises(DataError, match=r"train\.csv: it holds no rows"):
+        load(files, seed=0)
 
 
 def test_newswire_makes_the_rows_asked_for():
     check(NEWSWIRE)
-    assert load(NEWSWIRE, "train", seed=5) == newswire.generate(40, "train", 5)
-    assert load(NEWSWIRE, "test", seed=5) == newswire.generate(20, "test", 5)
+    splits = load(replace(NEWSWIRE, train_rows=16), seed=5)
+    written = newswire.generate(40, "train", 5)
+    assert set(splits.validation.texts) <= set(written.texts) and len(splits.train) == 16
+    assert splits.test == newswire.generate(20, "test", 5)
 
 
-def test_provenance_carries_no_path(csv_files, tmp_path):
-    assert describe(HUB) == {"source": "hub", "dataset": HUB_DATASET, "revision": HUB_REVISION}
-    there = replace(csv_files, train=str(tmp_path / "train.csv"))
-    assert describe(there) == {"source": "csv", "train": "train.csv", "test": "test.csv"}
+def test_provenance_carries_no_path(files, tmp_path):
+    found = {"source": "hub", "dataset": DATASET, "revision": REVISION, "train": "train", "test": "test"}
+    there = replace(files, train=str(tmp_path / "train.csv"), test=0.2)
+    held_out = {"validation": "0.1 of the training rows"}
+    assert describe(HUB) == found | held_out
+    assert describe(there) == {"source": "files", "train": "train.csv", "test": "0.2 of the training rows"} | held_out
     assert describe(NEWSWIRE) == {"source": "newswire", "rows": "40", "test_rows": "20"}
 
 
 @pytest.fixture
 def unreachable(tmp_path, monkeypatch):
     """A machine with an empty cache, whose hub is a closed port."""
-    import datasets
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", CLOSED)
@@ -101,18 +166,16 @@ def unreachable(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
-@pytest.mark.parametrize(
-    "call", [check, lambda settings: load(settings, "train", 0), lambda settings: load(settings, "test", 0)]
-)
+@pytest.mark.parametrize("call", [check, label_names, lambda settings: load(settings, 0)])
 def test_without_the_hub_the_way_out_is_named(unreachable, call):
     with pytest.raises(NetworkError) as caught:
         call(HUB)
     message = str(caught.value)
     assert message.startswith(
-        f"Cannot get data set {HUB_DATASET}: it is not on this machine, and the hub ({CLOSED}) cannot be reached"
+        f"Cannot get data set {DATASET}: it is not on this machine, and the hub ({CLOSED}) cannot be reached"
     )
-    assert "experiment: embedded" in message
-    assert "source: csv" in message
+    assert "experiment `embedded`" in message
+    assert "source: files" in message
 
 
 @pytest.fixture(scope="session")
@@ -177,29 +240,23 @@ def test_the_test_split_is_another_and_read_apart(build, tokenizer, tmp_path):
     assert not set(rows.texts) & set(corpus.train_rows.texts + corpus.validation_rows.texts)
 
 
-def test_searching_never_reads_the_test_split(build, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("train.csv").write_text("".join(f"{row % 4 + 1},title {row},text\n" for row in range(80)))
-    Path("test.csv").write_text("malformed")
-    corpus = build(DataSettings("csv", "train.csv", "test.csv", 60, None, None, 0.2))
-    assert (len(corpus.train), len(corpus.validation), corpus.best_accuracy) == (48, 12, None)
+def test_the_test_rows_are_those_that_were_held_out(build, tokenizer, files, tmp_path):
+    settings = replace(files, test=0.2)
+    corpus, (rows, _) = build(settings), prepare_test(settings, 0, tokenizer, 64, tmp_path)
+    assert len(rows) == 8
+    assert not set(rows.texts) & set(corpus.train_rows.texts + corpus.validation_rows.texts)
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        (replace(LARGER, rows=30), "the validation split: none of its 3 rows is"),
-        (replace(LARGER, train_rows=3), "the training split: none of its 3 rows is"),
-    ],
-)
-def test_a_split_without_every_class_is_refused(build, settings, said):
-    with pytest.raises(DataError, match=said):
+def test_labels_are_part_of_the_digest(build, files):
+    digests = {build(replace(files, labels=labels)).digest for labels in (NAMES, NAMES[::-1], None)}
+    assert len(digests) == 3
+    assert build(files).labels == NAMES
+
+
+@pytest.mark.parametrize("settings", [replace(LARGER, rows=6), replace(LARGER, train_rows=3)])
+def test_too_few_rows_for_every_class_are_refused(build, settings):
+    with pytest.raises(DataError, match="of which none is left for"):
         build(settings)
-
-
-def test_a_test_split_without_every_class_is_refused(tokenizer, tmp_path):
-    with pytest.raises(DataError, match="Cannot use the test split"):
-        prepare_test(replace(LARGER, test_rows=2), 0, tokenizer, 64, tmp_path)
 
 
 CARD = """---
@@ -214,30 +271,41 @@ configs:
 """
 CLEANED = "Messier's lawyer"
 LOAD = f"""
-from agnews_lora.data.sources import DataSettings, check, load
+from agnews_lora.data.sources import DataSettings, check, label_names, load
 settings = {HUB!r}
 check(settings)
-print(load(settings, "train", 0), load(settings, "test", 0))
+print(label_names(settings), load(settings, 0))
 """
 
 
-def load_in_new_process(endpoint: str, home: Path) -> str:
+def load_in_new_process(endpoint: str, folder: Path) -> str:
     """What `LOAD` prints where the hub's clients find this hub and this cache (they read both at import)."""
-    surroundings = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    surroundings = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
     for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         surroundings.pop(name, None)
-    done = subprocess.run([sys.executable, "-c", LOAD], env=surroundings, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD], cwd=folder, env=surroundings, capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()
 
 
-def test_hub_rows_are_downloaded_at_the_pinned_revision_then_read_from_the_cache(tmp_path):
+def test_hub_rows_are_downloaded_at_the_revision_then_read_from_the_cache(tmp_path):
     folder = tmp_path / "ag_news"
     (folder / "data").mkdir(parents=True)
     (folder / "README.md").write_text(CARD)
-    for split, texts, labels in (("train", ["Messier #39;s lawyer", "b"], [0, 3]), ("test", ["c"], [2])):
-        table = pa.table({"text": texts, "label": pa.array(labels, pa.int64())})
-        pq.write_table(table, folder / "data" / f"{split}-00000-of-00001.parquet")
-    expected = f"{Rows((CLEANED, 'b'), (0, 3))} {Rows(('c',), (2,))}"
-    with loopback_hub.serve({f"datasets/{HUB_DATASET}": (HUB_REVISION, folder)}) as endpoint:
-        assert load_in_new_process(endpoint, tmp_path / "home") == expected
-    assert load_in_new_process(CLOSED, tmp_path / "home") == expected
+    names = datasets.ClassLabel(names=["b", "a"])
+    for split, texts, labels in (
+        ("train", ["Messier #39;s lawyer", "b", "c", "d"], [0, 1, 0, 1]),
+        ("test", ["e"], [1]),
+    ):
+        features = datasets.Features(text=datasets.Value("string"), label=names)
+        made = datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
+        made.to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
+    with loopback_hub.serve({f"datasets/{DATASET}": (REVISION, folder)}) as endpoint:
+        loaded = load_in_new_process(endpoint, tmp_path)
+    assert (
+        loaded.startswith("('b', 'a') Splits(")
+        and CLEANED in loaded
+        and "test=Rows(texts=('e',), labels=(1,))" in loaded
+    )
+    assert load_in_new_process(CLOSED, tmp_path) == loaded

@@ -172,11 +172,13 @@ def test_a_tokenizer_without_padding_is_refused(bert, tmp_path):
         load_tokenizer(folder)
 
 
-@pytest.mark.parametrize(("multiple_of", "width"), [(1, 5), (2, 6), (5, 5), (8, 8)])
-def test_padding_to_a_multiple_adds_padding_alone(multiple_of: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("multiple_of", "at_most", "width"), [(1, 9, 5), (2, 6, 6), (5, 9, 5), (8, None, 8), (8, 7, 7)]
+)
+def test_padding_to_a_multiple_adds_padding_alone(multiple_of: int, at_most: int | None, width: int) -> None:
     ids, offsets = np.arange(10, 18, dtype=np.int32), np.array([0, 3, 8])
     table = TokenTable(ids, offsets, labels=np.array([1, 2]), pad_id=0)
-    input_ids, attention_mask, labels = table.padded([0, 1], multiple_of)
+    input_ids, attention_mask, labels = table.padded([0, 1], multiple_of, at_most)
     assert input_ids.shape == attention_mask.shape == (2, width)
     assert attention_mask.sum(axis=1).tolist() == [3, 5]
     assert input_ids[attention_mask == 1].tolist() == list(range(10, 18))

@@ -26,7 +26,7 @@ from agnews_lora.serving.model_package import Package, Winner, register
 from agnews_lora.serving.promotion import promote
 from agnews_lora.tracking.registry import Registry, Version
 from agnews_lora.tracking.store import experiment_id, open_client
-from agnews_lora.training.metrics import predict_logits
+from agnews_lora.training.metrics import accuracy, mean_cross_entropy, predict_logits
 from tests.project import write_project
 from tests.tiny import tiny_base
 
@@ -61,7 +61,7 @@ def write_adapter(
                 cpu = torch.device("cpu")
                 logits = predict_logits(model.eval(), centred_on, range(len(centred_on)), len(centred_on), cpu)
                 model.get_parameter(BIAS).sub_(torch.from_numpy(logits.mean(axis=0)))
-    save_adapter(model, record_of("t0007", spec, base, LABELS, MAX_LENGTH), folder)
+    save_adapter(model, record_of("t0007", spec, base, LABELS, MAX_LENGTH, "ag_news"), folder)
     return folder
 
 
@@ -149,13 +149,19 @@ def same_process() -> Iterator[None]:
 
 def enter_into(registry: Registry, adapter: Path, world: World, run_id: str) -> Version:
     """Register an adapter as a sweep does."""
-    winner = Winner(run_id, adapter, sweep="embedded", study="embedded-1", budget=BUDGET)
-    return register_winner(registry, winner, world)
+    return register_winner(registry, winner_of(adapter, world, run_id), world)
+
+
+def winner_of(adapter: Path, world: World, run_id: str) -> Winner:
+    """An adapter whose engine reported what it does."""
+    logits, labels = reload.logits(adapter, world.base, world.corpus.validation), world.corpus.validation.labels
+    scores = accuracy(logits.argmax(axis=-1), labels), mean_cross_entropy(logits, labels)
+    return Winner(run_id, adapter, "embedded", "embedded-1", BUDGET, *scores)
 
 
 def register_winner(registry: Registry, winner: Winner, world: World) -> Version:
     data = {"source": "newswire", "rows": "440"}
-    answers = partial(reload.logits, winner.adapter, world.base, world.corpus.validation)
+    answers = partial(reload.reload, winner.adapter, str(world.base.folder), world.corpus.validation)
     return register(registry, winner, world.base, world.corpus, data, answers)
 
 

@@ -98,8 +98,9 @@ def test_promote_prints_its_findings_passed_or_not_and_rolls_back(
 def test_predict_answers_from_arguments_a_file_and_standard_input(
     as_json: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "texts.txt").write_text(f"{OIL}\n\n{GOAL}\n")
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{OIL}\n\n{GOAL}\n"))
+    lines = f"\ufeff{OIL}\r\n\n \t\n{GOAL}".encode()
+    (tmp_path / "texts.txt").write_bytes(lines)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
     ways = [
         as_json("predict", "--sweep", "small", OIL, GOAL),
         as_json("predict", "--sweep", "small", "--file", str(tmp_path / "texts.txt")),
@@ -110,6 +111,14 @@ def test_predict_answers_from_arguments_a_file_and_standard_input(
     for answer in ways[0][1]:
         assert answer["label"] == max(answer["probabilities"], key=answer["probabilities"].get)
         assert sum(answer["probabilities"].values()) == pytest.approx(1)
+
+
+@pytest.mark.usefixtures("champion")
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0c", "\x0b", "\x1e", "\r"])
+def test_only_a_line_feed_ends_a_text(as_json: Callable[..., Any], tmp_path: Path, inside: str) -> None:
+    (tmp_path / "texts.txt").write_text(f"Oil{inside}rose.\n{GOAL}\n", newline="")
+    _, answers, _ = as_json("predict", "--sweep", "small", "--file", str(tmp_path / "texts.txt"))
+    assert [answer["text"] for answer in answers] == [f"Oil{inside}rose.", GOAL]
 
 
 @pytest.mark.usefixtures("champion")
@@ -144,13 +153,13 @@ def test_predict_refuses_anything_but_texts(
     (tmp_path / "bytes").write_bytes(b"caf\xe9")
     for arguments, message in (
         (["caf\udce9"], "Cannot read text 'caf\ufffd': it is not UTF-8"),
-        (["--file", str(tmp_path / "bytes")], "bytes: it is not UTF-8"),
+        (["--file", str(tmp_path / "bytes")], "bytes: byte 3 is not UTF-8"),
         (["--file", str(tmp_path / "none")], "none: No such file"),
-        ([OIL, "&lt;br&gt;"], "Cannot label text 1"),
+        ([OIL, "&lt;br&gt;"], "text 1 has nothing visible"),
     ):
         assert main(["predict", "--sweep", "small", *arguments]) == 2
         assert message in capsys.readouterr().err
-    for given, message in ((b"caf\xe9", "standard input: it is not UTF-8"), (b"\n", "no text was given")):
+    for given, message in ((b"caf\xe9", "standard input: byte 3 is not UTF-8"), (b"\n", "no text was given")):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
         assert main(["predict", "--sweep", "small"]) == 2
         assert message in capsys.readouterr().err

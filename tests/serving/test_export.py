@@ -1,3 +1,4 @@
+import ast
 import json
 import re
 import shutil
@@ -8,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from agnews_lora.adapters.adapter_files import recount
+from agnews_lora.adapters.adapter_files import RECORD, recount
 from agnews_lora.data.newswire import LABELS
 from agnews_lora.errors import StorageError
+from agnews_lora.serving import reload
 from agnews_lora.serving.export import export
 from agnews_lora.tracking.registry import Registry, Version
-from tests.serving.conftest import MAX_LENGTH, World
+from tests.serving.conftest import MAX_LENGTH, World, write_adapter
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,9 @@ def test_peft_and_transformers_alone_load_it(exported: Path, world: World) -> No
         predicted = model(**tokens).logits.argmax(dim=-1)
     assert np.array_equal(predicted, rows.labels)
     assert recount(exported) == 644
+    record = json.loads((exported / RECORD).read_text())
+    assert record["id2label"] == {str(index): label for index, label in enumerate(LABELS)}
+    assert record["label2id"] == {label: index for index, label in enumerate(LABELS)}
     assert sorted(path.name for path in exported.iterdir()) == [
         "README.md",
         "adapter_config.json",
@@ -44,11 +49,40 @@ def test_peft_and_transformers_alone_load_it(exported: Path, world: World) -> No
     assert [path.name for path in exported.parent.iterdir()] == ["champion"]
 
 
-def test_no_file_holds_a_path_and_the_base_is_named(exported: Path, world: World) -> None:
+@pytest.fixture(scope="module")
+def merged(small: Registry, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(small, small.champion(), tmp_path_factory.mktemp("exported") / "merged", merged=True)
+
+
+def test_a_pipeline_loads_the_merged_model_and_answers_with_the_names_of_labels(merged: Path, world: World) -> None:
+    classify = pipeline("text-classification", model=str(merged), truncation=True)
+    rows, table = world.test
+    answers = classify([*rows.texts, "Oil prices rose to a record. " * 500])
+    assert [answer["label"] for answer in answers[:-1]] == [LABELS[label] for label in rows.labels]
+    logits = reload.logits(world.good, world.base, table).astype(np.float64)
+    expected = np.exp(logits.max(axis=-1)) / np.exp(logits).sum(axis=-1)
+    assert [answer["score"] for answer in answers[:-1]] == pytest.approx(expected, abs=1e-4)
+    names = sorted(path.name for path in merged.iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    config = json.loads((merged / "config.json").read_text())
+    assert config["id2label"] == {str(index): label for index, label in enumerate(LABELS)}
+    assert config["label2id"] == {label: index for index, label in enumerate(LABELS)}
+    assert config["problem_type"] == "single_label_classification"
+    original = json.loads((world.base.folder / "config.json").read_text())
+    assert config["hidden_dropout_prob"] == original["hidden_dropout_prob"] > 0
+
+
+@pytest.mark.parametrize("kind", ["exported", "merged"])
+def test_no_file_holds_a_path_and_the_base_is_named(kind: str, world: World, request: pytest.FixtureRequest) -> None:
+    exported = request.getfixturevalue(kind)
     contents = {path.name: path.read_bytes() for path in exported.iterdir()}
     for place in (world.base.folder, world.base.folder.parent, exported.parent, Path.home(), Path.cwd()):
         for end in '/"':
             assert [name for name, content in contents.items() if f"{place}{end}".encode() in content] == []
+    assert b"`tiny-bert`, a local model" in contents["README.md"]
+    assert json.loads(contents["tokenizer_config.json"])["model_max_length"] == MAX_LENGTH
+    if kind == "merged":
+        return
     config = json.loads(contents["adapter_config.json"])
     assert (config["base_model_name_or_path"], config["revision"]) == ("tiny-bert", world.base.revision)
 
@@ -64,7 +98,7 @@ def test_the_model_card_has_the_results_and_its_code_runs(
     assert all(label in card for label in LABELS)
     for row in ("| targets | qv |", "| rank | 2 |", "| seed | 13 |", "| batch_size | 16 |", "| max_length | 48 |"):
         assert row in card
-    assert "| source | newswire |" in card and "non-commercial" not in card
+    assert "| source | newswire |" in card and "non-commercial" not in card and "language: en\n" in card
 
     shutil.copytree(exported, tmp_path / "copy")
     shutil.copytree(world.base.folder, tmp_path / "copy" / "tiny-bert")
@@ -75,17 +109,43 @@ def test_the_model_card_has_the_results_and_its_code_runs(
     assert label in LABELS and 0.25 < float(probability) <= 1
 
 
+def test_the_card_of_a_merged_model_has_code_that_runs(
+    merged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = (merged / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "merged into its base" in card
+    monkeypatch.chdir(merged)
+    [code] = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    exec(code, {})
+    [answer] = ast.literal_eval(capsys.readouterr().out.strip().splitlines()[-1])
+    assert answer["label"] in LABELS and 0.25 < answer["score"] <= 1
+
+
 def test_the_model_card_keeps_a_licence_escapes_texts_and_says_what_was_not_scored(
     registry: Registry, world: World, enter: Callable[[Path], Version], tmp_path: Path
 ) -> None:
     hostile = "x|y`z` <script> [a](javascript:b)\n# heading"
     registry.set_tags(enter(world.good), {"data": json.dumps({"source": "csv", "train": hostile}), "study": hostile})
     card = (export(registry, registry.version(1), tmp_path / "candidate") / "README.md").read_text()
-    assert "non-commercial" in card
+    assert "non-commercial" in card and "tags: [lora, ag-news]" in card and "Texts were cleaned before training" in card
     assert r"| train | x\|y\`z\` &lt;script&gt; \[a\](javascript:b) # heading |" in card
     assert "of study ``x|y`z` <script> [a](javascript:b) # heading``" in card
     assert not re.search(r"^# heading", card, flags=re.MULTILINE)
     assert "not scored: this version has not been promoted" in card
+
+
+def test_the_card_of_own_rows_claims_nothing_that_is_not_known(
+    registry: Registry, world: World, enter: Callable[[Path], Version], tmp_path: Path
+) -> None:
+    """Nothing is known of their language, licence or subject."""
+    adapter = write_adapter(tmp_path / "adapter", world.base)
+    record = json.loads((adapter / RECORD).read_text())
+    (adapter / RECORD).write_text(json.dumps(record | {"clean": None}))
+    registry.set_tags(enter(adapter), {"data": json.dumps({"source": "files", "train": "reviews.jsonl"})})
+    card = (export(registry, registry.version(1), tmp_path / "candidate") / "README.md").read_text()
+    assert "| train | reviews.jsonl |" in card and "tags: [lora]" in card
+    for word in ("ag-news", "AG News", "English", "language", "licence", "cleaned", "news"):
+        assert word not in card.replace("agnews-lora", "").replace("embedded-1", ""), word
 
 
 def test_only_a_new_or_an_empty_folder_is_written(small: Registry, tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -5,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agnews_lora.adapters.adapter_files import RECORD
 from agnews_lora.adapters.base_models import resolve
-from agnews_lora.adapters.spec import Family
+from agnews_lora.adapters.families import Family
 from agnews_lora.data.newswire import LABELS
 from agnews_lora.errors import DataError
 from agnews_lora.serving.predict import Classifier
@@ -38,14 +41,23 @@ def test_batches_change_nothing(classifier: Classifier, world: World) -> None:
     assert np.allclose(*probabilities, atol=1e-5)
 
 
-def test_texts_are_cleaned_as_those_it_was_trained_on(classifier: Classifier) -> None:
-    raw, clean = classifier.predict(["Bush #39;s  &lt;b&gt;tax&lt;/b&gt; plan\\falls", "Bush's tax plan falls"])
+def test_texts_are_cleaned_as_those_it_was_trained_on(classifier: Classifier, world: World, tmp_path: Path) -> None:
+    """As the record says; one without a word on it is of a release that always cleaned."""
+    texts = ["Bush #39;s  &lt;b&gt;tax&lt;/b&gt; plan\\falls", "Bush's tax plan falls"]
+    raw, clean = classifier.predict(texts)
     assert raw == clean
+    record = json.loads((world.good / RECORD).read_text())
+    for change, same in (({"clean": None}, False), ({}, True)):
+        adapter = shutil.copytree(world.good, tmp_path / str(same))
+        written = {key: value for key, value in record.items() if key != "clean"} | change
+        (adapter / RECORD).write_text(json.dumps(written))
+        raw, clean = Classifier(adapter, world.base.folder, world.base).predict(texts)
+        assert (raw == clean) == same
 
 
 def test_empty_texts_are_named(classifier: Classifier) -> None:
     with pytest.raises(
-        DataError, match=r"Cannot label text 1, 3, 4, 5 .counted from 0.: nothing is left after cleaning"
+        DataError, match=r"text 1 has nothing visible in it after cleaning; text 3 has .*; text 4 has .*; text 5 has"
     ):
         classifier.predict(["Oil rose.", "  ", "Shares fell.", "&lt;br&gt;", "\x00\x1b", "\u200b\u202e\ufeff"])
 

@@ -20,9 +20,10 @@ import requests
 import agnews_lora
 from agnews_lora.cli import main
 from agnews_lora.data.newswire import LABELS
+from agnews_lora.data.rows import MAX_CHARACTERS
 from agnews_lora.serving.model_package import ANSWERS, Package
 from agnews_lora.serving.predict import Classifier
-from agnews_lora.serving.server import MAX_TEXT_CHARACTERS, MAX_TEXTS
+from agnews_lora.serving.server import MAX_TEXTS
 from agnews_lora.tracking.registry import Registry
 from tests.project import environment
 from tests.tiny import SENTENCES
@@ -160,8 +161,10 @@ def test_another_endpoint_or_method_is_refused(server: Server, method: str, path
 
 def test_wrong_input_is_refused_with_a_reason(server: Server) -> None:
     refused(server.ask({"inputs": ["Oil", 7]}), 400, "text 1 (counted from 0) is a number")
-    refused(server.ask({"inputs": ["Oil", "<b></b>&nbsp;"]}), 400, "text 1 (counted from 0): nothing is left")
-    refused(server.ask({"inputs": ["Oil rose. " * 1_000_000]}), 413, "at most 524,288 bytes, but has 10,000,016")
+    refused(server.ask({"inputs": ["Oil", "<b></b>&nbsp;"]}), 400, "text 1 has nothing visible in it after cleaning")
+    refused(server.ask({"inputs": ["Oil", "\ud800"]}), 400, "text 1 is not Unicode")
+    refused(server.ask({"inputs": ["a" * (MAX_CHARACTERS + 1)]}), 400, "text 0 has 100,001 characters")
+    refused(server.ask({"inputs": ["Oil rose. " * 1_000_000]}), 413, "at most 2,097,152 bytes, but has 10,000,016")
     refused(server.ask({"inputs": ["Oil"]}, None), 415, "Content-Type must be application/json or text/csv")
     refused(server.ask(b"\x1f\x8b", **{"Content-Encoding": "gzip"}), 415, "Content-Encoding is 'gzip'")
 
@@ -179,12 +182,12 @@ def test_a_page_from_elsewhere_gets_nothing(server: Server) -> None:
 
 def test_a_body_in_parts_is_limited_too(server: Server) -> None:
     assert server.predictions(iter([b'{"inputs": ', b'["Oil"]}'])) == server.predictions({"inputs": ["Oil"]})
-    refused(server.ask(b"x" * 100_000 for _ in range(50)), 413, "at most 524,288 bytes, but has 5,000,000")
+    refused(server.ask(b"x" * 100_000 for _ in range(50)), 413, "at most 2,097,152 bytes, but has 5,000,000")
 
 
 def test_as_much_as_is_allowed_is_answered(server: Server) -> None:
     assert len(server.predictions({"inputs": [f"{'Oil rose. ' * 20}{number}" for number in range(MAX_TEXTS)]})) == 256
-    assert len(server.predictions({"inputs": ["a" * MAX_TEXT_CHARACTERS]})) == 1
+    assert len(server.predictions({"inputs": ["\U0001f680" * MAX_CHARACTERS]})) == 1
 
 
 def test_many_clients_at_once_get_each_its_own_answer_though_others_stall(server: Server) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from agnews_lora.adapters.adapter_files import WEIGHTS
 from agnews_lora.adapters.base_models import BaseModel, resolve
-from agnews_lora.adapters.spec import Family, TrialSpec
+from agnews_lora.adapters.families import LAYOUTS, Family
+from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data import newswire
 from agnews_lora.data.newswire import LABELS
 from agnews_lora.data.rows import stratified_subset
@@ -178,7 +179,7 @@ def setups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Family, Ti
     import agnews_lora.training.hf_trainer  # noqa: F401
 
     folder = tmp_path_factory.mktemp("setups")
-    families: tuple[Family, ...] = ("bert", "roberta")
+    families = [family for family, layout in LAYOUTS.items() if layout.multilora]
     made = {family: tiny_setup(tiny_base(folder / f"tiny-{family}", family), folder / "cache") for family in families}
     gc.collect()
     gc.freeze()  # engines collect garbage at each trial: let that not search a million objects of libraries each time

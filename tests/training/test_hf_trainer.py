@@ -14,17 +14,19 @@ import peft
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import AutoModel, AutoModelForSequenceClassification, set_seed
 
 from agnews_lora.adapters.adapter_files import load_with_peft
 from agnews_lora.adapters.base_models import resolve
-from agnews_lora.adapters.spec import Family, TrialSpec
+from agnews_lora.adapters.families import Family
+from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.errors import TrainingError
 from agnews_lora.training import device
 from agnews_lora.training.data_order import batches
 from agnews_lora.training.hf_trainer import TrainerEngine
 from agnews_lora.training.interface import EvalPoint, TrainSettings
 from agnews_lora.training.metrics import mean_cross_entropy, predict_logits
+from tests.tiny import tiny_base
 from tests.training import conftest
 from tests.training.conftest import (
     MONITOR_ROWS,
@@ -40,12 +42,26 @@ from tests.training.conftest import (
     adapter_folder,
     losses,
     plan,
+    tiny_setup,
     untimed,
 )
 
 CPU = torch.device("cpu")
 SEED = 7
-TARGETS = {"qv": ["query", "value"], "ffn": [r"intermediate.dense", *(f"layer.{n}.output.dense" for n in range(2))]}
+TARGETS = {
+    ("bert", "qv"): ["query", "value"],
+    ("roberta", "ffn"): ["intermediate.dense", *(f"layer.{n}.output.dense" for n in range(2))],
+    ("distilbert", "qv"): ["q_lin", "v_lin"],
+    ("deberta-v2", "qv"): ["query_proj", "value_proj"],
+    ("modernbert", "qkv"): ["Wqkv"],
+    ("modernbert", "ffn"): ["mlp.Wi", "mlp.Wo"],
+}
+SAVED = {"distilbert": ["pre_classifier"], "deberta-v2": ["pooler"], "modernbert": ["head"]}
+FROZEN = {  # of head `out_proj`
+    "roberta": ["classifier.modules_to_save.default.dense"],
+    "modernbert": ["head.modules_to_save.default"],
+    "distilbert": ["pre_classifier.modules_to_save.default"],
+}
 
 
 def train(setup: TinySetup, plans: list, settings: TrainSettings = SETTINGS, **observer: object) -> Recorder:  # type: ignore[type-arg]
@@ -62,9 +78,7 @@ def fresh_base(setup: TinySetup) -> torch.nn.Module:
     return AutoModelForSequenceClassification.from_pretrained(
         setup.base.folder,
         num_labels=4,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        classifier_dropout=0.0,
+        **dict.fromkeys(set(setup.base.shape.layout.dropouts) - {"cls_dropout"}, 0.0),
     )
 
 
@@ -110,16 +124,19 @@ def plain_loop(setup: TinySetup, spec: TrialSpec) -> tuple[list[float], list[flo
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
-        target_modules=TARGETS[spec.targets],
+        target_modules=TARGETS[setup.base.shape.family, spec.targets],
+        modules_to_save=SAVED.get(setup.base.shape.family),
     )
     model = peft.get_peft_model(fresh_base(setup), config)
     if spec.head == "out_proj":
-        model.base_model.model.classifier.modules_to_save.default.dense.requires_grad_(False)
+        for path in FROZEN[setup.base.shape.family]:
+            model.base_model.model.get_submodule(path).requires_grad_(False)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    undecayed = ("bias", "norm.weight")
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for name, p in trained.items() if not name.endswith("bias")], "weight_decay": 0.01},
-            {"params": [p for name, p in trained.items() if name.endswith("bias")], "weight_decay": 0.0},
+            {"params": [p for name, p in trained.items() if name.endswith(undecayed)], "weight_decay": 0.0},
+            {"params": [p for name, p in trained.items() if not name.endswith(undecayed)], "weight_decay": 0.01},
         ]
     )
     warmup = 2
@@ -140,11 +157,26 @@ def plain_loop(setup: TinySetup, spec: TrialSpec) -> tuple[list[float], list[flo
     return step_losses, learning_rates, model.eval()
 
 
-@pytest.mark.parametrize(("family", "head", "targets"), [("roberta", "out_proj", "ffn"), ("bert", "full", "qv")])
+@pytest.mark.parametrize(
+    ("family", "head", "targets"),
+    [
+        ("roberta", "out_proj", "ffn"),
+        ("bert", "full", "qv"),
+        ("distilbert", "out_proj", "qv"),
+        ("deberta-v2", "full", "qv"),
+        ("modernbert", "full", "qkv"),
+        ("modernbert", "out_proj", "ffn"),
+    ],
+)
 def test_trains_as_a_plain_loop_does(
     setups: dict[Family, TinySetup], tmp_path: Path, family: Family, head: str, targets: str
 ) -> None:
-    setup, spec = setups[family], replace(SPEC, targets=targets, head=head)
+    setup = setups.get(family)
+    if setup is None:
+        folder = tiny_base(tmp_path / "base", family)
+        AutoModel.from_pretrained(folder).save_pretrained(folder)  # the plain loop would take the language model's head
+        setup = tiny_setup(folder, tmp_path / "cache")
+    spec = replace(SPEC, targets=targets, head=head)
     recorder = train(setup, [plan(tmp_path, spec=spec, seed=SEED)])
     expected_losses, expected_rates, model = plain_loop(setup, spec)
     np.testing.assert_allclose(losses(recorder), expected_losses, rtol=1e-4)
@@ -356,7 +388,7 @@ SCRIPT = """
 import json, os, sys, warnings
 from pathlib import Path
 
-from agnews_lora.cli import ENVIRONMENT
+from agnews_lora import ENVIRONMENT
 
 os.environ |= ENVIRONMENT
 warnings.simplefilter("ignore")

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agnews_lora.adapters.budget import trainable_parameters
-from agnews_lora.adapters.spec import HEADS, PRESETS, Family, TrialSpec
+from agnews_lora.adapters.families import Family
+from agnews_lora.adapters.spec import HEADS, PRESETS, TrialSpec
 from agnews_lora.errors import BudgetError
 from agnews_lora.training.model import build_model, recount
 from tests.training.conftest import SPEC, TinySetup

@@ -46,7 +46,7 @@ class Dropout:
         by_slot, self.factors = on_device([described, factors], packed.ids.device)
         own_hash, bound = by_slot[:, packed.token_slots]
         # A token is known by its row in the table and its place in the row, wherever it lies in the pass.
-        self.tokens = _mixed(own_hash ^ _mixed(packed.token_rows.int() * _GOLDEN + packed.positions.int()))
+        self.tokens = _mixed(own_hash ^ _mixed(packed.token_rows.int() * _GOLDEN + packed.token_places.int()))
         self.bounds = bound[:, None].to(torch.int16)
         self.packed = packed
 

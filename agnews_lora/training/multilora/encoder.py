@@ -1,4 +1,4 @@
-"""The frozen encoder of RoBERTa and BERT, computed from Hugging Face's weights for the tokens of many slots at once.
+"""The frozen encoder of BERT and its like, computed from Hugging Face's weights for the tokens of many slots at once.
 
 The classifier reads the first token of each row alone, so the last layer's query, attention output and feed-forward
 block are computed for those tokens only.
@@ -11,9 +11,18 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import LayerNorm
 
-from agnews_lora.adapters.spec import ATTENTION_OUTPUT, FFN_IN, FFN_OUT, KEY, QUERY, VALUE, Family
-from agnews_lora.errors import BaseModelError
+from agnews_lora.adapters.families import (
+    ATTENTION_OUTPUT,
+    FFN_IN,
+    FFN_OUT,
+    KEY,
+    LAYOUTS,
+    QUERY,
+    VALUE,
+    Family,
+)
 from agnews_lora.training.multilora.attention import Attention
 from agnews_lora.training.multilora.packing import PackedBatch
 
@@ -94,68 +103,66 @@ LayerFunction = Callable[[Layer, Tensor, Tensor | None, Attention, LayerUpdates]
 class Encoder:
     """The frozen weights, in the precision of the forward pass.
 
-    Raises:
-        BaseModelError: an activation or a kind of position that this forward pass does not compute.
+    padding_id: of the tokens that no position counts (`packing.positions`), or None.
+
+    Args:
+        model: Hugging Face's, for sequence classification, with nothing that is `unknown_to_multilora`.
     """
 
     def __init__(self, model: torch.nn.Module, family: Family, device: torch.device, dtype: torch.dtype) -> None:
         config: Any = model.config
-        _require_known(config)
-        weights = {
-            name.removeprefix(f"{family}."): tensor.detach().to(device, dtype)
-            for name, tensor in model.state_dict().items()
-            if name.startswith(f"{family}.") and tensor.is_floating_point()
-        }
+        layout = LAYOUTS[family]
+        encoder: Any = model.get_submodule(layout.encoder)
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device, dtype)
+
+        def affine(module: Any) -> Affine:
+            return Affine(moved(module.weight), moved(module.bias))
+
+        def norm(module: Any) -> Norm:
+            return Norm(moved(module.weight), moved(module.bias), module.eps)
+
+        def layer(module: torch.nn.Module) -> Layer:
+            parts = {role: affine(module.get_submodule(path)) for role, path in layout.modules.items()}
+            stacked = [parts[role] for role in (QUERY, KEY, VALUE)]
+            after_attention, after_ffn = (norm(each) for each in module.modules() if isinstance(each, LayerNorm))
+            return Layer(
+                num_heads=int(config.num_attention_heads),
+                query_key_value=Affine(
+                    torch.cat([part.weight for part in stacked]), torch.cat([part.bias for part in stacked])
+                ),
+                attention_output=parts[ATTENTION_OUTPUT],
+                attention_norm=after_attention,
+                ffn_in=parts[FFN_IN],
+                ffn_out=parts[FFN_OUT],
+                ffn_norm=after_ffn,
+            )
+
+        embeddings = encoder.embeddings
         self.device, self.dtype = device, dtype
-        self.words = weights["embeddings.word_embeddings.weight"]
-        # RoBERTa counts positions from the one behind its padding's (fairseq's `make_positions`).
-        first = config.pad_token_id + 1 if family == "roberta" else 0
-        types = weights["embeddings.token_type_embeddings.weight"][0]
-        self.places = weights["embeddings.position_embeddings.weight"][first:] + types
-        self.embedding_norm = _norm(weights, "embeddings.LayerNorm", config)
-        self.layers = [_layer(weights, f"encoder.layer.{number}", config) for number in range(config.num_hidden_layers)]
-        self.pooler = _affine(weights, "pooler.dense") if family == "bert" else None
+        self.words = moved(embeddings.word_embeddings.weight)
+        self.padding_id: int | None = config.pad_token_id if layout.counts_from_padding else None
+        self.places = moved(embeddings.position_embeddings.weight)
+        if (types := getattr(embeddings, "token_type_embeddings", None)) is not None:
+            self.places = self.places + moved(types.weight)[0]
+        self.embedding_norm = norm(embeddings.LayerNorm)
+        projection = getattr(encoder, "embeddings_project", None)  # ELECTRA's, where its embeddings are smaller
+        self.projection = None if projection is None else affine(projection)
+        self.layers = [layer(module) for module in encoder.get_submodule(layout.layers)]
+        self.pooler = affine(encoder.pooler.dense) if family == "bert" else None
 
     def __call__(self, packed: PackedBatch, updates: Sequence[LayerUpdates], encode: LayerFunction) -> Tensor:
-        """Compute the classifier's input [rows, hidden]: RoBERTa's first token, or BERT's pooled one.
+        """Compute the classifier's input [rows, hidden]: each row's first token, which BERT's pooler goes over.
 
         Args:
             updates: of each layer.
             encode: computes a layer.
         """
         x = self.embedding_norm(self.words[packed.ids] + self.places[packed.positions])
+        if self.projection is not None:
+            x = self.projection(x)
         for layer, own in zip(self.layers, updates, strict=True):
             first = packed.first if layer is self.layers[-1] else None
             x = encode(layer, x, first, packed.attention, own)
         return x if self.pooler is None else torch.tanh(self.pooler(x))
-
-
-def _affine(weights: dict[str, Tensor], name: str) -> Affine:
-    return Affine(weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-
-def _norm(weights: dict[str, Tensor], name: str, config: Any) -> Norm:
-    return Norm(weights[f"{name}.weight"], weights[f"{name}.bias"], float(config.layer_norm_eps))
-
-
-def _layer(weights: dict[str, Tensor], name: str, config: Any) -> Layer:
-    parts = [_affine(weights, f"{name}.{module}") for module in (QUERY, KEY, VALUE)]
-    return Layer(
-        num_heads=int(config.num_attention_heads),
-        query_key_value=Affine(torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])),
-        attention_output=_affine(weights, f"{name}.{ATTENTION_OUTPUT}"),
-        attention_norm=_norm(weights, f"{name}.attention.output.LayerNorm", config),
-        ffn_in=_affine(weights, f"{name}.{FFN_IN}"),
-        ffn_out=_affine(weights, f"{name}.{FFN_OUT}"),
-        ffn_norm=_norm(weights, f"{name}.output.LayerNorm", config),
-    )
-
-
-def _require_known(config: Any) -> None:
-    known = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
-    for key, value in known.items():
-        if (found := getattr(config, key, value)) != value:
-            raise BaseModelError(
-                f"Cannot compute the base model's {key} {found!r}: engine multilora knows {value!r} only. Take "
-                "`engine: trainer`."
-            )

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from agnews_lora.adapters.adapter_files import load_base, tensor_shapes
+from agnews_lora.adapters.adapter_files import load_base, record_of, tensor_shapes
 from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.adapters.budget import trainable_parameters
+from agnews_lora.adapters.families import unknown_to_multilora
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data.sources import Corpus
 from agnews_lora.errors import AdapterError, BudgetError, ConfigError, StorageError, TrainingError
@@ -55,26 +56,24 @@ class MultiLoraEngine:
     """Trains up to `slots` trials at once on one device; without a number, as many as fit the device's memory.
 
     Raises:
-        ConfigError: the settings ask for dropout inside the base.
+        ConfigError: this engine does not compute such an encoder, or dropout inside it.
         TrainingError: the settings ask for bf16 and the device does not have it.
-        BaseModelError: this engine does not compute such an encoder.
+        BaseModelError: the base's weights do not fit its configuration.
     """
 
     def __init__(self, base: BaseModel, corpus: Corpus, settings: TrainSettings, slots: int | None = None) -> None:
-        if settings.base_dropout > 0:
-            raise ConfigError(
-                f"Cannot train with base_dropout {settings.base_dropout}: engine multilora has no dropout inside the "
-                "base. Set it to 0, or take `engine: trainer`."
-            )
+        model: Any = load_base(base, len(corpus.labels))
+        if cause := unknown_to_multilora(base.shape.family, model.config.to_dict(), settings.base_dropout):
+            raise ConfigError(f"Cannot train {base.name}: {cause}. Take `engine: trainer`.")
         self.base = base
         self.settings = settings
-        self.labels = corpus.labels
+        self.labels, self.clean = corpus.labels, corpus.clean
         self.device = training_device()
         dtype = torch.bfloat16 if computes_in_bf16(self.device, settings.precision) else torch.float32
-        encoder = Encoder(load_base(base, len(self.labels)), base.shape.family, self.device, dtype)
+        encoder = Encoder(model, base.shape.family, self.device, dtype)
         flat = self.device.type == "cuda" and dtype == torch.bfloat16  # the only case that flash attention computes
-        self.train = DeviceTokens(corpus.train, self.device, flat)
-        self.validation = DeviceTokens(corpus.validation, self.device, flat)
+        self.train = DeviceTokens(corpus.train, self.device, flat, encoder.padding_id)
+        self.validation = DeviceTokens(corpus.validation, self.device, flat, encoder.padding_id)
         self.monitor = corpus.monitor
         self.lengths = corpus.train.lengths.tolist()
         self.model = MultiLoraModel(encoder, base.shape, slots or 1)
@@ -303,7 +302,9 @@ class _Run:
         trial, engine = self.running[slot], self.engine
         weights = self.model.slots.take(slot).weights
         try:
-            adapter = export_adapter(engine.base, trial.plan, engine.labels, self.settings.max_length, weights)
+            plan, max_length = trial.plan, self.settings.max_length
+            record = record_of(plan.trial, plan.spec, engine.base, engine.labels, max_length, engine.clean)
+            adapter = export_adapter(engine.base, plan, record, weights)
         except TRIAL_FAULTS as error:
             self._fail(slot, error)
         else:

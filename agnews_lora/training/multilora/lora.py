@@ -1,6 +1,6 @@
 """The slots' part of a forward pass: low-rank updates beside the frozen products, and one head a slot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,10 @@ from torch import Tensor
 from agnews_lora.training.multilora.dropout import Dropout, DropoutKey, LayerDropout
 from agnews_lora.training.multilora.encoder import LayerUpdates
 from agnews_lora.training.multilora.packing import PackedBatch, on_device
-from agnews_lora.training.multilora.slots import DENSE, MODULES, Slots
+from agnews_lora.training.multilora.slots import MODULES, Slots
 
+# Between the layers of the head.
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}
 NUMBERS = {module: number for number, module in enumerate(MODULES)}
 
 
@@ -43,10 +45,11 @@ class BatchedLora:
         longest = max(self.packed.row_sizes)
         padded = features.new_zeros(len(self.slots) * longest, features.shape[1], dtype=torch.float32)
         x = padded.index_copy(0, self.packed.places, features.float()).view(len(self.slots), longest, -1)
-        if f"{DENSE}.weight" in self.parts:
-            x = torch.tanh(_affine(x, self.parts, DENSE))
-            return _affine(x, self.parts, "classifier.out_proj")
-        return _affine(x, self.parts, "classifier")
+        layout = self.slots.shape.layout
+        first, last = next(iter(layout.head)).removesuffix(".weight"), layout.last_layer
+        if first != last:
+            x = ACTIVATIONS[layout.activation](_affine(x, self.parts, first))
+        return _affine(x, self.parts, last)
 
     def _pair(self, module: str) -> tuple[Tensor, Tensor]:
         """Give A [K, layers, r, in] and scaled B [K, layers, out, r] of a module."""

@@ -23,8 +23,9 @@ class PackedBatch:
     """The tokens of one forward pass: segments, one a slot, in the order of the slots.
 
     slots: slot of each segment. row_sizes, token_sizes: rows and tokens of each segment. ids, positions: (tokens,)
-    int64, a position being the token's place in its row (0 in padding). token_slots, token_rows: (tokens,) int64, the
-    slot of each token and its row in the table. first: (rows,) index of each row's first token. labels: (rows,) int64.
+    int64, a position being a row of the encoder's table of them. token_slots, token_rows, token_places: (tokens,)
+    int64, the slot of each token, its row in the table and its place in that row; in padding, place and position are 0.
+    first: (rows,) index of each row's first token. labels: (rows,) int64.
     places: (rows,) index of each row where every slot has as many places as the largest segment has rows. shares:
     (rows,) share of a row in its segment. flat: whether rows lie without padding. attention: inside each row.
     """
@@ -36,6 +37,7 @@ class PackedBatch:
     positions: torch.Tensor
     token_slots: torch.Tensor
     token_rows: torch.Tensor
+    token_places: torch.Tensor
     first: torch.Tensor
     labels: torch.Tensor
     places: torch.Tensor
@@ -48,15 +50,16 @@ class DeviceTokens:
     """A token table, resident on a device.
 
     flat: rows are laid out without padding, for variable-length attention; else each is padded to the longest of its
-    segment, in steps of `WIDTH_STEP` tokens, which batches of like length keep short.
+    segment, in steps of `WIDTH_STEP` tokens, which batches of like length keep short. padding_id: the encoder's.
     """
 
-    def __init__(self, table: TokenTable, device: torch.device, flat: bool) -> None:
+    def __init__(self, table: TokenTable, device: torch.device, flat: bool, padding_id: int | None) -> None:
         self.device = device
         self.flat = flat
         self.lengths = table.lengths
         self.pad_id = table.pad_id
         self.ids = torch.from_numpy(np.array(table.ids)).to(device)  # (total_tokens,) int32
+        self.positions = torch.from_numpy(positions(table, padding_id)).to(device)
         self.starts = torch.from_numpy(np.array(table.offsets[:-1])).to(device)
         self.labels = torch.from_numpy(np.array(table.labels)).to(device)
 
@@ -82,7 +85,7 @@ class DeviceTokens:
             ],
             self.device,
         )
-        ids, positions, token_slots, token_rows = self._cut(described, total=int(offsets[-1]))
+        ids, positions, token_slots, token_rows, token_places = self._cut(described, total=int(offsets[-1]))
         token_sizes = tuple(np.diff(offsets[bounds]).tolist())
         attention: Attention
         if self.flat:
@@ -99,6 +102,7 @@ class DeviceTokens:
             positions=positions,
             token_slots=token_slots,
             token_rows=token_rows,
+            token_places=token_places,
             first=described[2],
             labels=self.labels[described[0]],
             places=places_there,
@@ -107,22 +111,36 @@ class DeviceTokens:
             attention=attention,
         )
 
-    def _cut(
-        self, described: torch.Tensor, total: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Give (ids, positions, slots, rows) of each token, of rows described [5, rows] by their number, tokens, first
-        place, slot and places."""
+    def _cut(self, described: torch.Tensor, total: int) -> tuple[torch.Tensor, ...]:
+        """Give (ids, positions, slots, rows, places in the row) of each token, of rows described [5, rows] by their
+        number, tokens, first place, slot and places."""
         row, length, begin, slot = described[:4].repeat_interleave(described[4], dim=1, output_size=total)
         place = torch.arange(total, device=self.device) - begin
         real = place < length
         place = place.where(real, 0)
-        ids = self.ids[self.starts[row] + place].long()
-        return ids.where(real, self.pad_id), place, slot, row
+        token = self.starts[row] + place
+        ids, positions = self.ids[token].long(), self.positions[token].long()
+        return ids.where(real, self.pad_id), positions.where(real, 0), slot, row, place
 
     def _padding(self, lengths: npt.NDArray[np.int64], width: int) -> torch.Tensor | None:
         if lengths.min() == width:
             return None
         return on_device([(np.arange(width) >= lengths[:, None])[:, None, None, :]], self.device)[0]
+
+
+def positions(table: TokenTable, padding_id: int | None) -> npt.NDArray[np.int32]:
+    """Number the tokens of each row as transformers does: the position (total_tokens,) of each.
+
+    Args:
+        padding_id: of an encoder that counts from the position behind this one the tokens with other ids, and gives
+            this position to those with it, wherever they stand (fairseq's `make_positions`). None: every token counts,
+            from 0.
+    """
+    counted = np.ones(len(table.ids), dtype=bool) if padding_id is None else table.ids != padding_id
+    counts = np.cumsum(counted)
+    before = np.repeat(np.concatenate([[0], counts])[table.offsets[:-1]], table.lengths)
+    start = -1 if padding_id is None else padding_id
+    return (np.where(counted, counts - before, 0) + start).astype(np.int32)
 
 
 def on_device(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[torch.Tensor]:

@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from agnews_lora.adapters.spec import PRESETS, ModelShape, TrialSpec, module_shape
+from agnews_lora.adapters.spec import PRESETS, ModelShape, TrialSpec, head_shapes, module_shape
 
 MODULES = PRESETS["all-linear"]
-DENSE = "classifier.dense"
 RANK_STEP = 8  # grouped products on CUDA read rows of 16 bytes at least
 
 
@@ -102,9 +101,10 @@ class Slots:
 
     def zero_frozen(self, changes: Tensor) -> None:
         """Zero in place the changes [K, columns] of classifier layers that a slot keeps frozen."""
-        for name in (f"{DENSE}.weight", f"{DENSE}.bias"):
-            if block := self.blocks.get(name):
-                changes[:, block.start : block.stop].masked_fill_(self._dense_frozen, 0.0)
+        for name in self.shape.layout.head:
+            if self.shape.layout.is_frozen(name, "out_proj"):
+                block = self.blocks[name]
+                changes[:, block.start : block.stop].masked_fill_(self._head_frozen, 0.0)
 
     def tensors(self, row: Tensor, spec: TrialSpec) -> Iterator[tuple[str, Tensor]]:
         """View a trial's tensors in a row [columns], without padding: pairs of PEFT's name and tensor."""
@@ -141,7 +141,7 @@ class Slots:
         }
         self.scales = {module: torch.tensor(values, device=self.device) for module, values in scales.items()}
         frozen = [spec is None or spec.head != "full" for spec in self.specs]
-        self._dense_frozen = torch.tensor(frozen, device=self.device)[:, None]
+        self._head_frozen = torch.tensor(frozen, device=self.device)[:, None]
 
 
 def _tensors(
@@ -150,28 +150,22 @@ def _tensors(
     for module in PRESETS[spec.targets]:
         a, b = blocks[f"{module}.A"].of(row), blocks[f"{module}.B"].of(row)
         for layer in range(shape.num_layers):
-            path = f"base_model.model.{shape.family}.encoder.layer.{layer}.{module}"
+            path = f"base_model.model.{shape.layout.module_path(layer, shape.layout.modules[module])}"
             yield f"{path}.lora_A.weight", a[layer, : spec.rank]
             yield f"{path}.lora_B.weight", b[layer, :, : spec.rank]
-    for name, block in blocks.items():
-        if name.startswith("classifier."):
-            yield f"base_model.model.{name}", block.of(row)
+    for name in shape.layout.head:
+        yield f"base_model.model.{name}", blocks[name].of(row)
 
 
 def _blocks(ranks: Mapping[str, int], shape: ModelShape) -> dict[str, Block]:
     """List the blocks of a slot's row, in the order of their columns."""
-    hidden, classes, layers = shape.hidden_size, shape.num_labels, shape.num_layers
     shapes: dict[str, tuple[int, ...]] = {}
     for module in MODULES:
         if rank := ranks.get(module, 0):
-            out_features, in_features = module_shape(module, shape)
-            shapes[f"{module}.A"] = (layers, rank, in_features)
-            shapes[f"{module}.B"] = (layers, out_features, rank)
-    last = "classifier"
-    if shape.family == "roberta":
-        shapes |= {f"{DENSE}.weight": (hidden, hidden), f"{DENSE}.bias": (hidden,)}
-        last = "classifier.out_proj"
-    shapes |= {f"{last}.weight": (classes, hidden), f"{last}.bias": (classes,)}
+            out_features, in_features = module_shape(shape.layout.modules[module], shape)
+            shapes[f"{module}.A"] = (shape.num_layers, rank, in_features)
+            shapes[f"{module}.B"] = (shape.num_layers, out_features, rank)
+    shapes |= head_shapes(shape)
     blocks, start = {}, 0
     for name, block_shape in shapes.items():
         blocks[name] = Block(name, block_shape, start, decays=not name.endswith(".bias"))

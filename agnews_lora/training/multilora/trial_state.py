@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from agnews_lora.adapters.adapter_files import record_of, save_adapter, verify
+from agnews_lora.adapters.adapter_files import AdapterRecord, save_adapter, verify
 from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.errors import TrainingError
 from agnews_lora.training import checkpoints
@@ -225,17 +225,15 @@ def fresh_weights(base: BaseModel, plan: TrialPlan, num_labels: int) -> dict[str
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def export_adapter(
-    base: BaseModel, plan: TrialPlan, labels: Sequence[str], max_length: int, weights: Mapping[str, Tensor]
-) -> Path:
+def export_adapter(base: BaseModel, plan: TrialPlan, record: AdapterRecord, weights: Mapping[str, Tensor]) -> Path:
     """Write a trial's adapter in PEFT's format, read it back and recount it; its folder.
 
     Raises:
         AdapterError: the file does not hold `weights` bit for bit, or does not recount.
     """
-    model = build_model(base, plan.spec, len(labels), plan.seed)
+    model = build_model(base, plan.spec, len(record.labels), plan.seed)
     set_peft_model_state_dict(model, dict(weights))
     folder = plan.folder / "adapter"
-    save_adapter(model, record_of(plan.trial, plan.spec, base, labels, max_length), folder)
+    save_adapter(model, record, folder)
     verify(folder, weights)
     return folder

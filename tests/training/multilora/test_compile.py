@@ -115,7 +115,7 @@ def compiled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("compiled_on_cpu")
 def test_few_compilations_serve_all_layers_sizes_slots_and_ranks(roberta: TinySetup) -> None:
     """Five in all: three places in training, two in scoring; and each computes what the uncompiled layer does."""
-    tokens = DeviceTokens(roberta.corpus.train, CPU, flat=True)
+    tokens = DeviceTokens(roberta.corpus.train, CPU, flat=True, padding_id=1)
     before = counters["stats"]["unique_graphs"]
 
     def same(model: MultiLoraModel, *batches: SlotBatch) -> None:
@@ -153,7 +153,7 @@ def test_training_goes_on_where_compiling_fails(
 
     broken = compile.compile_layer(no_compiler)
     monkeypatch.setattr(compile, "_compiled", lambda: broken)
-    tokens = DeviceTokens(roberta.corpus.train, CPU, flat=True)
+    tokens = DeviceTokens(roberta.corpus.train, CPU, flat=True, padding_id=1)
     model = model_of(roberta, 1, CPU)
     place(model, 0, SPEC)
     batches = [batch(0, [1, 2, 3])]
@@ -199,7 +199,7 @@ def test_compiled_bf16_follows_uncompiled_fp32(roberta: TinySetup, caplog: pytes
     found = []
     for device, dtype in ((CPU, torch.float32), (torch.device("cuda", 0), torch.bfloat16)):
         model = model_of(roberta, len(EIGHT), device, dtype)
-        tokens = DeviceTokens(roberta.corpus.train, device, flat=device.type == "cuda")
+        tokens = DeviceTokens(roberta.corpus.train, device, flat=device.type == "cuda", padding_id=1)
         for slot, spec in enumerate(EIGHT):
             place(model, slot, spec)
         batches = [batch(slot, rows_of(slot), seed=slot) for slot in range(len(EIGHT))]
@@ -219,7 +219,7 @@ def test_compiled_bf16_follows_uncompiled_fp32(roberta: TinySetup, caplog: pytes
 @gpu
 def test_a_slot_among_seven_others_is_as_alone(roberta: TinySetup) -> None:
     device = torch.device("cuda", 0)
-    tokens = DeviceTokens(roberta.corpus.train, device, flat=True)
+    tokens = DeviceTokens(roberta.corpus.train, device, flat=True, padding_id=1)
     found = []
     for others in ([], range(1, 8)):
         model = model_of(roberta, 8, device)
@@ -239,7 +239,7 @@ def test_a_slot_among_seven_others_is_as_alone(roberta: TinySetup) -> None:
 def test_a_step_does_not_wait_for_the_device(roberta: TinySetup) -> None:
     device = torch.device("cuda", 0)
     model = model_of(roberta, 4, device)
-    tokens = DeviceTokens(roberta.corpus.train, device, flat=True)
+    tokens = DeviceTokens(roberta.corpus.train, device, flat=True, padding_id=1)
     for slot in range(3):
         place(model, slot, EIGHT[slot])
     batches = [batch(slot, rows_of(slot)) for slot in range(3)]

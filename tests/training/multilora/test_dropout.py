@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agnews_lora.adapters.spec import Family
+from agnews_lora.adapters.families import Family
 from agnews_lora.training.multilora.dropout import Dropout, DropoutKey, HashDropout, hash_dropout
 from agnews_lora.training.multilora.packing import DeviceTokens
 from tests.training.conftest import TinySetup
@@ -27,7 +27,7 @@ def masks(
 ) -> dict[tuple[int, int], torch.Tensor]:
     """{(row, place): mask of a token's features} of a slot's tokens."""
     segments = [(slot, ROWS), *((other, [1, 2, 5 + other]) for other in neighbours)]
-    packed = DeviceTokens(setup.corpus.train, CPU, flat).pack(segments)
+    packed = DeviceTokens(setup.corpus.train, CPU, flat, None).pack(segments)
     dropout = Dropout(packed, {slot: own, **neighbours}, num_slots=4)
     of_tokens = HashDropout.apply(
         torch.ones(len(packed.ids), FEATURES), *dropout.layer(layer).keys(module, of_rows=False)
@@ -77,7 +77,7 @@ def test_seed_step_layer_and_module_each_change_it(
 def test_as_many_are_dropped_as_asked_for(
     setups: dict[Family, TinySetup], probability: float, seed: int, step: int
 ) -> None:
-    packed = DeviceTokens(setups["roberta"].corpus.train, CPU, True).pack([(1, list(range(60)))])
+    packed = DeviceTokens(setups["roberta"].corpus.train, CPU, True, None).pack([(1, list(range(60)))])
     dropout = Dropout(packed, {1: DropoutKey(probability, seed, step)}, num_slots=2)
     mask = HashDropout.apply(torch.ones(len(packed.ids), 96), *dropout.layer(2).keys(3, of_rows=False))
     deviation = (probability * (1 - probability) / mask.numel()) ** 0.5

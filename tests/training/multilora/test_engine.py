@@ -1,5 +1,7 @@
 """The engine's trials: the same as the reference engine's, independent of their neighbours, and as many as fit."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +11,9 @@ import pytest
 import torch
 
 from agnews_lora.adapters.adapter_files import CONFIG, load_base, load_with_peft
-from agnews_lora.adapters.spec import PRESETS, Family, TrialSpec
+from agnews_lora.adapters.base_models import CONFIG as BASE_CONFIG
+from agnews_lora.adapters.families import Family
+from agnews_lora.adapters.spec import PRESETS, TrialSpec
 from agnews_lora.errors import ConfigError, TrainingError
 from agnews_lora.training.interface import TrainSettings, TrialPlan, Verdict
 from agnews_lora.training.metrics import predict_logits
@@ -69,7 +73,18 @@ def train(
 
 
 @pytest.mark.parametrize(
-    ("family", "head", "targets", "log_every"), [("bert", "full", "all-linear", 1), ("roberta", "out_proj", "qv", 3)]
+    ("family", "head", "targets", "log_every"),
+    [
+        ("bert", "full", "all-linear", 1),
+        ("bert-no-pooler", "full", "qv", 1),
+        ("roberta", "out_proj", "qv", 3),
+        ("xlm-roberta", "full", "qkvo", 1),
+        ("camembert", "out_proj", "ffn", 1),
+        ("electra", "full", "all-linear", 1),
+        ("electra", "out_proj", "qkv", 1),
+        ("distilbert", "full", "all-linear", 1),
+        ("distilbert", "out_proj", "ffn", 1),
+    ],
 )
 def test_trains_as_the_reference_does(
     setups: dict[Family, TinySetup], tmp_path: Path, family: Family, head: str, targets: str, log_every: int
@@ -288,7 +303,7 @@ def test_slots_fill_most_of_the_free_memory(free_gib: int, slot_gib: int, expect
 
 def test_the_measured_step_goes_through_every_module_and_a_cpu_takes_one_slot(roberta: TinySetup) -> None:
     model = MultiLoraModel(Encoder(load_base(roberta.base, 4), "roberta", CPU, torch.float32), roberta.base.shape, 1)
-    tokens = DeviceTokens(roberta.corpus.train, CPU, flat=False)
+    tokens = DeviceTokens(roberta.corpus.train, CPU, flat=False, padding_id=1)
     place_heaviest(model)
     assert model.slots.ranks.keys() == set(PRESETS["all-linear"])
     heaviest_step(model, tokens, batch_size=8)
@@ -300,9 +315,14 @@ def test_the_measured_step_goes_through_every_module_and_a_cpu_takes_one_slot(ro
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_in_the_base_is_refused(roberta: TinySetup) -> None:
+def test_dropout_in_the_base_and_another_activation_are_refused(roberta: TinySetup, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"engine: trainer"):
         MultiLoraEngine(roberta.base, roberta.corpus, replace(SETTINGS, base_dropout=0.1), 1)
+    folder = shutil.copytree(roberta.base.folder, tmp_path / "base")
+    described = json.loads((folder / BASE_CONFIG).read_text())
+    (folder / BASE_CONFIG).write_text(json.dumps(described | {"hidden_act": "relu"}))
+    with pytest.raises(ConfigError, match=r"'relu'.*engine: trainer"):
+        MultiLoraEngine(replace(roberta.base, folder=folder), roberta.corpus, SETTINGS, 1)
 
 
 def test_a_checkpoint_of_another_trial_is_refused(roberta: TinySetup, tmp_path: Path) -> None:
@@ -353,5 +373,5 @@ def test_a_gpu_takes_as_many_slots_as_its_memory_says(roberta: TinySetup) -> Non
     device = torch.device("cuda", 0)
     encoder = Encoder(load_base(roberta.base, 4), "roberta", device, torch.bfloat16)
     model = MultiLoraModel(encoder, roberta.base.shape, 1)
-    assert choose_slots(model, DeviceTokens(roberta.corpus.train, device, flat=True), 8) == MAX_SLOTS
+    assert choose_slots(model, DeviceTokens(roberta.corpus.train, device, flat=True, padding_id=1), 8) == MAX_SLOTS
     assert model.compiler.compiles and model.slots.specs == [None]

@@ -1,23 +1,32 @@
 """A slot's logits and gradients against PEFT on the Hugging Face model."""
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import get_peft_model_state_dict
 from torch.nn.attention import varlen
+from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 from agnews_lora.adapters.adapter_files import load_base
-from agnews_lora.adapters.spec import Family, TrialSpec
-from agnews_lora.errors import BaseModelError
+from agnews_lora.adapters.base_models import CONFIG
+from agnews_lora.adapters.families import Family
+from agnews_lora.adapters.spec import TrialSpec
+from agnews_lora.data.rows import Rows
+from agnews_lora.data.tokens import TokenTable, encode, load_tokenizer
 from agnews_lora.training.model import build_model
 from agnews_lora.training.multilora.encoder import Encoder
 from agnews_lora.training.multilora.model import MultiLoraModel, SlotBatch
-from agnews_lora.training.multilora.packing import DeviceTokens, in_one_copy
+from agnews_lora.training.multilora.packing import DeviceTokens, in_one_copy, positions
 from agnews_lora.training.multilora.slots import Slots, SlotState
 from agnews_lora.training.multilora.threads import Threads
-from tests.training.conftest import TinySetup
+from tests.training.conftest import MAX_LENGTH, TinySetup
 from tests.training.multilora.test_compile import attend
 
 CPU = torch.device("cpu")
@@ -66,6 +75,7 @@ def own_gradients(slots: Slots, gradients: torch.Tensor, slot: int) -> dict[str,
     return {name: part.clone() for name, part in slots.tensors(gradients[slot], spec)}
 
 
+OTHERS: list[Family] = ["bert-no-pooler", "xlm-roberta", "camembert", "electra", "distilbert"]
 # Each preset, head and layout with each family.
 CASES = [
     ("roberta", "full", "all-linear", False),
@@ -77,6 +87,7 @@ CASES = [
     ("bert", "out_proj", "qkv", False),
     ("bert", "full", "qkvo", True),
     ("bert", "out_proj", "ffn", False),
+    *((family, head, "all-linear", head == "full") for family in OTHERS for head in ("full", "out_proj")),
 ]
 
 
@@ -98,7 +109,7 @@ def test_logits_and_gradients_are_those_of_peft(
     tested = model_of(setup, num_slots=2)
     tested.slots.place(0, NEIGHBOUR, state_of(trained_model(setup, NEIGHBOUR, seed=9)))
     tested.slots.place(1, spec, state_of(model))
-    tokens = DeviceTokens(setup.corpus.train, CPU, flat)
+    tokens = DeviceTokens(setup.corpus.train, CPU, flat, tested.encoder.padding_id)
     packed = tokens.pack([(1, ROWS), (0, [1, 2, 5])])
     assert len(packed.ids) == sum(packed.token_sizes) and not (flat and (packed.ids == tokens.pad_id).any())
     losses, own = tested.gradients(packed, {})
@@ -112,13 +123,50 @@ def test_logits_and_gradients_are_those_of_peft(
             difference = (tensor - gradients[name]).norm()
             assert difference <= 1e-5 * gradients[name].norm() + 1e-6 * largest  # rounded where the largest are summed
         else:
-            assert head == "out_proj" and ".classifier.dense." in name and not tensor.any()
+            assert setup.base.shape.layout.is_frozen(name, head) and not tensor.any()
     assert gradients.keys() <= found.keys()
     scored = np.empty((2, len(ROWS), 4), dtype=np.float32)
-    for positions, batch in tested.logits(tokens, ROWS, [0, 1], batch_size=4):
-        scored[:, positions] = batch
+    for order, batch in tested.logits(tokens, ROWS, [0, 1], batch_size=4):
+        scored[:, order] = batch
     np.testing.assert_allclose(scored[1], logits, rtol=1e-5, atol=1e-5)
     assert np.abs(scored[0] - scored[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("padding", ["inside rows", "other in the configuration"])
+def test_tokens_of_the_padding_id_get_the_positions_of_transformers(
+    roberta: TinySetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flat: bool, padding: str
+) -> None:
+    """Rows with a literal `<pad>`, and a tokenizer that pads with another id than config.json names."""
+    monkeypatch.setattr(varlen, "varlen_attn", attend)
+    base, texts = roberta.base, ["<pad> The striker", "A <pad><pad> record<pad>", "Oil prices rose", "<pad>"]
+    if padding == "other in the configuration":
+        folder = shutil.copytree(base.folder, tmp_path / "base")
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(config | {"pad_token_id": 0}))
+        base = replace(base, folder=folder)
+    table = encode(Rows(tuple(texts), (0, 1, 2, 3)), load_tokenizer(base.folder), MAX_LENGTH)
+    setup = TinySetup(base, replace(roberta.corpus, train=table))
+    model, rows = trained_model(setup, NEIGHBOUR).eval(), list(range(len(texts)))
+    tested = model_of(setup, num_slots=1)
+    tested.slots.place(0, NEIGHBOUR, state_of(model))
+    tokens = DeviceTokens(table, CPU, flat, tested.encoder.padding_id)
+    [(order, [found])] = tested.logits(tokens, rows, [0], batch_size=4)
+    np.testing.assert_allclose(found, expected(model, setup, order)[0], rtol=1e-5, atol=1e-5)
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=9), min_size=1, max_size=4),
+    padding_id=st.integers(0, 4),
+)
+def test_positions_are_those_of_transformers(rows: list[list[int]], padding_id: int) -> None:
+    ids, ends = np.concatenate(rows).astype(np.int32), np.cumsum([len(row) for row in rows])
+    table = TokenTable(ids, np.concatenate([[0], ends]), np.zeros(len(rows), np.int64), pad_id=0)
+    found = np.split(positions(table, padding_id), ends[:-1])
+    for row, own in zip(rows, found, strict=True):
+        [wanted] = RobertaEmbeddings.create_position_ids_from_input_ids(torch.tensor([row]), padding_id)
+        assert own.tolist() == wanted.tolist()
+    assert [own.tolist() for own in np.split(positions(table, None), ends[:-1])] == [list(range(len(r))) for r in rows]
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -126,7 +174,7 @@ def test_with_dropout_a_step_does_not_depend_on_neighbours(setups: dict[Family, 
     """The same loss and gradient norm in slot 0 of one and in slot 2 of three; others at another step or seed."""
     setup = setups[family]
     spec = replace(NEIGHBOUR, dropout=0.4)
-    tokens = DeviceTokens(setup.corpus.train, CPU, flat=False)
+    tokens = DeviceTokens(setup.corpus.train, CPU, False, model_of(setup, 1).encoder.padding_id)
     state = state_of(trained_model(setup, spec))
 
     def step(num_slots: int, number: int, seed: int) -> tuple[float, float]:
@@ -147,7 +195,7 @@ def test_with_dropout_a_step_does_not_depend_on_neighbours(setups: dict[Family, 
 
 
 def test_a_step_is_the_same_however_many_threads_share_it(roberta: TinySetup) -> None:
-    tokens = DeviceTokens(roberta.corpus.train, CPU, flat=False)
+    tokens = DeviceTokens(roberta.corpus.train, CPU, flat=False, padding_id=1)
     rows = list(range(0, 80, 5))
     spec = replace(NEIGHBOUR, dropout=0.2)
     found = []
@@ -167,7 +215,7 @@ def test_a_step_is_the_same_however_many_threads_share_it(roberta: TinySetup) ->
 def test_bf16_is_near_to_fp32(roberta: TinySetup) -> None:
     model = load_base(roberta.base, 4)
     state = state_of(trained_model(roberta, NEIGHBOUR))
-    tokens = DeviceTokens(roberta.corpus.train, CPU, flat=False)
+    tokens = DeviceTokens(roberta.corpus.train, CPU, flat=False, padding_id=1)
     logits = []
     for dtype in (torch.float32, torch.bfloat16):
         tested = MultiLoraModel(Encoder(model, "roberta", CPU, dtype), roberta.base.shape, 1)
@@ -192,10 +240,3 @@ def test_arrays_of_all_kinds_travel_in_one_copy() -> None:
         assert tensor.numpy().dtype == array.dtype
         np.testing.assert_array_equal(tensor.numpy(), array)
     assert len({tensor.untyped_storage().data_ptr() for tensor in moved}) == 1
-
-
-def test_an_activation_that_is_not_computed_is_refused(roberta: TinySetup) -> None:
-    model = load_base(roberta.base, 4)
-    model.config.hidden_act = "relu"
-    with pytest.raises(BaseModelError, match=r"'relu'.*`engine: trainer`"):
-        Encoder(model, "roberta", CPU, torch.float32)

@@ -5,7 +5,8 @@ import torch
 from transformers import get_linear_schedule_with_warmup
 
 from agnews_lora.adapters.adapter_files import tensor_shapes
-from agnews_lora.adapters.spec import HEADS, Family, TrialSpec
+from agnews_lora.adapters.families import Family
+from agnews_lora.adapters.spec import HEADS, TrialSpec
 from agnews_lora.training.multilora import optimizer
 from agnews_lora.training.multilora.slots import Slots, SlotState
 from tests.tiny import tiny_shape

@@ -45,9 +45,9 @@ def test_scales_are_zero_where_a_module_is_not_adapted() -> None:
     slots.place(2, TrialSpec("qv", 4, 2, 0.0, 1e-3), state(TrialSpec("qv", 4, 2, 0.0, 1e-3), 0))
     scales = {module: values.tolist() for module, values in slots.scales.items()}
     assert scales == {
-        "attention.self.query": [4.0, 0.0, 0.5],
-        "attention.self.key": [4.0, 0.0, 0.0],
-        "attention.self.value": [0.0, 0.0, 0.5],
+        "query": [4.0, 0.0, 0.5],
+        "key": [4.0, 0.0, 0.0],
+        "value": [0.0, 0.0, 0.5],
     }
 
 

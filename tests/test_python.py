@@ -1,0 +1,40 @@
+"""The package from Python, as a notebook uses it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agnews_lora import SweepResult, load_sweep, run_sweep
+from tests.project import environment
+
+
+@pytest.fixture
+def project(finished_project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished project as the working directory."""
+    monkeypatch.chdir(finished_project)
+    return finished_project
+
+
+def test_a_finished_sweep_gives_its_result_and_a_frame_of_its_trials(project: Path) -> None:
+    result = run_sweep("small", quiet=True)
+    assert isinstance(result, SweepResult) and result.state == "COMPLETE" and result.trials_left == 0
+    frame = result.frame()
+    assert len(frame) == load_sweep("small").trials == frame["trial"].nunique()
+    assert result.winner is not None and frame.loc[frame["winner"], "trial"].tolist() == [result.winner.trial]
+
+
+def test_a_sweep_that_is_out_of_time_says_how_many_trials_are_left(project: Path) -> None:
+    result = run_sweep(load_sweep(project / "sweeps" / "small.yaml"), trials=5, timeout=1e-3, quiet=True)
+    assert result.state == "INTERRUPTED" and result.trials_left == 2
+    assert len(result.frame()) == 3
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'mlflow', 'optuna', 'pandas', 'pydantic'}"
+    code = f"import agnews_lora, sys; agnews_lora.__version__; print({heavy} & set(sys.modules) or 'light')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == "light\n"
+    with pytest.raises(ImportError):
+        exec("from agnews_lora import no_such_name")

@@ -115,13 +115,7 @@ def test_predictions_mistakes_and_counts_of_the_winner_agree(client: MlflowClien
     winner, answers = winner_of(client), stored(client).answers
     assert answers is not None
     predictions = pd.read_csv(io.StringIO(read(client, winner, "predictions.csv")))
-    assert predictions.columns.tolist() == [
-        "row",
-        "label",
-        "predicted",
-        "confidence",
-        *LABELS,
-    ]
+    assert predictions.columns.tolist() == ["row", "label", "predicted", "confidence", *LABELS]
     assert predictions["row"].tolist() == list(range(60))
     assert predictions[list(LABELS)].sum(axis=1).to_numpy() == pytest.approx(1.0, abs=1e-5)
     right = (predictions["label"] == predictions["predicted"]).sum()

@@ -138,7 +138,8 @@ class SweepFacts:
     the validation split; None where another release wrote the result. settings: of `TrainSettings`. space: as
     `search.space.describe` gives it. data: the source in words. texts: the YAML files, word for word, by file name.
     provenance: code, versions and device. heads: those that are searched. adapter: the baseline's configuration.
-    confirmation: `{trials, seeds}`; None without one.
+    confirmation: `{trials, seeds}`; None without one. profile: of the rows, as `data.profile.profile` gives it; empty
+    where another release wrote the result.
     """
 
     sweep: str
@@ -167,6 +168,7 @@ class SweepFacts:
     objective: Objective = "accuracy"
     majority_accuracy: float | None = None
     majority_macro_f1: float | None = None
+    profile: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,9 @@ def parser() -> argparse.ArgumentParser:
 
     budget = add(_budget, "show the largest rank of each preset that fits", "budget agnews --json")
 
+    data = add(_data, "show classes, lengths and duplicates of an experiment's rows", "data embedded")
+    data.add_argument("experiment", nargs="?", default="embedded", metavar="EXPERIMENT", help="name or path (embedded)")
+
     report = add(_report, "write what a sweep found, as HTML and PDF", "report embedded --to reports")
     report.add_argument("--to", type=Path, metavar="DIR", help="where the files go (reports/)")
 
@@ -109,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("sweep", nargs="?", default="embedded", metavar="SWEEP", help="name or path (embedded)")
     for command in (sweep, promote, predict, serve, export, report):
         command.add_argument("--tracking", metavar="URL", help="the MLflow server, http://… (mlruns/)")
-    for command in (promote, predict, export, budget, report, doctor):
+    for command in (promote, predict, export, budget, data, report, doctor):
         command.add_argument("--json", action="store_true", help="as JSON")
     for command in (train, sweep):
         how = command.add_mutually_exclusive_group()
@@ -202,6 +205,15 @@ def _budget(options: argparse.Namespace) -> int:
     from agnews_lora.commands import inspect
 
     return inspect.budget(sweep, options.json)
+
+
+def _data(options: argparse.Namespace) -> int:
+    from agnews_lora.config.experiment import load_experiment
+
+    experiment = load_experiment(options.experiment)
+    from agnews_lora.commands import data
+
+    return data.run(experiment, options.json)
 
 
 def _report(options: argparse.Namespace) -> int:

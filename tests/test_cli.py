@@ -64,6 +64,7 @@ def test_the_command_line_is_the_designs() -> None:
             "sweep",
         ],
         "budget": ["--json", "sweep"],
+        "data": ["--json", "experiment"],
         "promote": ["--json", "--rollback", "--tracking", "--version", "sweep"],
         "predict": ["--file", "--json", "--sweep", "--tracking", "texts"],
         "serve": ["--merged", "--port", "--tracking", "--version", "sweep"],

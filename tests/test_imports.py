@@ -39,7 +39,7 @@ HOMES = {
     "ruamel": {"config"},
     "datasets": {
         "hub",
-        "data.sources",
+        "data.files",
         "training.hf_trainer",
     },  # `evaluate` describes the features of a metric in its terms
     "evaluate": {"training"},

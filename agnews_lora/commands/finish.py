@@ -171,6 +171,7 @@ def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
         heads=tuple(sweep.space.heads),
         adapter=experiment.spec,
         confirmation=sweep.confirmation.model_dump() if sweep.confirmation else None,
+        profile=corpus.profile,
     )
 
 

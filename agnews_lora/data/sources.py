@@ -4,12 +4,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from agnews_lora import hub
 from agnews_lora.data import newswire
+from agnews_lora.data import profile as profiles
 from agnews_lora.data.files import Table, class_ids, label_values, read_file, read_split, require_file, rows_of
 from agnews_lora.data.rows import Rows, stratified_split, stratified_subset
 from agnews_lora.data.tokens import TokenTable, tokenise
@@ -67,6 +68,11 @@ class Splits:
     test: Rows
     labels: tuple[str, ...]
 
+    @property
+    def rows(self) -> dict[str, Rows]:
+        """By the name of the split."""
+        return {name: getattr(self, name) for name in SPLITS}
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -78,6 +84,7 @@ class Corpus:
         labels: names of the classes, by class id.
         best_accuracy: the best that any classifier can reach, where that is known.
         clean: how the texts were cleaned, a name in `rows.CLEANING`; None: they stayed as they are.
+        profile: what the rows of all splits are like, see `profile.profile`.
     """
 
     train: TokenTable
@@ -89,6 +96,7 @@ class Corpus:
     validation_rows: Rows
     best_accuracy: float | None
     clean: str | None = None
+    profile: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prepare(
@@ -96,15 +104,19 @@ def prepare(
 ) -> Corpus:
     """The corpus of an experiment: rows loaded, split, capped and tokenised, the same for the same arguments.
 
+    The test rows are read as well, and compared with the others, but they are not part of it.
+
     Raises:
-        DataError: rows missing or malformed, or a class without training or validation rows.
+        DataError: rows missing or malformed, a class without training or validation rows, or test rows among the
+            others.
         NetworkError, BaseModelError, StorageError: as the sources, the tokenizer and the cache do.
     """
     splits = load(settings, seed)
+    require_apart(settings, splits)
     digests = splits.train.digest(), splits.validation.digest(), json.dumps(splits.labels)
+    tables = {name: tokenise(splits.rows[name], tokenizer_folder, max_length, cache) for name in SPLITS[:2]}
     return Corpus(
-        train=tokenise(splits.train, tokenizer_folder, max_length, cache),
-        validation=tokenise(splits.validation, tokenizer_folder, max_length, cache),
+        **tables,
         monitor=tuple(stratified_subset(splits.validation.labels, eval_rows, seed)),
         digest=hashlib.sha256(" ".join(digests).encode()).hexdigest(),
         labels=splits.labels,
@@ -112,6 +124,7 @@ def prepare(
         validation_rows=splits.validation,
         best_accuracy=newswire.BEST_ACCURACY if settings.source == "newswire" else None,
         clean=settings.clean,
+        profile=profiles.profile(splits.rows, splits.labels, tables, max_length),
     )
 
 
@@ -182,6 +195,16 @@ def load(settings: DataSettings, seed: int) -> Splits:
     return Splits(train, validation, test, labels)
 
 
+def require_apart(settings: DataSettings, splits: Splits) -> None:
+    """Check that hardly any row to score on has been trained on, unless the settings accept it.
+
+    Raises:
+        DataError: too many have.
+    """
+    if not settings.allow_overlap:
+        profiles.require_apart(splits.rows, [name for name in SPLITS[1:] if isinstance(getattr(settings, name), str)])
+
+
 def check(settings: DataSettings) -> None:
     """Check within seconds that all splits can be had: no row is read and nothing is downloaded.
 
@@ -197,8 +220,21 @@ def check(settings: DataSettings) -> None:
                     require_file(Path(path))
             except DataError as error:
                 raise DataError(f"data.{split}: {error}") from error
+            if split != "train" and isinstance(path, str) and Path(path).samefile(settings.train):
+                _require_accepted(settings, split, "file")
     elif settings.source == "hub":
         hub.check_dataset(settings.dataset, settings.config, settings.revision, _HUB_REMEDY)
+        for split in SPLITS[1:]:
+            if getattr(settings, split) == settings.train:
+                _require_accepted(settings, split, "split")
+
+
+def _require_accepted(settings: DataSettings, split: str, kind: str) -> None:
+    if not settings.allow_overlap:
+        raise DataError(
+            f"data.{split}: Cannot score on {getattr(settings, split)}: it is the training {kind}. Leave `{split}` "
+            "out, so that a share is held out, or accept it with `allow_overlap: true`."
+        )
 
 
 def describe(settings: DataSettings) -> dict[str, str]:

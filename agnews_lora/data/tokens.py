@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -35,12 +35,14 @@ class TokenTable:
         offsets: (rows + 1,) int64, row i is `ids[offsets[i]:offsets[i + 1]]`.
         labels: (rows,) int64.
         pad_id: the tokenizer's.
+        uncut: (rows,) int32, tokens of each row before it was cut; None where that is not known.
     """
 
     ids: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     pad_id: int
+    uncut: npt.NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -113,7 +115,9 @@ def tokenise(rows: Rows, tokenizer_folder: Path, max_length: int, cache: Path) -
     digest = _sha256(rows.digest().encode(), tokenizer_digest(tokenizer_folder).encode(), str(max_length).encode())
     path = cache / f"{digest}.safetensors"
     with suppress(OSError, ValueError):
-        return read_table(path)
+        table = read_table(path)
+        if table.uncut is not None:  # else another release wrote it
+            return table
     table = encode(rows, load_tokenizer(tokenizer_folder), max_length)
     beside = cache / f"{digest}.{uuid4().hex}.partial"
     try:
@@ -137,7 +141,8 @@ def write_table(table: TokenTable, path: Path) -> None:
     """
     from safetensors.numpy import save
 
-    columns = vars(table) | {"pad_id": np.array([table.pad_id])}
+    columns = {name: column for name, column in vars(table).items() if column is not None}
+    columns |= {"pad_id": np.array([table.pad_id])}
     arrays = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     path.write_bytes(save(arrays, metadata={"sha256": _checksum(arrays)}))
 
@@ -164,6 +169,8 @@ def read_table(path: Path) -> TokenTable:
 def encode(rows: Rows, tokenizer: Any, max_length: int) -> TokenTable:
     """The token table of some rows, those longer than `max_length` cut with their special tokens kept."""
     ids: list[npt.NDArray[np.int32]] = []
+    uncut: list[int] = []
+    special = tokenizer.num_special_tokens_to_add()
     for start in range(0, len(rows), _CHUNK_ROWS):
         encoded = tokenizer(
             list(rows.texts[start : start + _CHUNK_ROWS]),
@@ -171,9 +178,14 @@ def encode(rows: Rows, tokenizer: Any, max_length: int) -> TokenTable:
             max_length=max_length,
             return_attention_mask=False,
             return_token_type_ids=False,
-        )["input_ids"]
-        ids.extend(np.asarray(row, dtype=np.int32) for row in encoded)
-    return _table(ids, np.asarray(rows.labels, dtype=np.int64), int(tokenizer.pad_token_id))
+        )
+        ids.extend(np.asarray(row, dtype=np.int32) for row in encoded["input_ids"])
+        # The rest of a row that is cut comes in pieces, each with special tokens of its own.
+        uncut.extend(
+            len(row.ids) + sum(len(piece.ids) - special for piece in row.overflowing) for row in encoded.encodings
+        )
+    table = _table(ids, np.asarray(rows.labels, dtype=np.int64), int(tokenizer.pad_token_id))
+    return replace(table, uncut=np.asarray(uncut, dtype=np.int32))
 
 
 def _table(rows: Sequence[npt.NDArray[np.int32]], labels: npt.NDArray[np.int64], pad_id: int) -> TokenTable:

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from agnews_lora.adapters.budget import head_parameters, parameters_per_rank
+from agnews_lora.data.profile import TOTAL, profile_sentence, profile_table
 from agnews_lora.errors import StorageError
 from agnews_lora.reporting.figures import expected_calibration_error
 from agnews_lora.reporting.progress import duration
@@ -23,6 +24,7 @@ from agnews_lora.serving.stats import Pairs, accuracy_interval, difference_inter
 TEMPLATES: Final = Path(__file__).parent
 TOP: Final = 10  # trials of the leaderboard
 MAX_FAILURES: Final = 10
+MAX_CLASSES: Final = 20
 MAX_MISTAKES: Final = 10
 MAX_TEXT: Final = 220  # characters of a row or an error that are shown
 FEW_TRIALS: Final = 10
@@ -76,6 +78,7 @@ def compose(result: SweepResult, pictures: set[str]) -> dict[str, Any]:
     facts = result.facts
     ended = datetime.fromtimestamp(result.ended_at, UTC) if result.ended_at is not None else None
     sections = [
+        ("Data", _data(facts)),
         ("Leaderboard", _leaderboard(result)),
         ("Confirmation over seeds", _confirmation(result)),
         ("Promotion checks", _checks(result)),
@@ -209,6 +212,7 @@ def _risks(result: SweepResult) -> list[str]:
         found.append("Not promoted: the test split has not been scored, and the validation accuracy is optimistic.")
     if counts["failed"]:
         found.append(f"{_counted(counts['failed'], 'trial')} failed.")
+    found.extend(result.facts.profile.get("warnings", ()))
     if result.facts.provenance.get("git.dirty") == "true":
         found.append("The code had uncommitted changes: its commit does not say all of it.")
     return found
@@ -249,6 +253,16 @@ def _next_step(result: SweepResult) -> tuple[str, str]:
 
 
 # The sections ---------------------------------------------------------------------------------------------------------
+
+
+def _data(facts: SweepFacts) -> list[Block]:
+    if not facts.profile:
+        return []
+    names = list(facts.profile["rows"])
+    rows = [[_one_line(cell) for cell in row] for row in profile_table(facts.profile, MAX_CLASSES)]
+    total = next(at for at, row in enumerate(rows) if row[0] == TOTAL)
+    right = tuple(range(1, len(names) + 1))
+    return [_table(profile_sentence(facts.profile), ["", *names], rows, right=right, strong=(total,))]
 
 
 def _leaderboard(result: SweepResult) -> list[Block]:

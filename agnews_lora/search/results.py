@@ -121,7 +121,8 @@ class SweepFacts:
     base: the hub's id. bound: the best possible accuracy, where the data's construction tells. settings: of
     `TrainSettings`. space: as `search.space.describe` gives it. data: the source in words. texts: the YAML files, word
     for word, by file name. provenance: code, versions and device. heads: those that are searched. adapter: the
-    baseline's configuration. confirmation: `{trials, seeds}`; None without one.
+    baseline's configuration. confirmation: `{trials, seeds}`; None without one. profile: of the rows, as
+    `data.profile.profile` gives it; empty where another release wrote the result.
     """
 
     sweep: str
@@ -147,6 +148,7 @@ class SweepFacts:
     heads: tuple[str, ...] = ("full",)
     adapter: TrialSpec | None = None
     confirmation: Mapping[str, int] | None = None
+    profile: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         assert first.end() == 130, first.stderr
         assert time.monotonic() - stopped < 20, "a stop must not wait for the trial's end"
     assert "nothing is lost" in first.stdout
+    assert "Engine multilora: " in first.stdout  # `auto` says what it took
     assert [trial.state.name for trial in study(folder).trials] == ["COMPLETE", "WAITING"]
     assert {run.info.status for run in runs(folder).values()} == {"FINISHED", "KILLED"}
     assert "Under way" in runs(folder)["sweep"].data.tags["mlflow.note.content"]

@@ -247,6 +247,24 @@ def test_the_test_rows_are_those_that_were_held_out(build, tokenizer, files, tmp
     assert not set(rows.texts) & set(corpus.train_rows.texts + corpus.validation_rows.texts)
 
 
+def test_a_file_or_split_that_is_trained_on_is_not_scored_on(files):
+    Path("link.csv").symlink_to("train.csv")
+    for same in ("train.csv", "./train.csv", "link.csv"):
+        for split in ("test", "validation"):
+            with pytest.raises(DataError, match=rf"data\.{split}: .* it is the training file"):
+                check(replace(files, **{split: same}))
+    check(replace(files, test="link.csv", allow_overlap=True))
+
+
+def test_a_copy_of_the_training_rows_is_refused_before_anything_is_tokenised(build, files, tmp_path):
+    Path("copy.csv").write_bytes(Path("train.csv").read_bytes())
+    with pytest.raises(DataError, match=r"Cannot score on the test split: 40 of 40 rows"):
+        build(replace(files, test="copy.csv"))
+    corpus = build(replace(files, test="copy.csv", allow_overlap=True))
+    assert corpus.profile["shared"]["train-test"] == 36
+    assert "36 of 40 rows (90.00%) of the test split have a text of train as well." in corpus.profile["warnings"]
+
+
 def test_labels_are_part_of_the_digest(build, files):
     digests = {build(replace(files, labels=labels)).digest for labels in (NAMES, NAMES[::-1], None)}
     assert len(digests) == 3

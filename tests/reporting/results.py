@@ -95,6 +95,18 @@ def answers(text: str = STORY) -> Answers:
     )
 
 
+PROFILE = {
+    "rows": {"train": 960, "validation": 250, "test": 400},
+    "classes": {label: {"train": 240, "validation": 62, "test": 100} for label in LABELS},
+    "max_length": 80,
+    "tokens": {name: {"median": 50, "p90": 71, "p99": 87, "max": 99, "cut": 0.024} for name in ("train", "validation")},
+    "duplicates": {"train": 3, "validation": 0, "test": 0},
+    "conflicting": 2,
+    "shared": {"train-validation": 0, "train-test": 1, "validation-test": 0},
+    "warnings": [],
+}
+
+
 def facts(**changes: Any) -> SweepFacts:
     full = SweepFacts(
         sweep="small",
@@ -130,6 +142,7 @@ def facts(**changes: Any) -> SweepFacts:
             "mlflow.source.git.commit": "0123456789abcdef0123456789abcdef01234567",
             "git.dirty": "false",
         },
+        profile=PROFILE,
     )
     return replace(full, **changes)
 

@@ -14,7 +14,18 @@ from agnews_lora.errors import StorageError
 from agnews_lora.reporting.figures import draw
 from agnews_lora.reporting.report import compose, write_report
 from agnews_lora.search.results import SweepResult
-from tests.reporting.results import HOSTILE, TRIALS, answers, bare, confirmed, curves, facts, registration, result
+from tests.reporting.results import (
+    HOSTILE,
+    PROFILE,
+    TRIALS,
+    answers,
+    bare,
+    confirmed,
+    curves,
+    facts,
+    registration,
+    result,
+)
 
 
 class Page(HTMLParser):
@@ -128,6 +139,11 @@ CASES: dict[str, tuple[SweepResult, list[str], list[str]]] = {
         ["uncommitted changes"],
         [],
     ),
+    "rows that splits share": (
+        result(facts=facts(profile={**PROFILE, "warnings": ["1 of 400 rows (0.25%) of the test split"]})),
+        ["1 of 400 rows (0.25%) of the test split"],
+        [],
+    ),
     "nothing to worry about": (
         result(trials=MANY, facts=facts(planned_trials=12)),
         ["None is known."],
@@ -146,6 +162,7 @@ def test_verdict_risks_and_next_step_follow_the_state_of_the_sweep(case: str) ->
 
 def test_sections_come_in_order_and_empty_ones_are_left_out(written: tuple[Path, Path]) -> None:
     everything = [
+        "Data",
         "Leaderboard",
         "Confirmation over seeds",
         "Promotion checks",
@@ -158,12 +175,14 @@ def test_sections_come_in_order_and_empty_ones_are_left_out(written: tuple[Path,
     assert re.findall(r"<h2>(.*?)</h2>", page) == everything
     assert len(re.findall(r'<img src="data:image/png;base64,', page)) == 6
     short = compose(bare(trials=()), set())
-    assert [section["title"] for section in short["sections"]] == ["Configuration", "Provenance"]
+    assert [section["title"] for section in short["sections"]] == ["Data", "Configuration", "Provenance"]
 
 
 def test_the_sections_tell_the_rest(written: tuple[Path, Path]) -> None:
     text = Page(written[0].read_text(encoding="utf-8")).text
     for words in (
+        "0 of train and validation, 1 of train and test",
+        "over 80 tokens, so cut",
         "t0000 (baseline)",
         "88.80%, 89.20%",  # the repetitions
         "digest 4aba46d1367b",
@@ -175,6 +194,15 @@ def test_the_sections_tell_the_rest(written: tuple[Path, Path]) -> None:
         "1 March 2026",
     ):
         assert words in text, words
+
+
+def test_many_classes_are_cut_to_the_largest() -> None:
+    classes = {f"class {n}": {"train": n, "validation": 1, "test": 1} for n in range(1, 201)}
+    many = compose(bare(facts=facts(profile={**PROFILE, "classes": classes})), set())
+    names = [row["cells"][0] for row in many["sections"][0]["blocks"][0]["rows"]]
+    assert names[:2] == ["class 200", "class 199"] and names[20] == "(180 smaller classes)"
+    old = compose(bare(facts=facts(profile={})), set())
+    assert "Data" not in [section["title"] for section in old["sections"]]
 
 
 def test_a_long_leaderboard_is_cut_but_keeps_the_baseline() -> None:

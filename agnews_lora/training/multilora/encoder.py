@@ -152,6 +152,14 @@ class Encoder:
         self.layers = [layer(module) for module in encoder.get_submodule(layout.layers)]
         self.pooler = affine(encoder.pooler.dense) if family == "bert" else None
 
+    @property
+    def fits_kernels(self) -> bool:
+        """Whether flash attention and grouped products compute these sizes in bf16: rows of 16 bytes, heads to 256."""
+        layer = self.layers[0]
+        intermediate_size, hidden_size = layer.ffn_in.weight.shape
+        head_size = hidden_size // layer.num_heads
+        return not any(size % 8 for size in (head_size, hidden_size, intermediate_size)) and head_size <= 256
+
     def __call__(self, packed: PackedBatch, updates: Sequence[LayerUpdates], encode: LayerFunction) -> Tensor:
         """Compute the classifier's input [rows, hidden]: each row's first token, which BERT's pooler goes over.
 

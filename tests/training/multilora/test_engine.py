@@ -355,7 +355,7 @@ def gpu(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @gpu
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
 def test_bf16_on_a_gpu_follows_fp32(setups: dict[Family, TinySetup], tmp_path: Path, family: Family) -> None:
     """Tokens without padding, flash attention and grouped products against padded rows and one product a slot."""
     specs = [SPEC, *UNLIKE[3:5]]  # without dropout, whose masks follow the layout

@@ -1,11 +1,14 @@
 """The command line: it answers `--help` and faults in a YAML file before anything heavy is imported."""
 
 import argparse
+import io
+import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import agnews_lora
 from agnews_lora.errors import AgnewsLoraError
@@ -17,22 +20,74 @@ Run = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and give its exit code: 2 for what the user can mend, 130 after Ctrl-C."""
-    options = parser().parse_args(arguments)
-    agnews_lora.set_environment()
-    warnings.simplefilter("ignore")
-    command: Run = options.command
-    try:
-        return command(options)
-    except AgnewsLoraError as error:
-        print(f"agnews-lora: {error}", file=sys.stderr)
+    """Run a command and give its exit code: 2 for what the user can mend, 130 after Ctrl-C.
+
+    Output that gets lost (a closed terminal, a full disk) ends no work: the command goes on without a word. Only one
+    whose work is its output fails then.
+    """
+    with _lasting("stdout") as output, _lasting("stderr"):
+        options = parser().parse_args(arguments)
+        agnews_lora.set_environment()
+        warnings.simplefilter("ignore")
+        command: Run = options.command
+        try:
+            code = command(options)
+            print(end="", flush=True)
+        except AgnewsLoraError as error:
+            print(f"agnews-lora: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("agnews-lora: interrupted", file=sys.stderr)
+            return 130
+        if output.lost is None or command in WORKING:
+            return code
+        if isinstance(output.lost, BrokenPipeError):  # whoever read the output has gone
+            return 141
+        print(f"agnews-lora: Cannot write the output: {output.lost.strerror}. Free the disk.", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("agnews-lora: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read the output has gone
-        sys.stdout = None
-        return 141
+
+
+class _Lasting:
+    """A standard stream that shows what it can. lost: why it shows nothing any more."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.lost: OSError | None = None
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of characters that the terminal's encoding lacks
+
+    def write(self, text: str) -> int:
+        with self._losing():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._losing():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.lost = error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # also for what is still in its buffer
+
+
+@contextmanager
+def _lasting(name: str) -> Iterator[_Lasting]:
+    """Make a standard stream last, for the time of the block. One that was closed at the start shows nothing."""
+    given: TextIO | None = getattr(sys, name)
+    stream = _Lasting(os.fdopen(os.open(os.devnull, os.O_WRONLY), "w") if given is None else given)
+    setattr(sys, name, stream)
+    try:
+        yield stream
+    finally:
+        stream.flush()
+        setattr(sys, name, given)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -171,12 +226,12 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _promote(options: argparse.Namespace) -> int:
-    experiment = _loaded_sweep(options).experiment
+    sweep = _loaded_sweep(options)
     from agnews_lora.commands import promote
 
     if options.rollback:
-        return promote.rollback(experiment, options.tracking, options.json)
-    return promote.run(experiment, options.version, options.tracking, options.json)
+        return promote.rollback(sweep.experiment, options.tracking, options.json)
+    return promote.run(sweep, options.version, options.tracking, options.json)
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -232,3 +287,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from agnews_lora.commands import inspect
 
     return inspect.doctor(options.json)
+
+
+# Commands that do more than print.
+WORKING: Final = (_train, _sweep, _promote, _serve, _export, _ui)

@@ -88,6 +88,12 @@ def downloading(what: str, remedy: str) -> Iterator[None]:
         NetworkError: the hub does not answer, or the download failed.
     """
     require_reachable(what, remedy)
+    with _translated(what, remedy):
+        yield
+
+
+@contextmanager
+def _translated(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except AgnewsLoraError:
@@ -196,16 +202,13 @@ def commit_of(
 
 def _cached_commit(kind: Kind, repository: str, revision: str | None) -> str | None:
     """The commit that a branch or tag had when something of it was last downloaded to this machine."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type=kind))
+    commit = None
     with suppress(OSError):
-        commit = (folder / "refs" / (revision or BRANCH)).read_text(encoding="utf-8").strip()
-        if is_commit(commit):
-            return commit
-    built = _built(repository, None, "*") if kind == "dataset" and revision is None else []
-    return built[-1].name if built else None
+        commit = (cache_of(kind, repository) / "refs" / (revision or BRANCH)).read_text(encoding="utf-8").strip()
+    if kind == "dataset" and revision in (None, BRANCH) and not (commit and _at_hand(repository, None, commit)):
+        built = _built(repository, None, "*")
+        commit = built[-1].name if built else commit
+    return commit
 
 
 def check_dataset(dataset: str, config: str | None, revision: str | None, remedy: str) -> str:
@@ -219,7 +222,7 @@ def check_dataset(dataset: str, config: str | None, revision: str | None, remedy
     """
     what = f"data set {dataset}"
     commit = commit_of("dataset", dataset, revision, what, remedy, DataError)
-    if not _built(dataset, config, commit):
+    if not _at_hand(dataset, config, commit):
         require_reachable(what, remedy)
     return commit
 
@@ -228,7 +231,8 @@ def load_dataset(dataset: str, config: str | None, revision: str | None, split: 
     """Load a split of a data set at the commit that its revision means in this project.
 
     It is read from the cache of `datasets` without asking the hub where it is there; else it is downloaded. Where no
-    configuration is named, the one that `datasets` takes at first is recorded, and taken by every later start.
+    configuration is named, the one that `datasets` takes at first is recorded, and taken by every later start. Without
+    the hub, a snapshot in its client's cache (`hf download`) will do.
 
     Raises:
         DataError: there is no such data set, revision, configuration or split.
@@ -242,8 +246,9 @@ def load_dataset(dataset: str, config: str | None, revision: str | None, split: 
     key, what = key_of("dataset", dataset, revision), f"data set {dataset}"
     named = config or recorded(key).get("config")
     built = _built(dataset, named, commit)
+    ask = not (built and named) and not datasets.config.HF_HUB_OFFLINE and reachable()
     try:
-        if built and (named or not reachable()):
+        if built and not ask:
             configs = sorted({folder.parts[-3] for folder in built})
             if len(configs) > 1:
                 raise ValueError(f"the cache has the configurations {', '.join(configs)}: name one as `config`")
@@ -252,8 +257,8 @@ def load_dataset(dataset: str, config: str | None, revision: str | None, split: 
             rows = datasets.Dataset(**ArrowReader(str(built[-1]), info).read(info.dataset_name, split, splits))
             taken = configs[0]
         else:
-            with downloading(what, remedy):
-                builder = _builder(dataset, named, commit, what)
+            with _translated(what, remedy):
+                builder = _builder(dataset if ask else _snapshot(dataset, commit), named, commit, what)
                 builder.download_and_prepare()
             rows, taken = builder.as_dataset(split=split), builder.config.name
     except (ValueError, FileNotFoundError) as error:
@@ -263,16 +268,43 @@ def load_dataset(dataset: str, config: str | None, revision: str | None, split: 
     return rows
 
 
-def _builder(dataset: str, config: str | None, commit: str, what: str) -> "DatasetBuilder":
+def _builder(path: str | Path | None, config: str | None, commit: str, what: str) -> "DatasetBuilder":
+    """What makes a data set: from the hub by its name, or from a snapshot in a folder."""
     import datasets
 
     try:
-        builder = datasets.load_dataset_builder(dataset, config, revision=commit)
+        builder = datasets.load_dataset_builder(str(path), config, revision=commit)
     except ValueError as error:  # no such configuration, or none named and several there
         raise DataError(f"Cannot use {what} at {commit}: {' '.join(str(error).split()).rstrip('.')}.") from error
-    if builder.hash != commit:  # it prefers a folder of this name, and after a failure takes any commit of the cache
-        raise ConnectionError(f"`datasets` finds {builder.hash}, not the commit {commit}")
+    # It prefers a folder in the working directory, and takes any cached commit after a failure.
+    if not isinstance(path, Path) and builder.hash != commit:
+        raise ConnectionError(f"`datasets` finds {builder.hash}, not {commit} (is there a folder named {path}?)")
     return builder
+
+
+def _at_hand(dataset: str, config: str | None, commit: str) -> bool:
+    return bool(_built(dataset, config, commit)) or _snapshot(dataset, commit) is not None
+
+
+def _snapshot(dataset: str, commit: str) -> Path | None:
+    """Folder of a commit's files in the cache of the hub's client, if they were downloaded as a whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if not (cache_of("dataset", dataset) / "trees" / f"{commit}.json").is_file():
+        return None  # the client does not know which files there should be: a download may have been broken off
+    with suppress(LocalEntryNotFoundError):
+        return Path(snapshot_download(dataset, repo_type="dataset", revision=commit, local_files_only=True))
+    return None
+
+
+def cache_of(kind: Kind, repository: str) -> Path:
+    """Folder of a repository in the cache of the hub's client, which need not be there."""
+    from huggingface_hub import (
+        constants,
+    )  # alone: the client's `repo_folder_name` takes a quarter of a second to import
+
+    return Path(constants.HF_HUB_CACHE, constants.REPO_ID_SEPARATOR.join([f"{kind}s", *repository.split("/")]))
 
 
 def _built(dataset: str, config: str | None, commit: str) -> list[Path]:
@@ -289,7 +321,7 @@ def _built(dataset: str, config: str | None, commit: str) -> list[Path]:
     return [
         path.parent
         for path in found
-        if is_commit(path.parent.name)
+        if "incomplete" not in path.parent.name
         # Else it was made with `data_files` or other arguments: <configuration>-<their hash>.
         and json.loads(path.read_text(encoding="utf-8"))["config_name"] == path.parts[-4]
     ]

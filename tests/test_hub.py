@@ -224,3 +224,13 @@ def test_a_data_set_that_its_user_cached_is_read_offline(clients, repository):
         + ": the cache has the configurations default, few: "
         "name one as `config`.\n['e'] ['bad', 'good'] ['a', 'b', 'c'] ['bad', 'good']"
     )
+
+
+def test_a_snapshot_that_its_user_downloaded_is_read_offline_if_it_is_whole(clients, repository):
+    user = "from huggingface_hub import snapshot_download as get; get('owner/Some-Data', repo_type='dataset')"
+    with loopback_hub.serve({"datasets/owner/Some-Data": (FIRST, repository)}) as endpoint:
+        clients.run(user, endpoint)
+    few, default = "['e'] ['bad', 'good']", "['a', 'b', 'c'] ['bad', 'good']"
+    assert clients.run("load('few'); load(); load()", None) == f"{few} {default} {default}"
+    next(clients.home.glob("hub/*/snapshots/*/data/train*")).unlink()
+    assert clients.run("load()", None).startswith("NetworkError")

@@ -1,6 +1,7 @@
 """`agnews-lora predict` and `agnews-lora export`: use the champion."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -34,10 +35,10 @@ def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bo
         asked = _split(sys.stdin.buffer.read(), "standard input")
     if not asked:
         raise DataError("Cannot predict: no text was given. Name one, or a file with --file.")
-    for text in asked:
-        try:
-            text.encode()  # Python keeps an argument in another encoding as halves of characters
-        except UnicodeEncodeError as error:
+    for index, text in enumerate(asked):
+        try:  # Python keeps bytes of an argument that the locale's encoding lacks as halves of characters
+            asked[index] = os.fsencode(text).decode() if any("\ud800" <= each <= "\udfff" for each in text) else text
+        except UnicodeError as error:
             raise DataError(f"Cannot read text {one_line(text)!r}: it is not UTF-8. Convert it.") from error
     client = open_client(tracking or STORES)
     with reaching(client):

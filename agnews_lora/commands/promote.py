@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -9,6 +10,7 @@ from rich.markup import escape
 from agnews_lora.commands.finish import refresh
 from agnews_lora.commands.prepare import prepare
 from agnews_lora.config.experiment import Experiment
+from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.data.sources import prepare_test
 from agnews_lora.errors import PromotionError
 from agnews_lora.paths import STORES, TOKENS
@@ -17,31 +19,14 @@ from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client, reaching
 
 
-def run(experiment: Experiment, version: int | None, tracking: str | None, as_json: bool) -> int:
-    """Check the experiment's candidate, or a version, and make it champion.
-
-    Args:
-        tracking: URL of the run store, or None for the project's own.
+def run(sweep: Sweep, version: int | None, tracking: str | None, as_json: bool) -> int:
+    """Promote, and print what was found; see `promote`.
 
     Raises:
         PromotionError: a check failed; no alias moved.
         AgnewsLoraError: anything else that the user can mend.
     """
-    client = open_client(tracking or STORES)
-    stage = prepare(experiment)
-    registry = Registry(client, experiment.name)
-    with reaching(client):
-        outcome = promotion.promote(
-            registry,
-            stage.corpus,
-            lambda: prepare_test(
-                experiment.data_settings, experiment.seed, stage.base.folder, experiment.settings.max_length, TOKENS
-            ),
-            version,
-        )
-        refresh(client, outcome.version)
-        if outcome.replaced is not None:
-            refresh(client, registry.version(outcome.replaced))
+    outcome = promote(sweep, version=version, tracking=tracking)
     if as_json:
         found = {
             "model": outcome.version.model,
@@ -65,6 +50,38 @@ def run(experiment: Experiment, version: int | None, tracking: str | None, as_js
     console.print(f"[bold]{outcome.version} is champion[/] (the one before: {outcome.replaced or 'none'})")
     console.print(f"test split, {scored}: {outcome.score}", soft_wrap=True)
     return 0
+
+
+def promote(
+    sweep: Sweep | str | Path, *, version: int | None = None, tracking: str | None = None
+) -> promotion.Promotion:
+    """Check a sweep's candidate, or a version, and make it champion if it passes every check.
+
+    Args:
+        sweep: what `load_sweep` gave, or the name or path of the file.
+        version: its number; the candidate where None.
+        tracking: URL of the run store; the project's own where None.
+
+    Raises:
+        AgnewsLoraError: there is none that could be promoted, or anything else that the user can mend.
+    """
+    experiment = (sweep if isinstance(sweep, Sweep) else load_sweep(sweep)).experiment
+    client = open_client(tracking or STORES)
+    stage = prepare(experiment)
+    registry = Registry(client, experiment.name)
+    with reaching(client):
+        outcome = promotion.promote(
+            registry,
+            stage.corpus,
+            lambda: prepare_test(
+                experiment.data_settings, experiment.seed, stage.base.folder, experiment.settings.max_length, TOKENS
+            ),
+            version,
+        )
+        refresh(client, outcome.version)
+        if outcome.replaced is not None:
+            refresh(client, registry.version(outcome.replaced))
+    return outcome
 
 
 def rollback(experiment: Experiment, tracking: str | None, as_json: bool) -> int:

@@ -113,7 +113,8 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console or Console(highlight=False)
-        animated = self._console.is_terminal and not self._console.is_dumb_terminal
+        # Asked of the file itself: to rich, FORCE_COLOR makes a terminal of a log.
+        animated = self._console.file.isatty() and self._console.is_terminal and not self._console.is_dumb_terminal
         self.mode: Literal["live", "lines", "quiet"] = "quiet" if quiet else "live" if animated else "lines"
         self._total_trials, self._confirms = total_trials, confirms
         self._ended_before = self._ended = ended

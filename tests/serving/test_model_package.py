@@ -20,6 +20,7 @@ from agnews_lora.serving.model_package import (
     ReferenceAnswers,
     Winner,
     compare_reload,
+    locator,
     require_reported,
     token_digest,
 )
@@ -296,3 +297,11 @@ def test_answers_that_are_not_whole_are_refused(
         path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(RegistryError, match=r"Cannot read the reference answers"):
         ReferenceAnswers.read(tmp_path / "reference")
+
+
+def test_a_base_of_the_hub_is_found_again_by_its_commit_and_a_directory_by_its_path(world: World) -> None:
+    of_hub = replace(world.base, name="owner/model@c0ffee", hub_id="owner/model", revision="c0ffee")
+    known = replace(world.base, name="embedded:minilm", hub_id="owner/minilm", revision="c0ffee")
+    directory = replace(world.base, name="models/minilm", hub_id="owner/minilm", revision="c0ffee")
+    found = [locator(base) for base in (of_hub, known, directory)]
+    assert found == ["owner/model@c0ffee", "embedded:minilm", str(world.base.folder)]

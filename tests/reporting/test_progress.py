@@ -22,8 +22,15 @@ class Clock:
         return self.now
 
 
+class Terminal(StringIO):
+    """What says that it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def terminal(width: int = 100) -> Console:
-    return Console(file=StringIO(), width=width, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
+    return Console(file=Terminal(), width=width, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
 
 
 def pipe() -> Console:
@@ -110,7 +117,7 @@ def test_a_terminal_keeps_the_ended_trials_above_the_table_and_clears_the_table(
 def test_no_color_is_obeyed_on_a_terminal() -> None:
     def written(environment: dict[str, str]) -> str:
         console = Console(
-            file=StringIO(),
+            file=Terminal(),
             width=80,
             force_terminal=True,
             color_system="256",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from agnews_lora.adapters.adapter_files import AdapterRecord, load_with_peft, read_record, recount
-from agnews_lora.adapters.base_models import resolve
+from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.errors import StorageError
 from agnews_lora.serving.model_package import Package, recorded_score
 from agnews_lora.tracking.descriptions import code, text
@@ -62,7 +62,7 @@ def export(registry: Registry, version: Version, to: Path, merged: bool = False)
         written = json.dumps(config | {"model_max_length": record.max_length}, indent=2, ensure_ascii=False)
         (beside / TOKENIZER_CONFIG).write_text(f"{written}\n", encoding="utf-8")
         if merged:
-            _write_merged(package, record, beside)
+            write_merged(package.adapter, resolve(version.tags["base"], num_labels=len(record.labels)), beside)
         else:
             shutil.copytree(package.adapter, beside, dirs_exist_ok=True)
         card = _model_card(version, record, registry.run_params(version), merged)
@@ -75,14 +75,13 @@ def export(registry: Registry, version: Version, to: Path, merged: bool = False)
     return target
 
 
-def _write_merged(package: Package, record: AdapterRecord, folder: Path) -> None:
+def write_merged(adapter: Path, base: BaseModel, folder: Path) -> None:
     """Write configuration and weights of the base with the adapter merged into it, as transformers loads them."""
     from transformers import AutoConfig
 
-    base = resolve(package.version.tags["base"], num_labels=len(record.labels))
-    model = load_with_peft(package.adapter, base).merge_and_unload()
+    model = load_with_peft(adapter, base).merge_and_unload()
+    names = dict(enumerate(read_record(adapter).labels))
     # The base's own configuration: the loaded one has no dropout, and the base's path.
-    names = dict(enumerate(record.labels))
     model.config = AutoConfig.from_pretrained(
         str(base.folder),
         local_files_only=True,
@@ -104,7 +103,7 @@ def _model_card(version: Version, record: AdapterRecord, params: Mapping[str, st
     if _is_published(record):
         base_model, found_at = f"base_model: {json.dumps(record.hub_id)}\n", f" at revision {code(record.revision)}"
     else:
-        weights = f"`model.safetensors` has the SHA-256 {code(record.weights_sha256)}"
+        weights = f"weights have the SHA-256 {code(record.weights_sha256)}"
         base_model, found_at = "", f", a local model whose {weights}"
     validation = f"accuracy {float(tags['validation_accuracy']):.2%} on {int(tags['validation_rows']):,} rows"
     language = "language: en\n" if newswire or ag_news else ""

@@ -293,7 +293,7 @@ def load_base(base: BaseModel, num_labels: int, dropout: float = 0.0) -> "torch.
             ignore_mismatched_sizes=True,  # named below
             output_loading_info=True,
         )
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a configuration that makes no sense raises anything
         raise BaseModelError(
             f"Cannot load base model {base.name}: transformers does not build a model of {base.folder} ({error}). "
             "Copy or download it again."

@@ -195,12 +195,12 @@ def _find_published(name: str, published: Published) -> tuple[Path, str]:
 
 def _fetch_config(name: str, hub_id: str, commit: str) -> Path:
     """Folder with the configuration of a model on the hub: from the local cache if it is there, else downloaded."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
     cached = _cached(hub_id, commit)
     if (cached / CONFIG).is_file():
         return cached
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
     with hub.downloading(_described(name), _HUB_REMEDY):
         try:
             return Path(hf_hub_download(hub_id, CONFIG, revision=commit)).parent
@@ -212,11 +212,11 @@ def _fetch_config(name: str, hub_id: str, commit: str) -> Path:
 
 def _snapshot(what: str, hub_id: str, commit: str, remedy: str) -> Path:
     """A commit's files: from the local cache if it has them all, else downloaded, and no other files of the commit."""
-    from huggingface_hub import HfApi, snapshot_download
-
     cached = _cached(hub_id, commit)
     if not _missing(_names(cached)) and all(file.is_file() for file in weight_files(hub_id, cached)):
         return cached
+    from huggingface_hub import HfApi, snapshot_download
+
     with hub.downloading(what, remedy):
         siblings = HfApi().model_info(hub_id, revision=commit).siblings or []
         there = {each.rfilename for each in siblings}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import TextClassificationPipeline
 
 MAX_TEXT_WIDTH = 36  # with the labels of AG News, a line fits into 80 columns
+MOST_COLUMNS = 6  # of labels: of more, only the most probable one's probability is shown
 
 
 def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bool, tracking: str | None) -> int:
@@ -58,11 +59,12 @@ def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bo
         return 0
     view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     view.add_column("label", no_wrap=True)
-    for label in classifier.labels:
-        view.add_column(Text(label), justify="right", no_wrap=True)
+    shown = classifier.labels if len(classifier.labels) <= MOST_COLUMNS else ()
+    for name in shown or ["probability"]:
+        view.add_column(Text(name), justify="right", no_wrap=True)
     view.add_column("text", overflow="ellipsis", no_wrap=True, max_width=MAX_TEXT_WIDTH)
     for text, prediction in zip(asked, predictions, strict=True):
-        shares = [f"{prediction.probabilities[label]:.1%}" for label in classifier.labels]
+        shares = [f"{prediction.probabilities[label]:.1%}" for label in shown or [prediction.label]]
         view.add_row(Text(prediction.label), *shares, Text(one_line(text)))
     Console(highlight=False).print(view)
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from agnews_lora.adapters.adapter_files import AdapterRecord, load_with_peft, read_record, recount
-from agnews_lora.adapters.base_models import resolve
+from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.data.rows import TextFault, usable_text
 from agnews_lora.data.tokens import load_tokenizer
 from agnews_lora.errors import DataError, StorageError
@@ -71,7 +71,7 @@ def export(registry: Registry, version: Version, to: Path, merged: bool = False)
         written = json.dumps(config, indent=2, ensure_ascii=False)
         (beside / TOKENIZER_CONFIG).write_text(f"{written}\n", encoding="utf-8")
         if merged:
-            _merged(package, record).save_pretrained(str(beside))
+            merged_model(package.adapter, _base_of(version, record)).save_pretrained(str(beside))
         else:
             shutil.copytree(package.adapter, beside, dirs_exist_ok=True)
         card = _model_card(version, record, registry.run_params(version), merged)
@@ -104,18 +104,21 @@ def pipeline(package: Package) -> "TextClassificationPipeline":
 
     tokenizer = load_tokenizer(package.tokenizer)
     tokenizer.model_max_length, tokenizer.model_input_names = record.max_length, list(_INPUTS)
-    model = _merged(package, record)
+    model = merged_model(package.adapter, _base_of(package.version, record))
     return Pipeline(model=model.eval(), tokenizer=tokenizer, device=training_device())
 
 
-def _merged(package: Package, record: AdapterRecord) -> "PreTrainedModel":
-    """The base with the adapter merged into it, configured as transformers is to load it."""
+def _base_of(version: Version, record: AdapterRecord) -> BaseModel:
+    return resolve(version.tags["base"], num_labels=len(record.labels))
+
+
+def merged_model(adapter: Path, base: BaseModel) -> "PreTrainedModel":
+    """Build the base with the adapter merged into it, configured as transformers is to load it."""
     from transformers import AutoConfig
 
-    base = resolve(package.version.tags["base"], num_labels=len(record.labels))
-    model: PreTrainedModel = load_with_peft(package.adapter, base).merge_and_unload()
+    model: PreTrainedModel = load_with_peft(adapter, base).merge_and_unload()
+    names = dict(enumerate(read_record(adapter).labels))
     # The base's own configuration: the loaded one has no dropout, and the base's path.
-    names = dict(enumerate(record.labels))
     model.config = AutoConfig.from_pretrained(
         str(base.folder),
         local_files_only=True,
@@ -137,7 +140,7 @@ def _model_card(version: Version, record: AdapterRecord, params: Mapping[str, st
     if _is_published(record):
         base_model, found_at = f"base_model: {json.dumps(record.hub_id)}\n", f" at revision {code(record.revision)}"
     else:
-        weights = f"`model.safetensors` has the SHA-256 {code(record.weights_sha256)}"
+        weights = f"weights have the SHA-256 {code(record.weights_sha256)}"
         base_model, found_at = "", f", a local model whose {weights}"
     validation = f"accuracy {float(tags['validation_accuracy']):.2%} on {int(tags['validation_rows']):,} rows"
     language = "language: en\n" if newswire or ag_news else ""

@@ -66,8 +66,10 @@ def reload(adapter: Path, base: str, table: TokenTable) -> npt.NDArray[np.float3
         offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
         process = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
         if process.returncode != 0:
-            last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
-            raise PromotionError(f"Cannot load the adapter in a new process: {last_line}")
+            last_line = (process.stderr.strip().splitlines() or [f"it ended with code {process.returncode}"])[-1]
+            # A message of this module's own has its remedy.
+            remedy = "" if process.returncode == 2 else ". Mend that, and start again: all trials are kept."
+            raise PromotionError(f"Cannot load the adapter in a new process: {last_line}{remedy}")
         return load_file(answers)["logits"]
 
 

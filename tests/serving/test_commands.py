@@ -35,7 +35,7 @@ def copy_sweep(name: str) -> None:
 class Parrot:
     """Answers without a model."""
 
-    labels = ("World", "[/]Sports")
+    labels: tuple[str, ...] = ("World", "[/]Sports")
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         return [Prediction("[/]Sports", {"World": 0.25, "[/]Sports": 0.75}) for _ in texts]
@@ -144,6 +144,20 @@ def test_predict_shows_a_text_as_it_is(
     assert heading.split() == ["label", "World", "[/]Sports", "text"]
     assert line.rstrip().endswith(f"75.0%  {shown}")
     assert line.startswith("[/]Sports")
+
+
+@pytest.mark.usefixtures("champion")
+def test_of_many_labels_the_most_probable_one_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parrot = Parrot()
+    parrot.labels = tuple(f"class {number}" for number in range(20))
+    answer = Prediction("class 7", dict.fromkeys(parrot.labels, 0.025) | {"class 7": 0.525})
+    monkeypatch.setattr(parrot, "predict", lambda texts: [answer])
+    monkeypatch.setattr(Classifier, "load", lambda package: parrot)
+    assert main(["predict", "--sweep", "small", OIL]) == 0
+    heading, line = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["label", "probability", "text"] and line.split() == ["class", "7", "52.5%", *OIL.split()]
 
 
 @pytest.mark.usefixtures("champion")

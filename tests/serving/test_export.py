@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from agnews_lora.adapters.adapter_files import RECORD, recount
+from agnews_lora.adapters.adapter_files import RECORD, load_with_peft, recount
+from agnews_lora.adapters.base_models import resolve
+from agnews_lora.adapters.families import LAYOUTS, Family
 from agnews_lora.data.newswire import LABELS
 from agnews_lora.errors import StorageError
 from agnews_lora.serving import reload
-from agnews_lora.serving.export import export
+from agnews_lora.serving.export import export, merged_model
 from agnews_lora.tracking.registry import Registry, Version
-from tests.serving.conftest import MAX_LENGTH, World, write_adapter
+from tests.serving.conftest import MAX_LENGTH, SPEC, World, write_adapter
+from tests.tiny import SENTENCES, tiny_base
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,22 @@ def test_a_pipeline_loads_the_merged_model_and_answers_with_the_names_of_labels(
     assert config["hidden_dropout_prob"] == original["hidden_dropout_prob"] > 0
 
 
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_a_merged_model_of_every_family_answers_as_the_adapter_does(tmp_path: Path, family: Family) -> None:
+    """On a base that was fine-tuned for something else: its head, its labels and its loss are not taken over."""
+    changes = {"problem_type": "regression", "id2label": {0: "spam"}, "label2id": {"spam": 0}}
+    base = resolve(str(tiny_base(tmp_path / "base", family, **changes)))
+    adapter = write_adapter(tmp_path / "adapter", base, replace(SPEC, targets="all-linear"))
+    merged_model(adapter, base).save_pretrained(str(tmp_path / "whole"))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").eval()
+    assert model.config.id2label == dict(enumerate(LABELS)) and model.config.num_labels == 4
+    tokens = AutoTokenizer.from_pretrained(base.folder)(list(SENTENCES), padding=True, return_tensors="pt")
+    apart = load_with_peft(adapter, base)
+    with torch.inference_mode():
+        assert torch.allclose(model(**tokens).logits, apart(**tokens).logits, atol=1e-4)
+    assert str(tmp_path) not in (tmp_path / "whole" / "config.json").read_text()
+
+
 @pytest.mark.parametrize("kind", ["exported", "merged"])
 def test_no_file_holds_a_path_and_the_base_is_named(kind: str, world: World, request: pytest.FixtureRequest) -> None:
     exported = request.getfixturevalue(kind)
@@ -92,7 +112,7 @@ def test_the_model_card_has_the_results_and_its_code_runs(
 ) -> None:
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: peft\n")
-    assert f"`tiny-bert`, a local model whose `model.safetensors` has the SHA-256 `{world.base.weights_sha256}`" in card
+    assert f"`tiny-bert`, a local model whose weights have the SHA-256 `{world.base.weights_sha256}`" in card
     assert "- Trainable parameters: 644, of a budget of 1,000" in card
     assert "accuracy 100.00% (95 % interval 98.12% to 100.00%), macro-F1 100.00%, on 200 rows." in card
     assert all(label in card for label in LABELS)

@@ -17,7 +17,7 @@ from agnews_lora.config.sweep import Sweep
 from agnews_lora.errors import TrainingError
 from agnews_lora.search import space as search_space
 from agnews_lora.search.driver import Driver, Search
-from agnews_lora.search.pruner import PeerMedianPruner, peer_accuracies
+from agnews_lora.search.pruner import PeerMedianPruner, peer_values
 from agnews_lora.search.results import best_first, summaries
 from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.search.study import enqueue_baseline
@@ -51,7 +51,7 @@ class PeerShare(BasePruner):
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         step = max(trial.intermediate_values)
-        peers = peer_accuracies(study, trial, step)
+        peers = peer_values(study, trial, step)
         if step < self.warmup_steps or len(peers) < self.startup_trials:
             return False
         return trial.intermediate_values[step] < float(np.quantile(peers, self.share))
@@ -141,7 +141,7 @@ def replay_study(
     with tempfile.TemporaryDirectory() as folder:
         Driver(study, search, nothing, nothing, Path(folder), lambda: False).run(engine)
     rows = summaries(study)
-    winner = best_first(rows)[0]  # the baseline is never pruned
+    winner = best_first(rows, "accuracy")[0]  # the baseline is never pruned
     assert winner.accuracy is not None
     saved = 1 - engine.num_steps / (TRIALS * table.total_steps)
     return Outcome(winner.accuracy, saved, frozenset(row.number for row in rows if row.state == "PRUNED"))
@@ -165,4 +165,4 @@ class NullTracker:
 
     def message(self, text: str) -> None: ...
 
-    def trial_ended(self, trial: str, state: str, accuracy: float | None, reason: str | None) -> None: ...
+    def trial_ended(self, trial: str, state: str, scores: EvalPoint | None, reason: str | None) -> None: ...

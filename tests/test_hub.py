@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import shutil
 import socket
@@ -13,6 +14,8 @@ from huggingface_hub import constants
 from agnews_lora import hub
 from agnews_lora.errors import BaseModelError, NetworkError, StorageError
 from tests import loopback_hub
+from tests.project import write_project
+from tests.tiny import SENTENCES, tiny_base
 
 
 @pytest.fixture(autouse=True)
@@ -234,3 +237,30 @@ def test_a_snapshot_that_its_user_downloaded_is_read_offline_if_it_is_whole(clie
     assert clients.run("load('few'); load(); load()", None) == f"{few} {default} {default}"
     next(clients.home.glob("hub/*/snapshots/*/data/train*")).unlink()
     assert clients.run("load()", None).startswith("NetworkError")
+
+
+@pytest.mark.proof
+def test_a_sweep_over_a_base_and_a_data_set_of_the_cache_needs_no_hub(clients, tmp_path):
+    base, dataset = tiny_base(tmp_path / "base", "bert"), tmp_path / "dataset"
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["bad", "good"]))
+    for split, num_rows in (("train", 120), ("test", 40)):
+        texts = [f"{SENTENCES[row % 8]} {split} {row} is {features['label'].names[row % 2]}" for row in range(num_rows)]
+        rows = datasets.Dataset.from_dict({"text": texts, "label": [row % 2 for row in range(num_rows)]}, features)
+        rows.to_parquet(dataset / f"{split}.parquet")
+    user = (
+        "import datasets, huggingface_hub; datasets.load_dataset('owner/reviews'); "
+        "huggingface_hub.snapshot_download('owner/tiny')"
+    )
+    with loopback_hub.serve({"models/owner/tiny": (FIRST, base), "datasets/owner/reviews": (SECOND, dataset)}) as hub_:
+        clients.run(user, hub_)
+    data = {"source": "hub", "dataset": "owner/reviews", "text": "text", "label": "label"}
+    write_project(clients.project, {"base": "owner/tiny", "data": data}, {"budget": 10_000, "trials": 2})
+
+    command = "from agnews_lora.cli import main; print(main({!r}))"
+    found = json.loads(clients.run(command.format(["sweep", "small", "--json"]), None).splitlines()[0])
+    facts = found["facts"]
+    assert (facts["base"], facts["base_revision"], facts["labels"]) == ("owner/tiny", FIRST, ["bad", "good"])
+    assert facts["data"]["revision"] == SECOND
+    assert found["registered"]["model"] == "small"
+    assert "is champion" in clients.run(command.format(["promote", "small"]), None)
+    assert "good" in clients.run(command.format(["predict", "--sweep", "small", "The striker scored."]), None)

@@ -44,12 +44,17 @@ from agnews_lora.tracking.descriptions import (
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.registry import Registry, Version
 from agnews_lora.tracking.runs import RunPage, SweepRuns, find_run, page_of
+from agnews_lora.training.interface import SCORES, Objective
+from agnews_lora.training.metrics import accuracy, macro_f1
 
 RESULTS: Final = STORES / "results"
 PREDICTIONS: Final = "predictions.csv"  # artifact of the winner's run
 WINNER: Final = "winner"  # tag of a trial's run
 NUM_MISTAKES: Final = 10
 NUM_BINS: Final = 10
+MAX_CLASSES: Final = 20  # of which a prediction shows every probability
+MAX_WEIGHTS: Final = 100_000_000  # of TF-IDF's classifier, and of one that is solved exactly
+MAX_EXACT_WEIGHTS: Final = 10_000_000
 # What a logged model shows of the run that trained it.
 MODEL_PARAMS: Final = (
     *("targets", "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "head"),
@@ -144,6 +149,8 @@ def opening(sweep: Sweep, prepared: Prepared) -> str:
 def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
     """What a result says of its sweep beside the trials."""
     experiment, base, corpus = sweep.experiment, prepared.base, prepared.corpus
+    labels = np.asarray(corpus.validation.labels)
+    majority = np.full_like(labels, np.bincount(corpus.train.labels).argmax())
     return SweepFacts(
         sweep=sweep.name,
         experiment=experiment.name,
@@ -160,6 +167,9 @@ def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
         data_digest=corpus.digest,
         labels=corpus.labels,
         bound=corpus.best_accuracy,
+        objective=sweep.objective,
+        majority_accuracy=accuracy(majority, labels),
+        majority_macro_f1=macro_f1(majority, labels),
         settings=asdict(experiment.settings),
         space=space.describe(sweep.space, base.shape, sweep.budget),
         data=sources.describe(experiment.data_settings),
@@ -181,11 +191,12 @@ def metrics_of(result: SweepResult) -> dict[str, float]:
     found: dict[str, float | None] = {f"trials/{word}": count for word, count in result.counts.items()}
     found |= {"record_seconds": result.record_seconds, "best/gain": result.gain}
     if winner is not None:
-        names = ("accuracy", "macro_f1", "loss", "trainable_parameters")
-        found |= {f"best/{name}": getattr(winner, name) for name in names}
-        found["baseline/accuracy"] = baseline.accuracy if baseline else None
+        found |= {f"best/{name}": getattr(winner, name) for name in (*SCORES, "loss", "trainable_parameters")}
+        found |= {f"baseline/{name}": baseline.score(name) if baseline else None for name in SCORES}
     if mean is not None:
-        found |= {f"confirmation/{name}": getattr(mean, name) for name in ("mean_accuracy", "std_accuracy", "drop")}
+        shown = mean.as_dict(result.objective)
+        found |= {f"confirmation/{name}": shown[name] for name in shown if name not in ("seeds", "failed")}
+    found |= {f"majority/{name}": getattr(result.facts, f"majority_{name}") for name in SCORES}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -238,7 +249,7 @@ def _register(
         logits,
     )
     if mean is not None:
-        tags = {"seeds": len(mean.runs), "mean_accuracy": mean.mean_accuracy, "std_accuracy": mean.std_accuracy}
+        tags = mean.as_dict(result.objective)
         registry.set_tags(
             version, {f"confirmation_{name}": str(value) for name, value in tags.items() if value is not None}
         )
@@ -270,34 +281,57 @@ def _answer(
         adapter = _adapter(runs.client, folder, baseline.run_id)
         other = reload.logits(adapter, prepared.base, corpus.validation).argmax(axis=-1)
     probabilities = softmax(logits().astype(np.float64), axis=-1)
-    tfidf = tfidf_accuracy(corpus.train_rows, corpus.validation_rows)
-    answers = replace(answers_of(probabilities, corpus, other), tfidf_accuracy=tfidf)
-    page, names = runs.page(winner.run_id), np.asarray(corpus.labels)
-    known = {
-        "row": np.arange(len(probabilities)),
-        "label": names[corpus.validation.labels],
-        "predicted": names[probabilities.argmax(axis=-1)],
-    }
-    predictions = pd.DataFrame(
-        {free_name(name, corpus.labels): column for name, column in known.items()}
-        | dict(zip(corpus.labels, probabilities.T, strict=True))
+    tfidf = tfidf_scores(corpus.train_rows, corpus.validation_rows)
+    answers = replace(
+        answers_of(probabilities, corpus, other),
+        tfidf_accuracy=tfidf.get("accuracy"),
+        tfidf_macro_f1=tfidf.get("macro_f1"),
     )
-    predictions.to_csv(folder / PREDICTIONS, index=False, float_format="%.6f")
+    page = runs.page(winner.run_id)
+    predictions_of(probabilities, corpus).to_csv(folder / PREDICTIONS, index=False, float_format="%.6f")
     page.log_files({PREDICTIONS: folder / PREDICTIONS})
     columns = ["row", "label", "predicted", "confidence", "text"]
     page.log_table("mistakes", pd.DataFrame(answers.mistakes, columns=columns))
     return answers
 
 
-def tfidf_accuracy(train: Rows, validation: Rows) -> float:
-    """Score TF-IDF over words and bigrams with logistic regression: what the same rows give without an encoder."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
+def predictions_of(probabilities: npt.NDArray[np.float64], corpus: Corpus) -> pd.DataFrame:
+    """One row a validation row: its label, the answer and its confidence, and with few classes all probabilities.
 
-    vectors = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
-    peer = make_pipeline(vectors, LogisticRegression(C=10, max_iter=1000)).fit(train.texts, train.labels)
-    return float(peer.score(validation.texts, validation.labels))
+    probabilities: [validation rows, classes].
+    """
+    names = np.asarray(corpus.labels, dtype=object)
+    known = {
+        "row": np.arange(len(probabilities)),
+        "label": names[corpus.validation.labels],
+        "predicted": names[probabilities.argmax(axis=-1)],
+        "confidence": probabilities.max(axis=-1),
+    }
+    classes = dict(zip(corpus.labels, probabilities.T, strict=True)) if len(names) <= MAX_CLASSES else {}
+    return pd.DataFrame({free_name(name, classes): column for name, column in known.items()} | classes)
+
+
+def tfidf_scores(train: Rows, validation: Rows) -> dict[Objective, float]:
+    """Score TF-IDF over words and bigrams with logistic regression: what the same rows give without an encoder.
+
+    Empty where no text has a word.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression, SGDClassifier
+
+    num_classes = max(train.labels) + 1
+    vectors = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), max_features=MAX_WEIGHTS // num_classes)
+    try:
+        known = vectors.fit_transform(train.texts)
+    except ValueError:  # scikit-learn's "empty vocabulary"
+        return {}
+    # Its solver keeps some 25 copies of the weights. With many classes, each is told from the rest by SGD.
+    exact = known.shape[1] * num_classes <= MAX_EXACT_WEIGHTS
+    alpha = 1 / (10 * len(train))
+    peer = LogisticRegression(C=10, max_iter=1000) if exact else SGDClassifier("log_loss", alpha=alpha, random_state=0)
+    predicted = peer.fit(known, train.labels).predict(vectors.transform(validation.texts))
+    labels = np.asarray(validation.labels)
+    return {"accuracy": accuracy(predicted, labels), "macro_f1": macro_f1(predicted, labels)}
 
 
 def answers_of(
@@ -311,23 +345,24 @@ def answers_of(
     """
     labels, predicted = np.asarray(corpus.validation.labels), probabilities.argmax(axis=-1)
     confidence, right = probabilities.max(axis=-1), predicted == labels
-    confusion = np.zeros((len(corpus.labels), len(corpus.labels)), dtype=int)
-    np.add.at(confusion, (labels, predicted), 1)
+    pairs, rows = np.unique(np.column_stack([labels, predicted]), axis=0, return_counts=True)
     # The tenths as they are written: 0.3 is an edge, though 3 * 0.1 lies beyond it. An edge belongs to the bin below.
     bins = np.searchsorted(np.arange(1, NUM_BINS) / NUM_BINS, confidence, side="left")
     wrong = np.flatnonzero(~right)
     surest = wrong[np.argsort(-confidence[wrong], kind="stable")][:NUM_MISTAKES]
-    pairs = None
+    against = None
     if other is not None:
         known = other == labels
-        pairs = {
+        against = {
             "both": int((right & known).sum()),
             "only_winner": int((right & ~known).sum()),
             "only_baseline": int((~right & known).sum()),
             "neither": int((~right & ~known).sum()),
         }
     return Answers(
-        confusion=tuple(map(tuple, confusion.tolist())),
+        confusion=tuple(
+            (label, answer, count) for (label, answer), count in zip(pairs.tolist(), rows.tolist(), strict=True)
+        ),
         calibration=tuple(
             {
                 "low": int(each) / NUM_BINS,
@@ -347,7 +382,7 @@ def answers_of(
             }
             for row in surest
         ),
-        against_baseline=pairs,
+        against_baseline=against,
     )
 
 

@@ -17,6 +17,7 @@ from agnews_lora.reporting.report import write_report
 from agnews_lora.search.results import SweepResult
 from agnews_lora.tracking.runs import newest_parent, page_of, read_curve
 from agnews_lora.tracking.store import DATABASE, open_client, reaching
+from agnews_lora.training.interface import SCORES
 
 RESULT: Final = "result.json"  # artifact of the parent run
 
@@ -60,7 +61,10 @@ def run(name: str, to: Path | None, tracking: str | None, as_json: bool) -> int:
         print(json.dumps({"study": result.study, "html": str(page), "pdf": str(paper)}))
         return 0
     winner = result.winner
-    found = f"winner {winner.trial}, {winner.accuracy:.2%} of the validation split" if winner else "no winner"
+    found = "no winner"
+    if winner:
+        scores = (f"{SCORES[name]} {winner.score(name) or 0.0:.2%}" for name in SCORES)
+        found = f"winner {winner.trial} by {SCORES[result.objective]}, {', '.join(scores)} on the validation split"
     console = Console(highlight=False, markup=False)
     console.print(f"study {result.study}: {found}\n{page}\n{paper}", soft_wrap=True)
     console.print("Both are also on the sweep's parent run, as report.html and report.pdf.", soft_wrap=True)

@@ -181,6 +181,7 @@ class _Start:
                     "experiment": sweep.experiment.name,
                     "base": base.hub_id,
                     "budget": sweep.budget,
+                    "objective": sweep.objective,
                     "engine": self.prepared.engine_name,
                     "seed": sweep.seed,
                 },
@@ -234,12 +235,13 @@ class _Start:
         storage, settings = Retry("the study's storage", self.patience), self.sweep.confirmation
         try:
             if storage.wait(lambda: num_left(self.study, self.num_trials), stop):
-                best = next(iter(best_first(summaries(self.study))), None)
+                objective = self.sweep.objective
+                best = next(iter(best_first(summaries(self.study), objective)), None)
                 self._drive(
                     self.study,
                     self.num_trials,
                     stop,
-                    best=best.accuracy if best else None,
+                    best=best.score(objective) if best else None,
                     best_trial=best.trial if best else None,
                 )
             if stop() or settings is None:
@@ -270,8 +272,11 @@ class _Start:
             baseline_seed=sweep.experiment.seed,
             total_steps=self.prepared.total_steps,
             num_trials=num_trials,
+            objective=sweep.objective,
         )
-        with Progress(total_trials=num_trials, ended=ended, quiet=self.quiet, **shown) as screen:
+        with Progress(
+            total_trials=num_trials, ended=ended, objective=sweep.objective, quiet=self.quiet, **shown
+        ) as screen:
             if note := self.prepared.base.shape.layout.note:
                 screen.message(f"{sweep.experiment.base}: {note}")
             if shown.get("confirms"):
@@ -355,6 +360,7 @@ def fingerprint(sweep: Sweep, prepared: Prepared) -> dict[str, Any]:
         "base": {"id": base.hub_id, "revision": base.revision, "weights_sha256": base.weights_sha256},
         "data": prepared.corpus.digest,
         "training": asdict(sweep.experiment.settings),
+        "objective": sweep.objective,
         "engine": prepared.engine_name,
         "seed": {"sweep": sweep.seed, "experiment": sweep.experiment.seed},
     }

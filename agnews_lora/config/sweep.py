@@ -20,6 +20,7 @@ from agnews_lora.config import experiment as experiments
 from agnews_lora.config.experiment import Count, Experiment, Head, LearningRate, Preset, Probability, Seed
 from agnews_lora.config.yaml import Document, Settings, load, locate, shown
 from agnews_lora.errors import ConfigError
+from agnews_lora.training.interface import Objective
 
 FOLDER: Final = Path("sweeps")  # below the working directory
 
@@ -135,6 +136,8 @@ class Sweep(Document):
     """Stops trials early."""
     trials: Count
     """Trials of the study, the baseline included."""
+    objective: Objective = "accuracy"
+    """Score on the validation split that trials are sampled, pruned and ranked by."""
     seed: Seed = 42
     """Seed of the sampler."""
     engine: Literal["auto", "multilora", "trainer"] = "auto"

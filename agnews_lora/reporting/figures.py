@@ -3,14 +3,16 @@
 Drawn with matplotlib's objects alone: pyplot's global figures are neither thread-safe nor freed.
 
 Data frames that the functions read:
-    trials: one row a trial, as `trials_frame` gives them. `accuracy` is a share (NaN: none was reported; of a pruned
-        trial the last reported one), `state` is Optuna's.
-    points: one row a (trial, step) with the columns `trial`, `step`, `train/loss`, `eval/accuracy` and `eval/loss`
-        (more are ignored); NaN where a metric was not measured.
+    trials: one row a trial, as `trials_frame` gives them. `score` is the objective, a share (NaN: none was reported; of
+        a pruned trial the last reported one), `state` is Optuna's.
+    points: one row a (trial, step) with the columns `trial`, `step`, `train/loss`, `eval/accuracy`, `eval/macro_f1` and
+        `eval/loss` (more are ignored); NaN where a metric was not measured.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -23,18 +25,21 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
 from PIL import Image  # matplotlib's own reader of pictures
 
 from agnews_lora.adapters.budget import max_rank
 from agnews_lora.adapters.spec import PRESETS, TrialSpec
 from agnews_lora.search.results import SweepFacts, SweepResult
-from agnews_lora.tracking.descriptions import THUMBNAILS
+from agnews_lora.tracking.descriptions import THUMBNAILS, one_line
+from agnews_lora.training.interface import SCORES, Objective
 
 # Figures of a sweep by file name, with their titles, in the order to show them.
 FIGURES: Final = {
     "optimization_history.png": "Optimisation history",
-    "accuracy_against_parameters.png": "Accuracy against size",
+    "score_against_parameters.png": "Score against size",
     "learning_curves.png": "Learning curves",
     "parallel_coordinates.png": "Configurations",
     "parameter_importance.png": "Parameter importance",
@@ -87,6 +92,11 @@ STOP_FACTOR: Final = 10.0
 CUT_SHARE: Final = 0.05  # of the whole time: a longer pause in which nothing trains is cut out
 CHARACTER_WIDTH: Final = 0.018  # share of the whole time that a bar needs for each character of its label
 MAX_LABELLED_SLOTS: Final = 12
+MAX_MATRIX: Final = 20  # classes of a confusion matrix; of more, the most confused pairs are drawn
+FEW_CLASSES: Final = 6  # of which a matrix has room for shares
+MAX_PAIRS: Final = 15
+NAME_LENGTH: Final = 24  # characters of a label that are shown
+LINE_LENGTH: Final = 40  # characters that fit below a matrix without a slope
 
 
 def draw(
@@ -113,16 +123,17 @@ def draw(
         drawn[name] = folder / name
         return f"{result.study}: {FIGURES[name].lower()}", drawn[name]
 
-    trials, facts = trials_frame(result), result.facts
+    trials, facts, objective, word = trials_frame(result), result.facts, result.objective, SCORES[result.objective]
     if not _scored(trials).empty:
-        optimization_history(trials, facts.bound, *new("optimization_history.png"))
-        accuracy_against_parameters(trials, facts.budget, *new("accuracy_against_parameters.png"))
-        parallel_coordinates(trials, *new("parallel_coordinates.png"))
-    measured = [points for points in (_measured(each, "eval/accuracy") for each in curves.values()) if len(points)]
+        bound = facts.bound if objective == "accuracy" else None
+        optimization_history(trials, word, bound, *new("optimization_history.png"))
+        score_against_parameters(trials, word, facts.budget, *new("score_against_parameters.png"))
+        parallel_coordinates(trials, word, *new("parallel_coordinates.png"))
+    measured = [points for points in (_measured(each, f"eval/{objective}") for each in curves.values()) if len(points)]
     if measured:
-        learning_curves(pd.concat(measured, ignore_index=True), trials, *new("learning_curves.png"))
+        learning_curves(pd.concat(measured, ignore_index=True), trials, objective, *new("learning_curves.png"))
     if result.importances:
-        parameter_importance(result.importances, *new("parameter_importance.png"))
+        parameter_importance(result.importances, word, *new("parameter_importance.png"))
     if times and any(times.values()):
         repeats = [row for each in result.confirmed for row in each.repeats]
         states = {row.trial: row.state for row in (*result.trials, *repeats)}
@@ -130,6 +141,7 @@ def draw(
     if result.answers and result.winner:
         _, path = new("confusion_matrix.png")
         title = f"{result.winner.trial} on {facts.num_validation_rows:,} validation rows"
+        title += ": what it confuses most" if len(facts.labels) > MAX_MATRIX else ""
         confusion_matrix(result.answers.confusion, facts.labels, title, path)
         calibration(result.answers.calibration, result.winner.trial, new("calibration.png")[1])
     return {name: drawn[name] for name in FIGURES if name in drawn}
@@ -145,14 +157,14 @@ def trials_frame(result: SweepResult) -> pd.DataFrame:
             "state": row.state,
             "baseline": row.baseline,
             "winner": row.trial == winner,
-            "accuracy": float("nan") if row.accuracy is None else row.accuracy,
+            "score": float("nan") if (score := row.score(result.objective)) is None else score,
             "trainable_parameters": row.trainable_parameters or 0,
             **{name: getattr(row.spec, name, None) for name in DIMENSIONS},
             "rank_share": _rank_share(row.spec, result.facts),
         }
         for row in result.trials
     ]
-    names = ["trial", "number", "state", "baseline", "winner", "accuracy", "trainable_parameters"]
+    names = ["trial", "number", "state", "baseline", "winner", "score", "trainable_parameters"]
     return pd.DataFrame(rows, columns=[*names, *DIMENSIONS]).astype({"baseline": bool, "winner": bool})
 
 
@@ -174,7 +186,7 @@ def thumbnails(drawn: Mapping[str, Path], folder: Path) -> dict[str, Path]:
 
 
 def trial_curves(points: pd.DataFrame, title: str, folder: Path) -> dict[str, Path]:
-    """Draw accuracy and loss of one trial into `folder`; gives figures and thumbnails by artifact name.
+    """Draw scores and loss of one trial into `folder`; gives figures and thumbnails by artifact name.
 
     A trial that was never evaluated has none.
     """
@@ -187,14 +199,18 @@ def trial_curves(points: pd.DataFrame, title: str, folder: Path) -> dict[str, Pa
 
 
 def accuracy_curve(points: pd.DataFrame, title: str, path: Path) -> None:
-    """Draw the validation accuracy of one trial by step; the last point is labelled with its value."""
-    figure, axes = _new_figure(title, "step", "validation accuracy")
-    curve = _measured(points, "eval/accuracy")
-    axes.plot(curve["step"], curve["eval/accuracy"], color=BLUE, marker="o", markersize=8, linewidth=3)
+    """Draw validation accuracy and macro-F1 of one trial by step; the last accuracy is labelled with its value."""
+    figure, axes = _new_figure(title, "step", "validation")
+    curve, shown = _measured(points, "eval/accuracy"), _measured(points, "eval/macro_f1")
+    axes.plot(shown["step"], shown["eval/macro_f1"], color=SKY, marker="s", markersize=6, linewidth=2, label="macro-F1")
+    axes.plot(
+        curve["step"], curve["eval/accuracy"], color=BLUE, marker="o", markersize=8, linewidth=3, label="accuracy"
+    )
     step, accuracy = curve["step"].iloc[-1], curve["eval/accuracy"].iloc[-1]
     _label(axes, step, accuracy, f"{accuracy:.1%}", (12, 0), va="center")
-    _accuracy_axis(axes, curve["eval/accuracy"])
+    _share_axis(axes, [*curve["eval/accuracy"], *shown["eval/macro_f1"]])
     axes.set_xlim(left=0)
+    axes.legend(fontsize=TICK_SIZE, frameon=False, loc="lower right")
     _save(figure, path)
 
 
@@ -213,43 +229,47 @@ def loss_curve(points: pd.DataFrame, title: str, path: Path) -> None:
     _save(figure, path)
 
 
-def learning_curves(points: pd.DataFrame, trials: pd.DataFrame, title: str, path: Path) -> None:
-    """Draw the validation accuracy of all trials by step: winner and baseline stand out, pruned ones end in a cross."""
-    figure, axes = _new_figure(title, "step", "validation accuracy")
+def learning_curves(points: pd.DataFrame, trials: pd.DataFrame, objective: Objective, title: str, path: Path) -> None:
+    """Draw the objective of all trials by step: winner and baseline stand out, pruned ones end in a cross."""
+    figure, axes = _new_figure(title, "step", f"validation {SCORES[objective]}")
+    name = f"eval/{objective}"
     curves = {trial: points[points["trial"] == trial] for trial in trials["trial"]}
     shown = [row for row in trials.itertuples() if not curves[row.trial].empty]
     for row in sorted(shown, key=lambda row: (row.winner, row.baseline, row.state == "COMPLETE")):
         curve = curves[row.trial]
-        axes.plot(curve["step"], curve["eval/accuracy"], marker="o", markersize=4, **_curve_style(row))
+        axes.plot(curve["step"], curve[name], marker="o", markersize=4, **_curve_style(row))
         if row.state == "PRUNED":
-            axes.plot(curve["step"].iloc[-1], curve["eval/accuracy"].iloc[-1], "x", color=GREY, markersize=10, mew=2.5)
-    _accuracy_axis(axes, points["eval/accuracy"])
+            axes.plot(curve["step"].iloc[-1], curve[name].iloc[-1], "x", color=GREY, markersize=10, mew=2.5)
+    _share_axis(axes, points[name])
     axes.set_xlim(left=0)
     _legend(axes, upwards=True)  # the winner on top
     _save(figure, path)
 
 
-def optimization_history(trials: pd.DataFrame, bound: float | None, title: str, path: Path) -> None:
-    """Draw the accuracy of every trial by number, the best so far, the baseline, and the best possible (`bound`)."""
-    figure, axes = _new_figure(title, "trial", "validation accuracy")
+def optimization_history(trials: pd.DataFrame, word: str, bound: float | None, title: str, path: Path) -> None:
+    """Draw the score of every trial by number, the best so far, the baseline, and the best possible (`bound`).
+
+    word: what the score is called; so in the figures below.
+    """
+    figure, axes = _new_figure(title, "trial", f"validation {word}")
     scored = _scored(trials).sort_values("number")
     complete, pruned = scored[scored["state"] == "COMPLETE"], scored[scored["state"] == "PRUNED"]
     first, last = int(trials["number"].min()), int(trials["number"].max())
     if not complete.empty:
-        numbers, best_so_far = [*complete["number"], last], [*complete["accuracy"].cummax(), complete["accuracy"].max()]
+        numbers, best_so_far = [*complete["number"], last], [*complete["score"].cummax(), complete["score"].max()]
         axes.step(numbers, best_so_far, where="post", color=ORANGE, linewidth=3, label="best so far")
-        axes.plot(complete["number"], complete["accuracy"], "o", color=BLUE, markersize=10, label="complete")
-        best = complete.loc[complete["accuracy"].idxmax()]
-        _label(axes, best["number"], best["accuracy"], f"{best['accuracy']:.1%}", (0, 12), ha="center")
+        axes.plot(complete["number"], complete["score"], "o", color=BLUE, markersize=10, label="complete")
+        best = complete.loc[complete["score"].idxmax()]
+        _label(axes, best["number"], best["score"], f"{best['score']:.1%}", (0, 12), ha="center")
     if not pruned.empty:
-        axes.plot(pruned["number"], pruned["accuracy"], "x", color=GREY, markersize=10, mew=2.5, label="pruned")
+        axes.plot(pruned["number"], pruned["score"], "x", color=GREY, markersize=10, mew=2.5, label="pruned")
     own = scored[scored["baseline"]]
-    axes.plot(own["number"], own["accuracy"], "*", color=BLACK, markersize=19, zorder=4)
-    for baseline in own["accuracy"]:
+    axes.plot(own["number"], own["score"], "*", color=BLACK, markersize=19, zorder=4)
+    for baseline in own["score"]:
         axes.axhline(baseline, color=BLACK, linewidth=2, linestyle="--", label=f"baseline {baseline:.1%}")
     if bound is not None:
         axes.axhline(bound, color=GREEN, linewidth=2, linestyle=":", label=f"best possible {bound:.1%}")
-    _accuracy_axis(axes, [*scored["accuracy"], *([] if bound is None else [bound])])
+    _share_axis(axes, [*scored["score"], *([] if bound is None else [bound])])
     margin = 0.5 + 0.02 * (last - first)
     axes.set_xlim(first - margin, last + margin)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -257,33 +277,33 @@ def optimization_history(trials: pd.DataFrame, bound: float | None, title: str, 
     _save(figure, path)
 
 
-def accuracy_against_parameters(trials: pd.DataFrame, budget: int, title: str, path: Path) -> None:
-    """Draw the accuracy by trainable parameters, coloured by preset, with the Pareto front and the budget."""
-    figure, axes = _new_figure(title, "trainable parameters", "validation accuracy")
+def score_against_parameters(trials: pd.DataFrame, word: str, budget: int, title: str, path: Path) -> None:
+    """Draw the score by trainable parameters, coloured by preset, with the Pareto front and the budget."""
+    figure, axes = _new_figure(title, "trainable parameters", f"validation {word}")
     scored = _scored(trials).sort_values("number")
     axes.axvline(budget, color=VERMILION, linewidth=2.5, linestyle="--", label=f"budget {budget:,}")
     front = pareto_front(scored[scored["state"] == "COMPLETE"])
     if not front.empty:
-        sizes, best = [*front["trainable_parameters"], budget], [*front["accuracy"], front["accuracy"].iloc[-1]]
+        sizes, best = [*front["trainable_parameters"], budget], [*front["score"], front["score"].iloc[-1]]
         axes.step(sizes, best, where="post", color=GREY, linewidth=2.5, zorder=1, label="Pareto front")
     for preset, (color, marker) in PRESET_STYLES.items():
         of_preset = scored[scored["targets"] == preset]
         for state, face in (("COMPLETE", color), ("PRUNED", "none")):
             rows = of_preset[of_preset["state"] == state]
             style: dict[str, Any] = {"marker": marker, "edgecolors": color, "facecolors": face, "linewidths": 2}
-            axes.scatter(rows["trainable_parameters"], rows["accuracy"], s=110, zorder=3, **style)
+            axes.scatter(rows["trainable_parameters"], rows["score"], s=110, zorder=3, **style)
         if not of_preset.empty:
             axes.scatter([], [], s=110, marker=marker, color=color, label=preset)
     for row in scored[scored["baseline"]].itertuples():
-        axes.scatter(row.trainable_parameters, row.accuracy, s=380, zorder=4, marker="*", color=BLACK)
+        axes.scatter(row.trainable_parameters, row.score, s=380, zorder=4, marker="*", color=BLACK)
         axes.scatter([], [], s=200, marker="*", color=BLACK, label="baseline")
     for row in scored[scored["winner"]].itertuples():
         ring: dict[str, Any] = {"s": 380, "facecolors": "none", "edgecolors": BLACK, "linewidths": 2.5}
-        axes.scatter(row.trainable_parameters, row.accuracy, zorder=4, **ring)
+        axes.scatter(row.trainable_parameters, row.score, zorder=4, **ring)
         axes.scatter([], [], label=f"winner: {row.trial}", **ring | {"s": 160})
     if (scored["state"] == "PRUNED").any():
         axes.scatter([], [], s=110, facecolors="none", edgecolors=GREY, linewidths=2, label="hollow: pruned")
-    _accuracy_axis(axes, scored["accuracy"])
+    _share_axis(axes, scored["score"])
     smallest, largest = min(scored["trainable_parameters"]), max(*scored["trainable_parameters"], budget)
     room = 0.08 * max(largest - smallest, 0.1 * budget)
     axes.set_xlim(smallest - room, largest + room)
@@ -294,14 +314,14 @@ def accuracy_against_parameters(trials: pd.DataFrame, budget: int, title: str, p
 
 
 def pareto_front(trials: pd.DataFrame) -> pd.DataFrame:
-    """The trials that none of fewer or equal parameters matches, by ascending parameters and accuracy."""
-    ordered = trials.sort_values(["trainable_parameters", "accuracy"], ascending=[True, False])
-    return ordered[ordered["accuracy"] > ordered["accuracy"].cummax().shift(fill_value=-np.inf)]
+    """The trials that none of fewer or equal parameters matches, by ascending parameters and score."""
+    ordered = trials.sort_values(["trainable_parameters", "score"], ascending=[True, False])
+    return ordered[ordered["score"] > ordered["score"].cummax().shift(fill_value=-np.inf)]
 
 
-def parameter_importance(importances: Mapping[str, float], title: str, path: Path) -> None:
-    """Draw the share of the accuracy's variance that each parameter of the space explains, the largest on top."""
-    figure, axes = _new_figure(title, "share of the accuracy's variance explained", "")
+def parameter_importance(importances: Mapping[str, float], word: str, title: str, path: Path) -> None:
+    """Draw the share of the score's variance that each parameter of the space explains, the largest on top."""
+    figure, axes = _new_figure(title, f"share of the variance of {word} explained", "")
     known = sorted((value, name) for name, value in importances.items())
     values = [value for value, _ in known]
     bars = axes.barh([name.replace("_", " ") for _, name in known], values, color=BLUE, height=0.6)
@@ -313,13 +333,13 @@ def parameter_importance(importances: Mapping[str, float], title: str, path: Pat
     _save(figure, path)
 
 
-def parallel_coordinates(trials: pd.DataFrame, title: str, path: Path) -> None:
-    """Draw one line a trial through `DIMENSIONS` and its accuracy: the darker the better, pruned ones pale."""
+def parallel_coordinates(trials: pd.DataFrame, word: str, title: str, path: Path) -> None:
+    """Draw one line a trial through `DIMENSIONS` and its score: the darker the better, pruned ones pale."""
     figure, axes = _new_figure(title, "", "")
     axes.grid(visible=False)
     axes.spines[["left", "bottom"]].set_visible(False)
-    scored = _scored(trials).sort_values("accuracy", kind="stable")
-    names = [*DIMENSIONS, "accuracy"]
+    scored = _scored(trials).sort_values("score", kind="stable")
+    names = [*DIMENSIONS, "score"]
     positions = range(len(names))
     heights = np.column_stack([_dimension(axes, position, scored[names[position]]) for position in positions])
     complete, winner = (scored["state"] == "COMPLETE").to_numpy(), scored["winner"].to_numpy(dtype=bool)
@@ -330,7 +350,7 @@ def parallel_coordinates(trials: pd.DataFrame, title: str, path: Path) -> None:
     for line, name in zip(heights[winner], scored["trial"][winner], strict=True):
         axes.plot(positions, line, color=ORANGE, linewidth=5, zorder=3, label=f"winner: {name}")
     _legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
-    axes.set_xticks(positions, [name.replace("_", " ") for name in names], fontsize=LABEL_SIZE)
+    axes.set_xticks(positions, [*(name.replace("_", " ") for name in DIMENSIONS), word], fontsize=LABEL_SIZE)
     axes.set_yticks([])
     axes.set_xlim(-0.3, len(names) - 0.4)
     axes.set_ylim(-0.05, 1.05)
@@ -444,26 +464,80 @@ def without_pauses(intervals: pd.DataFrame) -> tuple[pd.DataFrame, list[float]]:
     return shown, shift(pauses["time"]).tolist()
 
 
-def confusion_matrix(confusion: Sequence[Sequence[int]], labels: Sequence[str], title: str, path: Path) -> None:
-    """Draw counts of labels (down) against predictions (across); the darker, the larger the share of its label's rows.
+def confusion_matrix(confusion: Sequence[tuple[int, int, int]], labels: Sequence[str], title: str, path: Path) -> None:
+    """Draw how many rows of each label (down) got which answer (across); of many classes, `_confused_pairs`.
 
-    confusion: [label][predicted]. labels: their names.
+    confusion: (label, predicted, rows). labels: names of the classes.
     """
+    if len(labels) > MAX_MATRIX:
+        _confused_pairs(confusion, labels, title, path)
+        return
     figure, axes = _new_figure(title, "predicted", "label")
-    counts = np.asarray(confusion, dtype=int)
+    counts = np.zeros((len(labels), len(labels)), dtype=int)
+    for label, predicted, rows in confusion:
+        counts[label, predicted] = rows
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap=colormaps["Blues"], vmin=0, vmax=1, aspect="auto")
+    few = len(labels) <= FEW_CLASSES
     for (down, across), count in np.ndenumerate(counts):
         ink = "white" if shares[down, across] > 0.5 else BLACK
         style: dict[str, Any] = {"ha": "center", "color": ink, "fontweight": "bold" if down == across else "normal"}
-        axes.text(across, down - 0.02, f"{count:,}", fontsize=LABEL_SIZE + 6, va="bottom", **style)
-        axes.text(across, down + 0.08, f"{shares[down, across]:.1%}", fontsize=TICK_SIZE, va="top", **style)
-    axes.set_xticks(range(len(labels)), labels, fontsize=LABEL_SIZE)
-    axes.set_yticks(range(len(labels)), labels, fontsize=LABEL_SIZE)
+        if few:
+            axes.text(across, down - 0.02, f"{count:,}", fontsize=LABEL_SIZE + 6, va="bottom", **style)
+            axes.text(across, down + 0.08, f"{shares[down, across]:.1%}", fontsize=TICK_SIZE, va="top", **style)
+        elif count:
+            axes.text(across, down, f"{count:,}", fontsize=150 / len(labels), va="center", **style)
+    names = [_drawable(name, number) for number, name in enumerate(labels)]
+    ticks: dict[str, Any] = {"fontsize": LABEL_SIZE if few else SMALL_SIZE - 3, "parse_math": False}
+    axes.set_yticks(range(len(names)), names, **ticks)
+    if max(map(len, names)) * len(names) > LINE_LENGTH:
+        ticks |= {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(names)), names, **ticks)
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     _save(figure, path)
+
+
+def _confused_pairs(confusion: Sequence[tuple[int, int, int]], labels: Sequence[str], title: str, path: Path) -> None:
+    """Draw a bar for each of the `MAX_PAIRS` pairs of a label and a wrong answer that have the most rows."""
+    figure, axes = _new_figure(title, "rows", "")
+    totals = Counter[int]()
+    for label, _, rows in confusion:
+        totals[label] += rows
+    pairs = sorted((pair for pair in confusion if pair[0] != pair[1]), key=lambda pair: -pair[2])[:MAX_PAIRS]
+    axes.barh(range(len(pairs)), [rows for _, _, rows in pairs], color=SKY, alpha=0.6, height=0.84)
+    for place, (label, predicted, _) in enumerate(pairs):
+        # One text each: in one line, names that are read from right to left would change places.
+        texts = (_drawable(labels[label], label), "\N{RIGHTWARDS ARROW}", _drawable(labels[predicted], predicted))
+        for share, text in zip((0.01, 0.4, 0.45), texts, strict=True):
+            where: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "parse_math": False}
+            axes.text(share, place, text, fontsize=SMALL_SIZE, **where)
+    shares = [f"{rows:,} of {totals[label]:,}" for label, _, rows in pairs]
+    axes.set_yticks(range(len(pairs)), shares, fontsize=SMALL_SIZE)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(max(len(pairs), MAX_PAIRS) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.grid(visible=False, axis="y")
+    _save(figure, path)
+
+
+def short(name: str, length: int = NAME_LENGTH) -> str:
+    """A label's name on one line, its middle left out where it is long: names of one kind often begin alike."""
+    line = one_line(name)
+    return line if len(line) <= length else f"{line[: length - length // 3 - 1]}…{line[-(length // 3) :]}"
+
+
+def _drawable(name: str, number: int) -> str:
+    """A label's short name in the characters that figures have, with its number where some are left out."""
+    known = "".join(character for character in short(name) if _font().get_char_index(ord(character)))
+    return known if known == short(name) and known else f"#{number} {known}".strip()
+
+
+@cache
+def _font() -> FT2Font:
+    return get_font(findfont("DejaVu Sans"))
 
 
 def calibration(bins: Sequence[Mapping[str, Any]], name: str, path: Path) -> None:
@@ -509,7 +583,7 @@ def _new_figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_title(title, fontsize=TITLE_SIZE, loc="left", pad=14)
+    axes.set_title(title, fontsize=TITLE_SIZE, loc="left", pad=14, parse_math=False)
     _dress(axes, x_label, y_label)
     return figure, axes
 
@@ -531,7 +605,7 @@ def _save(figure: Figure, path: Path) -> None:
     beside.replace(path)
 
 
-def _accuracy_axis(axes: Axes, values: Sequence[float] | pd.Series) -> None:
+def _share_axis(axes: Axes, values: Sequence[float] | pd.Series) -> None:
     """Set the y axis to percent, with room around `values`: two points or more, so that like values look alike."""
     low, high = float(min(values)), float(max(values))
     room = max(0.1 * (high - low), 0.01)
@@ -554,7 +628,7 @@ def _dimension(axes: Axes, position: int, values: pd.Series) -> npt.NDArray[np.f
     if pd.api.types.is_numeric_dtype(values):
         numbers = values.to_numpy(float)
         marks = _ticks(numbers, whole=pd.api.types.is_integer_dtype(values))
-        labels = [f"{mark:.1%}" if values.name == "accuracy" else f"{mark:.2g}" for mark in marks]
+        labels = [f"{mark:.1%}" if values.name == "score" else f"{mark:.2g}" for mark in marks]
     else:
         kinds = sorted(values.unique(), key=lambda kind: (list(PRESETS).index(kind) if kind in PRESETS else -1, kind))
         numbers = values.map({kind: float(index) for index, kind in enumerate(kinds)}).to_numpy()
@@ -606,8 +680,8 @@ def _measured(points: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _scored(trials: pd.DataFrame) -> pd.DataFrame:
-    """The trials that ended with an accuracy: complete or pruned."""
-    return trials[np.isfinite(trials["accuracy"].astype(float)) & trials["state"].isin(["COMPLETE", "PRUNED"])]
+    """The trials that ended with a score: complete or pruned."""
+    return trials[np.isfinite(trials["score"].astype(float)) & trials["state"].isin(["COMPLETE", "PRUNED"])]
 
 
 def _label(axes: Axes, x: float, y: float, text: str, offset: tuple[float, float], **alignment: Any) -> None:

@@ -16,11 +16,20 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from agnews_lora.training.interface import EvalPoint, TrainPoint
+from agnews_lora.training.interface import SCORES, EvalPoint, Objective, TrainPoint
 
 REFRESHES_PER_SECOND: Final = 2
-# The table's columns, and how wide a terminal must be to show each.
-COLUMNS: Final = {"trial": 0, "configuration": 78, "step": 0, "loss": 50, "accuracy": 0, "best": 42, "left": 65}
+# The table's columns, and how wide a terminal must be to show each. The objective has one at any width.
+COLUMNS: Final = {
+    "trial": 0,
+    "configuration": 88,
+    "step": 0,
+    "loss": 50,
+    "accuracy": 60,
+    "macro-F1": 60,
+    "best": 42,
+    "left": 75,
+}
 LINES_BESIDE: Final = 4  # of a terminal's height: the two headers, how many more there are, and the cursor
 LEAST_SHARE: Final = 0.05  # of the work: before that, an estimate of the time left would jump about
 # What the end of a trial is called, and its style, by state.
@@ -42,7 +51,7 @@ class _Running:
     first_step: int | None = None
     step: int = 0
     loss: float | None = None
-    accuracy: float | None = None
+    scores: EvalPoint | None = None
     best: float | None = None
 
     def reached(self, step: int, now: float) -> None:
@@ -62,7 +71,7 @@ class _Running:
             "configuration": self.label,
             "step": f"{self.step}/{self.total_steps}",
             "loss": "-" if self.loss is None else f"{self.loss:.3f}",
-            "accuracy": "-" if self.accuracy is None else f"{self.accuracy:.2%}",
+            **{word: f"{self.scores.score(name):.2%}" if self.scores else "-" for name, word in SCORES.items()},
             "best": "-" if self.best is None else f"{self.best:.2%}",
             "left": "-" if left is None else duration(left),
         }
@@ -93,6 +102,7 @@ class Progress:
 
     Args:
         total_trials: how many are to end in all.
+        objective: the score by which one is the best.
         ended: how many had ended before.
         best, best_trial: the best complete one so far.
         confirms: whether the trials are repetitions, among which there is no best.
@@ -104,6 +114,7 @@ class Progress:
         self,
         total_trials: int,
         *,
+        objective: Objective = "accuracy",
         ended: int = 0,
         best: float | None = None,
         best_trial: str | None = None,
@@ -116,7 +127,7 @@ class Progress:
         # Asked of the file itself: to rich, FORCE_COLOR makes a terminal of a log.
         animated = self._console.file.isatty() and self._console.is_terminal and not self._console.is_dumb_terminal
         self.mode: Literal["live", "lines", "quiet"] = "quiet" if quiet else "live" if animated else "lines"
-        self._total_trials, self._confirms = total_trials, confirms
+        self._total_trials, self._objective, self._confirms = total_trials, objective, confirms
         self._ended_before = self._ended = ended
         self._best, self._best_trial = best, best_trial
         self._clock, self._began = clock, clock()
@@ -152,28 +163,29 @@ class Progress:
         for point in points:
             running = self._running[point.trial]
             running.reached(point.step, self._clock())
-            running.accuracy, running.best = point.accuracy, max(point.accuracy, running.best or 0.0)
+            running.scores, running.best = point, max(point.score(self._objective), running.best or 0.0)
             if self.mode == "lines":
                 loss = "" if running.loss is None else f"  loss {running.loss:.3f}"
                 step = f"{point.trial} step {point.step}/{running.total_steps}"
-                self.announce(f"{step}{loss}  accuracy {point.accuracy:.2%}")
+                self.announce(f"{step}{loss}{_said(point)}")
 
-    def trial_ended(self, trial: str, state: str, accuracy: float | None, reason: str | None) -> None:
+    def trial_ended(self, trial: str, state: str, scores: EvalPoint | None, reason: str | None) -> None:
         """Show the end of a trial.
 
         Args:
             state: Optuna's, or `INTERRUPTED`.
-            accuracy: final, or the last one of a pruned trial.
+            scores: final, or the last ones of a pruned trial.
         """
         label = self._running.pop(trial).label
         self._ended += state != "INTERRUPTED"
-        better = accuracy is not None and accuracy > (-1.0 if self._best is None else self._best)
+        score = scores.score(self._objective) if scores else -1.0
+        better = score > (-1.0 if self._best is None else self._best)
         if best := state == "COMPLETE" and better and not self._confirms:
-            self._best, self._best_trial = accuracy, trial
+            self._best, self._best_trial = score, trial
         word, style = ENDS[state]
         line = Text(f"{trial} ").append(word, style=style)
-        if accuracy is not None:
-            line.append(f"  accuracy {accuracy:.2%}{'  best so far' if best else ''}")
+        if scores is not None:
+            line.append(f"{_said(scores)}{'  best so far' if best else ''}")
         line.append(f"  {label}" if self.mode == "live" else "").append(f"  {reason}" if reason else "")
         self.announce(line.append(f"  [{self._ended}/{self._total_trials}]"))
 
@@ -196,7 +208,8 @@ class Progress:
         shown = rows[: max(1, options.size.height - LINES_BESIDE)]
         if shown:
             table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-            columns = [column for column, least_width in COLUMNS.items() if options.max_width >= least_width]
+            least_widths = COLUMNS | {SCORES[self._objective]: 0}
+            columns = [column for column, least_width in least_widths.items() if options.max_width >= least_width]
             for column in columns:
                 text = column in ("trial", "configuration")
                 # Only a column that may wrap is narrowed by rich; its texts do not wrap, but end in an ellipsis.
@@ -210,7 +223,10 @@ class Progress:
     def _header(self, now: float, running: Sequence[_Running]) -> Text:
         parts = [f"{'confirmation' if self._confirms else 'trials'} {self._ended}/{self._total_trials}"]
         if self._best is not None:
-            parts.append(f"best {self._best:.2%}" + (f" ({self._best_trial})" if self._best_trial else ""))
+            parts.append(
+                f"best {SCORES[self._objective]} {self._best:.2%}"
+                + (f" ({self._best_trial})" if self._best_trial else "")
+            )
         parts.append(f"elapsed {duration(now - self._began)}")
         # The pace of this process: trials that ended in it, and what it did of those that run.
         done = self._ended - self._ended_before + sum(trial.steps_here / trial.total_steps for trial in running)
@@ -218,6 +234,10 @@ class Progress:
             left = self._total_trials - self._ended - sum(trial.step / trial.total_steps for trial in running)
             parts.append(f"about {duration(max(0.0, left) * (now - self._began) / done)} left")
         return Text("  ".join(parts), style="bold", overflow="ellipsis", no_wrap=True)
+
+
+def _said(scores: EvalPoint) -> str:
+    return "".join(f"  {word} {scores.score(name):.2%}" for name, word in SCORES.items())
 
 
 def duration(seconds: float) -> str:

@@ -16,22 +16,25 @@ from typing import Any, Final
 from agnews_lora.adapters.budget import head_parameters, parameters_per_rank
 from agnews_lora.data.profile import TOTAL, profile_sentence, profile_table
 from agnews_lora.errors import StorageError
-from agnews_lora.reporting.figures import expected_calibration_error
+from agnews_lora.reporting.figures import MAX_MATRIX, expected_calibration_error, short
 from agnews_lora.reporting.progress import duration
-from agnews_lora.search.results import SweepFacts, SweepResult
+from agnews_lora.search.results import Confirmed, SweepFacts, SweepResult
 from agnews_lora.serving.stats import Pairs, accuracy_interval, difference_interval, mcnemar_p_value
+from agnews_lora.training.interface import SCORES, Objective
 
 TEMPLATES: Final = Path(__file__).parent
 TOP: Final = 10  # trials of the leaderboard
 MAX_FAILURES: Final = 10
 MAX_CLASSES: Final = 20
 MAX_MISTAKES: Final = 10
+MAX_LABELS: Final = 20
 MAX_TEXT: Final = 220  # characters of a row or an error that are shown
 FEW_TRIALS: Final = 10
 SIGNIFICANT: Final = 0.05
 PROVENANCE: Final = {"mlflow.source.git.commit": "commit", "git.dirty": "uncommitted changes"}
-SIZE: Final = "accuracy_against_parameters.png"
+SIZE: Final = "score_against_parameters.png"
 CONFUSION: Final = "confusion_matrix.png"
+PAIRS: Final = "confused pairs"  # what that picture shows with many classes
 
 Block = dict[str, Any]
 
@@ -116,36 +119,51 @@ def _verdict(result: SweepResult) -> str:
         ended = sum(result.counts.values())
         return f"No winner: {_counted(ended, 'trial')} ended, and none of them completed its training."
     if test:
-        score = f"{_percent(test['accuracy'])} of the test split"
+        accuracy, macro_f1, split = test["accuracy"], test["macro_f1"], "test split"
     elif mean := result.confirmation:
-        score = f"{_percent(mean.mean_accuracy)} of the validation split (mean over {len(mean.runs)} seeds)"
+        accuracy, macro_f1 = mean.mean("accuracy"), mean.mean("macro_f1")
+        split = f"validation split (mean over {len(mean.runs)} seeds)"
     else:
-        score = f"{_percent(winner.accuracy)} of the validation split"
-    return f"Trial {winner.trial} is the winner: its adapter ({winner.spec}) labels {score} correctly."
+        accuracy, macro_f1, split = winner.accuracy, winner.macro_f1, "validation split"
+    return (
+        f"Trial {winner.trial} is the winner by {SCORES[result.objective]}: its adapter ({winner.spec}) labels "
+        f"{_percent(accuracy)} of the {split} correctly, with a macro-F1 of {_percent(macro_f1)}."
+    )
 
 
 def _decision(result: SweepResult) -> Block:
     """The numbers of the first page: what, value, and what qualifies it."""
     facts, winner, baseline = result.facts, result.winner, result.baseline
-    rows: list[tuple[str, str, str]] = []
+    word, rows = SCORES[result.objective], list[tuple[str, str, str]]()
+
+    def add(name: str, accuracy: str, macro_f1: str, *notes: str, interval: str = "") -> None:
+        """A row with the objective's score. interval: the accuracy's."""
+        if result.objective == "accuracy":
+            rows.append((name, accuracy, "; ".join(filter(None, (interval, *notes, f"macro-F1 {macro_f1}")))))
+        else:
+            beside = f"accuracy {accuracy}{interval and f' ({interval})'}"
+            rows.append((name, macro_f1, "; ".join((beside, *notes))))
+
     if result.registration and (test := result.registration.test):
-        note = f"95% interval {_range(test['low'], test['high'])}, {test['rows']:,} rows, scored once after the choice"
-        rows.append(("Test accuracy", _percent(test["accuracy"]), note))
+        interval = f"95% interval {_range(test['low'], test['high'])}"
+        scores = _percent(test["accuracy"]), _percent(test["macro_f1"])
+        add(f"Test {word}", *scores, f"{test['rows']:,} rows, scored once after the choice", interval=interval)
     if winner is not None:
-        note = f"95% interval {_interval(winner.accuracy, facts)}, {facts.num_validation_rows:,} rows"
-        rows.append(("Validation accuracy", _percent(winner.accuracy), note))
+        interval = f"95% interval {_interval(winner.accuracy, facts)}"
+        scores = _percent(winner.accuracy), _percent(winner.macro_f1)
+        add(f"Validation {word}", *scores, f"{facts.num_validation_rows:,} rows", interval=interval)
     if mean := result.confirmation:
-        spread = f", standard deviation {_points(mean.std_accuracy)}" if mean.std_accuracy is not None else ""
-        rows.append(("Mean over seeds", _percent(mean.mean_accuracy), f"{_counted(len(mean.runs), 'run')}{spread}"))
+        add("Mean over seeds", _mean(mean, "accuracy"), _mean(mean, "macro_f1"), _counted(len(mean.runs), "run"))
     if baseline is not None:
-        note = "the experiment's own configuration"
+        notes = ["the experiment's own configuration"]
         if result.gain is not None and winner != baseline:
-            note = f"{note}; the winner gains {_gain(result)}"
-        rows.append(("Baseline", _percent(baseline.accuracy), note))
-    if result.answers is not None and (tfidf := result.answers.tfidf_accuracy) is not None:
-        rows.append(("TF-IDF", _percent(tfidf), "with logistic regression, on the same training rows"))
+            notes.append(f"the winner gains {_gain(result)}")
+        add("Baseline", _percent(baseline.accuracy), _percent(baseline.macro_f1), *notes)
+    for peer in result.peers:
+        add(peer.name, _percent(peer.scores["accuracy"]), _percent(peer.scores["macro_f1"]), peer.note)
     if facts.bound is not None:
-        rows.append(("Best possible", _percent(facts.bound), "the data's own ceiling: some rows fit two labels"))
+        note = "accuracy: the data's own ceiling, since some rows fit two labels"
+        rows.append(("Best possible", _percent(facts.bound), note))
     if winner is not None and winner.spec is not None and winner.trainable_parameters:
         spec, shape = winner.spec, facts.shape
         head, step = head_parameters(spec.head, shape), parameters_per_rank(spec.targets, shape)
@@ -158,9 +176,10 @@ def _decision(result: SweepResult) -> Block:
 
 
 def _gain(result: SweepResult) -> str:
-    """The winner's accuracy less the baseline's, with its interval where both answered the same rows."""
-    if (pairs := _pairs(result)) is None:
-        return _points(result.gain, signed=True)
+    """The winner's score less the baseline's; of accuracies with its interval where both answered the same rows."""
+    pairs = _pairs(result)
+    if pairs is None or result.objective != "accuracy":
+        return f"{_points(result.gain, signed=True)} of {SCORES[result.objective]}"
     low, high = difference_interval(pairs)
     return (
         f"{_points(pairs.difference, signed=True)} (95% interval {_signed(low)} to {_signed(high)}; McNemar "
@@ -223,7 +242,10 @@ def _noise(result: SweepResult) -> str | None:
     winner, baseline, rows = result.winner, result.baseline, result.facts.num_validation_rows
     if winner is None or baseline is None or baseline.accuracy is None or winner.accuracy is None:
         return None
-    if pairs := _pairs(result):
+    if result.objective != "accuracy":  # neither test says anything of macro-F1
+        spread = (mean := result.confirmation) and mean.std(result.objective)
+        within = "it is not larger than the spread over seeds" if (result.gain or 0.0) <= (spread or 0.0) else None
+    elif pairs := _pairs(result):
         p = mcnemar_p_value(pairs, "two-sided")
         within = f"McNemar {_p_value(p)}" if p >= SIGNIFICANT or pairs.difference <= 0 else None
     else:
@@ -268,25 +290,23 @@ def _data(facts: SweepFacts) -> list[Block]:
 def _leaderboard(result: SweepResult) -> list[Block]:
     ranked = [row for row in result.ranking if row.state == "COMPLETE"]
     means = {each.own.trial: each for each in result.confirmed}
-    columns = ["", "trial", "targets", "r", "alpha", "dropout", "learning rate", "trainable", "accuracy"]
-    columns += ["seed mean"] if means else ["95% interval"]
+    columns = ["", "trial", "targets", "r", "alpha", "dropout", "learning rate", "trainable", "accuracy", "macro-F1"]
+    columns += [f"mean {SCORES[result.objective]}"] if means else []
     rows = []
     for place, row in enumerate(ranked, start=1):
         if place > TOP and row != result.baseline:
             continue
-        if means:
-            last = _percent(means[row.trial].mean_accuracy) if row.trial in means else "–"
-        else:
-            last = _interval(row.accuracy, result.facts)
+        last = [_percent(means[row.trial].mean(result.objective)) if row.trial in means else "–"] if means else []
         name = f"{row.trial} (baseline)" if row.baseline else row.trial
         spec, size = row.spec, f"{row.trainable_parameters or 0:,}"
         assert spec is not None, "a trial that was completed has its configuration"
         own = [spec.targets, str(spec.rank), f"{spec.alpha:g}", f"{spec.dropout:.3g}", f"{spec.learning_rate:.3g}"]
-        rows.append([str(place), name, *own, size, _percent(row.accuracy), last])
+        rows.append([str(place), name, *own, size, _percent(row.accuracy), _percent(row.macro_f1), *last])
     blocks: list[Block] = []
     if rows:
         shown = f"The best {TOP} of {len(ranked)} completed trials" if len(ranked) > TOP else "All completed trials"
-        order = "by their mean over seeds, then by validation accuracy" if means else "by validation accuracy"
+        word = SCORES[result.objective]
+        order = f"{'by their mean over seeds, then ' if means else ''}by validation {word}; ties go to the lower loss"
         blocks.append(_table(f"{shown}, {order}.", columns, rows, right=(0, *range(3, len(columns))), strong=(0,)))
     failed = [row for row in result.trials if row.state == "FAIL"]
     if failed:
@@ -300,22 +320,26 @@ def _leaderboard(result: SweepResult) -> list[Block]:
 def _confirmation(result: SweepResult) -> list[Block]:
     if not result.confirmed:
         return []
-    rows = [
-        [
-            each.own.trial,
-            _percent(each.accuracies[0]),
-            ", ".join(_percent(accuracy) for accuracy in each.accuracies[1:]) or "–",
-            str(each.num_failed),
-            _percent(each.mean_accuracy),
-            _points(each.std_accuracy),
-            _points(-each.drop, signed=True),
-        ]
-        for each in result.confirmed
-    ]
-    columns = ["trial", "search", "other seeds", "failed", "mean", "deviation", "change"]
+    objective, rows = result.objective, []
+    for each in result.confirmed:
+        own, *others = each.scores(objective)
+        drop = each.drop(objective)
+        rows.append(
+            [
+                each.own.trial,
+                _percent(own),
+                ", ".join(map(_percent, others)) or "–",
+                str(each.num_failed),
+                _mean(each, "accuracy"),
+                _mean(each, "macro_f1"),
+                _points(None if drop is None else -drop, signed=True),
+            ]
+        )
+    columns = ["trial", "search", "other seeds", "failed", "mean accuracy", "mean macro-F1", "change"]
     caption = (
-        "The best trials of the search, trained again with other seeds; the winner has the best mean. Change: from the "
-        "search's accuracy to the mean."
+        f"The best trials of the search, trained again with other seeds; the winner has the best mean "
+        f"{SCORES[objective]}. Search, other seeds, change from the search to the mean: of {SCORES[objective]}. "
+        "After ±: the standard deviation."
     )
     return [_table(caption, columns, rows, right=(1, 3, 4, 5, 6), wide=(2,), strong=(0,))]
 
@@ -348,8 +372,8 @@ def _mistakes(result: SweepResult, pictures: set[str]) -> list[Block]:
     answers = result.answers
     if answers is None:
         return []
-    total = sum(map(sum, answers.confusion))
-    wrong = total - sum(row[label] for label, row in enumerate(answers.confusion))
+    total = sum(rows for _, _, rows in answers.confusion)
+    wrong = sum(rows for label, predicted, rows in answers.confusion if label != predicted)
     error = expected_calibration_error(answers.calibration)
     blocks = [
         _text(
@@ -359,9 +383,16 @@ def _mistakes(result: SweepResult, pictures: set[str]) -> list[Block]:
         )
     ]
     if CONFUSION in pictures:
-        blocks.append(_figure(CONFUSION))
+        many = len(result.facts.labels) > MAX_MATRIX
+        blocks.append(_figure(PAIRS if many else CONFUSION) | {"name": CONFUSION})
     rows = [
-        [str(each["row"]), each["label"], each["predicted"], f"{each['confidence']:.1%}", _one_line(each["text"])]
+        [
+            str(each["row"]),
+            short(each["label"]),
+            short(each["predicted"]),
+            f"{each['confidence']:.1%}",
+            _one_line(each["text"]),
+        ]
         for each in answers.mistakes[:MAX_MISTAKES]
     ]
     if rows:
@@ -393,7 +424,7 @@ def _provenance(result: SweepResult) -> list[Block]:
         ["data", ", ".join(f"{name} {value}" for name, value in facts.data.items())],
         ["rows", f"{facts.num_train_rows:,} for training, {facts.num_validation_rows:,} for validation"],
         ["digest of the rows", facts.data_digest],
-        ["labels", ", ".join(facts.labels)],
+        ["labels", _listed(facts.labels)],
         ["engine", f"{facts.engine}, {facts.total_steps:,} steps a trial"],
         ["seed", str(facts.seed)],
         ["study", f"{result.study}, id {result.study_id}"],
@@ -409,33 +440,39 @@ def _provenance(result: SweepResult) -> list[Block]:
 # name: (caption, what a reader who cannot see it must know, share of the page's width)
 CAPTIONS: Final[dict[str, tuple[str, str, float]]] = {
     SIZE: (
-        "Accuracy against size: each mark is a trial, coloured by the matrices that it adapts, hollow where it was "
-        "pruned. The grey line is the best accuracy for a size.",
-        "Validation accuracy of each trial by its number of trainable parameters, with the budget as a line.",
+        "Score against size: each mark is a trial, coloured by the matrices that it adapts, hollow where it was "
+        "pruned. The grey line is the best score for a size.",
+        "Validation score of each trial by its number of trainable parameters, with the budget as a line.",
         0.74,
     ),
     "optimization_history.png": (
-        "Optimisation history: accuracy of every trial in the order of their start. Pruned ones are shown at their "
+        "Optimisation history: the score of every trial in the order of their start. Pruned ones are shown at their "
         "last evaluation; the star is the baseline.",
-        "Validation accuracy of each trial by number, with the best so far as a stepped line.",
+        "Validation score of each trial by number, with the best so far as a stepped line.",
         0.62,
     ),
     "learning_curves.png": (
         "Learning curves: a fixed subset of the validation split is scored on the way, the whole split at the end, so "
         "that a small step at the end may come from the rows alone.",
-        "Validation accuracy of all trials by training step.",
+        "Validation score of all trials by training step.",
         0.62,
     ),
     "parallel_coordinates.png": (
-        "Configurations: one line a trial through the parameters of the space, darker where it is more accurate.",
-        "Parallel coordinates of all trials through the searched parameters and their accuracy.",
+        "Configurations: one line a trial through the parameters of the space, darker where its score is higher.",
+        "Parallel coordinates of all trials through the searched parameters and their score.",
         0.62,
     ),
     "parameter_importance.png": (
-        "Importance: the share of the accuracy's variance among completed trials that each parameter explains "
+        "Importance: the share of the score's variance among completed trials that each parameter explains "
         "(functional ANOVA). With few trials, it is a hint.",
         "Bars of the importance of each searched parameter.",
         0.62,
+    ),
+    PAIRS: (
+        "What the winner confuses most on the validation split: label, wrong answer, and how many rows of the "
+        "label got it.",
+        "Bars of the pairs of a label and a wrong answer with the most rows.",
+        0.66,
     ),
     CONFUSION: (
         "Confusion matrix of the winner on the validation split: counts, and shares of their label's rows.",
@@ -443,7 +480,7 @@ CAPTIONS: Final[dict[str, tuple[str, str, float]]] = {
         0.66,
     ),
 }
-SEARCH_FIGURES: Final = [name for name in CAPTIONS if name not in (SIZE, CONFUSION)]
+SEARCH_FIGURES: Final = [name for name in CAPTIONS if name not in (SIZE, CONFUSION, PAIRS)]
 
 
 def _figure(name: str) -> Block:
@@ -477,6 +514,12 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.2%}"
 
 
+def _mean(of: Confirmed, name: Objective) -> str:
+    """Mean and standard deviation over seeds."""
+    spread = of.std(name)
+    return _percent(of.mean(name)) + ("" if spread is None else f" ± {100 * spread:.2f}")
+
+
 def _range(low: float, high: float) -> str:
     return f"{_percent(low)} to {_percent(high)}"
 
@@ -503,6 +546,11 @@ def _p_value(p: float) -> str:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(map(short, names[:MAX_LABELS]))
+    return shown if len(names) <= MAX_LABELS else f"{len(names):,}: {shown}, …"
 
 
 def _plain(value: Any) -> str:

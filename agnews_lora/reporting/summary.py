@@ -1,6 +1,6 @@
 """The last screen of a sweep: its result, and the next commands."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -9,6 +9,7 @@ from rich.text import Text
 
 from agnews_lora.reporting.progress import duration
 from agnews_lora.search.results import SweepResult
+from agnews_lora.training.interface import SCORES, Objective
 
 
 def print_summary(console: Console, result: SweepResult) -> None:
@@ -31,22 +32,30 @@ def print_summary(console: Console, result: SweepResult) -> None:
 def _rows(result: SweepResult) -> Iterator[tuple[str, str, str]]:
     """(name, value, style) of every line."""
     winner, baseline, mean, facts = result.winner, result.baseline, result.confirmation, result.facts
+
+    def told(shown: Mapping[Objective, str], *notes: str) -> str:
+        """The objective's score, then notes and the other scores in brackets."""
+        others = [f"{SCORES[name]} {score}" for name, score in shown.items() if name != result.objective]
+        return f"{shown[result.objective]}  ({'; '.join([*notes, *others])})"
+
     if winner is None:
         yield "winner", "none: no trial was completed", "bold red"
     else:
         yield "winner", f"{winner.trial}  {winner.spec or ''}".rstrip(), "bold"
-        yield "accuracy", f"{winner.accuracy:.2%}", "bold green"
+        yield SCORES[result.objective], told({name: _percent(winner.score(name)) for name in SCORES}), "bold green"
     if mean is not None:
-        spread = "" if mean.std_accuracy is None else f" ± {100 * mean.std_accuracy:.2f}"
+        means = {name: _percent(mean.mean(name)) for name in SCORES}
+        for name in SCORES:
+            means[name] += "" if (std := mean.std(name)) is None else f" ± {100 * std:.2f}"
         seeds = f"{len(mean.runs)} seed{'s' if len(mean.runs) != 1 else ''}"
-        yield "confirmed", f"{mean.mean_accuracy:.2%}{spread}  (mean of {seeds})", ""
+        yield "confirmed", told(means, f"mean of {seeds}"), ""
     if baseline is not None:
-        gain = "" if result.gain is None else f"  (gain {100 * result.gain:+.2f} points)"
-        yield "baseline", f"{baseline.accuracy:.2%}{gain}", ""
-    if result.answers is not None and (tfidf := result.answers.tfidf_accuracy) is not None:
-        yield "TF-IDF", f"{tfidf:.2%}  (with logistic regression, same rows)", ""
+        gain = [] if result.gain is None else [f"gain {100 * result.gain:+.2f} points"]
+        yield "baseline", told({name: _percent(baseline.score(name)) for name in SCORES}, *gain), ""
+    for peer in result.peers:
+        yield peer.name, told({name: _percent(peer.scores[name]) for name in SCORES}, peer.note), ""
     if facts.bound is not None:
-        yield "best possible", f"{facts.bound:.2%}", ""
+        yield "best possible", f"{facts.bound:.2%}  (accuracy)", ""
     if winner is not None and (count := winner.trainable_parameters) is not None:
         share = f"{count / facts.budget:.1%} of the budget of {facts.budget:,}"
         yield "parameters", f"{count:,} trainable, {share}", ""
@@ -56,6 +65,10 @@ def _rows(result: SweepResult) -> Iterator[tuple[str, str, str]]:
     if (version := result.registration) is not None:
         aliases = ", ".join(version.aliases) or "a version"
         yield "registered", f"version {version.version} of {version.model} as {aliases}", ""
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.2%}"
 
 
 def _grid() -> Table:

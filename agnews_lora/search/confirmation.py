@@ -39,6 +39,7 @@ def open_confirmation(study: optuna.Study, num_trials: int, num_seeds: int, seed
         direction="maximize",
         load_if_exists=True,
     )
+    keys.name_objective(rounds, keys.objective_of(study))
     known = {trial_name(trial) for trial in rounds.get_trials(deepcopy=False)}
     for name, (row, spec, number) in wanted.items():
         if name not in known:
@@ -65,5 +66,6 @@ def num_missing(study: optuna.Study, num_trials: int, num_seeds: int) -> int:
 
 def _wanted(study: optuna.Study, num_trials: int, num_seeds: int) -> dict[str, tuple[TrialSummary, TrialSpec, int]]:
     """(trial of the search, its configuration, number of the seed) by name, all trials' second seeds first."""
-    best = [(row, row.spec) for row in best_first(summaries(study))[:num_trials] if row.spec is not None]
+    ranked = best_first(summaries(study), keys.objective_of(study))
+    best = [(row, row.spec) for row in ranked[:num_trials] if row.spec is not None]
     return {f"{row.trial}-s{number}": (row, spec, number) for number in range(2, num_seeds + 1) for row, spec in best}

@@ -32,8 +32,10 @@ from agnews_lora.search.trial_log import Point, TrialLog
 from agnews_lora.training import checkpoints
 from agnews_lora.training.interface import (
     COSTS,
+    SCORES,
     Engine,
     EvalPoint,
+    Objective,
     TrainPoint,
     TrialEnd,
     TrialPlan,
@@ -68,7 +70,7 @@ class Screen(Protocol):
 
     def evaluated(self, points: Sequence[EvalPoint]) -> None: ...
 
-    def trial_ended(self, trial: str, state: str, accuracy: float | None, reason: str | None) -> None: ...
+    def trial_ended(self, trial: str, state: str, scores: EvalPoint | None, reason: str | None) -> None: ...
 
     def message(self, text: str) -> None: ...
 
@@ -81,6 +83,7 @@ class Search:
         baseline_seed: the experiment's own seed, so that the baseline is the very run that `train` makes.
         total_steps: of a trial that is not pruned.
         num_trials: how many are to end in all.
+        objective: the score that is the study's value.
     """
 
     space: Space
@@ -91,6 +94,7 @@ class Search:
     baseline_seed: int
     total_steps: int
     num_trials: int
+    objective: Objective = "accuracy"
 
     def configuration(self, trial: optuna.Trial) -> TrialSpec:
         """The adapter of a trial: as given with its name (`enqueue_named`), the baseline's, or asked from the space.
@@ -124,6 +128,7 @@ class ActiveTrial:
     name: str
     trial: optuna.Trial
     worker: str
+    objective: Objective
     attempts: int
     checkpoint_step: int
     spec: TrialSpec | None = None
@@ -173,7 +178,7 @@ class ActiveTrial:
             self.trial.set_user_attr(key, value)
         for point in self.log.points[self.reported :]:
             if isinstance(point, EvalPoint):
-                self.trial.report(point.accuracy, point.step)
+                self.trial.report(point.score(self.objective), point.step)
             self.reported += 1
 
     def _new_attributes(self) -> dict[str, Any]:
@@ -195,6 +200,8 @@ class ActiveTrial:
             return
         if end.reason is not None:
             self.trial.set_user_attr(keys.REASON, end.reason)
+        if (scores := self.log.evaluation) is not None:
+            self.trial.set_user_attr(keys.SCORES, {name: getattr(scores, name) for name in (*SCORES, "loss")})
         if end.result is not None:
             self.trial.set_user_attr(keys.COSTS, {name: getattr(end.result, name) for name in COSTS})
         if end.state != "COMPLETE":
@@ -202,9 +209,8 @@ class ActiveTrial:
             study.tell(self.trial, state=state, skip_if_finished=True)
             return
         assert end.result is not None and end.result.final is not None
-        self.trial.set_user_attr(keys.LOSS, end.result.final.loss)
-        self.trial.set_user_attr(keys.MACRO_F1, end.result.final.macro_f1)
-        study.tell(self.trial, end.result.final.accuracy, state=TrialState.COMPLETE, skip_if_finished=True)
+        value = end.result.final.score(self.objective)
+        study.tell(self.trial, value, state=TrialState.COMPLETE, skip_if_finished=True)
 
 
 class Driver:
@@ -318,7 +324,8 @@ class Driver:
         """The trial with its configuration, seed and size, also as attributes of the study's trial."""
         attributes, search = trial.user_attrs, self._search
         attempts = int(attributes.get(keys.ATTEMPTS, 0))
-        active = ActiveTrial(trial_name(trial), trial, worker, attempts + 1, int(attributes.get(keys.CHECKPOINT, 0)))
+        name, checkpoint_step = trial_name(trial), int(attributes.get(keys.CHECKPOINT, 0))
+        active = ActiveTrial(name, trial, worker, search.objective, attempts + 1, checkpoint_step)
         try:
             active.spec = search.configuration(trial)
         except ValueError as error:
@@ -458,7 +465,7 @@ class Driver:
         del self.active[active.name]
         shutil.rmtree(self.folder / active.name, ignore_errors=True)  # what is kept of an ended trial is in its run
         state = "FAIL" if end.state == "FAILED" else end.state
-        self._screen.trial_ended(active.name, state, active.log.accuracy, end.reason)
+        self._screen.trial_ended(active.name, state, active.log.evaluation, end.reason)
 
     def _close(self) -> None:
         """Requeue the trials that did not end, and close their runs, without waiting for a store that is away."""

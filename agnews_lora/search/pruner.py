@@ -14,21 +14,21 @@ from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial
 
 
-def peer_accuracies(study: Study, trial: FrozenTrial, step: int) -> list[float]:
+def peer_values(study: Study, trial: FrozenTrial, step: int) -> list[float]:
     """What all other trials of the study reported at a step: running, put back, pruned, failed and finished ones.
 
-    NaN is no accuracy to compare with.
+    NaN is no value to compare with.
     """
     reported = (
         other.intermediate_values.get(step, math.nan)
         for other in study.get_trials(deepcopy=False)
         if other.number != trial.number
     )
-    return [accuracy for accuracy in reported if not math.isnan(accuracy)]
+    return [value for value in reported if not math.isnan(value)]
 
 
 class PeerMedianPruner(BasePruner):
-    """Gives up a trial whose accuracy at its last reported step is below the median of its peers' at that step.
+    """Gives up a trial whose value at its last reported step is below the median of its peers' at that step.
 
     Peers are all other trials of a study that maximises, whatever became of them (the median stopping rule of Golovin
     et al., "Google Vizier", KDD 2017, over values at one step). It carries no state: the verdict follows from what the
@@ -48,5 +48,5 @@ class PeerMedianPruner(BasePruner):
         step = trial.last_step
         if step is None or step < self._warmup_steps:
             return False
-        peers = peer_accuracies(study, trial, step)
+        peers = peer_values(study, trial, step)
         return len(peers) >= self._startup_trials and not trial.intermediate_values[step] >= median(peers)

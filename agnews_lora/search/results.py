@@ -17,9 +17,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.search import study as study_keys
+from agnews_lora.training.interface import SCORES, Objective
 
 INTERRUPTED: Final = "INTERRUPTED"
-FORMAT: Final = 1  # of `result.json`
+FORMAT: Final = 2  # of `result.json`
 MIN_TRIALS_FOR_IMPORTANCE: Final = 4
 ENDED_STATES: Final = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
 
@@ -33,8 +34,8 @@ def trial_name(trial: optuna.Trial | FrozenTrial) -> str:
 class TrialSummary:
     """One trial of a study.
 
-    state: Optuna's. accuracy: final, or the last reported one of a pruned trial. steps: the last that was evaluated.
-    rows_seen, train_seconds, eval_seconds, peak_memory_bytes: its costs; None until it has ended.
+    state: Optuna's. accuracy, macro_f1, loss: final, or the last ones of a trial that ended before. steps: the last one
+    that was evaluated. rows_seen, train_seconds, eval_seconds, peak_memory_bytes: its costs; None until it has ended.
     """
 
     trial: str
@@ -56,19 +57,25 @@ class TrialSummary:
     peak_memory_bytes: int | None = None
 
     @classmethod
-    def from_trial(cls, trial: FrozenTrial) -> Self:
-        """Read it from a trial of a study. A score that is not finite counts as none: JSON has no word for it."""
+    def from_trial(cls, trial: FrozenTrial, objective: Objective = "accuracy") -> Self:
+        """Read it from a trial of a study. A score that is not finite counts as none: JSON has no word for it.
+
+        objective: the score that the study's values are.
+        """
         attributes, reported = trial.user_attrs, trial.intermediate_values
         value = trial.value if trial.state is TrialState.COMPLETE else reported[max(reported)] if reported else None
+        # Until it ends, and where others ended it, there is its value alone. Older studies have two more on their own.
+        scores = {"macro_f1": attributes.get("macro_f1"), "loss": attributes.get("loss")} | {objective: value}
+        scores |= attributes.get(study_keys.SCORES, {})
         return cls(
             trial=trial_name(trial),
             number=trial.number,
             state=trial.state.name,
             baseline=bool(attributes.get(study_keys.BASELINE)),
             spec=TrialSpec(**attributes[study_keys.SPEC]) if study_keys.SPEC in attributes else None,
-            accuracy=_finite(value),
-            macro_f1=_finite(attributes.get(study_keys.MACRO_F1)),
-            loss=_finite(attributes.get(study_keys.LOSS)),
+            accuracy=_finite(scores.get("accuracy")),
+            macro_f1=_finite(scores["macro_f1"]),
+            loss=_finite(scores["loss"]),
             trainable_parameters=attributes.get(study_keys.TRAINABLE),
             seed=attributes.get(study_keys.SEED),
             run_id=attributes.get(study_keys.RUN_ID),
@@ -76,6 +83,10 @@ class TrialSummary:
             steps=max(reported, default=0),
             **attributes.get(study_keys.COSTS, {}),
         )
+
+    def score(self, objective: Objective) -> float | None:
+        """The score that a sweep searches by."""
+        return self.accuracy if objective == "accuracy" else self.macro_f1
 
 
 @dataclass(frozen=True)
@@ -94,35 +105,41 @@ class Confirmed:
     def num_failed(self) -> int:
         return len(self.repeats) + 1 - len(self.runs)
 
-    @property
-    def accuracies(self) -> list[float]:
-        return [row.accuracy for row in self.runs if row.accuracy is not None]
+    def scores(self, name: Objective) -> list[float]:
+        """Of the completed runs, the search's own first."""
+        return [score for row in self.runs if (score := row.score(name)) is not None]
 
-    @property
-    def mean_accuracy(self) -> float:
+    def mean(self, name: Objective) -> float | None:
         """Over the completed runs, the search's own included."""
-        return fmean(self.accuracies)
+        return fmean(scores) if (scores := self.scores(name)) else None
 
-    @property
-    def std_accuracy(self) -> float | None:
+    def std(self, name: Objective) -> float | None:
         """Of a sample (n - 1); None with a single run."""
-        return stdev(self.accuracies) if len(self.accuracies) > 1 else None
+        return stdev(scores) if len(scores := self.scores(name)) > 1 else None
 
-    @property
-    def drop(self) -> float:
-        """How far the mean lies below the search's own accuracy."""
-        return self.accuracies[0] - self.mean_accuracy
+    def drop(self, name: Objective) -> float | None:
+        """How far the mean lies below the search's own score."""
+        return scores[0] - fmean(scores) if (scores := self.scores(name)) else None
+
+    def as_dict(self, objective: Objective) -> dict[str, float | int | None]:
+        """What it says in numbers. drop: of the objective."""
+        found: dict[str, float | int | None] = {"seeds": len(self.runs), "failed": self.num_failed}
+        for name in SCORES:
+            found |= {f"mean_{name}": self.mean(name), f"std_{name}": self.std(name)}
+        return found | {"drop": self.drop(objective)}
 
 
 @dataclass(frozen=True)
 class SweepFacts:
     """What a result says of its sweep beside the trials.
 
-    base: the hub's id. bound: the best possible accuracy, where the data's construction tells. settings: of
-    `TrainSettings`. space: as `search.space.describe` gives it. data: the source in words. texts: the YAML files, word
-    for word, by file name. provenance: code, versions and device. heads: those that are searched. adapter: the
-    baseline's configuration. confirmation: `{trials, seeds}`; None without one. profile: of the rows, as
-    `data.profile.profile` gives it; empty where another release wrote the result.
+    base: the hub's id. bound: the best possible accuracy, where the data's construction tells. objective: the score
+    that is searched by. majority_accuracy, majority_macro_f1: of always answering the most common training label, on
+    the validation split; None where another release wrote the result. settings: of `TrainSettings`. space: as
+    `search.space.describe` gives it. data: the source in words. texts: the YAML files, word for word, by file name.
+    provenance: code, versions and device. heads: those that are searched. adapter: the baseline's configuration.
+    confirmation: `{trials, seeds}`; None without one. profile: of the rows, as `data.profile.profile` gives it; empty
+    where another release wrote the result.
     """
 
     sweep: str
@@ -148,6 +165,9 @@ class SweepFacts:
     heads: tuple[str, ...] = ("full",)
     adapter: TrialSpec | None = None
     confirmation: Mapping[str, int] | None = None
+    objective: Objective = "accuracy"
+    majority_accuracy: float | None = None
+    majority_macro_f1: float | None = None
     profile: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -169,17 +189,28 @@ class Registration:
 class Answers:
     """How the winner answers on the validation split.
 
-    confusion: counts [label][predicted]. calibration: bins `{low, count, confidence, accuracy}`. mistakes:
-    `{row, label, predicted, confidence, text}`, the surest first. against_baseline: rows by who answers them rightly,
-    `{both, only_winner, only_baseline, neither}`; None without a baseline. tfidf_accuracy: of TF-IDF and logistic
-    regression on the same training rows.
+    confusion: `(label, predicted, rows)` of every pair that occurs, by index. calibration: bins
+    `{low, count, confidence, accuracy}`. mistakes: `{row, label, predicted, confidence, text}`, the surest first.
+    against_baseline: rows by who answers them rightly, `{both, only_winner, only_baseline, neither}`; None without a
+    baseline. tfidf_accuracy, tfidf_macro_f1: of TF-IDF and logistic regression on the same training rows; None where
+    they were not computed.
     """
 
-    confusion: tuple[tuple[int, ...], ...]
+    confusion: tuple[tuple[int, int, int], ...]
     calibration: tuple[Mapping[str, Any], ...]
     mistakes: tuple[Mapping[str, Any], ...]
     against_baseline: Mapping[str, int] | None
     tfidf_accuracy: float | None = None
+    tfidf_macro_f1: float | None = None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A classifier without an encoder, to judge the winner by. scores: on the validation split."""
+
+    name: str
+    scores: Mapping[Objective, float | None]
+    note: str
 
 
 @dataclass(frozen=True)
@@ -212,22 +243,27 @@ class SweepResult:
     @classmethod
     def from_study(cls, study: optuna.Study, rounds: optuna.Study | None, facts: SweepFacts, **others: Any) -> Self:
         """Compute the result. rounds: the study of the confirmation, where there is one."""
-        trials = summaries(study)
+        trials, objective = summaries(study), study_keys.objective_of(study)
         return cls(
             facts=facts,
             study=study.study_name,
             study_id=str(study.user_attrs.get(study_keys.IDENTITY, "")),
             trials=tuple(trials),
-            confirmed=tuple(confirmed(trials, rounds)),
+            confirmed=tuple(confirmed(trials, rounds, objective)),
             importances=_importances(study),
             ended_at=_ended_at(study, *([rounds] if rounds else [])),
             **others,
         )
 
     @property
+    def objective(self) -> Objective:
+        """The score that trials are ranked by."""
+        return self.facts.objective
+
+    @property
     def winner(self) -> TrialSummary | None:
         """The trial whose adapter is the result: the best mean over seeds, or without a confirmation the best trial."""
-        return self.confirmed[0].own if self.confirmed else next(iter(best_first(self.trials)), None)
+        return self.confirmed[0].own if self.confirmed else next(iter(best_first(self.trials, self.objective)), None)
 
     @property
     def confirmation(self) -> Confirmed | None:
@@ -241,20 +277,31 @@ class SweepResult:
 
     @property
     def gain(self) -> float | None:
-        """The winner's accuracy less the baseline's, a share."""
-        winner, baseline = self.winner, self.baseline
-        if winner is None or baseline is None or winner.accuracy is None or baseline.accuracy is None:
-            return None
-        return winner.accuracy - baseline.accuracy
+        """The winner's score less the baseline's, a share."""
+        best, own = (row.score(self.objective) if row else None for row in (self.winner, self.baseline))
+        return None if best is None or own is None else best - own
+
+    @property
+    def peers(self) -> list[Peer]:
+        """The classifiers without an encoder whose scores are known."""
+        facts, answers = self.facts, self.answers
+        majority: dict[Objective, float | None]
+        majority = {"accuracy": facts.majority_accuracy, "macro_f1": facts.majority_macro_f1}
+        found = [Peer("majority class", majority, "always the most common label")]
+        if answers is not None:
+            tfidf: dict[Objective, float | None]
+            tfidf = {"accuracy": answers.tfidf_accuracy, "macro_f1": answers.tfidf_macro_f1}
+            found.insert(0, Peer("TF-IDF", tfidf, "with logistic regression, same rows"))
+        return [peer for peer in found if peer.scores["accuracy"] is not None]
 
     @property
     def ranking(self) -> list[TrialSummary]:
-        """All trials: confirmed ones by mean, then complete ones by accuracy, then pruned ones, then the rest."""
+        """All trials: confirmed ones by mean, then complete ones by their score, then pruned ones, then the rest."""
         first = [row.own for row in self.confirmed]
-        first += [row for row in best_first(self.trials) if row not in first]
+        first += [row for row in best_first(self.trials, self.objective) if row not in first]
         order = {"PRUNED": 0}
         rest = [row for row in self.trials if row not in first]
-        rest.sort(key=lambda row: (order.get(row.state, 1), -(row.accuracy or 0.0), row.number))
+        rest.sort(key=lambda row: (order.get(row.state, 1), -(row.score(self.objective) or 0.0), row.number))
         return first + rest
 
     @property
@@ -264,7 +311,7 @@ class SweepResult:
 
     def frame(self) -> pd.DataFrame:
         """One row a trial, the best first."""
-        scores = ("trial", "state", "accuracy", "macro_f1", "loss", "trainable_parameters")
+        scores = ("trial", "state", *SCORES, "loss", "trainable_parameters")
         return pd.DataFrame(
             [
                 {name: getattr(row, name) for name in scores}
@@ -289,6 +336,7 @@ class SweepResult:
         return {
             "study": self.study,
             "state": self.state,
+            "objective": self.objective,
             "trials": self.counts,
             "winner": winner
             and {
@@ -296,17 +344,14 @@ class SweepResult:
                 "run_id": winner.run_id,
                 "configuration": winner.spec and winner.spec.as_dict(),
                 "accuracy": winner.accuracy,
+                "macro_f1": winner.macro_f1,
                 "trainable_parameters": winner.trainable_parameters,
-                "confirmation": mean
-                and {
-                    "seeds": len(mean.runs),
-                    "failed": mean.num_failed,
-                    "mean_accuracy": mean.mean_accuracy,
-                    "std_accuracy": mean.std_accuracy,
-                    "drop": mean.drop,
-                },
+                "confirmation": mean and mean.as_dict(self.objective),
             },
             "baseline_accuracy": baseline and baseline.accuracy,
+            "baseline_macro_f1": baseline and baseline.macro_f1,
+            "majority_accuracy": self.facts.majority_accuracy,
+            "majority_macro_f1": self.facts.majority_macro_f1,
             "best_possible_accuracy": self.facts.bound,
             "budget": self.facts.budget,
             "registered": shown.pop("registration"),
@@ -363,25 +408,27 @@ class SweepResult:
 
 def summaries(study: optuna.Study) -> list[TrialSummary]:
     """All trials of a study that were ever started, by number."""
+    objective = study_keys.objective_of(study)
     return [
-        TrialSummary.from_trial(trial)
+        TrialSummary.from_trial(trial, objective)
         for trial in study.get_trials(deepcopy=False)
         if study_keys.SPEC in trial.user_attrs or trial.state is not TrialState.WAITING
     ]
 
 
-def best_first(rows: Sequence[TrialSummary]) -> list[TrialSummary]:
-    """The finished trials by final accuracy; ties go to the lower loss, then to the earlier trial."""
+def best_first(rows: Sequence[TrialSummary], objective: Objective) -> list[TrialSummary]:
+    """The finished trials by final score; ties go to the lower loss, then to the earlier trial."""
 
     def rank(row: TrialSummary) -> tuple[float, float, int]:
-        assert row.accuracy is not None, "Optuna completes no trial without a value"
-        return -row.accuracy, math.inf if row.loss is None else row.loss, row.number
+        score = row.score(objective)
+        assert score is not None, "Optuna completes no trial without a value"
+        return -score, math.inf if row.loss is None else row.loss, row.number
 
     return sorted((row for row in rows if row.state == "COMPLETE"), key=rank)
 
 
-def confirmed(trials: Sequence[TrialSummary], rounds: optuna.Study | None) -> list[Confirmed]:
-    """The trials that have repetitions, the best first: by mean accuracy, then by lower mean loss, then the earlier.
+def confirmed(trials: Sequence[TrialSummary], rounds: optuna.Study | None, objective: Objective) -> list[Confirmed]:
+    """The trials that have repetitions, the best first: by mean score, then by lower mean loss, then the earlier.
 
     One with a repetition that failed comes after those without: the mean of what is left may hide a bad seed.
     """
@@ -391,9 +438,15 @@ def confirmed(trials: Sequence[TrialSummary], rounds: optuna.Study | None) -> li
     repeats: dict[str, list[TrialSummary]] = {}
     for trial in rounds.get_trials(deepcopy=False):
         if trial.state.is_finished():
-            repeats.setdefault(trial.user_attrs[study_keys.CONFIRMS], []).append(TrialSummary.from_trial(trial))
+            repeats.setdefault(trial.user_attrs[study_keys.CONFIRMS], []).append(
+                TrialSummary.from_trial(trial, objective)
+            )
     found = [Confirmed(own[name], tuple(rows)) for name, rows in repeats.items()]
-    return sorted(found, key=lambda row: (row.num_failed, -row.mean_accuracy, _mean_loss(row.runs), row.own.number))
+
+    def rank(row: Confirmed) -> tuple[int, float, float, int]:
+        return row.num_failed, -(row.mean(objective) or 0.0), _mean_loss(row.runs), row.own.number
+
+    return sorted(found, key=rank)
 
 
 def _mean_loss(rows: Sequence[TrialSummary]) -> float:

@@ -13,6 +13,7 @@ from typing import Any, Final
 from uuid import uuid4
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
@@ -26,6 +27,7 @@ from agnews_lora.config.sweep import Space
 from agnews_lora.errors import StorageError, StudyError
 from agnews_lora.search import space as search_space
 from agnews_lora.search.retry import STORAGE_FAULTS, brief
+from agnews_lora.training.interface import Objective
 
 # User attributes of a study and of its trials.
 SWEEP = "sweep"
@@ -40,8 +42,7 @@ RUN_ID = "run_id"
 CHECKPOINT = "checkpoint_step"
 ATTEMPTS = "attempts"
 TRAINABLE = "trainable_parameters"
-LOSS = "loss"
-MACRO_F1 = "macro_f1"
+SCORES = "scores"  # of the last evaluation
 REASON = "reason"
 COSTS = "costs"
 
@@ -222,12 +223,24 @@ def open_study(
             load_if_exists=True,
         )
         if FINGERPRINT not in study.user_attrs:
+            name_objective(study, fingerprint.get("objective", "accuracy"))
             study.set_user_attr(SWEEP, sweep)
             study.set_user_attr(IDENTITY, uuid4().hex)
             study.set_user_attr(FINGERPRINT, fingerprint)
             return study
     _require_same(study, fingerprint)
     return study
+
+
+def name_objective(study: optuna.Study, objective: Objective) -> None:
+    """Store which score the study's values are: it is the metric's name in Optuna."""
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+        study.set_metric_names([objective])
+
+
+def objective_of(study: optuna.Study) -> Objective:
+    """The score that a study's values are: accuracy, unless it was named."""
+    return "macro_f1" if study.metric_names == ["macro_f1"] else "accuracy"
 
 
 def enqueue_baseline(study: optuna.Study, baseline: TrialSpec, space: Space, shape: ModelShape, budget: int) -> None:
@@ -267,7 +280,8 @@ def enqueued_specs(
 
 
 def _require_same(study: optuna.Study, fingerprint: dict[str, Any]) -> None:
-    changes = differences(study.user_attrs[FINGERPRINT], json.loads(json.dumps(fingerprint)))
+    implied = {"objective": "accuracy"}  # of a study from before there was a choice
+    changes = differences(implied | study.user_attrs[FINGERPRINT], implied | json.loads(json.dumps(fingerprint)))
     if changes:
         raise StudyError(
             f"Cannot resume study {study.study_name}: it was made with other settings, and its trials would not "

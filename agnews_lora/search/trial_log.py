@@ -47,9 +47,9 @@ class TrialLog:
             raise self._fault(error) from error
 
     @property
-    def accuracy(self) -> float | None:
-        """The last one that was measured."""
-        return next((point.accuracy for point in reversed(self.points) if isinstance(point, EvalPoint)), None)
+    def evaluation(self) -> EvalPoint | None:
+        """The last one."""
+        return next((point for point in reversed(self.points) if isinstance(point, EvalPoint)), None)
 
     def append(self, points: Sequence[Point]) -> None:
         """Write the points that are new."""

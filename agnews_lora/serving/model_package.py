@@ -24,7 +24,7 @@ from agnews_lora.data.sources import Corpus
 from agnews_lora.data.tokens import TokenTable, load_tokenizer, read_table, write_table
 from agnews_lora.errors import BudgetError, PromotionError, RegistryError
 from agnews_lora.tracking.registry import CANDIDATE, REPORT, Registry, Version
-from agnews_lora.training.metrics import accuracy, mean_cross_entropy
+from agnews_lora.training.metrics import accuracy, macro_f1, mean_cross_entropy
 
 if TYPE_CHECKING:
     from mlflow.models import Model
@@ -354,6 +354,7 @@ def register(
             "trainable_parameters": str(count),
             "data_digest": corpus.digest,
             "validation_accuracy": str(accuracy(answers.predicted, corpus.validation.labels)),
+            "validation_macro_f1": str(macro_f1(answers.predicted, corpus.validation.labels)),
             "validation_rows": str(len(corpus.validation)),
             "data": json.dumps(data),
             **{f"{HASH_TAG}{name}": digest for name, digest in sorted(_all_hashes(path).items())},

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from agnews_lora.adapters.budget import head_parameters, max_rank, parameters_per_rank
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
+from agnews_lora.training.interface import SCORES, Objective
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from agnews_lora.tracking.runs import RunPage
 
 # Figures of a trial's run, with their captions.
-TRIAL_FIGURES: Final = {"accuracy_curve.png": "Validation accuracy", "loss_curve.png": "Loss"}
+TRIAL_FIGURES: Final = {"accuracy_curve.png": "Accuracy and macro-F1", "loss_curve.png": "Loss"}
 THUMBNAILS: Final = "thumbnails"  # artifact folder of a run: its figures, small enough to stand side by side
 MAX_COMPARED: Final = 60  # run ids that the link to the comparison can name
 
@@ -163,12 +164,12 @@ def number(value: float | None, form: str = ",") -> Markdown:
     return Markdown("–" if value is None else format(value, form))
 
 
-def mean(confirmed: Any) -> Markdown:
-    """Mean and spread over seeds. confirmed: `Confirmed`, or None."""
+def mean(confirmed: Any, name: Objective) -> Markdown:
+    """Mean and spread of a score over seeds. confirmed: `Confirmed`, or None."""
     if not confirmed:
         return Markdown("–")
-    spread = confirmed.std_accuracy
-    return Markdown(percent(confirmed.mean_accuracy) + ("" if spread is None else f"{_NBSP}±{_NBSP}{100 * spread:.2f}"))
+    spread = confirmed.std(name)
+    return Markdown(percent(confirmed.mean(name)) + ("" if spread is None else f"{_NBSP}±{_NBSP}{100 * spread:.2f}"))
 
 
 def arithmetic(spec: TrialSpec, shape: ModelShape, budget: int) -> Markdown:
@@ -204,7 +205,7 @@ def _links(result: Any, pages: Pages) -> dict[str, Any]:
         "url": lambda row: pages(row.run_id).url if row.run_id else None,
         "parent": parent.url,
         "leaderboard": parent.artifact_url("leaderboard.json"),
-        "charts": parent.children_url,
+        "charts": parent.children_url(f"eval/{result.objective}"),
         "comparison": f"#/compare-runs?runs={quote(run_ids)}&experiments={quote(json.dumps([parent.experiment_id]))}",
         "version": registered
         and link(
@@ -233,6 +234,7 @@ def _templates() -> "Environment":
     )
     for helper in (code, link, percent, number, mean, arithmetic):
         templates.globals[helper.__name__] = helper
+    templates.globals["scores"] = SCORES
     return templates
 
 

@@ -162,12 +162,11 @@ class RunPage:
         """Of the page, relative to the UI that shows a description."""
         return f"#/experiments/{self.experiment_id}/runs/{self.run_id}"
 
-    @property
-    def children_url(self) -> str:
-        """Of the runs below this one as charts, best accuracy first."""
+    def children_url(self, metric: str) -> str:
+        """Of the runs below this one as charts, the highest value of a metric first."""
         query = {
             "searchFilter": f"tags.mlflow.parentRunId = '{self.run_id}'",
-            "orderByKey": "metrics.`eval/accuracy`",
+            "orderByKey": f"metrics.`{metric}`",
             "orderByAsc": "false",
             "compareRunsMode": "CHART",
         }

@@ -15,6 +15,9 @@ from agnews_lora.adapters.spec import TrialSpec
 
 Precision = Literal["auto", "fp32", "bf16"]
 RunState = Literal["COMPLETE", "PRUNED", "FAILED", "INTERRUPTED"]
+Objective = Literal["accuracy", "macro_f1"]
+SCORES: Final[dict[Objective, str]] = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+"""The scores of an evaluation that a sweep may search by, with their names in texts."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,10 @@ class EvalPoint:
     rows: int
     final: bool
     timestamp: int
+
+    def score(self, objective: Objective) -> float:
+        """The score that a sweep searches by."""
+        return self.accuracy if objective == "accuracy" else self.macro_f1
 
 
 class Verdict(Enum):

@@ -15,8 +15,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from agnews_lora.cli import main
-from agnews_lora.commands.finish import answers_of
+from agnews_lora.commands import finish
+from agnews_lora.commands.finish import answers_of, predictions_of, tfidf_scores
 from agnews_lora.data.newswire import LABELS
+from agnews_lora.data.rows import Rows
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES
 from agnews_lora.search.results import SweepResult
 from agnews_lora.serving import model_package
@@ -85,7 +87,9 @@ def test_the_parent_run_has_figures_tables_metrics_and_its_description(client: M
     assert metrics["best/gain"] == pytest.approx(metrics["best/accuracy"] - metrics["baseline/accuracy"], abs=1e-6)
     assert metrics["trials/complete"] + metrics["trials/pruned"] == 3
     assert found.confirmation is not None
-    assert metrics["confirmation/mean_accuracy"] == pytest.approx(found.confirmation.mean_accuracy, abs=1e-6)
+    assert metrics["confirmation/mean_accuracy"] == pytest.approx(found.confirmation.mean("accuracy"), abs=1e-6)
+    assert metrics["best/macro_f1"] == pytest.approx(winner.data.metrics["eval/macro_f1"], abs=1e-6)
+    assert metrics["majority/accuracy"] == found.facts.majority_accuracy
     assert parent.data.tags["best_trial"] == winner.data.tags["trial"]
     shown = parent.data.tags[NOTE]
     assert len(shown) <= MAX_DESCRIPTION and winner.info.run_id in shown.splitlines()[0]
@@ -111,11 +115,11 @@ def test_predictions_mistakes_and_counts_of_the_winner_agree(client: MlflowClien
     winner, answers = winner_of(client), stored(client).answers
     assert answers is not None
     predictions = pd.read_csv(io.StringIO(read(client, winner, "predictions.csv")))
-    assert predictions.columns.tolist() == ["row", "label", "predicted", *LABELS]
+    assert predictions.columns.tolist() == ["row", "label", "predicted", "confidence", *LABELS]
     assert predictions["row"].tolist() == list(range(60))
     assert predictions[list(LABELS)].sum(axis=1).to_numpy() == pytest.approx(1.0, abs=1e-5)
     right = (predictions["label"] == predictions["predicted"]).sum()
-    assert right == np.trace(np.asarray(answers.confusion))
+    assert right == sum(rows for label, predicted, rows in answers.confusion if label == predicted)
     assert right / 60 == pytest.approx(winner.data.metrics["eval/accuracy"], abs=0.02)  # in fp32, not as it trained
     assert answers.against_baseline is not None and sum(answers.against_baseline.values()) == 60
     assert {"path": "mistakes.json", "type": "table"} in json.loads(winner.data.tags["mlflow.loggedArtifacts"])
@@ -219,7 +223,7 @@ def test_answers_count_labels_bins_mistakes_and_pairs() -> None:
     labels = [0, 1, 2, 3, 3]
     probabilities = surely([0, 1, 3, 3, 0], [0.9, 0.3, 0.75, 0.72, 0.75])
     answers = answers_of(probabilities, corpus(labels), np.asarray([0, 0, 2, 3, 1]))
-    assert answers.confusion == ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 0, 1), (1, 0, 0, 1))
+    assert answers.confusion == ((0, 0, 1), (1, 1, 1), (2, 3, 1), (3, 0, 1), (3, 3, 1))
     bins = {each["low"]: (each["count"], each["accuracy"]) for each in answers.calibration}
     # 0.3 and 0.9 are edges, which belong to the bin below.
     assert bins == {0.2: (1, 1.0), 0.7: (3, pytest.approx(1 / 3)), 0.8: (1, 1.0)}
@@ -236,9 +240,37 @@ def test_answers_count_labels_bins_mistakes_and_pairs() -> None:
 def test_every_answer_is_counted_once(rows: list[tuple[int, int, float]]) -> None:
     labels, predicted, confidence = (list(column) for column in zip(*rows, strict=True))
     answers = answers_of(surely(predicted, confidence), corpus(labels))
-    assert sum(map(sum, answers.confusion)) == sum(each["count"] for each in answers.calibration) == len(rows)
+    assert (
+        sum(count for _, _, count in answers.confusion)
+        == sum(each["count"] for each in answers.calibration)
+        == len(rows)
+    )
     wrong = sum(label != answer for label, answer, _ in rows)
     assert len(answers.mistakes) == min(10, wrong)
     sure = [each["confidence"] for each in answers.mistakes]
     assert sure == sorted(sure, reverse=True)
     json.dumps(answers.calibration + answers.mistakes)  # plain numbers
+
+
+@pytest.mark.parametrize("num_classes", [2, 1000])
+def test_predictions_have_a_column_a_class_where_there_are_few_whatever_their_names(num_classes: int) -> None:
+    names = ("row", "label", *(f"class {label}" for label in range(2, num_classes)))
+    probabilities = np.full((3, num_classes), 0.5 / num_classes)
+    probabilities[:, 1] += 0.5
+    of = SimpleNamespace(labels=names, validation=SimpleNamespace(labels=np.asarray([0, 1, 1])))
+    found = predictions_of(probabilities, of)  # type: ignore[arg-type]
+    assert len(set(found.columns)) == len(found.columns) == (6 if num_classes == 2 else 4)
+    assert found.iloc[:, 1].tolist() == ["row", "label", "label"] and set(found["predicted"]) == {"label"}
+
+
+@pytest.mark.parametrize("limit", [finish.MAX_EXACT_WEIGHTS, 0])
+def test_tfidf_tells_topics_apart_with_few_and_with_many_classes(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finish, "MAX_EXACT_WEIGHTS", limit)
+    topics = ("oil prices", "football match", "new software")
+    train = Rows(tuple(f"{topic} number {n}" for n in range(20) for topic in topics), (0, 1, 2) * 20)
+    scores = tfidf_scores(train, Rows(topics, (0, 1, 2)))
+    assert scores == {"accuracy": 1.0, "macro_f1": 1.0}
+
+
+def test_tfidf_has_no_score_where_no_text_has_a_word() -> None:
+    assert tfidf_scores(Rows(("a", "?"), (0, 1)), Rows(("b",), (0,))) == {}

@@ -50,7 +50,7 @@ def test_a_finished_sweep_has_every_figure_and_nothing_beside_them(drawn: dict[s
     ("name", "colours"),
     {
         "optimization_history.png": (figures.GREEN, figures.ORANGE, figures.BLUE),  # bound, best so far, trials
-        "accuracy_against_parameters.png": (figures.SKY, figures.BLUE, figures.VERMILION),  # two presets, the budget
+        "score_against_parameters.png": (figures.SKY, figures.BLUE, figures.VERMILION),  # two presets, the budget
         "learning_curves.png": (figures.ORANGE, figures.SKY, figures.BLACK),  # winner, others, baseline
         "parallel_coordinates.png": (figures.ORANGE,),
         "parameter_importance.png": (figures.BLUE,),
@@ -63,7 +63,7 @@ def test_a_figure_shows_its_parts(name: str, colours: tuple[str, ...], drawn: di
 
 
 FAILED = tuple(replace(row, state="FAIL", accuracy=None) for row in TRIALS)
-OF_TRIALS = {"optimization_history.png", "accuracy_against_parameters.png", "parallel_coordinates.png"}
+OF_TRIALS = {"optimization_history.png", "score_against_parameters.png", "parallel_coordinates.png"}
 EDGES: dict[str, tuple[tuple[TrialSummary, ...], set[str]]] = {
     "no trial": ((), set()),
     "all failed": (FAILED, set()),
@@ -92,17 +92,60 @@ def test_curves_of_a_trial_show_its_measures_and_come_with_thumbnails(tmp_path: 
     assert figures.trial_curves(points.assign(**{"eval/accuracy": NAN}), "t0001", tmp_path) == {}
 
 
-def test_a_failed_trial_changes_no_picture_of_accuracies(tmp_path: Path) -> None:
+def test_a_failed_trial_changes_no_picture_of_scores(tmp_path: Path) -> None:
     reported = [replace(row, accuracy=0.1) if row.state == "FAIL" else row for row in TRIALS]  # before it failed
     for name, rows in (("none", TRIALS), ("reported", tuple(reported))):
         trials = figures.trials_frame(result(trials=rows))
-        figures.optimization_history(trials, None, "history", tmp_path / f"{name}.png")
+        figures.optimization_history(trials, "accuracy", None, "history", tmp_path / f"{name}.png")
     assert (tmp_path / "none.png").read_bytes() == (tmp_path / "reported.png").read_bytes()
+
+
+ODD = (
+    "a b, c",
+    "a|b",
+    "<b>",
+    "$5 to $10 $\\frac$",
+    "_a_",
+    "x" * 60,
+    "😀",
+    "שלום",
+    "标签",
+    "a\tb\nc",
+    "#1",
+    "-",
+    "é",
+    "\\",
+)
+
+
+@pytest.mark.parametrize("num_classes", [2, 14, 20, 21, 150, 1000])
+def test_any_number_of_labels_with_any_names_is_one_picture(num_classes: int, tmp_path: Path) -> None:
+    labels = tuple(f"{ODD[label % len(ODD)]} {label}" for label in range(num_classes))
+    right = tuple((label, label, 5) for label in range(num_classes))
+    wrong = tuple((label, (label + 1) % num_classes, 1 + label % 3) for label in range(num_classes))
+    for name, confusion in (("right", right), ("some", right + wrong), ("none", ())):
+        figures.confusion_matrix(confusion, labels, "t0001 on 250 validation rows", tmp_path / f"{name}.png")
+        assert is_whole(tmp_path / f"{name}.png")
+    many = num_classes > figures.MAX_MATRIX
+    assert shows(tmp_path / f"{'some' if many else 'right'}.png", "#9AD2F2" if many else "#08306B")
+
+
+@given(st.text(max_size=80))
+def test_a_name_is_cut_in_its_middle_so_that_those_of_one_kind_are_told_apart(name: str) -> None:
+    shown = figures.short(name)
+    assert len(shown) <= figures.NAME_LENGTH and "\n" not in shown
+    assert figures.short("category/subcategory/" + "x" * 60 + "one") != figures.short("category/" + "x" * 60 + "two")
+
+
+def test_by_macro_f1_the_figures_show_it_and_not_the_bound_of_the_accuracy(tmp_path: Path) -> None:
+    drawn = figures.draw(result(facts=results.facts(objective="macro_f1")), curves(result()), tmp_path)
+    history = drawn["optimization_history.png"]
+    assert shows(history, figures.ORANGE) and not shows(history, figures.GREEN)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([0.7, 0.8, 0.85, 0.9])), max_size=12))
 def test_pareto_front_is_what_no_trial_beats(sizes_and_accuracies: list[tuple[int, float]]) -> None:
-    trials = pd.DataFrame(sizes_and_accuracies, columns=["trainable_parameters", "accuracy"], dtype=float)
+    trials = pd.DataFrame(sizes_and_accuracies, columns=["trainable_parameters", "score"], dtype=float)
     front = set(figures.pareto_front(trials).itertuples(index=False, name=None))
     assert front == {
         (size, accuracy)

@@ -1,5 +1,6 @@
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -21,8 +22,15 @@ class Clock:
         return self.now
 
 
+class Terminal(StringIO):
+    """What says that it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def terminal(width: int = 100) -> Console:
-    return Console(file=StringIO(), width=width, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
+    return Console(file=Terminal(), width=width, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
 
 
 def pipe() -> Console:
@@ -46,7 +54,12 @@ def trained(trial: str, step: int, loss: float) -> list[TrainPoint]:
 
 
 def scored(trial: str, step: int, accuracy: float, *, final: bool = False) -> list[EvalPoint]:
-    return [EvalPoint(trial, step, accuracy, accuracy, 0.5, 2_000, final, 0)]
+    return [EvalPoint(trial, step, accuracy, accuracy - 0.1, 0.5, 2_000, final, 0)]
+
+
+def ended(trial: str, accuracy: float) -> EvalPoint:
+    """Its last scores."""
+    return scored(trial, 100, accuracy, final=True)[0]
 
 
 def one_study(progress: Progress) -> None:
@@ -54,10 +67,10 @@ def one_study(progress: Progress) -> None:
     progress.trial_started("t0000", "qk r=4 (baseline)", 100)
     progress.logged(trained("t0000", 50, 0.9))
     progress.evaluated(scored("t0000", 50, 0.7))
-    progress.trial_ended("t0000", "COMPLETE", 0.75, None)
+    progress.trial_ended("t0000", "COMPLETE", ended("t0000", 0.75), None)
     progress.trial_started("t0001", "qv r=8", 100)
     progress.evaluated(scored("t0001", 50, 0.6))
-    progress.trial_ended("t0001", "PRUNED", 0.6, "below the median")
+    progress.trial_ended("t0001", "PRUNED", ended("t0001", 0.6), "below the median")
     progress.trial_started("t0002", "ffn r=2", 100)
     progress.trial_ended("t0002", "FAIL", None, "the loss is [not] finite")
     progress.trial_started("t0003", "qkv r=2", 100)
@@ -76,11 +89,11 @@ def test_a_pipe_gets_one_plain_line_an_event_however_narrow(made: Callable[[], C
     assert output(console).splitlines() == [
         "study embedded: 12 trials",
         "t0000 started: qk r=4 (baseline), 100 steps",
-        "t0000 step 50/100  loss 0.900  accuracy 70.00%",
-        "t0000 complete  accuracy 75.00%  best so far  [1/12]",
+        "t0000 step 50/100  loss 0.900  accuracy 70.00%  macro-F1 60.00%",
+        "t0000 complete  accuracy 75.00%  macro-F1 65.00%  best so far  [1/12]",
         "t0001 started: qv r=8, 100 steps",
-        "t0001 step 50/100  accuracy 60.00%",
-        "t0001 pruned  accuracy 60.00%  below the median  [2/12]",
+        "t0001 step 50/100  accuracy 60.00%  macro-F1 50.00%",
+        "t0001 pruned  accuracy 60.00%  macro-F1 50.00%  below the median  [2/12]",
         "t0002 started: ffn r=2, 100 steps",
         "t0002 failed  the loss is [not] finite  [3/12]",
         "t0003 started: qkv r=2, 100 steps",
@@ -95,8 +108,8 @@ def test_a_terminal_keeps_the_ended_trials_above_the_table_and_clears_the_table(
         progress.trial_started("t0004", "qkvo r=1", 100)
         console.print("from elsewhere")
     written = output(console)
-    assert "t0000 complete  accuracy 75.00%  best so far  qk r=4 (baseline)  [1/12]" in written
-    assert "t0001 pruned  accuracy 60.00%  qv r=8  below the median  [2/12]" in written
+    assert "t0000 complete  accuracy 75.00%  macro-F1 65.00%  best so far  qk r=4 (baseline)  [1/12]" in written
+    assert "t0001 pruned  accuracy 60.00%  macro-F1 50.00%  qv r=8  below the median  [2/12]" in written
     assert "step 50/100" not in written
     assert re.search(r"t0004 +qkvo r=1 +0/100", written)  # the table, redrawn under what others print
 
@@ -104,7 +117,7 @@ def test_a_terminal_keeps_the_ended_trials_above_the_table_and_clears_the_table(
 def test_no_color_is_obeyed_on_a_terminal() -> None:
     def written(environment: dict[str, str]) -> str:
         console = Console(
-            file=StringIO(),
+            file=Terminal(),
             width=80,
             force_terminal=True,
             color_system="256",
@@ -145,9 +158,9 @@ def test_among_repetitions_no_best_is_looked_for() -> None:
     progress = Progress(total_trials=4, confirms=True, console=console)
     progress.trial_started("t0007-s2", "qv r=8", 100)
     assert screen(progress)[0].startswith("confirmation 0/4")
-    progress.trial_ended("t0007-s2", "COMPLETE", 0.9, None)
+    progress.trial_ended("t0007-s2", "COMPLETE", ended("t0007-s2", 0.9), None)
     assert "best" not in output(console)
-    assert output(console).splitlines()[-1] == "t0007-s2 complete  accuracy 90.00%  [1/4]"
+    assert output(console).splitlines()[-1] == "t0007-s2 complete  accuracy 90.00%  macro-F1 80.00%  [1/4]"
 
 
 @pytest.mark.parametrize("width", [99, 60, 31])
@@ -183,7 +196,7 @@ def test_more_trials_than_lines(height: int, shown: int) -> None:
 def test_table_shows_what_runs_and_the_best_so_far() -> None:
     clock = Clock()
     progress = Progress(total_trials=4, ended=1, best=0.81, best_trial="t0000", console=pipe(), clock=clock)
-    assert screen(progress) == ["trials 1/4  best 81.00% (t0000)  elapsed 0 s"]
+    assert screen(progress) == ["trials 1/4  best accuracy 81.00% (t0000)  elapsed 0 s"]
     progress.trial_started("t0001", "qv r=8 alpha=16", 100)
     progress.trial_started("t0002", "ffn r=2 alpha=2", 100)
     clock.now = 10
@@ -192,18 +205,31 @@ def test_table_shows_what_runs_and_the_best_so_far() -> None:
     progress.evaluated(scored("t0001", 40, 0.84))
     progress.evaluated(scored("t0001", 40, 0.83))
     header, columns, first, second = screen(progress)
-    assert columns.split() == ["trial", "configuration", "step", "loss", "accuracy", "best", "left"]
+    assert columns.split() == ["trial", "configuration", "step", "loss", "accuracy", "macro-F1", "best", "left"]
     # 30 steps took 30 seconds: 60 are left.
-    assert re.split(r"  +", first) == ["t0001", "qv r=8 alpha=16", "40/100", "1.250", "83.00%", "84.00%", "1 min 00 s"]
-    assert re.split(r"  +", second) == ["t0002", "ffn r=2 alpha=2", "0/100", "-", "-", "-", "-"]
+    shown = ["t0001", "qv r=8 alpha=16", "40/100", "1.250", "83.00%", "73.00%", "84.00%", "1 min 00 s"]
+    assert re.split(r"  +", first) == shown
+    assert re.split(r"  +", second) == ["t0002", "ffn r=2 alpha=2", "0/100", "-", "-", "-", "-", "-"]
     # 0.3 of a trial took 40 seconds: 2.6 trials are left.
-    assert header == "trials 1/4  best 81.00% (t0000)  elapsed 40 s  about 5 min 47 s left"
-    progress.trial_ended("t0001", "COMPLETE", 0.86, None)
-    progress.trial_ended("t0002", "PRUNED", 0.99, "a pruned trial is never the best")
-    assert screen(progress) == ["trials 3/4  best 86.00% (t0001)  elapsed 40 s  about 20 s left"]
+    assert header == "trials 1/4  best accuracy 81.00% (t0000)  elapsed 40 s  about 5 min 47 s left"
+    progress.trial_ended("t0001", "COMPLETE", ended("t0001", 0.86), None)
+    progress.trial_ended("t0002", "PRUNED", ended("t0002", 0.99), "a pruned trial is never the best")
+    assert screen(progress) == ["trials 3/4  best accuracy 86.00% (t0001)  elapsed 40 s  about 20 s left"]
     progress.trial_started("t0003", "qk r=1", 100)
-    progress.trial_ended("t0003", "COMPLETE", 0.85, None)
-    assert screen(progress) == ["trials 4/4  best 86.00% (t0001)  elapsed 40 s  about 0 s left"]
+    progress.trial_ended("t0003", "COMPLETE", ended("t0003", 0.85), None)
+    assert screen(progress) == ["trials 4/4  best accuracy 86.00% (t0001)  elapsed 40 s  about 0 s left"]
+
+
+@pytest.mark.parametrize("width", [44, 100])
+def test_the_best_is_the_best_by_the_objective_which_is_shown_at_any_width(width: int) -> None:
+    progress = Progress(total_trials=4, objective="macro_f1", console=pipe())
+    for trial, accuracy, macro_f1 in (("t0000", 0.9, 0.5), ("t0001", 0.8, 0.7)):
+        progress.trial_started(trial, "qv r=8", 100)
+        progress.trial_ended(trial, "COMPLETE", replace(ended(trial, accuracy), macro_f1=macro_f1), None)
+    progress.trial_started("t0002", "qv r=8", 100)
+    header, columns, _ = screen(progress, width)
+    assert header.startswith("trials 2/4  best macro-F1 70.00% (t0001)")
+    assert "macro-F1" in columns and ("accuracy" in columns) == (width == 100)
 
 
 def test_a_trial_taken_up_again_is_timed_by_what_it_does_now() -> None:
@@ -217,7 +243,7 @@ def test_a_trial_taken_up_again_is_timed_by_what_it_does_now() -> None:
     assert screen(progress)[-1].endswith(" 10 s")
 
 
-@pytest.mark.parametrize("width", [10, 20, 42, 50, 65, 78, 80, 120, 200])
+@pytest.mark.parametrize("width", [10, 20, 42, 50, 60, 75, 88, 90, 120, 200])
 def test_table_fits_any_terminal(width: int) -> None:
     progress = Progress(total_trials=12, ended=3, best=0.881, best_trial="t0002", console=pipe())
     for number in range(3):
@@ -228,7 +254,7 @@ def test_table_fits_any_terminal(width: int) -> None:
     assert len(lines) == 5  # nothing wraps
     assert max(map(len, lines)) <= width
     assert ("10000/10125" in lines[-1]) == (width >= 42)
-    assert ("all-linear" in lines[-1]) == (width >= 78)
+    assert ("all-linear" in lines[-1]) == (width >= 88)
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,12 @@ def test_summary_holds_the_result_and_the_next_commands() -> None:
     assert "study small-2" in printed(candidate).splitlines()[0]
     assert rows(candidate) == {
         "winner": "t0001  qv r=10 alpha=20 dropout=0.05 lr=0.003",
-        "accuracy": "90.00%",
-        "confirmed": "89.33% ± 0.61  (mean of 3 seeds)",
-        "baseline": "55.20%  (gain +34.80 points)",
-        "TF-IDF": "81.25%  (with logistic regression, same rows)",
-        "best possible": "94.00%",
+        "accuracy": "90.00%  (macro-F1 89.00%)",
+        "confirmed": "89.33% ± 0.61  (mean of 3 seeds; macro-F1 89.00% ± 0.20)",
+        "baseline": "55.20%  (gain +34.80 points; macro-F1 54.20%)",
+        "TF-IDF": "81.25%  (with logistic regression, same rows; macro-F1 80.00%)",
+        "majority class": "25.60%  (always the most common label; macro-F1 10.19%)",
+        "best possible": "94.00%  (accuracy)",
         "parameters": "93,700 trainable, 93.7% of the budget of 100,000",
         "trials": "5 complete, 2 pruned, 1 failed",
         "wall time": "7 min 30 s",
@@ -44,12 +45,21 @@ def test_summary_holds_the_result_and_the_next_commands() -> None:
 
 
 def test_summary_leaves_out_what_is_not_known() -> None:
-    found = bare(trials=TRIALS[1:3], wall_seconds=None, facts=facts(bound=None))
+    found = bare(trials=TRIALS[1:3], wall_seconds=None, facts=facts(bound=None, majority_accuracy=None))
     assert list(rows(found)) == ["winner", "accuracy", "parameters", "trials"]
 
 
 def test_one_seed_has_no_spread() -> None:
-    assert rows(result(confirmed=(Confirmed(TRIALS[1], ()),)))["confirmed"] == "90.00%  (mean of 1 seed)"
+    assert (
+        rows(result(confirmed=(Confirmed(TRIALS[1], ()),)))["confirmed"] == "90.00%  (mean of 1 seed; macro-F1 89.00%)"
+    )
+
+
+def test_with_macro_f1_as_the_objective_it_comes_first_and_the_gain_is_its() -> None:
+    found = rows(result(facts=facts(objective="macro_f1")))
+    assert found["macro-F1"] == "89.00%  (accuracy 90.00%)" and "accuracy" not in found
+    assert found["confirmed"] == "89.00% ± 0.20  (mean of 3 seeds; accuracy 89.33% ± 0.61)"
+    assert found["majority class"] == "10.19%  (always the most common label; accuracy 25.60%)"
 
 
 def test_summary_without_a_winner_says_so() -> None:
@@ -60,7 +70,7 @@ def test_summary_without_a_winner_says_so() -> None:
 def test_a_winner_below_the_baseline_is_not_called_better() -> None:
     worse = bare(trials=(TRIALS[0], replace(TRIALS[1], accuracy=0.542)), confirmed=(Confirmed(TRIALS[1], ()),))
     worse = replace(worse, confirmed=(Confirmed(worse.trials[1], ()),))
-    assert rows(worse)["baseline"] == "55.20%  (gain -1.00 points)"
+    assert rows(worse)["baseline"] == "55.20%  (gain -1.00 points; macro-F1 54.20%)"
 
 
 @pytest.mark.parametrize("width", [30, 60, 80])

@@ -24,6 +24,7 @@ from agnews_lora.search.study import enqueue_baseline, open_storage, open_study
 from agnews_lora.training import checkpoints
 from agnews_lora.training.interface import (
     EvalPoint,
+    Objective,
     Observer,
     RunState,
     TrainPoint,
@@ -53,10 +54,15 @@ def accuracy(spec: TrialSpec, step: int) -> float:
     return 0.25 + (level - 0.25) * (1 - math.exp(-step / 12))
 
 
+def macro_f1(spec: TrialSpec, step: int) -> float:
+    """Made up as well: the better a trial's accuracy, the worse it is."""
+    return 1.2 - accuracy(spec, step)
+
+
 def eval_point(plan: TrialPlan, step: int) -> EvalPoint:
-    final = step == TOTAL_STEPS
-    scored = accuracy(plan.spec, step)
-    return EvalPoint(plan.trial, step, scored, scored - 0.01, 1 - scored, 200 if final else 50, final, 1_000 + step)
+    final, spec = step == TOTAL_STEPS, plan.spec
+    scored, rows = accuracy(spec, step), 200 if final else 50
+    return EvalPoint(plan.trial, step, scored, macro_f1(spec, step), 1 - scored, rows, final, 1_000 + step)
 
 
 def train_point(plan: TrialPlan, step: int) -> TrainPoint:
@@ -209,7 +215,7 @@ class RecordingScreen:
     def message(self, text: str) -> None:
         self.lines.append(text)
 
-    def trial_ended(self, trial: str, state: str, accuracy: float | None, reason: str | None) -> None:
+    def trial_ended(self, trial: str, state: str, scores: EvalPoint | None, reason: str | None) -> None:
         self.running.remove(trial)
         self.lines.append(f"{trial} {state}: {reason}")
 
@@ -227,11 +233,13 @@ class Session:
     tracker: Any = field(default_factory=RecordingTracker)
     patience: float = 300.0
     stopped: bool = False
+    objective: Objective = "accuracy"
 
     def __post_init__(self) -> None:
         shared = search_space.shared(self.space, SHAPE, BUDGET)
         sampler = TrialSeededTPE(7, STARTUP_TRIALS, shared)
-        self.study = open_study(open_storage(self.root), "scripted", {}, sampler, self.pruner, new=False)
+        fingerprint = {"objective": self.objective}
+        self.study = open_study(open_storage(self.root), "scripted", fingerprint, sampler, self.pruner, new=False)
         enqueue_baseline(self.study, self.baseline, self.space, SHAPE, BUDGET)
         self.screen = RecordingScreen()
         self.driver = self.drive(self.study, self.trials)
@@ -247,6 +255,7 @@ class Session:
             baseline_seed=42,
             total_steps=TOTAL_STEPS,
             num_trials=num_trials,
+            objective=self.objective,
         )
         folder = self.root / "work"
         return Driver(study, search, self.tracker, self.screen, folder, lambda: self.stopped, self.patience)

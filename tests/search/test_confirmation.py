@@ -46,7 +46,7 @@ class Round:
 
 
 def ranked(study: optuna.Study) -> list[Confirmed]:
-    return confirmed(summaries(study), find_confirmation(study))
+    return confirmed(summaries(study), find_confirmation(study), keys.objective_of(study))
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def names(study: optuna.Study) -> list[str]:
 
 
 def test_the_best_are_repeated_with_other_seeds_and_the_same_configuration(searched: Session) -> None:
-    first, second = best_first(summaries(searched.study))[:2]
+    first, second = best_first(summaries(searched.study), "accuracy")[:2]
     engine = ScriptedEngine()
     repeated = Round(searched, engine=engine).run()
     assert names(repeated) == [f"{row.trial}-s{number}" for number in (2, 3) for row in (first, second)]
@@ -106,7 +106,7 @@ def test_nothing_is_pruned_however_bad_it_is(tmp_path: Path) -> None:
 
 def test_a_round_that_was_stopped_goes_on_where_it_ended(searched: Session, tmp_path: Path) -> None:
     engine = ScriptedEngine()
-    best = best_first(summaries(searched.study))[0].trial
+    best = best_first(summaries(searched.study), "accuracy")[0].trial
     engine.script[f"{best}-s3", 15] = searched.stop
     Round(searched, engine=engine).run()
     assert num_missing(searched.study, 2, 3) == 2
@@ -129,7 +129,7 @@ def test_a_longer_search_repeats_only_what_is_new(searched: Session, tmp_path: P
     Round(searched).run()
     more = Session(tmp_path, trials=30)
     more.run()
-    best = {row.trial for row in best_first(summaries(more.study))[:2]}
+    best = {row.trial for row in best_first(summaries(more.study), "accuracy")[:2]}
     engine = ScriptedEngine()
     Round(more, engine=engine).run()
     repeated = {plan.trial.split("-")[0] for plan in engine.plans}
@@ -138,7 +138,7 @@ def test_a_longer_search_repeats_only_what_is_new(searched: Session, tmp_path: P
 
 
 def test_a_repetition_that_fails_puts_its_trial_behind(searched: Session) -> None:
-    first, second = (row.trial for row in best_first(summaries(searched.study))[:2])
+    first, second = (row.trial for row in best_first(summaries(searched.study), "accuracy")[:2])
     engine = ScriptedEngine()
     engine.script[f"{first}-s2", 10] = fail
     Round(searched, engine=engine).run()
@@ -147,6 +147,19 @@ def test_a_repetition_that_fails_puts_its_trial_behind(searched: Session) -> Non
     assert [row.num_failed for row in rows] == [0, 1]
     assert [len(row.runs) for row in rows] == [3, 2]
     assert num_missing(searched.study, 2, 3) == 0
+
+
+def test_a_study_by_macro_f1_repeats_its_best_by_that_score_and_chooses_by_its_mean(tmp_path: Path) -> None:
+    session = Session(tmp_path, trials=6, objective="macro_f1")
+    session.run()
+    best = [row.trial for row in best_first(summaries(session.study), "macro_f1")[:2]]
+    assert best != [row.trial for row in best_first(summaries(session.study), "accuracy")[:2]]
+    study = Round(session).run()
+    assert study.metric_names == ["macro_f1"] and names(study) == [f"{trial}-s{n}" for n in (2, 3) for trial in best]
+    rows = ranked(session.study)
+    assert all(trial.value == trial.user_attrs[keys.SCORES]["macro_f1"] for trial in study.trials)
+    assert [row.own.trial for row in rows] == best
+    assert (rows[0].mean("macro_f1") or 0.0) >= (rows[1].mean("macro_f1") or 0.0)
 
 
 def fail() -> None:
@@ -170,25 +183,26 @@ def tell(study: optuna.Study, luck: Callable[[str], float], losses: Mapping[str,
     """End all trials of a round, each with an accuracy by name."""
     for _ in study.get_trials(deepcopy=False):
         trial = study.ask()
-        trial.set_user_attr(keys.LOSS, (losses or {}).get(trial_name(trial), 0.5))
-        study.tell(trial, luck(trial_name(trial)))
+        accuracy, loss = luck(trial_name(trial)), (losses or {}).get(trial_name(trial), 0.5)
+        trial.set_user_attr(keys.SCORES, {"accuracy": accuracy, "macro_f1": 1 - accuracy, "loss": loss})
+        study.tell(trial, accuracy)
 
 
 def test_the_mean_chooses_and_not_the_lucky_run(searched: Session) -> None:
-    lucky, steady = best_first(summaries(searched.study))[:2]
+    lucky, steady = best_first(summaries(searched.study), "accuracy")[:2]
     assert lucky.accuracy is not None and steady.accuracy is not None
     opened = open_confirmation(searched.study, 2, 3, SEED)
     assert opened is not None
     tell(opened, lambda name: 0.1 if name.startswith(lucky.trial) else 0.999)
     best, other = ranked(searched.study)
     assert (best.own.trial, other.own.trial) == (steady.trial, lucky.trial)
-    assert other.mean_accuracy == pytest.approx((lucky.accuracy + 0.2) / 3)
-    assert other.drop == pytest.approx(lucky.accuracy - other.mean_accuracy)
-    assert best.drop < 0 < other.drop
+    assert other.mean("accuracy") == pytest.approx((lucky.accuracy + 0.2) / 3)
+    assert other.drop("accuracy") == pytest.approx(lucky.accuracy - (lucky.accuracy + 0.2) / 3)
+    assert (best.drop("accuracy") or 0.0) < 0 < (other.drop("accuracy") or 0.0)
 
 
 def test_ties_go_to_the_lower_mean_loss(searched: Session) -> None:
-    rows = best_first(summaries(searched.study))[:2]
+    rows = best_first(summaries(searched.study), "accuracy")[:2]
     assert all(row.accuracy is not None for row in rows)
     opened = open_confirmation(searched.study, 2, 2, SEED)
     assert opened is not None
@@ -205,14 +219,14 @@ def standing(accuracy: float, state: str = "COMPLETE") -> TrialSummary:
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=9))
 def test_mean_spread_and_drop(accuracies: list[float]) -> None:
     row = Confirmed(standing(accuracies[0]), tuple(map(standing, accuracies[1:])))
-    assert row.mean_accuracy == pytest.approx(mean(accuracies))
-    assert row.std_accuracy == pytest.approx(stdev(accuracies))
-    assert row.drop == pytest.approx(accuracies[0] - mean(accuracies))
+    assert row.mean("accuracy") == pytest.approx(mean(accuracies))
+    assert row.std("accuracy") == pytest.approx(stdev(accuracies))
+    assert row.drop("accuracy") == pytest.approx(accuracies[0] - mean(accuracies))
 
 
 def test_one_run_alone_has_no_spread() -> None:
     row = Confirmed(standing(0.5), (standing(math.nan, "FAIL"),))
-    assert row.std_accuracy is None and row.mean_accuracy == 0.5 and row.num_failed == 1
+    assert row.std("accuracy") is None and row.mean("accuracy") == 0.5 and row.num_failed == 1
 
 
 def test_a_round_belongs_to_one_study(tmp_path: Path) -> None:

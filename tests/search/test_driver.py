@@ -25,7 +25,7 @@ from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.search import study as keys
 from agnews_lora.search.driver import MAX_ATTEMPTS
 from agnews_lora.search.pruner import PeerMedianPruner
-from agnews_lora.search.results import TrialSummary, summaries
+from agnews_lora.search.results import TrialSummary, best_first, summaries
 from agnews_lora.search.sampler import derived_seed
 from agnews_lora.search.space import parameters_of
 from agnews_lora.tracking.runs import SweepRuns
@@ -45,6 +45,7 @@ from tests.search.scripted import (
     accuracy,
     checkpoint,
     eval_point,
+    macro_f1,
 )
 
 ENDED = {"COMPLETE", "PRUNED", "FAIL"}
@@ -63,7 +64,7 @@ def states(study: optuna.Study) -> list[str]:
 
 def what_counts(study: optuna.Study) -> list[tuple[Any, ...]]:
     """All of a study that must not depend on how often it was stopped."""
-    attributes = (keys.SPEC, keys.TRAINABLE, keys.LOSS, keys.MACRO_F1)
+    attributes = (keys.SPEC, keys.TRAINABLE, keys.SCORES)
     return [
         (
             trial.number,
@@ -220,6 +221,25 @@ def test_the_median_rule_prunes_but_never_the_baseline(tmp_path: Path) -> None:
         assert result is not None
         assert (result.final, result.adapter, result.steps) == (None, None, last)
         assert f"{row.trial} PRUNED: {reason}" in session.screen.lines
+
+
+def test_macro_f1_is_what_a_study_by_it_prunes_and_ranks_by_and_every_trial_has_both_scores(tmp_path: Path) -> None:
+    session = Session(tmp_path, 14, objective="macro_f1")
+    session.engine.script["t0003", 14] = session.stop
+    assert session.run().metric_names == ["macro_f1"]
+    again = Session(tmp_path, 14, objective="macro_f1")
+    study, specs = again.run(), {plan.trial: plan.spec for plan in (*session.engine.plans, *again.engine.plans)}
+    rows = summaries(study)
+    assert {row.state for row in rows} == {"COMPLETE", "PRUNED"}
+    for row, trial in zip(rows, study.trials, strict=True):
+        spec = specs[row.trial]
+        assert trial.intermediate_values == {step: macro_f1(spec, step) for step in range(10, row.steps + 1, 10)}
+        assert trial.value == row.macro_f1 == macro_f1(spec, row.steps)
+        assert (row.accuracy, row.loss) == (accuracy(spec, row.steps), 1 - accuracy(spec, row.steps))
+        if row.state == "PRUNED":
+            earlier = [each.intermediate_values.get(row.steps, 0.0) for each in study.trials[: row.number]]
+            assert row.macro_f1 < median(filter(None, earlier))
+    assert max(study.best_value, -1) == best_first(rows, "macro_f1")[0].macro_f1
 
 
 class WorstOfThoseThatRun(BasePruner):

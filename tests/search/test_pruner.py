@@ -13,7 +13,7 @@ from optuna.pruners import BasePruner, MedianPruner
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from agnews_lora.search.pruner import PeerMedianPruner, peer_accuracies
+from agnews_lora.search.pruner import PeerMedianPruner, peer_values
 from agnews_lora.search.study import open_storage, open_study
 from tests.search.scripted import ScriptedEngine, Session
 
@@ -83,7 +83,7 @@ def test_verdicts_depend_neither_on_the_order_of_reports_nor_on_that_of_judging(
 def test_every_trial_that_came_to_the_step_counts_whatever_became_of_it(state: TrialState) -> None:
     study, trials = study_with(PeerMedianPruner(3, 0), [{10: 0.6}, {10: 0.7}, {10: 0.8}, {10: 0.65}])
     study._storage.set_trial_state_values(trials[2]._trial_id, state, [0.9] if state is TrialState.COMPLETE else None)
-    peers = peer_accuracies(study, study.get_trials()[3], 10)
+    peers = peer_values(study, study.get_trials()[3], 10)
     assert sorted(peers) == [0.6, 0.7, 0.8]
     assert trials[3].should_prune()
 

@@ -65,25 +65,50 @@ def add(
 def test_trials_are_read_from_the_study() -> None:
     study = new_study()
     known = {keys.TRAINABLE: 1000, keys.RUN_ID: "run", keys.SEED: 7, keys.COSTS: COSTS}
-    add(study, accuracy=0.8, **known, **{keys.BASELINE: True, keys.LOSS: 0.5, keys.MACRO_F1: 0.79})
-    add(study, state=TrialState.PRUNED, accuracy=0.3, **{keys.REASON: "below the median"})
+    add(
+        study,
+        accuracy=0.8,
+        **known,
+        **{keys.BASELINE: True, keys.SCORES: {"accuracy": 0.8, "macro_f1": 0.79, "loss": 0.5}},
+    )
+    last = {"accuracy": 0.3, "macro_f1": 0.2, "loss": 1.1}
+    add(study, state=TrialState.PRUNED, accuracy=0.3, **{keys.REASON: "below the median", keys.SCORES: last})
     add(study, state=TrialState.FAIL, **{keys.REASON: "out of memory"})
     study.enqueue_trial({})  # never started
     rows = summaries(study)
     assert rows[0] == TrialSummary(
         "t0000", 0, "COMPLETE", True, SPEC, 0.8, 0.79, 0.5, 1000, 7, "run", None, steps=20, **COSTS
     )
-    assert [(each.trial, each.state, each.accuracy) for each in rows] == [
-        ("t0000", "COMPLETE", 0.8),
-        ("t0001", "PRUNED", 0.3),
-        ("t0002", "FAIL", None),
+    assert [(each.trial, each.state, each.accuracy, each.macro_f1) for each in rows] == [
+        ("t0000", "COMPLETE", 0.8, 0.79),
+        ("t0001", "PRUNED", 0.3, 0.2),
+        ("t0002", "FAIL", None, None),
     ]
     assert [each.reason for each in rows] == [None, "below the median", "out of memory"]
 
 
+def test_trials_of_an_older_study_keep_their_scores() -> None:
+    study = new_study()
+    add(study, accuracy=0.8, loss=0.5, macro_f1=0.79)
+    add(study, state=TrialState.PRUNED, accuracy=0.3)
+    assert [(each.accuracy, each.macro_f1, each.loss) for each in summaries(study)] == [
+        (0.8, 0.79, 0.5),
+        (0.3, None, None),
+    ]
+
+
+def test_a_trial_that_somebody_else_ended_has_the_score_that_the_study_knows() -> None:
+    study = new_study()
+    keys.name_objective(study, "macro_f1")
+    add(study, accuracy=0.6)
+    [row] = summaries(study)
+    assert (row.accuracy, row.macro_f1) == (None, 0.6)
+    assert best_first([row], "macro_f1") == [row]
+
+
 def test_a_score_that_is_not_finite_counts_as_none() -> None:
     study = new_study()
-    add(study, accuracy=0.5, **{keys.LOSS: float("nan"), keys.MACRO_F1: 0.4})
+    add(study, accuracy=0.5, **{keys.SCORES: {"accuracy": 0.5, "macro_f1": 0.4, "loss": float("nan")}})
     add(study, state=TrialState.PRUNED, accuracy=float("nan"))
     assert [(each.accuracy, each.loss) for each in summaries(study)] == [(0.5, None), (None, None)]
     found = SweepResult.from_study(study, None, facts(), state="COMPLETE")
@@ -105,7 +130,7 @@ def test_a_score_that_is_not_finite_counts_as_none() -> None:
 )
 def test_the_best_has_the_highest_accuracy_then_the_lowest_loss(rows: list[TrialSummary], best: int | None) -> None:
     for order in (rows, rows[::-1]):
-        assert next((each.number for each in best_first(order)), None) == best
+        assert next((each.number for each in best_first(order, "accuracy")), None) == best
 
 
 def test_ranking_puts_confirmed_trials_first_and_failed_ones_last() -> None:
@@ -130,8 +155,8 @@ def repetitions(accuracies: dict[str, list[float | None]]) -> optuna.Study:
     for trial, each in accuracies.items():
         for seed, accuracy in enumerate(each, 2):
             state = TrialState.FAIL if accuracy is None else TrialState.COMPLETE
-            named = {keys.NAME: f"{trial}-s{seed}", keys.CONFIRMS: trial, keys.LOSS: 0.4}
-            add(rounds, state=state, accuracy=accuracy, **named)
+            named = {keys.NAME: f"{trial}-s{seed}", keys.CONFIRMS: trial}
+            add(rounds, state=state, accuracy=accuracy, loss=0.4, **named)
     return rounds
 
 
@@ -144,17 +169,30 @@ def repetitions(accuracies: dict[str, list[float | None]]) -> optuna.Study:
     ],
 )
 def test_confirmed_trials_are_ordered_by_their_mean(repeats: dict[str, list[float | None]], order: list[str]) -> None:
-    found = confirmed([row(0, accuracy=0.7), row(1, accuracy=0.7)], repetitions(repeats))
+    found = confirmed([row(0, accuracy=0.7), row(1, accuracy=0.7)], repetitions(repeats), "accuracy")
     assert [each.own.trial for each in found] == order
 
 
 def test_mean_spread_and_drop_count_the_trial_itself() -> None:
-    (found,) = confirmed([row(0, accuracy=0.9)], repetitions({"t0000": [0.8, 0.7, None]}))
-    assert found.accuracies == [0.9, 0.8, 0.7] and found.num_failed == 1
-    assert found.mean_accuracy == pytest.approx(0.8) and found.drop == pytest.approx(0.1)
-    assert found.std_accuracy == pytest.approx(0.1)
-    assert Confirmed(found.own, ()).std_accuracy is None
-    assert confirmed([row(0)], None) == []
+    (found,) = confirmed([row(0, accuracy=0.9)], repetitions({"t0000": [0.8, 0.7, None]}), "accuracy")
+    assert found.scores("accuracy") == [0.9, 0.8, 0.7] and found.num_failed == 1
+    assert found.mean("accuracy") == pytest.approx(0.8) and found.drop("accuracy") == pytest.approx(0.1)
+    assert found.std("accuracy") == pytest.approx(0.1)
+    assert Confirmed(found.own, ()).std("accuracy") is None
+    assert confirmed([row(0)], None, "accuracy") == []
+
+
+def test_macro_f1_as_the_objective_ranks_and_chooses_by_it() -> None:
+    rows = tuple(replace(each, macro_f1=each.accuracy and 1 - each.accuracy) for each in result().trials)
+    found = result(trials=rows, confirmed=(), facts=facts(objective="macro_f1"))
+    assert [each.trial[-1] for each in found.ranking] == list("05471263")
+    assert found.winner is not None and found.winner == found.baseline and found.gain == 0
+    assert found.as_dict()["objective"] == "macro_f1"
+    # Both over seeds: the first has the better mean accuracy.
+    lucky, steady = replace(rows[0], macro_f1=0.5), replace(rows[1], macro_f1=0.4)
+    rounds = repetitions({lucky.trial: [0.1, 0.1], steady.trial: [0.6, 0.6]})
+    keys.name_objective(rounds, "macro_f1")
+    assert [each.own for each in confirmed([lucky, steady], rounds, "macro_f1")] == [steady, lucky]
 
 
 def test_importances_need_trials_that_tell() -> None:
@@ -197,10 +235,10 @@ summaries_of_trials = st.builds(
     steps=st.integers(0, 1000),
     train_seconds=st.none() | shares,
 )
-counts = st.tuples(*[st.integers(0, 99)] * 4)
+counts = st.tuples(*[st.integers(0, 99)] * 3)
 answers = st.builds(
     Answers,
-    confusion=st.tuples(*[counts] * 4),
+    confusion=st.lists(counts, max_size=9).map(tuple),
     calibration=st.lists(st.fixed_dictionaries({"low": shares, "count": st.integers(0, 9)}), max_size=2).map(tuple),
     mistakes=st.lists(st.fixed_dictionaries({"row": st.integers(0, 9), "text": texts}), max_size=2).map(tuple),
     against_baseline=st.none() | st.just({"both": 1, "only_winner": 2, "only_baseline": 3, "neither": 4}),
@@ -249,11 +287,13 @@ def test_as_json_a_result_says_what_follows_from_it() -> None:
     assert said["winner"]["trial"] == "t0001" and said["winner"]["confirmation"]["seeds"] == 3
     assert said["winner"]["configuration"]["rank"] == 10
     assert (said["baseline_accuracy"], said["best_possible_accuracy"], said["budget"]) == (0.552, 0.94, 100_000)
+    assert (said["objective"], said["majority_accuracy"], said["majority_macro_f1"]) == ("accuracy", 0.256, 0.1019)
+    assert (said["winner"]["macro_f1"], said["baseline_macro_f1"]) == (0.89, 0.542)
     assert (said["registered"]["version"], said["registered"]["aliases"]) == (3, ["champion"])
     assert [each["trial"] for each in said["leaderboard"]] == [each.trial for each in result().ranking]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 0}', '{"format": 1}', "null"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 0}', '{"format": 2}', "null"])
 def test_another_file_is_no_result(text: str) -> None:
     with pytest.raises(ValueError):
         SweepResult.from_json(text)

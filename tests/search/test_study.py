@@ -128,6 +128,18 @@ def test_other_settings_are_refused_line_by_line_and_nothing_is_written(tmp_path
         opened(tmp_path)
 
 
+def test_another_objective_is_refused_and_a_study_without_one_is_by_accuracy(tmp_path: Path) -> None:
+    assert keys.objective_of(opened(tmp_path)) == "accuracy"
+    assert opened(tmp_path, fingerprint=FINGERPRINT | {"objective": "accuracy"}).study_name == "embedded"
+    by_macro_f1 = FINGERPRINT | {"objective": "macro_f1"}
+    with pytest.raises(StudyError, match='objective: "accuracy" -> "macro_f1"'):
+        opened(tmp_path, fingerprint=by_macro_f1)
+    study = opened(tmp_path, fingerprint=by_macro_f1, new=True)
+    assert study.metric_names == ["macro_f1"] and keys.objective_of(study) == "macro_f1"
+    with pytest.raises(StudyError, match='objective: "macro_f1" -> "accuracy"'):
+        opened(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("stored", "present", "lines"),
     [

@@ -55,7 +55,8 @@ def test_the_first_three_lines_hold_result_budget_and_next_step() -> None:
     first, second, third, *_ = told(result(registration=CANDIDATE)).splitlines()
     run = page("run1").url
     assert first == (
-        f"**89.33{NBSP}%{NBSP}±{NBSP}0.61 over 3 seeds by [t0001-qv-r10]({run})**, baseline 55.20{NBSP}%, "
+        f"**accuracy 89.33{NBSP}%{NBSP}±{NBSP}0.61, macro-F1 89.00{NBSP}%{NBSP}±{NBSP}0.20 "
+        f"over 3 seeds by [t0001-qv-r10]({run})**, baseline 55.20{NBSP}%, "
         f"best possible 94.00{NBSP}%"
     )
     assert second.startswith("**Budget:** 1,540 head + 10 · 9,216 adapter (rank · qv) = 93,700 of 100,000")
@@ -66,7 +67,10 @@ def test_the_first_three_lines_hold_result_budget_and_next_step() -> None:
 
 def test_an_unconfirmed_winner_is_told_by_its_own_accuracy() -> None:
     shown = told(bare(facts=facts(bound=None)))
-    assert shown.startswith(f"**90.00{NBSP}% by [t0001-qv-r10]") and "best possible" not in shown
+    assert (
+        shown.startswith(f"**accuracy 90.00{NBSP}%, macro-F1 89.00{NBSP}% by [t0001-qv-r10]")
+        and "best possible" not in shown
+    )
     assert "mean over seeds" not in shown and "`agnews-lora promote small` checks the winner" in shown
 
 
@@ -100,7 +104,11 @@ def test_a_sweep_shows_its_best_trials_counts_figures_and_links() -> None:
     assert "| gain&emsp; | | +34.80 points&emsp; | | | |" in shown
     for name in FIGURES:
         assert f"thumbnails%2F{name}" in shown
-    for url in (page("parent").artifact_url("leaderboard.json"), page("parent").children_url, "#/compare-runs?runs="):
+    for url in (
+        page("parent").artifact_url("leaderboard.json"),
+        page("parent").children_url("eval/accuracy"),
+        "#/compare-runs?runs=",
+    ):
         assert url in shown
     assert len(shown) <= MAX_DESCRIPTION
     assert all(f"thumbnails%2F{name}" not in sweep_description(result(), page, {}) for name in FIGURES)

@@ -242,7 +242,7 @@ def test_addresses_are_relative_to_the_ui(runs: SweepRuns, parent: str) -> None:
     assert page.url == f"#/experiments/{page.experiment_id}/runs/{parent}"
     assert page.artifact_url("promotion/v1/a b.md") == f"{page.url}/artifacts/promotion/v1/a%20b.md"
     assert page.image_url("thumbnails/a.png") == f"get-artifact?path=thumbnails%2Fa.png&run_uuid={parent}"
-    assert f"parentRunId%20%3D%20%27{parent}%27" in page.children_url
+    assert f"parentRunId%20%3D%20%27{parent}%27" in page.children_url("eval/macro_f1")
 
 
 def test_a_child_knows_its_parent_and_is_found_by_its_mark(client: MlflowClient, runs: SweepRuns, parent: str) -> None:

@@ -144,6 +144,7 @@ def _model_card(version: Version, record: AdapterRecord, params: Mapping[str, st
         base_model, found_at = "", f", a local model whose {weights}"
     validation = f"accuracy {float(tags['validation_accuracy']):.2%} on {int(tags['validation_rows']):,} rows"
     language = "language: en\n" if newswire or ag_news else ""
+    datasets = f"datasets: [{json.dumps(data['dataset'])}]\n" if "dataset" in data else ""
     named = ", ".join(record.labels[:_MOST_LABELS])
     more = f" and {len(record.labels) - _MOST_LABELS:,} more" if len(record.labels) > _MOST_LABELS else ""
     known = {_NEWSWIRE_LICENCE: newswire, _AG_NEWS_LICENCE: ag_news, _CLEANED: record.clean == "ag_news"}
@@ -152,7 +153,7 @@ def _model_card(version: Version, record: AdapterRecord, params: Mapping[str, st
         f"""---
 library_name: {"transformers" if merged else "peft"}
 pipeline_tag: text-classification
-{language}tags: [lora{", ag-news" if ag_news else ""}]
+{language}{datasets}tags: [lora{", ag-news" if ag_news else ""}]
 {base_model}---
 
 # {text(version.model)}, version {version.number}
@@ -178,7 +179,7 @@ A LoRA adapter{", merged into its base," if merged else ""} that labels texts as
 
 ## Data
 
-{_table(data)}
+{_table(data | {"clean": record.clean or "nothing", "labels": str(len(record.labels))})}
 
 {about}""".rstrip()
         + "\n"

@@ -145,8 +145,12 @@ def test_the_model_card_keeps_a_licence_escapes_texts_and_says_what_was_not_scor
     registry: Registry, world: World, enter: Callable[[Path], Version], tmp_path: Path
 ) -> None:
     hostile = "x|y`z` <script> [a](javascript:b)\n# heading"
-    registry.set_tags(enter(world.good), {"data": json.dumps({"source": "csv", "train": hostile}), "study": hostile})
+    registry.set_tags(
+        enter(world.good),
+        {"data": json.dumps({"source": "hub", "dataset": "fancyzhx/ag_news", "train": hostile}), "study": hostile},
+    )
     card = (export(registry, registry.version(1), tmp_path / "candidate") / "README.md").read_text()
+    assert 'datasets: ["fancyzhx/ag_news"]\n' in card
     assert "non-commercial" in card and "tags: [lora, ag-news]" in card and "Texts were cleaned before training" in card
     assert r"| train | x\|y\`z\` &lt;script&gt; \[a\](javascript:b) # heading |" in card
     assert "of study ``x|y`z` <script> [a](javascript:b) # heading``" in card
@@ -163,7 +167,7 @@ def test_the_card_of_own_rows_claims_nothing_that_is_not_known(
     (adapter / RECORD).write_text(json.dumps(record | {"clean": None}))
     registry.set_tags(enter(adapter), {"data": json.dumps({"source": "files", "train": "reviews.jsonl"})})
     card = (export(registry, registry.version(1), tmp_path / "candidate") / "README.md").read_text()
-    assert "| train | reviews.jsonl |" in card and "tags: [lora]" in card
+    assert "| train | reviews.jsonl |\n| clean | nothing |\n| labels | 4 |" in card and "tags: [lora]" in card
     for word in ("ag-news", "AG News", "English", "language", "licence", "cleaned", "news"):
         assert word not in card.replace("agnews-lora", "").replace("embedded-1", ""), word
 

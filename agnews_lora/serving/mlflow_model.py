@@ -63,8 +63,8 @@ def _texts(given: Any) -> "pd.Series[Any]":
     """
     from agnews_lora.errors import DataError
 
-    if isinstance(given, list) and given and isinstance(given[0], Mapping):
-        given = pd.DataFrame(given)
+    if isinstance(given, list):  # records hold arrays without axes where MLflow's server has read them
+        given = [np.asarray(each.get(COLUMN))[()] if isinstance(each, Mapping) else each for each in given]
     if isinstance(given, Mapping | pd.DataFrame):
         if COLUMN not in given:
             found = ", ".join(map(repr, [*given][:10])) or "nothing"

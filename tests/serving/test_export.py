@@ -18,7 +18,7 @@ from agnews_lora.adapters.families import LAYOUTS, Family
 from agnews_lora.data.newswire import LABELS
 from agnews_lora.errors import StorageError
 from agnews_lora.serving import reload
-from agnews_lora.serving.export import export, write_merged
+from agnews_lora.serving.export import export, merged_model
 from agnews_lora.tracking.registry import Registry, Version
 from tests.serving.conftest import MAX_LENGTH, SPEC, World, write_adapter
 from tests.tiny import SENTENCES, tiny_base
@@ -82,7 +82,7 @@ def test_a_merged_model_of_every_family_answers_as_the_adapter_does(tmp_path: Pa
     changes = {"problem_type": "regression", "id2label": {0: "spam"}, "label2id": {"spam": 0}}
     base = resolve(str(tiny_base(tmp_path / "base", family, **changes)))
     adapter = write_adapter(tmp_path / "adapter", base, replace(SPEC, targets="all-linear"))
-    write_merged(adapter, base, tmp_path / "whole")
+    merged_model(adapter, base).save_pretrained(str(tmp_path / "whole"))
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").eval()
     assert model.config.id2label == dict(enumerate(LABELS)) and model.config.num_labels == 4
     tokens = AutoTokenizer.from_pretrained(base.folder)(list(SENTENCES), padding=True, return_tensors="pt")
@@ -145,8 +145,12 @@ def test_the_model_card_keeps_a_licence_escapes_texts_and_says_what_was_not_scor
     registry: Registry, world: World, enter: Callable[[Path], Version], tmp_path: Path
 ) -> None:
     hostile = "x|y`z` <script> [a](javascript:b)\n# heading"
-    registry.set_tags(enter(world.good), {"data": json.dumps({"source": "csv", "train": hostile}), "study": hostile})
+    registry.set_tags(
+        enter(world.good),
+        {"data": json.dumps({"source": "hub", "dataset": "fancyzhx/ag_news", "train": hostile}), "study": hostile},
+    )
     card = (export(registry, registry.version(1), tmp_path / "candidate") / "README.md").read_text()
+    assert 'datasets: ["fancyzhx/ag_news"]\n' in card
     assert "non-commercial" in card and "tags: [lora, ag-news]" in card and "Texts were cleaned before training" in card
     assert r"| train | x\|y\`z\` &lt;script&gt; \[a\](javascript:b) # heading |" in card
     assert "of study ``x|y`z` <script> [a](javascript:b) # heading``" in card
@@ -163,7 +167,7 @@ def test_the_card_of_own_rows_claims_nothing_that_is_not_known(
     (adapter / RECORD).write_text(json.dumps(record | {"clean": None}))
     registry.set_tags(enter(adapter), {"data": json.dumps({"source": "files", "train": "reviews.jsonl"})})
     card = (export(registry, registry.version(1), tmp_path / "candidate") / "README.md").read_text()
-    assert "| train | reviews.jsonl |" in card and "tags: [lora]" in card
+    assert "| train | reviews.jsonl |\n| clean | nothing |\n| labels | 4 |" in card and "tags: [lora]" in card
     for word in ("ag-news", "AG News", "English", "language", "licence", "cleaned", "news"):
         assert word not in card.replace("agnews-lora", "").replace("embedded-1", ""), word
 

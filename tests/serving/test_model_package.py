@@ -190,6 +190,7 @@ TEXTS = pd.Series([OIL, GOAL])
         {"text": [OIL, GOAL]},
         {"text": TEXTS},
         [{"text": OIL}, {"text": GOAL}],
+        [{"text": np.array(OIL)}, {"text": np.array(GOAL)}],
         np.array([[OIL], [GOAL]]),
         TEXTS,
         TEXTS.astype("category"),
@@ -223,7 +224,7 @@ def test_the_registered_model_keeps_an_index_and_takes_one_text_or_none(loaded: 
         ([OIL, " \u200b"], r"text 1 has nothing visible"),
         (pd.DataFrame({"sentence": [OIL]}), r"it has no `text`, but 'sentence'"),
         ({}, r"it has no `text`, but nothing"),
-        ([{"text": OIL}, {"sentence": OIL}], r"row 1: it is nan"),
+        ([{"text": OIL}, {"sentence": OIL}], r"row 1: it is None"),
     ],
 )
 def test_the_registered_model_refuses_what_is_no_text_by_its_row(loaded: Any, given: Any, reason: str) -> None:

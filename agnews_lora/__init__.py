@@ -2,10 +2,12 @@
 
 From Python, in a project's folder:
 
-    from agnews_lora import load_sweep, run_sweep
+    from agnews_lora import champion, promote, run_sweep
 
-    result = run_sweep(load_sweep("embedded"), trials=6)
-    result.frame()
+    result = run_sweep("embedded")
+    result.frame()  # a row a trial
+    promote("embedded")
+    champion("embedded")("Shares of the chip maker rose.")
 """
 
 import os
@@ -13,6 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from agnews_lora.commands.predict import champion as champion
+    from agnews_lora.commands.promote import promote as promote
     from agnews_lora.commands.sweep import run_sweep as run_sweep
     from agnews_lora.config.experiment import load_experiment as load_experiment
     from agnews_lora.config.sweep import load_sweep as load_sweep
@@ -22,12 +26,14 @@ __version__ = "0.1.0"
 
 # Imported when they are first asked for: `agnews-lora --help` needs none of them.
 _MODULES: Final = {
+    "champion": "agnews_lora.commands.predict",
+    "promote": "agnews_lora.commands.promote",
     "load_experiment": "agnews_lora.config.experiment",
     "load_sweep": "agnews_lora.config.sweep",
     "run_sweep": "agnews_lora.commands.sweep",
     "SweepResult": "agnews_lora.search.results",
 }
-__all__ = ["SweepResult", "load_experiment", "load_sweep", "run_sweep"]
+__all__ = ["SweepResult", "champion", "load_experiment", "load_sweep", "promote", "run_sweep"]
 
 # Set before any library is imported, unless the user did. None of it changes a result.
 ENVIRONMENT: Final = {

@@ -16,6 +16,8 @@ from agnews_lora.errors import AgnewsLoraError
 if TYPE_CHECKING:
     from agnews_lora.config.sweep import Sweep
 
+SUMMARY: Final = "A sweep harness for LoRA text classifiers under a hard budget of trainable parameters."
+
 Run = Callable[[argparse.Namespace], int]
 
 
@@ -92,7 +94,7 @@ def _lasting(name: str) -> Iterator[_Lasting]:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(prog="agnews-lora", description=agnews_lora.__doc__)
+    top = argparse.ArgumentParser(prog="agnews-lora", description=SUMMARY)
     top.add_argument("--version", action="version", version=agnews_lora.__version__)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 

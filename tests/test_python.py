@@ -1,13 +1,16 @@
 """The package from Python, as a notebook uses it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import TextClassificationPipeline
 
-from agnews_lora import SweepResult, load_sweep, run_sweep
-from tests.project import environment
+from agnews_lora import SweepResult, champion, load_sweep, promote, run_sweep
+from agnews_lora.errors import DataError
+from tests.project import agnews_lora, environment
 
 
 @pytest.fixture
@@ -38,3 +41,16 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert done.stdout == "light\n"
     with pytest.raises(ImportError):
         exec("from agnews_lora import no_such_name")
+
+
+def test_the_champion_is_a_pipeline_of_transformers(project: Path) -> None:
+    assert promote("small").passed
+    ask = champion("small")
+    text = "Shares of the chip maker rose after it raised its forecast for the quarter."
+    assert isinstance(ask, TextClassificationPipeline)
+    [every] = ask([text], top_k=None)
+    [prediction] = json.loads("[" + agnews_lora(project, "predict", "--sweep", "small", "--json", text).stdout + "]")
+    assert {each["label"]: each["score"] for each in every} == pytest.approx(prediction["probabilities"], abs=1e-5)
+    assert ask(text * 50)[0]["label"] in prediction["probabilities"], "longer texts than the model takes are cut"
+    with pytest.raises(DataError):
+        ask("\u200b")

@@ -4,20 +4,26 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from agnews_lora.config.experiment import Experiment
+from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.errors import DataError
 from agnews_lora.paths import STORES
 from agnews_lora.serving.export import export as write_folder
+from agnews_lora.serving.export import pipeline
 from agnews_lora.serving.model_package import Package
 from agnews_lora.serving.predict import Classifier
 from agnews_lora.tracking.descriptions import one_line
 from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client, reaching
+
+if TYPE_CHECKING:
+    from transformers import TextClassificationPipeline
 
 MAX_TEXT_WIDTH = 36  # with the labels of AG News, a line fits into 80 columns
 MOST_COLUMNS = 6  # of labels: of more, only the most probable one's probability is shown
@@ -62,6 +68,25 @@ def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bo
         view.add_row(Text(prediction.label), *shares, Text(one_line(text)))
     Console(highlight=False).print(view)
     return 0
+
+
+def champion(sweep: Sweep | str | Path, *, tracking: str | None = None) -> "TextClassificationPipeline":
+    """Load a sweep's champion as a text classification pipeline of transformers.
+
+    Args:
+        sweep: what `load_sweep` gave, or the name or path of the file.
+        tracking: URL of the run store; the project's own where None.
+
+    Raises:
+        RegistryError: the sweep has no champion yet, or its files changed.
+        AgnewsLoraError: anything else that the user can fix.
+    """
+    loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
+    client = open_client(tracking or STORES)
+    with reaching(client):
+        registry = Registry(client, loaded.experiment.name)
+        package = Package.verified(registry, registry.champion())
+    return pipeline(package)
 
 
 def export(experiment: Experiment, to: Path, merged: bool, tracking: str | None, as_json: bool) -> int:

@@ -5,20 +5,27 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from safetensors import SafetensorError
 
 from agnews_lora.adapters.adapter_files import AdapterRecord, load_with_peft, read_record, recount
 from agnews_lora.adapters.base_models import BaseModel, resolve
-from agnews_lora.errors import StorageError
+from agnews_lora.data.rows import TextFault, usable_text
+from agnews_lora.data.tokens import load_tokenizer
+from agnews_lora.errors import DataError, StorageError
 from agnews_lora.serving.model_package import Package, recorded_score
 from agnews_lora.tracking.descriptions import code, text
 from agnews_lora.tracking.registry import Registry, Version
+from agnews_lora.training.device import training_device
 from agnews_lora.training.interface import TrainSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TextClassificationPipeline
 
 CARD: Final = "README.md"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+_INPUTS: Final = ("input_ids", "attention_mask")  # of the model in training
 # The run's params that a card shows: none of them can hold a path.
 _SETTINGS: Final = ("seed", *(field.name for field in fields(TrainSettings)))
 _MOST_LABELS: Final = 20  # named in a card's text
@@ -59,12 +66,14 @@ def export(registry: Registry, version: Version, to: Path, merged: bool = False)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)
         shutil.copytree(package.tokenizer, beside)
-        # What calls the tokenizer with `truncation=True` alone cuts where training did.
+        # What calls the tokenizer with `truncation=True` alone cuts where training did, and gives no token types to
+        # models that take none.
         config = json.loads((beside / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-        written = json.dumps(config | {"model_max_length": record.max_length}, indent=2, ensure_ascii=False)
+        config |= {"model_max_length": record.max_length, "model_input_names": list(_INPUTS)}
+        written = json.dumps(config, indent=2, ensure_ascii=False)
         (beside / TOKENIZER_CONFIG).write_text(f"{written}\n", encoding="utf-8")
         if merged:
-            write_merged(package.adapter, resolve(version.tags["base"], num_labels=len(record.labels)), beside)
+            merged_model(package.adapter, _base_of(version, record)).save_pretrained(str(beside))
         else:
             shutil.copytree(package.adapter, beside, dirs_exist_ok=True)
         card = _model_card(version, record, registry.run_params(version), merged)
@@ -78,11 +87,39 @@ def export(registry: Registry, version: Version, to: Path, merged: bool = False)
     return target
 
 
-def write_merged(adapter: Path, base: BaseModel, folder: Path) -> None:
-    """Write configuration and weights of the base with the adapter merged into it, as transformers loads them."""
+def pipeline(package: Package) -> "TextClassificationPipeline":
+    """A version as a text classification pipeline of transformers, which cleans and cuts texts as training did.
+
+    Raises:
+        AdapterError, BaseModelError: adapter or base are not what was registered.
+    """
+    from transformers import TextClassificationPipeline
+
+    record = read_record(package.adapter)
+
+    class Pipeline(TextClassificationPipeline):
+        def preprocess(self, inputs: Any, **tokenizer_kwargs: Any) -> Any:  # type: ignore[override]
+            try:
+                text = usable_text(inputs, record.clean)
+            except TextFault as fault:
+                raise DataError(f"Cannot label {inputs!r}: it {fault}. Leave it out, or cut it.") from fault
+            return super().preprocess(text, **{"truncation": True, **tokenizer_kwargs})
+
+    tokenizer = load_tokenizer(package.tokenizer)
+    tokenizer.model_max_length, tokenizer.model_input_names = record.max_length, list(_INPUTS)
+    model = merged_model(package.adapter, _base_of(package.version, record))
+    return Pipeline(model=model.eval(), tokenizer=tokenizer, device=training_device())
+
+
+def _base_of(version: Version, record: AdapterRecord) -> BaseModel:
+    return resolve(version.tags["base"], num_labels=len(record.labels))
+
+
+def merged_model(adapter: Path, base: BaseModel) -> "PreTrainedModel":
+    """Build the base with the adapter merged into it, configured as transformers is to load it."""
     from transformers import AutoConfig
 
-    model = load_with_peft(adapter, base).merge_and_unload()
+    model: PreTrainedModel = load_with_peft(adapter, base).merge_and_unload()
     names = dict(enumerate(read_record(adapter).labels))
     # The base's own configuration: the loaded one has no dropout, and the base's path.
     model.config = AutoConfig.from_pretrained(
@@ -92,7 +129,7 @@ def write_merged(adapter: Path, base: BaseModel, folder: Path) -> None:
         label2id={name: index for index, name in names.items()},
         problem_type="single_label_classification",
     )
-    model.save_pretrained(str(folder))
+    return model
 
 
 def _model_card(version: Version, record: AdapterRecord, params: Mapping[str, str], merged: bool) -> str:

@@ -18,7 +18,7 @@ from agnews_lora.adapters.families import LAYOUTS, Family
 from agnews_lora.data.newswire import LABELS
 from agnews_lora.errors import StorageError
 from agnews_lora.serving import reload
-from agnews_lora.serving.export import export, write_merged
+from agnews_lora.serving.export import export, merged_model
 from agnews_lora.tracking.registry import Registry, Version
 from tests.serving.conftest import MAX_LENGTH, SPEC, World, write_adapter
 from tests.tiny import SENTENCES, tiny_base
@@ -82,7 +82,7 @@ def test_a_merged_model_of_every_family_answers_as_the_adapter_does(tmp_path: Pa
     changes = {"problem_type": "regression", "id2label": {0: "spam"}, "label2id": {"spam": 0}}
     base = resolve(str(tiny_base(tmp_path / "base", family, **changes)))
     adapter = write_adapter(tmp_path / "adapter", base, replace(SPEC, targets="all-linear"))
-    write_merged(adapter, base, tmp_path / "whole")
+    merged_model(adapter, base).save_pretrained(str(tmp_path / "whole"))
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").eval()
     assert model.config.id2label == dict(enumerate(LABELS)) and model.config.num_labels == 4
     tokens = AutoTokenizer.from_pretrained(base.folder)(list(SENTENCES), padding=True, return_tensors="pt")

@@ -294,7 +294,7 @@ def _data(facts: SweepFacts) -> list[Block]:
     if not facts.profile:
         return []
     names = list(facts.profile["rows"])
-    rows = [[short(name, MAX_NAME), *map(str, cells)] for name, *cells in profile_table(facts.profile, MAX_CLASSES)]
+    rows = [[short(name, MAX_NAME), *numbers] for name, *numbers in profile_table(facts.profile, MAX_CLASSES)]
     total = next(at for at, row in enumerate(rows) if row[0] == TOTAL)
     right = tuple(range(1, len(names) + 1))
     return [_table(profile_sentence(facts.profile), ["", *names], rows, right=right, strong=(total,))]

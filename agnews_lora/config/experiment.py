@@ -70,8 +70,8 @@ def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _two_names(names: dict[str, str]) -> dict[str, str]:
-    if len(set(names.values())) < 2:
-        raise ValueError("Input should name two classes at least")
+    if not 2 <= (number := len(set(names.values()))) <= MAX_LABELS:
+        raise ValueError(f"Input should name 2 to {MAX_LABELS:,} classes, but names {number:,}")
     return names
 
 

@@ -117,9 +117,9 @@ def class_ids(
             keys = [str(number) for number in range(first, first + len(given))]
         return given, {label: number for number, label in enumerate(keys)}
     where = f"Cannot use column {column!r} of {name} as label"
-    if len(values) > MAX_LABELS:
+    if (number := len(declared or values)) > MAX_LABELS:
         raise DataError(
-            f"{where}: it has {len(values):,} different values, over the most that are taken, {MAX_LABELS:,}. "
+            f"{where}: it has {number:,} different values, over the most that are taken, {MAX_LABELS:,}. "
             "Name the column of the classes as `label:`."
         )
     fractions = [value for value in sorted(values) if numbers and not _WHOLE.fullmatch(value)]
@@ -255,7 +255,9 @@ def read_file(path: Path, text: Columns, label: str, names: Columns | None) -> T
         if not content.strip():
             raise DataError(f"Cannot use {path}: it holds no rows. Fetch it again, or name another.")
         try:
-            found, declared = _load("json", path, wanted, parse_agent_traces=False)
+            # Read in one piece: of a later piece, `datasets` refuses columns and types that the first does not have.
+            size = 4 * len(content) + 1
+            found, declared = _load("json", path, wanted, parse_agent_traces=False, chunksize=size)
         except DataError:
             _require_json_lines(path, content)
             raise

@@ -84,7 +84,7 @@ def profile_table(found: Profile, most: int) -> list[list[str]]:
     if len(classes) > most:
         shown.append([f"({len(classes) - most} smaller classes)", *("" for _ in names)])
     shown.append([TOTAL, *(f"{count:,}" for count in found["rows"].values())])
-    shown.append(["texts that repeat another", *(f"{count:,}" for count in found["duplicates"].values())])
+    shown.append(["repeated texts", *(f"{count:,}" for count in found["duplicates"].values())])
     for part in (*PERCENTILES, "cut"):
         lengths = [found["tokens"].get(name, {}).get(part) for name in names]
         title, form = (

@@ -145,7 +145,8 @@ def _model_card(version: Version, record: AdapterRecord, params: Mapping[str, st
     else:
         weights = f"weights have the SHA-256 {code(record.weights_sha256)}"
         base_model, found_at = "", f", a local model whose {weights}"
-    validation = f"accuracy {float(tags['validation_accuracy']):.2%} on {int(tags['validation_rows']):,} rows"
+    validation = f"accuracy {float(tags['validation_accuracy']):.2%}{_macro_f1(tags, 'validation_macro_f1')}"
+    validation += f" on {int(tags['validation_rows']):,} rows"
     language = "language: en\n" if newswire or ag_news else ""
     datasets = f"datasets: [{json.dumps(data['dataset'])}]\n" if "dataset" in data else ""
     named = ", ".join(record.labels[:_MOST_LABELS])
@@ -194,6 +195,11 @@ def _is_published(record: AdapterRecord) -> bool:
     return not record.revision.startswith("sha256:")
 
 
+def _macro_f1(tags: Mapping[str, str], name: str) -> str:
+    """Behind an accuracy; empty where an older version has none."""
+    return f", macro-F1 {float(tags[name]):.2%}" if name in tags else ""
+
+
 def _confirmed_mean(tags: Mapping[str, str]) -> str:
     """Mean and spread over the seeds that the winner was confirmed with, as a line; empty where it was not."""
     if "confirmation_mean_accuracy" not in tags:
@@ -203,7 +209,7 @@ def _confirmed_mean(tags: Mapping[str, str]) -> str:
     mean, seeds = float(tags["confirmation_mean_accuracy"]), int(tags["confirmation_seeds"])
     return (
         "- Validation split, the same configuration trained from several seeds: "
-        f"mean accuracy {mean:.2%} over {seeds} seeds{deviation}.\n"
+        f"mean accuracy {mean:.2%} over {seeds} seeds{deviation}{_macro_f1(tags, 'confirmation_mean_macro_f1')}.\n"
     )
 
 

@@ -7,6 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from safetensors import SafetensorError
+
 from agnews_lora.adapters.adapter_files import AdapterRecord, load_with_peft, read_record, recount
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.data.rows import TextFault, usable_text
@@ -77,8 +79,9 @@ def export(registry: Registry, version: Version, to: Path, merged: bool = False)
         card = _model_card(version, record, registry.run_params(version), merged)
         (beside / CARD).write_text(card, encoding="utf-8")
         beside.replace(target)
-    except OSError as error:
-        raise StorageError(f"Cannot export to {target}: {error.strerror}. Name another folder.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"Cannot export to {target}: {reason}. Free or name another folder.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return target

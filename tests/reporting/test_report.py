@@ -220,7 +220,7 @@ def test_many_classes_are_cut_to_the_largest() -> None:
     classes = {f"class {n}": {"train": n, "validation": 1, "test": 1} for n in range(1, 201)}
     many = compose(bare(facts=facts(profile={**PROFILE, "classes": classes})), set())
     names = [row["cells"][0] for row in many["sections"][0]["blocks"][0]["rows"]]
-    assert names[:2] == ["class 200", "class 199"] and names[20] == "(180 smaller classes)"
+    assert names[:2] == ["class 200", "class 199"] and names[20] == "(180 other classes)"
     old = compose(bare(facts=facts(profile={})), set())
     assert "Data" not in [section["title"] for section in old["sections"]]
 

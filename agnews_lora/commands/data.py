@@ -38,7 +38,7 @@ def run(experiment: Experiment, as_json: bool) -> int:
     found = dict(profile(splits.rows, splits.labels, tables, max_length))
     found["warnings"] = [*warnings, *found["warnings"]]
     if as_json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(json.dumps(found, ensure_ascii=False))
     else:
         _show(experiment.name, found)
     return 0

@@ -82,9 +82,9 @@ def profile_table(found: Profile, most: int) -> list[list[str]]:
     names, classes = list(found["rows"]), sorted(found["classes"].items(), key=lambda each: -each[1]["train"])
     shown = [[label, *(f"{counts[name]:,}" for name in names)] for label, counts in classes[:most]]
     if len(classes) > most:
-        shown.append([f"({len(classes) - most} smaller classes)", *("" for _ in names)])
+        shown.append([f"({len(classes) - most} other classes)", *("" for _ in names)])
     shown.append([TOTAL, *(f"{count:,}" for count in found["rows"].values())])
-    shown.append(["texts that repeat another", *(f"{count:,}" for count in found["duplicates"].values())])
+    shown.append(["repeated texts", *(f"{count:,}" for count in found["duplicates"].values())])
     for part in (*PERCENTILES, "cut"):
         lengths = [found["tokens"].get(name, {}).get(part) for name in names]
         title, form = (

@@ -292,6 +292,8 @@ def _require_every_class(split: str, rows: Rows, labels: tuple[str, ...], availa
     needed = f"class {name} has {count} row{'' if count == 1 else 's'} in the training data"
     if count == 0:
         remedy = "Name the classes that have rows as `labels:`"
+    elif count <= 2 and 2 * len(missing) > len(labels):
+        remedy = "Most classes are as rare: name the column of the classes as `label:`"
     elif count <= 2:
         remedy = f"Merge it with another class (`labels: {{…, {labels[label]}: OTHER}}`), or remove its rows"
     else:

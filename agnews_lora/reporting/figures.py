@@ -200,7 +200,7 @@ def trial_curves(points: pd.DataFrame, title: str, folder: Path) -> dict[str, Pa
 
 def accuracy_curve(points: pd.DataFrame, title: str, path: Path) -> None:
     """Draw validation accuracy and macro-F1 of one trial by step; the last accuracy is labelled with its value."""
-    figure, axes = _new_figure(title, "step", "validation")
+    figure, axes = _new_figure(title, "step", "validation score")
     curve, shown = _measured(points, "eval/accuracy"), _measured(points, "eval/macro_f1")
     axes.plot(shown["step"], shown["eval/macro_f1"], color=SKY, marker="s", markersize=6, linewidth=2, label="macro-F1")
     axes.plot(
@@ -564,7 +564,7 @@ def calibration(bins: Sequence[Mapping[str, Any]], name: str, path: Path) -> Non
         axes.bar([low], [0], width=0, color=BLUE, alpha=PALE_OPACITY, label=f"fewer than {FEW} answers")
     axes.set_xlim(low - 0.01, 1.01)
     axes.set_ylim(0, 1.08)
-    axes.xaxis.set_major_locator(MultipleLocator(width))
+    axes.xaxis.set_major_locator(MultipleLocator(width if low > 0.3 else 2 * width))
     axes.yaxis.set_major_locator(MultipleLocator(0.2))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))

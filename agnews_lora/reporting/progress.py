@@ -22,13 +22,13 @@ REFRESHES_PER_SECOND: Final = 2
 # The table's columns, and how wide a terminal must be to show each. The objective has one at any width.
 COLUMNS: Final = {
     "trial": 0,
-    "configuration": 88,
+    "configuration": 78,
     "step": 0,
     "loss": 50,
     "accuracy": 60,
     "macro-F1": 60,
-    "best": 42,
-    "left": 75,
+    "best": 90,
+    "left": 65,
 }
 LINES_BESIDE: Final = 4  # of a terminal's height: the two headers, how many more there are, and the cursor
 LEAST_SHARE: Final = 0.05  # of the work: before that, an estimate of the time left would jump about

@@ -6,6 +6,7 @@ module set. Strings from data are never read as markup: jinja2 escapes them, and
 
 import base64
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -27,9 +28,10 @@ TOP: Final = 10  # trials of the leaderboard
 MAX_FAILURES: Final = 10
 MAX_CLASSES: Final = 20
 MAX_MISTAKES: Final = 10
-MAX_LABELS: Final = 20
+MAX_NAME: Final = 60  # characters of a label, where it has a line of its own
 MAX_TEXT: Final = 220  # characters of a row or an error that are shown
 FEW_TRIALS: Final = 10
+OTHER_SCRIPTS: Final = re.compile("[\u0900-\u1cff\u2e80-\ufefe\U00010000-\U0010ffff]")  # of Asia, and emoji
 SIGNIFICANT: Final = 0.05
 PROVENANCE: Final = {"mlflow.source.git.commit": "commit", "git.dirty": "uncommitted changes"}
 SIZE: Final = "score_against_parameters.png"
@@ -160,7 +162,12 @@ def _decision(result: SweepResult) -> Block:
             notes.append(f"the winner gains {_gain(result)}")
         add("Baseline", _percent(baseline.accuracy), _percent(baseline.macro_f1), *notes)
     for peer in result.peers:
-        add(peer.name, _percent(peer.scores["accuracy"]), _percent(peer.scores["macro_f1"]), peer.note)
+        add(
+            peer.name[0].upper() + peer.name[1:],
+            _percent(peer.scores["accuracy"]),
+            _percent(peer.scores["macro_f1"]),
+            peer.note,
+        )
     if facts.bound is not None:
         note = "accuracy: the data's own ceiling, since some rows fit two labels"
         rows.append(("Best possible", _percent(facts.bound), note))
@@ -221,6 +228,12 @@ def _risks(result: SweepResult) -> list[str]:
         found.append("No trial beats the baseline: the winner is the experiment's own configuration.")
     elif noise := _noise(result):
         found.append(noise)
+    score = None if winner is None else winner.score(result.objective)
+    found += [
+        f"No better than {peer.name} ({peer.note})."
+        for peer in result.peers
+        if score is not None and score <= (peer.scores[result.objective] or 0.0)
+    ]
     if winner is not None and mean is None:
         found.append("Not confirmed over other seeds: the best of several trials on the same rows owes a part to luck.")
     elif mean is not None and mean.num_failed:
@@ -281,7 +294,7 @@ def _data(facts: SweepFacts) -> list[Block]:
     if not facts.profile:
         return []
     names = list(facts.profile["rows"])
-    rows = [[_one_line(cell) for cell in row] for row in profile_table(facts.profile, MAX_CLASSES)]
+    rows = [[short(name, MAX_NAME), *numbers] for name, *numbers in profile_table(facts.profile, MAX_CLASSES)]
     total = next(at for at, row in enumerate(rows) if row[0] == TOTAL)
     right = tuple(range(1, len(names) + 1))
     return [_table(profile_sentence(facts.profile), ["", *names], rows, right=right, strong=(total,))]
@@ -475,7 +488,8 @@ CAPTIONS: Final[dict[str, tuple[str, str, float]]] = {
         0.66,
     ),
     CONFUSION: (
-        "Confusion matrix of the winner on the validation split: counts, and shares of their label's rows.",
+        "Confusion matrix of the winner on the validation split: rows of each label by answer, the darker the larger "
+        "their share of the label's rows.",
         "A matrix of counts, labels against predictions.",
         0.66,
     ),
@@ -549,8 +563,8 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(map(short, names[:MAX_LABELS]))
-    return shown if len(names) <= MAX_LABELS else f"{len(names):,}: {shown}, …"
+    shown = ", ".join(map(short, names[:MAX_CLASSES]))
+    return shown if len(names) <= MAX_CLASSES else f"{len(names):,}: {shown}, …"
 
 
 def _plain(value: Any) -> str:
@@ -580,14 +594,17 @@ def _html(content: Mapping[str, Any], pictures: Mapping[str, Path]) -> str:
 
 
 def _pdf(content: Mapping[str, Any], pictures: Mapping[str, Path], ended_at: float | None) -> bytes:
-    """Set by the fonts that the compiler carries, so that pages are alike everywhere."""
+    """Set by the fonts that the compiler carries, so that pages are alike everywhere, where those have the script."""
     import typst
+
+    written = json.dumps(content, ensure_ascii=False)
 
     with TemporaryDirectory() as folder:
         for path in (TEMPLATES / "report.typ", *pictures.values()):
             shutil.copy(path, folder)
-        Path(folder, "report.json").write_text(json.dumps(content), encoding="utf-8")
-        compiler = typst.Compiler(input=Path(folder, "report.typ"), root=folder, ignore_system_fonts=True)
-        written = compiler.compile(format="pdf", timestamp=int(ended_at or 0))
-    assert isinstance(written, bytes)
-    return written
+        Path(folder, "report.json").write_text(written, encoding="utf-8")
+        alike = OTHER_SCRIPTS.search(written) is None
+        compiler = typst.Compiler(input=Path(folder, "report.typ"), root=folder, ignore_system_fonts=alike)
+        pages = compiler.compile(format="pdf", timestamp=int(ended_at or 0))
+    assert isinstance(pages, bytes)
+    return pages

@@ -7,6 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from safetensors import SafetensorError
+
 from agnews_lora.adapters.adapter_files import AdapterRecord, load_with_peft, read_record, recount
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.data.rows import TextFault, usable_text
@@ -77,8 +79,9 @@ def export(registry: Registry, version: Version, to: Path, merged: bool = False)
         card = _model_card(version, record, registry.run_params(version), merged)
         (beside / CARD).write_text(card, encoding="utf-8")
         beside.replace(target)
-    except OSError as error:
-        raise StorageError(f"Cannot export to {target}: {error.strerror}. Name another folder.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"Cannot export to {target}: {reason}. Free or name another folder.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return target
@@ -142,7 +145,8 @@ def _model_card(version: Version, record: AdapterRecord, params: Mapping[str, st
     else:
         weights = f"weights have the SHA-256 {code(record.weights_sha256)}"
         base_model, found_at = "", f", a local model whose {weights}"
-    validation = f"accuracy {float(tags['validation_accuracy']):.2%} on {int(tags['validation_rows']):,} rows"
+    validation = f"accuracy {float(tags['validation_accuracy']):.2%}{_macro_f1(tags, 'validation_macro_f1')}"
+    validation += f" on {int(tags['validation_rows']):,} rows"
     language = "language: en\n" if newswire or ag_news else ""
     datasets = f"datasets: [{json.dumps(data['dataset'])}]\n" if "dataset" in data else ""
     named = ", ".join(record.labels[:_MOST_LABELS])
@@ -191,6 +195,11 @@ def _is_published(record: AdapterRecord) -> bool:
     return not record.revision.startswith("sha256:")
 
 
+def _macro_f1(tags: Mapping[str, str], name: str) -> str:
+    """Behind an accuracy; empty where an older version has none."""
+    return f", macro-F1 {float(tags[name]):.2%}" if name in tags else ""
+
+
 def _confirmed_mean(tags: Mapping[str, str]) -> str:
     """Mean and spread over the seeds that the winner was confirmed with, as a line; empty where it was not."""
     if "confirmation_mean_accuracy" not in tags:
@@ -200,7 +209,7 @@ def _confirmed_mean(tags: Mapping[str, str]) -> str:
     mean, seeds = float(tags["confirmation_mean_accuracy"]), int(tags["confirmation_seeds"])
     return (
         "- Validation split, the same configuration trained from several seeds: "
-        f"mean accuracy {mean:.2%} over {seeds} seeds{deviation}.\n"
+        f"mean accuracy {mean:.2%} over {seeds} seeds{deviation}{_macro_f1(tags, 'confirmation_mean_macro_f1')}.\n"
     )
 
 

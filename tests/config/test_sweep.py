@@ -114,8 +114,8 @@ def test_every_fault_is_reported_at_once(write: Write) -> None:
         "Take 4 at most, or at least 27 trials",
         "line 12, seed: Input should be greater than or equal to 0, but got -1",
         "line 13, engine: Input should be 'auto', 'multilora' or 'trainer', but got 'multi'. Did you mean multilora?",
-        "line 14, trails: Unknown key. Did you mean trials? "
-        "The keys here are experiment, budget, space, sampler, pruner, trials, seed, engine, slots, confirmation",
+        "line 14, trails: Unknown key. Did you mean trials? The keys here are experiment, budget, space, sampler, "
+        "pruner, trials, objective, seed, engine, slots, confirmation",
     ]
 
 

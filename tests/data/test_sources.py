@@ -95,6 +95,7 @@ def test_a_class_of_two_rows_is_trained_and_validated(files):
     [
         ("aaaaaaab", None, "class 'b' has 1 row in the training data, of which none is left for validation. Merge it"),
         ("aaaabbbb", ("a", "b", "c"), "class 'c' has 0 rows in the training data, .*Name the classes that have rows"),
+        ("abcdefgg", None, r"\(and 5 other classes\). Most classes are as rare: name the column of the classes"),
         ("aaaaaaaa", None, "every label is 'a'"),
     ],
 )

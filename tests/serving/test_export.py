@@ -88,7 +88,7 @@ def test_a_merged_model_of_every_family_answers_as_the_adapter_does(tmp_path: Pa
     tokens = AutoTokenizer.from_pretrained(base.folder)(list(SENTENCES), padding=True, return_tensors="pt")
     apart = load_with_peft(adapter, base)
     with torch.inference_mode():
-        assert torch.allclose(model(**tokens).logits, apart(**tokens).logits, atol=1e-4)
+        assert torch.allclose(model(**tokens).logits, apart(**tokens).logits, atol=1e-3)  # of about 10
     assert str(tmp_path) not in (tmp_path / "whole" / "config.json").read_text()
 
 

@@ -26,7 +26,7 @@ from agnews_lora.serving.model_package import (
 )
 from agnews_lora.serving.predict import Prediction, columns
 from agnews_lora.tracking.registry import CANDIDATE, Registry, Version
-from agnews_lora.training.metrics import mean_cross_entropy
+from agnews_lora.training.metrics import macro_f1, mean_cross_entropy
 from tests.serving.conftest import BUDGET, World, register_winner, winner_of
 
 Enter = Callable[[Path], Version]
@@ -62,13 +62,14 @@ def test_a_winner_is_registered_with_all_that_is_known_of_it(registry: Registry,
         "data_digest": world.corpus.digest,
         "data": '{"source": "newswire", "rows": "440"}',
         "validation_accuracy": str(float((predicted == world.corpus.validation.labels).mean())),
+        "validation_macro_f1": str(macro_f1(predicted, world.corpus.validation.labels)),
         "validation_rows": "200",
     }
     hashed = {key.removeprefix("sha256/") for key in version.tags if key.startswith("sha256/")}
     assert {f"adapter/{path.name}" for path in world.worse.iterdir()} | {f"reference/{ANSWERS}"} < hashed
     answers = ReferenceAnswers.read(Package.verified(registry, version).reference)
     assert np.array_equal(answers.predicted, predicted)
-    assert np.array_equal(answers.logits, logits[answers.rows])
+    assert np.allclose(answers.logits, logits[answers.rows], atol=1e-5)
     assert answers.table.pad_id == world.corpus.validation.pad_id
     for position, row in enumerate(answers.rows):
         assert np.array_equal(answers.table.row(position), world.corpus.validation.row(row))

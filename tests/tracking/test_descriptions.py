@@ -117,7 +117,7 @@ def test_a_sweep_shows_its_best_trials_counts_figures_and_links() -> None:
 def test_a_sweep_says_what_it_searches() -> None:
     searched = facts(adapter=SPEC, heads=("full", "out_proj"), confirmation={"trials": 3, "seeds": 2})
     for shown in (opening_description(searched), told(result(facts=searched))):
-        assert "with at most 100,000 trainable parameters, in 8 trials of 60 steps" in shown
+        assert "with the best accuracy and at most 100,000 trainable parameters, in 8 trials of 60 steps" in shown
         assert "the best 3 confirmed over 2 seeds: experiment small, 960 training and 250 validation rows." in shown
         assert f"the experiment's own configuration, `{SPEC}`" in shown
         for line in (

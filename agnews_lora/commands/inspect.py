@@ -8,6 +8,7 @@ import os
 import platform
 import sqlite3
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from importlib.metadata import version
@@ -27,7 +28,7 @@ from agnews_lora.config.experiment import Experiment, load_experiment
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
 from agnews_lora.errors import AgnewsLoraError, BudgetError, NetworkError
-from agnews_lora.paths import STORES, TOKENS
+from agnews_lora.paths import STORES, TOKENS, WORK
 
 LIBRARIES: Final = ("torch", "transformers", "peft", "datasets", "evaluate", "optuna", "mlflow", "pandas")
 LAYOUT: Final = "workflowType=machine_learning"  # without it the UI shows what language-model applications need
@@ -99,6 +100,8 @@ def doctor(as_json: bool) -> int:
 
 
 def _found() -> dict[str, str]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     from agnews_lora.training.device import device_name, has_bf16, training_device
 
     device = training_device()
@@ -110,7 +113,10 @@ def _found() -> dict[str, str]:
         "device": f"{device_name(device)}, trains in {'bf16' if has_bf16(device) else 'fp32'}",
         "versions": "\n".join(lines),
         **stores,
-        f"cache {TOKENS}": "there" if TOKENS.is_dir() else "made when needed",
+        f"folder {WORK}": _folder(WORK),
+        f"cache {TOKENS}": _folder(TOKENS),
+        "cache of the hub": f"{HF_HUB_CACHE}: {_folder(Path(HF_HUB_CACHE))}",
+        "temporary files": _temporary(),
         "hub": "can be reached" if hub.reachable() else "cannot be reached",
         **{f"experiment {path.stem}": _reach(path) for path in sorted(experiments.FOLDER.glob("*.yaml"))},
     }
@@ -120,11 +126,30 @@ def _store(path: Path) -> str:
     if not path.exists():
         return "made by the first sweep"
     try:
+        for needed in (path, path.parent):  # SQLite writes a journal beside the database
+            if not os.access(needed, os.W_OK):
+                raise PermissionError(f"this user may not write {needed}")
         with closing(sqlite3.connect(path, timeout=2)) as connection:
             connection.execute("BEGIN IMMEDIATE")
-    except sqlite3.Error as error:
+    except (OSError, sqlite3.Error) as error:
         return f"cannot be written: {error}"
     return f"writable, {path.stat().st_size / 1e6:.1f} MB"
+
+
+def _folder(path: Path) -> str:
+    there = next(each for each in (path, *path.parents) if os.path.exists(each))  # noqa: PTH110  # also below a hidden folder
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"cannot be written: this user may not write {there.resolve()}"
+    return "writable" if there == path else "made when needed"
+
+
+def _temporary() -> str:
+    if not _folder(WORK).startswith("cannot"):
+        return f"below {WORK}"
+    try:
+        return f"in {tempfile.gettempdir()}"
+    except OSError as error:
+        return f"cannot be written: {error.strerror}. Set TMPDIR."
 
 
 def _reach(path: Path) -> str:
@@ -167,4 +192,5 @@ def ui(port: int) -> int:
         print(f"{run.info.run_name}: http://{HOST}:{port}/{page_of(client, run.info.run_id).url}?{LAYOUT}", flush=True)
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # its processes end in tracebacks at Ctrl-C
     command = ["mlflow", "server", "--backend-store-uri", tracking_uri(STORES), "--host", HOST, "--port", str(port)]
+    os.environ |= {"PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore"}  # for the server's own processes, too
     os.execv(sys.executable, [sys.executable, "-m", *command, "--workers", "1"])

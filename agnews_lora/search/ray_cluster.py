@@ -267,7 +267,7 @@ def _init_ray(address: str, **options: Any) -> None:
     import ray._private.worker
     from ray.job_config import JobConfig
 
-    class Job(JobConfig):  # type: ignore[misc]  # Ray has no types
+    class Job(JobConfig):
         """Ray would put the driver's working folder in front of a worker's libraries."""
 
         def _serialize(self) -> Any:

@@ -105,26 +105,44 @@ def _found() -> dict[str, str]:
     libraries = [f"{library} {version(library)}" for library in LIBRARIES]
     lines = [f"agnews-lora {agnews_lora.__version__}, Python {platform.python_version()}"]
     lines += [", ".join(some) for some in (libraries[:4], libraries[4:])]
-    stores = {f"store {store}": _store(store) for store in (STORES / "mlflow.db", STORES / "optuna.db")}
+    stores = {
+        f"store {name}": _store(name) for name in (STORES / "mlflow.db", STORES / "artifacts", STORES / "optuna.db")
+    }
     return {
         "device": f"{device_name(device)}, trains in {'bf16' if has_bf16(device) else 'fp32'}",
         "versions": "\n".join(lines),
         **stores,
-        f"cache {TOKENS}": "there" if TOKENS.is_dir() else "made when needed",
+        f"cache {TOKENS}": _cache(),
         "hub": "can be reached" if hub.reachable() else "cannot be reached",
         **{f"experiment {path.stem}": _reach(path) for path in sorted(experiments.FOLDER.glob("*.yaml"))},
     }
 
 
 def _store(path: Path) -> str:
+    if fault := _unwritable(path):
+        return fault
     if not path.exists():
         return "made by the first sweep"
+    if path.is_dir():
+        return "writable"
     try:
         with closing(sqlite3.connect(path, timeout=2)) as connection:
             connection.execute("BEGIN IMMEDIATE")
     except sqlite3.Error as error:
         return f"cannot be written: {error}"
     return f"writable, {path.stat().st_size / 1e6:.1f} MB"
+
+
+def _cache() -> str:
+    return _unwritable(TOKENS) or ("there" if TOKENS.is_dir() else "made when needed")
+
+
+def _unwritable(path: Path) -> str | None:
+    """Why a file or folder, or what it is to be made in, cannot be written."""
+    present = [each for each in (path, *path.parents) if each.exists()]
+    needed = present[:1] if path.is_dir() or not path.exists() else present[:2]  # SQLite writes beside its file
+    refused = next((each for each in needed if not os.access(each, os.W_OK)), None)
+    return f"cannot be written: this user may not write {refused.absolute()}" if refused else None
 
 
 def _reach(path: Path) -> str:

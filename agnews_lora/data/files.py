@@ -89,7 +89,7 @@ def key(value: object) -> str | None:
 def class_ids(
     found: Iterable[str | None], given: Labels, declared: tuple[str, ...] | None, column: str, name: str
 ) -> tuple[tuple[str, ...], dict[str, int]]:
-    """(names of the classes in order, {label as `key` writes it: class id}).
+    """(names of the classes in order, {label as `key` writes it: class id}); no names where no row has a label.
 
     Args:
         found: labels of the training rows, as `key` writes them.
@@ -131,9 +131,8 @@ def class_ids(
         )
     if declared is None:
         declared = tuple(sorted(values, key=lambda value: (int(value), "") if numbers else (0, value)))
-    if len(declared) < 2:
-        only = f"every label is {declared[0]!r}" if declared else "no row has a label"
-        raise DataError(f"{where}: {only}. A classifier needs rows of two classes at least.")
+    if len(declared) == 1:
+        raise DataError(f"{where}: every label is {declared[0]!r}. A classifier needs rows of two classes at least.")
     return declared, {str(key(label)): number for number, label in enumerate(declared)}
 
 
@@ -389,6 +388,8 @@ def _decoded(path: Path) -> str:
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise DataError(f"Cannot read {path}: {reason}. Write the file again.") from error
+    if content.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+        raise DataError(f"Cannot read {path}: it is a packed file. Give a gzip file the ending .gz; unpack any other.")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"Cannot read {path}: it is UTF-16. Save it as UTF-8 (`iconv -f UTF-16 -t UTF-8`).")
     try:
@@ -429,9 +430,12 @@ def _records(path: Path, content: str, separator: str, names: Columns | None) ->
     )
     _require(path, [f"line {line}: {broken}" for line, record in records if '"' in record], hint)
     try:
-        header = list(names or [name.strip() for name in next(_parsed(content, separator))])
+        first = [name.strip() for name in next(_parsed(content, separator))]
     except csv.Error as error:
-        raise DataError(f"Cannot read {path}: line {records[0][0]} is no header ({error}).") from error
+        raise DataError(f"Cannot read {path}: line {records[0][0]} cannot be read ({error}).") from error
+    header = list(names or first)
+    if names and [*map(str.lower, first)] == [*map(str.lower, names)]:
+        raise DataError(f"Cannot use {path}: line {records[0][0]} is a header. Leave `columns:` out.")
     counts = [(line, record.count(separator) + 1) for line, record in records]
     rule = f"should have {len(header)} fields, as {'`columns:`' if names else 'the header'} has, but has"
     _require(path, [f"line {line}: it {rule} {count}" for line, count in counts if count != len(header)], hint)
@@ -488,10 +492,13 @@ def _require_json_lines(path: Path, content: str) -> None:
     lines = [] if content.lstrip().startswith("[") else content.split("\n")
     for number, line in enumerate(lines, 1):
         try:
-            if line.strip() and not isinstance(json.loads(line), dict):
+            if not line.strip():
+                continue
+            if not isinstance(json.loads(line), dict):
                 faults.append(f"line {number}: it is no JSON object")
+            json.dumps(json.loads(line), ensure_ascii=False).encode()  # refuses half a surrogate pair
         except (ValueError, RecursionError) as error:
-            faults.append(f"line {number}: it is not JSON ({error})")
+            faults.append(f"line {number}: it is not JSON in Unicode ({error})")
         if len(faults) == _REPORTED:
             break
     _require(path, faults)

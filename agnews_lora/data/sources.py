@@ -152,7 +152,10 @@ def label_names(settings: DataSettings) -> tuple[str, ...]:
     else:
         table = _table(settings, settings.train)
         found, declared = set(table.label_keys), table.declared
-    return class_ids(found, None, declared, settings.label, settings.train)[0]
+    names, ids = class_ids(found, None, declared, settings.label, settings.train)
+    if not names:
+        rows_of(_table(settings, settings.train), ids, settings.clean)  # names the rows that have no label
+    return names
 
 
 def load(settings: DataSettings, seed: int) -> Splits:
@@ -192,6 +195,11 @@ def load(settings: DataSettings, seed: int) -> Splits:
         _require_every_class("validation", validation, labels, available)
     train = _capped(train, settings.train_rows, seed)
     _require_every_class("training", train, labels, available)
+    if not len(test):
+        raise DataError(
+            "Cannot use this data: no class has a third row for testing, beside those for training and validation. Use "
+            "more rows, or name a file or split as `test`."
+        )
     return Splits(train, validation, test, labels)
 
 

@@ -200,7 +200,7 @@ def trial_curves(points: pd.DataFrame, title: str, folder: Path) -> dict[str, Pa
 
 def accuracy_curve(points: pd.DataFrame, title: str, path: Path) -> None:
     """Draw validation accuracy and macro-F1 of one trial by step; the last accuracy is labelled with its value."""
-    figure, axes = _new_figure(title, "step", "validation")
+    figure, axes = _new_figure(title, "step", "validation score")
     curve, shown = _measured(points, "eval/accuracy"), _measured(points, "eval/macro_f1")
     axes.plot(shown["step"], shown["eval/macro_f1"], color=SKY, marker="s", markersize=6, linewidth=2, label="macro-F1")
     axes.plot(

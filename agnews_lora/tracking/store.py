@@ -1,9 +1,7 @@
 """The run store: a SQLite database and a folder of artifacts below one root (`mlruns`), or an MLflow server."""
 
 import errno
-import fcntl
 import logging
-import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -19,9 +17,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from agnews_lora.errors import StorageError, StoreAway
+from agnews_lora.paths import locked
 
 DATABASE: Final = "mlflow.db"
 ARTIFACTS: Final = "artifacts"
+LOCK: Final = "lock"  # one process at a time creates what is missing: two at once would break the schema
 
 
 def tracking_uri(root: Path) -> str:
@@ -117,7 +117,7 @@ def is_server(client: MlflowClient) -> bool:
 def _open_folder(root: Path) -> MlflowClient:
     uri = tracking_uri(root)
     try:
-        with _locked(root):
+        with locked(root / LOCK):
             _create_database(root)
         _require_writable(root / DATABASE)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -131,18 +131,6 @@ def _open_folder(root: Path) -> MlflowClient:
             f"Cannot use the run store {root / DATABASE}: {error.message}. Copy it and run `mlflow db upgrade {uri}`, "
             "or install the MLflow that wrote it."
         ) from error
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """One process at a time creates what is missing: two at once would break the schema, or each other."""
-    root.mkdir(parents=True, exist_ok=True)
-    folder = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
 
 
 def _create_database(root: Path) -> None:
@@ -178,7 +166,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
             experiment = client.get_experiment_by_name(name) or client.get_experiment(client.create_experiment(name))
     else:
         root = Path(client.tracking_uri.removeprefix("sqlite:///")).parent
-        with _locked(root):
+        with locked(root / LOCK):
             experiment = client.get_experiment_by_name(name) or client.get_experiment(
                 client.create_experiment(name, artifact_location=artifact_uri(root))
             )

@@ -1,4 +1,4 @@
-"""A whole sweep over rows of one's own, in each form: from the file to the answer of the promoted adapter."""
+"""Whole sweeps over rows of one's own in each form, and over a base of each family, to the promoted adapter."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from agnews_lora import promote, run_sweep
+from agnews_lora.adapters.families import LAYOUTS, Family
 from agnews_lora.cli import main
 from tests.project import write_project
 from tests.tiny import SENTENCES, tiny_base
@@ -76,3 +78,18 @@ def test_a_sweep_over_rows_of_ones_own(
     assert main(["predict", "--sweep", "small", "--json", "The striker scored twice."]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert sorted(answer["probabilities"]) == sorted(labels)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_a_sweep_over_a_base_of_ones_own(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every family: plain PEFT, in a new process, answers as the engine did, else nothing were registered."""
+    monkeypatch.chdir(tmp_path)
+    tiny_base(tmp_path / "base", family)
+    data, labels, _ = words(tmp_path)
+    changes = {"base": "base", "data": data, "adapter.targets": "all-linear"}
+    write_project(tmp_path, changes, {"budget": 20_000, "trials": 1})
+    result = run_sweep("small", quiet=True)
+    assert result.state == "COMPLETE" and list(result.facts.labels) == labels
+    assert result.facts.engine == ("multilora" if LAYOUTS[family].multilora else "trainer")
+    assert result.registration is not None and promote("small").passed

@@ -188,7 +188,6 @@ def test_names_of_the_classes(found, given, names, ids):
     [
         (map(str, range(1_001)), "it has 1,001 different values, over the most that are taken, 1,000"),
         (["a"], "every label is 'a'"),
-        ([], "no row has a label"),
         (["1", "1.5"], "the value '1.5' is no whole number"),
         (["a", "b" * 300], "is no printable name of at most 200 characters"),
         (["a", "b\nc"], r"the value 'b\nc' is no printable name"),
@@ -229,6 +228,7 @@ INSIDE = "a quote stands inside a field that is not quoted"
         (HEADER + f"{'a' * (MAX_CHARACTERS + 1)},x\nb,y\n", "line 2", "the text has 100,001 characters"),
         (HEADER.encode() + b"caf\xe9,x\n", "line 2", "is not UTF-8 (byte 0xE9)"),
         (HEADER + "a\0,x\n", "line 2", "holds a NUL character"),
+        (gzip.compress(HEADER.encode()), "it is a packed file", ".gz"),
         (HEADER.encode("utf-16"), "it is UTF-16", "Save it as UTF-8"),
         (HEADER + f"{'a' * 200_000},x\nb\n", "line 3", "should have 2 fields"),
         ("text;label\na;x\n", "it has no column 'text', but 'text;label'", "separated by semicolons"),
@@ -251,7 +251,7 @@ TWO = '{"text": "c", "label": 3}\n{"text": "a", "label": 1}\n'
 @pytest.mark.parametrize(
     ("content", "place", "said"),
     [
-        ('{"text": "a", "label": 1}\n{"text": "b"\n', "line 2", "it is not JSON"),
+        ('{"text": "a", "label": 1}\n{"text": "b"\n', "line 2", "it is not JSON in Unicode"),
         ('{"text": "a", "label": 1}\n\n{"text": null, "label": 2}\n', "line 3", "the text is missing"),
         ('{"text": "a", "label": 1}\n{"label": 2}\n', "line 2", "the text is missing"),
         (TWO + '{"text": "b"}\n', "line 3", "it has no label"),
@@ -259,7 +259,8 @@ TWO = '{"text": "c", "label": 3}\n{"text": "a", "label": 1}\n'
         ('{"text": "a", "label": 1}\n{"text": {"b": 1}, "label": 2}\n', "line 2", "the text is {'b': 1}, no text"),
         ('{"text": "a", "label": 1}\n{"text": 5, "label": 2}\n', "line 2", "the text is 5, no text"),
         (TWO + '{"text": "b", "label": [2]}\n', "line 3", "the label is [2], no word"),
-        ('{"text": "a", "label": 1}\n{"text": "b\\ud83d", "label": 2}\n', "Cannot", "surrogate"),
+        ('{"text": "a", "label": 1}\n{"text": "b\\ud83d", "label": 2}\n', "line 2", "surrogate"),
+        ('{"text": "a", "label": [1]}\n{"text": "b", "label": [2]}\n', "line 1", "the label is [1], no word"),
         ('{"data": [{"text": "a", "label": 1}]}', "it has no column 'text', but 'data'", "Name its columns"),
         ('{"text": "a", "class": 1}\n', "it has no column 'label', but 'text', 'class'", "Name its columns"),
         ('[{"text": "a", "label": 1}, {"text": "", "label": 2}]', "row 2", "nothing visible"),
@@ -301,6 +302,11 @@ def test_a_label_that_is_not_named_is_refused_by_its_line(write):
     numbered = HEADER + "a,1\nb,2\n" + HEADER + "c,1\n"
     message = fault(write(numbered), labels=("x", "y"))
     assert message.splitlines()[1:] == ["  line 4: the label 'label' is none of '1', '2'"]
+
+
+def test_a_header_where_the_columns_are_named_is_refused(write):
+    message = fault(write("Text,Label\na,x\nb,y\n"), columns=("text", "label"))
+    assert "line 1 is a header. Leave `columns:` out" in message
 
 
 def test_five_faults_are_named_at_once(write):

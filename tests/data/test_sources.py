@@ -97,6 +97,7 @@ def test_a_class_of_two_rows_is_trained_and_validated(files):
         ("aaaabbbb", ("a", "b", "c"), "class 'c' has 0 rows in the training data, .*Name the classes that have rows"),
         ("abcdefgg", None, r"\(and 5 other classes\). Most classes are as rare: name the column of the classes"),
         ("aaaaaaaa", None, "every label is 'a'"),
+        ("aabb", None, "no class has a third row for testing"),
     ],
 )
 def test_a_class_without_rows_for_a_split_is_named_with_what_mends_it(files, values, labels, said):

@@ -110,7 +110,7 @@ def test_two_processes_create_one_store_in_its_folder_and_say_nothing(tmp_path: 
     assert [process.communicate()[0] for process in processes] == ["", ""]
     assert [process.returncode for process in processes] == [0, 0]
     assert {path.name for path in tmp_path.iterdir()} == {"mlruns"}
-    assert {path.name for path in (tmp_path / "mlruns").iterdir()} == {"mlflow.db", "artifacts"}
+    assert {path.name for path in (tmp_path / "mlruns").iterdir()} == {"mlflow.db", "artifacts", "lock"}
     reopened = open_client(tmp_path / "mlruns")
     assert reopened.tracking_uri == tracking_uri(tmp_path / "mlruns") == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
     experiment = reopened.get_experiment_by_name("e")

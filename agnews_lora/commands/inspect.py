@@ -108,7 +108,9 @@ def _found() -> dict[str, str]:
     libraries = [f"{library} {version(library)}" for library in LIBRARIES]
     lines = [f"agnews-lora {agnews_lora.__version__}, Python {platform.python_version()}"]
     lines += [", ".join(some) for some in (libraries[:4], libraries[4:])]
-    stores = {f"store {store}": _store(store) for store in (STORES / "mlflow.db", STORES / "optuna.db")}
+    stores = {
+        f"store {name}": _store(name) for name in (STORES / "mlflow.db", STORES / "artifacts", STORES / "optuna.db")
+    }
     return {
         "device": f"{device_name(device)}, trains in {'bf16' if has_bf16(device) else 'fp32'}",
         "versions": "\n".join(lines),
@@ -123,33 +125,44 @@ def _found() -> dict[str, str]:
 
 
 def _store(path: Path) -> str:
+    if fault := _unwritable(path):
+        return fault
     if not path.exists():
         return "made by the first sweep"
+    if path.is_dir():
+        return "writable"
     try:
-        for needed in (path, path.parent):  # SQLite writes a journal beside the database
-            if not os.access(needed, os.W_OK):
-                raise PermissionError(f"this user may not write {needed}")
         with closing(sqlite3.connect(path, timeout=2)) as connection:
             connection.execute("BEGIN IMMEDIATE")
-    except (OSError, sqlite3.Error) as error:
+    except sqlite3.Error as error:
         return f"cannot be written: {error}"
     return f"writable, {path.stat().st_size / 1e6:.1f} MB"
 
 
 def _folder(path: Path) -> str:
-    there = next(each for each in (path, *path.parents) if os.path.exists(each))  # noqa: PTH110  # also below a hidden folder
-    if not os.access(there, os.W_OK | os.X_OK):
-        return f"cannot be written: this user may not write {there.resolve()}"
-    return "writable" if there == path else "made when needed"
+    return _unwritable(path) or ("writable" if _exists(path) else "made when needed")
 
 
 def _temporary() -> str:
-    if not _folder(WORK).startswith("cannot"):
+    if not _unwritable(WORK):
         return f"below {WORK}"
     try:
         return f"in {tempfile.gettempdir()}"
     except OSError as error:
         return f"cannot be written: {error.strerror}. Set TMPDIR."
+
+
+def _unwritable(path: Path) -> str | None:
+    """Why a file or folder, or what it is to be made in, cannot be written."""
+    present = [each for each in (path, *path.parents) if _exists(each)]
+    needed = present[:2] if _exists(path) and path.is_file() else present[:1]  # SQLite writes beside its file
+    refused = next((each for each in needed if not os.access(each, os.W_OK)), None)
+    return f"cannot be written: this user may not write {refused.absolute()}" if refused else None
+
+
+def _exists(path: Path) -> bool:
+    """Whether it is there and may be seen: `Path.exists` fails below a folder that may not."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def _reach(path: Path) -> str:

@@ -277,10 +277,11 @@ class _Start:
         with Progress(
             total_trials=num_trials, ended=ended, objective=sweep.objective, quiet=self.quiet, **shown
         ) as screen:
-            if note := self.prepared.base.shape.layout.note:
-                screen.message(f"{sweep.experiment.base}: {note}")
             if shown.get("confirms"):
                 screen.announce("Confirming the best trials: each is trained again with other seeds.")
+            else:
+                for note in self.prepared.notes:
+                    screen.message(note)
             driver = Driver(study, search, self.runs, screen, self.folder, stop, self.patience)
             if self.workers is None and self.address is None:
                 driver.run(self._engine)

@@ -56,8 +56,8 @@ def run(experiment: Experiment, quiet: bool, as_json: bool) -> int:
         orderly_stop() as request,
         Progress(total_trials=1, quiet=quiet or as_json) as screen,
     ):
-        if note := prepared.base.shape.layout.note:
-            screen.message(f"{experiment.base}: {note}")
+        for note in prepared.notes:
+            screen.message(note)
         driver = Driver(study, _search(prepared), runs, screen, Path(folder), lambda: bool(request))
         driver.run(prepared.engine()())
     trained = TrialSummary.from_trial(study.trials[0])

@@ -11,6 +11,8 @@ From Python, in a project's folder:
 """
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
@@ -56,11 +58,31 @@ ENVIRONMENT: Final = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
 
+# They would let fp32 products be computed with fewer bits.
+ROUNDING: Final = (
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+
 
 def set_environment() -> None:
-    """Set the variables that libraries read when they are imported."""
+    """Set the variables that libraries read when they are imported, and remove those that would change a result."""
+    for name in ROUNDING:
+        os.environ.pop(name, None)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def unset(unwanted: Callable[[str], bool]) -> Iterator[None]:
+    """Take variables out of the environment for the time of the block."""
+    taken = {name: os.environ.pop(name) for name in list(os.environ) if unwanted(name)}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 def __getattr__(name: str) -> Any:

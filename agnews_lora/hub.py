@@ -5,9 +5,7 @@ moves, so a revision is resolved once a project: the commit is recorded in `RECO
 """
 
 import errno
-import fcntl
 import json
-import os
 import re
 import threading
 from collections.abc import Iterator
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from agnews_lora.errors import AgnewsLoraError, DataError, NetworkError, StorageError
-from agnews_lora.paths import STORES
+from agnews_lora.paths import STORES, locked
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
@@ -140,18 +138,13 @@ def record(key: str, **values: str) -> dict[str, str]:
         StorageError: the record cannot be written.
     """
     try:
-        STORES.mkdir(parents=True, exist_ok=True)
-        folder = os.open(STORES, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)  # another process may record at the same time
+        with locked(STORES / "lock"):  # another process may record at the same time
             entry = {**values, **recorded(key)}
             everything = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
             if everything.get(key) != entry:
                 beside = RECORD.with_suffix(".partial")
                 beside.write_text(json.dumps({**everything, key: entry}, indent=2) + "\n", encoding="utf-8")
                 beside.replace(RECORD)
-        finally:
-            os.close(folder)
     except OSError as error:
         raise StorageError(f"Cannot write {RECORD}: {error.strerror}. Free it or make it writable.") from error
     return entry

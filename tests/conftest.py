@@ -9,7 +9,7 @@ import pytest
 from filelock import FileLock
 
 from agnews_lora import set_environment
-from tests.project import agnews_lora, copy_project, write_project
+from tests.project import agnews_lora, write_project
 
 CONFIRMED = {"confirmation": {"trials": 1, "seeds": 2}}
 
@@ -50,4 +50,4 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def finished_project(finished_once: Path, tmp_path: Path) -> Path:
     """A copy of that project, to be changed at will."""
-    return copy_project(finished_once, tmp_path / "project")
+    return Path(shutil.copytree(finished_once, tmp_path / "project"))

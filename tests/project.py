@@ -2,14 +2,11 @@
 
 import copy
 import os
-import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
 
@@ -51,18 +48,6 @@ def write_project(folder: Path, experiment: dict[str, Any] | None = None, sweep:
         with (folder / kind / "small.yaml").open("w", encoding="utf-8") as file:
             YAML().dump(changed, file)
     return folder
-
-
-def copy_project(source: Path, to: Path) -> Path:
-    """Copy a project with its stores, which then are those of the copy: MLflow keeps absolute paths."""
-    shutil.copytree(source, to, dirs_exist_ok=True)
-    with closing(sqlite3.connect(to / "mlruns" / "mlflow.db")) as database, database:
-        for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
-            for _, column, kind, *_ in database.execute(f"PRAGMA table_info('{table}')").fetchall():
-                if kind.upper().startswith(("VARCHAR", "TEXT")):
-                    changed = f'UPDATE "{table}" SET "{column}" = replace("{column}", ?, ?) WHERE instr("{column}", ?)'
-                    database.execute(changed, (str(source), str(to), str(source)))
-    return to
 
 
 def agnews_lora(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

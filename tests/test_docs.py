@@ -22,7 +22,6 @@ from agnews_lora.adapters.budget import feasible_ranks, require_within_budget
 from agnews_lora.cli import parser
 from agnews_lora.config import experiment, sweep
 from tests.documents import PAGES, ROOT, Block, anchors, blocks, links, prose, tables, targets
-from tests.project import copy_project
 
 FENCES = ("sh", "sh run")
 GUIDE = ROOT / "docs"
@@ -106,7 +105,7 @@ def test_every_target_has_a_line_of_help_and_a_recipe_that_can_be_run() -> None:
 @pytest.fixture(scope="module")
 def printed(finished_once: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Block, str]:
     """Output of the blocks that run, all in one finished project. Its sweep `small` stands for `embedded`."""
-    folder = copy_project(finished_once, tmp_path_factory.mktemp("guide"))
+    folder = Path(shutil.copytree(finished_once, tmp_path_factory.mktemp("guide"), dirs_exist_ok=True))
     for kind in ("experiments", "sweeps"):
         shutil.copy(ROOT / kind / "agnews.yaml", folder / kind)
     found = {}

@@ -46,7 +46,7 @@ def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bo
             asked[index] = os.fsencode(text).decode() if any("\ud800" <= each <= "\udfff" for each in text) else text
         except UnicodeError as error:
             raise DataError(f"Cannot read text {one_line(text)!r}: it is not UTF-8. Convert it.") from error
-    client = open_client(tracking or STORES)
+    client = open_client(tracking or STORES, read=True)
     with reaching(client):
         registry = Registry(client, experiment.name)
         package = Package.verified(registry, registry.champion())
@@ -82,7 +82,7 @@ def champion(sweep: Sweep | str | Path, *, tracking: str | None = None) -> "Text
         AgnewsLoraError: anything else that the user can fix.
     """
     loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
-    client = open_client(tracking or STORES)
+    client = open_client(tracking or STORES, read=True)
     with reaching(client):
         registry = Registry(client, loaded.experiment.name)
         package = Package.verified(registry, registry.champion())
@@ -96,7 +96,7 @@ def export(experiment: Experiment, to: Path, merged: bool, tracking: str | None,
         RegistryError: there is no champion yet, or its files changed.
         StorageError: the folder holds something, or cannot be written.
     """
-    client = open_client(tracking or STORES)
+    client = open_client(tracking or STORES, read=True)
     registry = Registry(client, experiment.name)
     with reaching(client):
         version = registry.champion()

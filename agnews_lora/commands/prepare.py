@@ -79,6 +79,12 @@ class Prepared:
         return EngineFactory(self.engine_name, slots, self.base, self.corpus, self.experiment.settings)
 
     @property
+    def notes(self) -> list[str]:
+        """What a person should know of base and data before they are trained on."""
+        note, profile = self.base.shape.layout.note, self.corpus.profile
+        return [*([f"{self.experiment.base}: {note}"] if note else []), *profile["warnings"]]
+
+    @property
     def total_steps(self) -> int:
         """Training steps of one whole trial."""
         settings = self.experiment.settings

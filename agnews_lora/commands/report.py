@@ -1,6 +1,7 @@
 """`agnews-lora report`: the result of a sweep, as an HTML page and a PDF, from the run store alone."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from agnews_lora.errors import StudyError
-from agnews_lora.paths import REPORTS, STORES
+from agnews_lora.paths import REPORTS, STORES, temporary_files
 from agnews_lora.reporting.figures import draw
 from agnews_lora.reporting.report import write_report
 from agnews_lora.search.results import SweepResult
@@ -23,7 +24,7 @@ RESULT: Final = "result.json"  # artifact of the parent run
 
 
 def run(name: str, to: Path | None, tracking: str | None, as_json: bool) -> int:
-    """Write the report of a sweep's newest study, and keep it on its parent run.
+    """Write the report of a sweep's newest study, and keep it on its parent run, unless the project is read-only.
 
     Args:
         name: the sweep's, or the path of its file, which is not read.
@@ -39,13 +40,14 @@ def run(name: str, to: Path | None, tracking: str | None, as_json: bool) -> int:
     never = StudyError(f"Cannot write a report of {sweep}: the run store has no run of this sweep. {remedy}.")
     if tracking is None and not (STORES / DATABASE).exists():
         raise never
-    client = open_client(tracking or STORES)
+    keep = tracking is not None or all(os.access(path, os.W_OK) for path in (STORES, STORES / DATABASE))
+    client = open_client(tracking or STORES, read=not keep)
     with reaching(client):
         parent = newest_parent(client, sweep)
         if parent is None:
             raise never
         text = page_of(client, parent.info.run_id).read_text(RESULT)
-    study, state = parent.info.run_name, parent.data.tags.get("state", "RUNNING")
+    study, state = parent.data.tags["study"], parent.data.tags.get("state", "RUNNING")
     if text is None or state != "COMPLETE":
         cause = f"its state is {state}" if state != "COMPLETE" else f"its run has no {RESULT}"
         raise StudyError(
@@ -56,7 +58,7 @@ def run(name: str, to: Path | None, tracking: str | None, as_json: bool) -> int:
     except ValueError as error:
         raise StudyError(f"Cannot read {RESULT} of study {study}: {error}. {remedy} to write it anew.") from error
     with reaching(client):
-        page, paper = write(client, parent.info.run_id, result, to or REPORTS)
+        page, paper = write(client, parent.info.run_id, result, to or REPORTS, keep=keep)
     if as_json:
         print(json.dumps({"study": result.study, "html": str(page), "pdf": str(paper)}))
         return 0
@@ -67,7 +69,8 @@ def run(name: str, to: Path | None, tracking: str | None, as_json: bool) -> int:
         found = f"winner {winner.trial} by {SCORES[result.objective]}, {', '.join(scores)} on the validation split"
     console = Console(highlight=False, markup=False)
     console.print(f"study {result.study}: {found}\n{page}\n{paper}", soft_wrap=True)
-    console.print("Both are also on the sweep's parent run, as report.html and report.pdf.", soft_wrap=True)
+    if keep:
+        console.print("Both are also on the sweep's parent run, as report.html and report.pdf.", soft_wrap=True)
     return 0
 
 
@@ -77,22 +80,24 @@ def write(
     result: SweepResult,
     to: Path,
     pictures: Mapping[str, Path] | None = None,
+    keep: bool = True,
 ) -> tuple[Path, Path]:
-    """Write `<study>.html` and `<study>.pdf`, and put them on the parent run in place of older ones.
+    """Write `<study>.html` and `<study>.pdf`, and keep them on the parent run in place of older ones.
 
     Args:
         parent: id of the parent run.
         result, to: see `write_report`.
         pictures: figures by name; where None, they are drawn from the curves of the trials' runs.
+        keep: on the parent run as well.
 
     Raises:
         StorageError: the folder cannot be written.
     """
-    with TemporaryDirectory() as folder:
+    with temporary_files(), TemporaryDirectory() as folder:
         if pictures is None:
             curves = {row.trial: read_curve(client, row.run_id, row.trial) for row in result.trials if row.run_id}
             pictures = draw(result, curves, Path(folder, "pictures"))
         written = write_report(result, pictures, to)
-        for path in written:
+        for path in written if keep else ():
             client.log_artifact(parent, shutil.copyfile(path, Path(folder, f"report{path.suffix}")))
     return written

@@ -30,7 +30,7 @@ def run(experiment: Experiment, version: int | None, merged: bool, port: int, tr
     from agnews_lora.tracking.store import open_client, reaching
 
     with bound(port) as listener:
-        client = open_client(tracking or STORES)
+        client = open_client(tracking or STORES, read=True)
         registry = Registry(client, experiment.name)
         with reaching(client):
             chosen = registry.champion() if version is None else registry.version(version)

@@ -22,7 +22,7 @@ from agnews_lora.commands.prepare import Prepared, prepare
 from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.data.sources import label_names
 from agnews_lora.errors import BudgetError
-from agnews_lora.paths import STORES, WORK
+from agnews_lora.paths import STORES, WORK, temporary_files
 from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.reporting.progress import Progress
 from agnews_lora.reporting.summary import print_summary
@@ -118,7 +118,7 @@ def run_sweep(
         prepared = prepare(sweep.experiment, sweep.engine, sweep.slots)
         if prepared.base.shape != shape:  # downloaded only now, its weights turned out to have no pooler
             require_feasible(sweep, prepared.base.shape, storage, new)
-        with keys.sole_driver(WORK / sweep.name, sweep.name):
+        with keys.sole_driver(WORK / sweep.name, sweep.name), temporary_files():
             runs = SweepRuns(
                 client or open_client(STORES),
                 sweep.name,
@@ -277,10 +277,11 @@ class _Start:
         with Progress(
             total_trials=num_trials, ended=ended, objective=sweep.objective, quiet=self.quiet, **shown
         ) as screen:
-            if note := self.prepared.base.shape.layout.note:
-                screen.message(f"{sweep.experiment.base}: {note}")
             if shown.get("confirms"):
                 screen.announce("Confirming the best trials: each is trained again with other seeds.")
+            else:
+                for note in self.prepared.notes:
+                    screen.message(note)
             driver = Driver(study, search, self.runs, screen, self.folder, stop, self.patience)
             if self.workers is None and self.address is None:
                 driver.run(self._engine)

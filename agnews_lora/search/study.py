@@ -1,13 +1,12 @@
 """The study in storage: opened or resumed by name, with the fingerprint of what it searches."""
 
-import fcntl
 import hashlib
 import json
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +27,7 @@ from sqlalchemy.exc import ArgumentError
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.config.sweep import Space
 from agnews_lora.errors import StorageError, StudyError
+from agnews_lora.paths import lock_file
 from agnews_lora.search import space as search_space
 from agnews_lora.search.retry import STORAGE_FAULTS, brief
 from agnews_lora.training.interface import Objective
@@ -279,13 +279,14 @@ def sole_driver(folder: Path, sweep: str) -> Iterator[None]:
         StudyError: another driver holds it, and is not just ending.
         StorageError: the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("a+", encoding="ascii")
-    except OSError as error:
-        raise StorageError(f"Cannot write the work folder {folder}: {error.strerror}. Fix its permissions.") from error
-    with file:
-        _wait_for(lambda: _locked(file.fileno()), sweep)
+    with ExitStack() as held:
+        try:
+            acquire = held.enter_context(lock_file(folder / "lock"))
+        except OSError as error:
+            raise StorageError(
+                f"Cannot write the work folder {folder}: {error.strerror}. Fix its permissions."
+            ) from error
+        _wait_for(acquire, sweep)
         yield
 
 
@@ -314,14 +315,6 @@ def _wait_for(locked: Callable[[], Any], sweep: str) -> None:
                 "again."
             )
         time.sleep(0.1)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def open_study(

@@ -65,7 +65,7 @@ def export(registry: Registry, version: Version, to: Path, merged: bool = False)
             raise StorageError(f"Cannot export to {target}: it is not empty. Name a new or an empty folder.")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(package.tokenizer, beside)
+        _copy(package.tokenizer, beside)
         # What calls the tokenizer with `truncation=True` alone cuts where training did, and gives no token types to
         # models that take none.
         config = json.loads((beside / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def export(registry: Registry, version: Version, to: Path, merged: bool = False)
         if merged:
             merged_model(package.adapter, _base_of(version, record)).save_pretrained(str(beside))
         else:
-            shutil.copytree(package.adapter, beside, dirs_exist_ok=True)
+            _copy(package.adapter, beside)
         card = _model_card(version, record, registry.run_params(version), merged)
         (beside / CARD).write_text(card, encoding="utf-8")
         beside.replace(target)
@@ -85,6 +85,14 @@ def export(registry: Registry, version: Version, to: Path, merged: bool = False)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return target
+
+
+def _copy(folder: Path, to: Path) -> None:
+    """Copy a folder's files, not their modes: a project may be read-only."""
+    for path in filter(Path.is_file, folder.rglob("*")):
+        target = to / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
 
 
 def pipeline(package: Package) -> "TextClassificationPipeline":

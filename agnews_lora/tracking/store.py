@@ -1,11 +1,11 @@
 """The run store: a SQLite database and a folder of artifacts below one root (`mlruns`), or an MLflow server."""
 
 import errno
-import fcntl
 import logging
-import os
 import shutil
 import sqlite3
+import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -17,16 +17,23 @@ from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.utils.file_utils import local_file_uri_to_path
+from sqlalchemy.engine import URL, make_url
 
 from agnews_lora.errors import StorageError, StoreAway
+from agnews_lora.paths import locked
 
 DATABASE: Final = "mlflow.db"
 ARTIFACTS: Final = "artifacts"
+LOCK: Final = "lock"  # one process at a time creates what is missing: two at once would break the schema
 
 
 def tracking_uri(root: Path) -> str:
-    """URI of the run database in the folder of stores `root` (`mlruns`)."""
-    return f"sqlite:///{root.resolve() / DATABASE}"
+    """URI of the run database in the folder of stores `root` (`mlruns`).
+
+    It names the driver, since MLflow would make the folder of a plain `sqlite:///` URI as it is written, `%3F` and all.
+    """
+    return URL.create("sqlite+pysqlite", database=str(root.resolve() / DATABASE)).render_as_string()
 
 
 def artifact_uri(root: Path) -> str:
@@ -43,8 +50,13 @@ _LASTING_FAULTS: Final = {
 }
 
 
-def open_client(where: Path | str) -> MlflowClient:
+def open_client(where: Path | str, read: bool = False) -> MlflowClient:
     """A client of the run store: in a folder, created with the database's schema where it is missing, or of a server.
+
+    A folder that was copied or moved has its artifacts in its new place, whatever its database recorded.
+
+    Args:
+        read: only to be read: the folder stays as it is, and may be one that this user cannot write.
 
     Raises:
         StorageError: the store cannot be created, reached, read or written, its schema is another MLflow's, or the
@@ -53,7 +65,7 @@ def open_client(where: Path | str) -> MlflowClient:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     for loud in ("mlflow.store.db.utils", "urllib3"):  # what goes wrong is said once, in the message
         logging.getLogger(loud).setLevel(logging.CRITICAL)
-    return _open_folder(where) if isinstance(where, Path) else _open_server(where)
+    return _open_folder(where, read) if isinstance(where, Path) else _open_server(where)
 
 
 def _open_server(url: str) -> MlflowClient:
@@ -114,35 +126,50 @@ def is_server(client: MlflowClient) -> bool:
     return str(client.tracking_uri).startswith("http")
 
 
-def _open_folder(root: Path) -> MlflowClient:
-    uri = tracking_uri(root)
+def _open_folder(root: Path, read: bool) -> MlflowClient:
+    database = root / DATABASE
     try:
-        with _locked(root):
+        if read:
+            return _open_to_read(root)
+        with locked(root / LOCK):
             _create_database(root)
-        _require_writable(root / DATABASE)
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        relocate(database, root)
+        return _client(root)
     except (OSError, sqlite3.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise StorageError(
-            f"Cannot use the run store {root / DATABASE}: {error}. Fix its permissions, end the process that locks it, "
-            "or move it away to start an empty store."
+            f"Cannot use the run store {database}: {reason}. Fix its permissions, end the process that locks it, or "
+            "move it away to start an empty store."
         ) from error
     except MlflowException as error:
         raise StorageError(
-            f"Cannot use the run store {root / DATABASE}: {error.message}. Copy it and run `mlflow db upgrade {uri}`, "
-            "or install the MLflow that wrote it."
+            f"Cannot use the run store {database}: {error.message}. Copy it and run `mlflow db upgrade "
+            f"{tracking_uri(root)}`, or install the MLflow that wrote it."
         ) from error
 
 
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """One process at a time creates what is missing: two at once would break the schema, or each other."""
-    root.mkdir(parents=True, exist_ok=True)
-    folder = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
+def _client(root: Path) -> MlflowClient:
+    return MlflowClient(tracking_uri=tracking_uri(root), registry_uri=tracking_uri(root))
+
+
+def _open_to_read(root: Path) -> MlflowClient:
+    """The store itself where it lies as recorded, else a copy of its database for the life of the client."""
+    database = root.resolve() / DATABASE
+    if not database.exists():
+        raise StorageError(
+            f"Cannot read the run store {root / DATABASE}: it is not there. Start `agnews-lora sweep` first, or put it "
+            "back."
+        )
+    with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
+        if _recorded_root(connection) in (None, artifact_uri(root)):
+            return _client(root)
+        folder = tempfile.TemporaryDirectory()
+        with closing(sqlite3.connect(Path(folder.name, DATABASE))) as copy:
+            connection.backup(copy)
+    relocate(Path(folder.name, DATABASE), root)
+    client = _client(Path(folder.name))
+    weakref.finalize(client, folder.cleanup)
+    return client
 
 
 def _create_database(root: Path) -> None:
@@ -159,10 +186,46 @@ def _create_database(root: Path) -> None:
     folder.rmdir()
 
 
-def _require_writable(database: Path) -> None:
-    """Asked of SQLite itself, since MLflow would retry for minutes."""
-    with closing(sqlite3.connect(database, timeout=20)) as connection:
+# Where MLflow keeps absolute URIs of artifacts.
+_LOCATIONS: Final = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+
+
+def relocate(database: Path, root: Path) -> None:
+    """Record that the artifacts lie below `root`, and a version's base inside the project in the project's folder.
+
+    SQLite itself is asked for the permission to write, since MLflow would retry for minutes.
+    """
+    with closing(sqlite3.connect(database, timeout=20)) as connection, connection:
         connection.execute("BEGIN IMMEDIATE")
+        old, new = _recorded_root(connection), artifact_uri(root)
+        if old is None or old == new:
+            return
+        for table, column in _LOCATIONS:
+            _move(connection, table, column, old, new)
+        old_project = Path(local_file_uri_to_path(old)).parents[1]
+        _move(connection, "model_version_tags", "value", str(old_project), str(root.resolve().parent), "key = 'base'")
+
+
+def _move(connection: sqlite3.Connection, table: str, column: str, old: str, new: str, rows: str = "true") -> None:
+    """Replace the folder `old` at the beginning of a column's values, where it is whole."""
+    connection.execute(
+        f"UPDATE {table} SET {column} = :new || substr({column}, length(:old) + 1) "
+        f"WHERE {rows} AND substr({column} || '/', 1, length(:old) + 1) = :old || '/'",
+        {"old": old, "new": new},
+    )
+
+
+def _recorded_root(connection: sqlite3.Connection) -> str | None:
+    """URI of the artifacts' folder that the oldest experiment with one like ours has recorded."""
+    locations = connection.execute("SELECT artifact_location FROM experiments ORDER BY experiment_id").fetchall()
+    roots = [location.removesuffix("/0") for (location,) in locations if location]  # `Default` has a folder in it
+    return next((root for root in roots if root.startswith("file:") and root.endswith(f"/{ARTIFACTS}")), None)
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
@@ -177,16 +240,16 @@ def experiment_id(client: MlflowClient, name: str) -> str:
         with reaching(client):
             experiment = client.get_experiment_by_name(name) or client.get_experiment(client.create_experiment(name))
     else:
-        root = Path(client.tracking_uri.removeprefix("sqlite:///")).parent
-        with _locked(root):
+        root = Path(str(make_url(client.tracking_uri).database)).parent
+        with locked(root / LOCK):
             experiment = client.get_experiment_by_name(name) or client.get_experiment(
                 client.create_experiment(name, artifact_location=artifact_uri(root))
             )
         if experiment.lifecycle_stage == LifecycleStage.ACTIVE and experiment.artifact_location != artifact_uri(root):
             raise StorageError(
                 f"Cannot use the run store {root / DATABASE}: the artifacts of {name!r} belong to "
-                f"{experiment.artifact_location} and not to {artifact_uri(root)}. Move the folder back, or start with "
-                "an empty one."
+                f"{experiment.artifact_location} and not to {artifact_uri(root)}. Rename that MLflow experiment, "
+                "or the sweep."
             )
     if experiment.lifecycle_stage != LifecycleStage.ACTIVE:
         raise StorageError(

@@ -110,9 +110,11 @@ def test_two_processes_create_one_store_in_its_folder_and_say_nothing(tmp_path: 
     assert [process.communicate()[0] for process in processes] == ["", ""]
     assert [process.returncode for process in processes] == [0, 0]
     assert {path.name for path in tmp_path.iterdir()} == {"mlruns"}
-    assert {path.name for path in (tmp_path / "mlruns").iterdir()} == {"mlflow.db", "artifacts"}
+    assert {path.name for path in (tmp_path / "mlruns").iterdir()} == {"mlflow.db", "artifacts", "lock"}
     reopened = open_client(tmp_path / "mlruns")
-    assert reopened.tracking_uri == tracking_uri(tmp_path / "mlruns") == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+    assert (
+        reopened.tracking_uri == tracking_uri(tmp_path / "mlruns") == f"sqlite+pysqlite:///{tmp_path}/mlruns/mlflow.db"
+    )
     experiment = reopened.get_experiment_by_name("e")
     assert experiment.artifact_location == (tmp_path / "mlruns/artifacts").as_uri()
     assert {run.info.run_name for run in reopened.search_runs([experiment.experiment_id])} == {"first", "second"}
@@ -123,7 +125,7 @@ def test_store_that_a_killed_process_left_half_made_is_made_anew(tmp_path: Path)
     (tmp_path / ".schema").mkdir()
     (tmp_path / ".schema" / "mlflow.db").write_bytes(b"half")
     assert open_client(tmp_path).get_experiment_by_name("Default") is not None
-    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+    assert not (tmp_path / ".schema").exists()
 
 
 def test_store_that_is_no_folder_or_no_database(tmp_path: Path) -> None:
@@ -142,9 +144,9 @@ def test_deleted_experiment_is_refused_with_the_command_that_restores_it(
         SweepRuns(client, request.node.name)
 
 
-def test_store_that_was_moved_is_refused(client: MlflowClient) -> None:
+def test_experiment_whose_artifacts_lie_elsewhere_is_refused(client: MlflowClient) -> None:
     client.create_experiment("moved", artifact_location="file:///elsewhere/mlruns/artifacts")
-    with pytest.raises(StorageError, match=r"file:///elsewhere/mlruns/artifacts and not to .*Move the folder back"):
+    with pytest.raises(StorageError, match=r"file:///elsewhere/mlruns/artifacts and not to .*Rename"):
         SweepRuns(client, "moved")
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from agnews_lora.commands.predict import champion as champion
     from agnews_lora.commands.promote import promote as promote
+    from agnews_lora.commands.sweep import Stopped as Stopped
     from agnews_lora.commands.sweep import run_sweep as run_sweep
     from agnews_lora.config.experiment import load_experiment as load_experiment
     from agnews_lora.config.sweep import load_sweep as load_sweep
@@ -33,9 +34,10 @@ _MODULES: Final = {
     "load_experiment": "agnews_lora.config.experiment",
     "load_sweep": "agnews_lora.config.sweep",
     "run_sweep": "agnews_lora.commands.sweep",
+    "Stopped": "agnews_lora.commands.sweep",
     "SweepResult": "agnews_lora.search.results",
 }
-__all__ = ["SweepResult", "champion", "load_experiment", "load_sweep", "promote", "run_sweep"]
+__all__ = ["Stopped", "SweepResult", "champion", "load_experiment", "load_sweep", "promote", "run_sweep"]
 
 # Set before any library is imported, unless the user did. None of it changes a result.
 ENVIRONMENT: Final = {

@@ -138,7 +138,7 @@ class _Start:
 
     sweep: Sweep
     prepared: Prepared
-    study: optuna.Study
+    study: keys.SweepStudy
     runs: SweepRuns
     trials: int | None
     timeout: float | None
@@ -150,7 +150,7 @@ class _Start:
 
     def __post_init__(self) -> None:
         self.num_trials = self.trials or self.sweep.trials
-        self.folder = WORK / self.sweep.name / self.study.study_name
+        self.folder = keys.work_folder(self.study, WORK / self.sweep.name)
 
     def run(self) -> SweepResult:
         began = time.perf_counter()
@@ -176,7 +176,7 @@ class _Start:
         with self.runs.reaching():
             self.runs.open_parent(
                 self.study.study_name,
-                identity=self.study.user_attrs[keys.IDENTITY],
+                identity=self.study.identity,
                 params={
                     "experiment": sweep.experiment.name,
                     "base": base.hub_id,
@@ -331,11 +331,11 @@ def _print_unfinished(result: SweepResult, target: int | None, as_json: bool) ->
     )
 
 
-def open_study(sweep: Sweep, prepared: Prepared, storage: RDBStorage, new: bool) -> optuna.Study:
+def open_study(sweep: Sweep, prepared: Prepared, storage: RDBStorage, new: bool) -> keys.SweepStudy:
     """The sweep's study, made or resumed, with its baseline enqueued.
 
     Raises:
-        StudyError: it was made with another fingerprint.
+        StudyError: it was made with another fingerprint, is not the sweep's, or holds what keeps it from going on.
         StorageError: it cannot be read or written.
     """
     space, shape, budget = sweep.space, prepared.base.shape, sweep.budget
@@ -347,6 +347,7 @@ def open_study(sweep: Sweep, prepared: Prepared, storage: RDBStorage, new: bool)
         PeerMedianPruner(sweep.pruner.startup_trials, sweep.pruner.warmup_steps),
         new,
     )
+    keys.require_compatible(study, space, shape, budget)
     keys.enqueue_baseline(study, sweep.experiment.spec, space, shape, budget)
     return study
 
@@ -373,6 +374,7 @@ def require_feasible(sweep: Sweep, shape: ModelShape, storage: str | None, new: 
     Raises:
         BudgetError: one of them breaks the budget, or no preset fits it.
         ConfigError: the base's family does not have a preset that the file names.
+        StudyError: the storage has a study of the sweep's name, or a copy of one, that is not the sweep's.
     """
     feasible_ranks(sweep.space.presets(shape.family), list(sweep.space.heads), shape, sweep.budget)
     with _blamed(f"experiment {sweep.experiment.name}, the baseline of {sweep.name}"):
@@ -381,8 +383,8 @@ def require_feasible(sweep: Sweep, shape: ModelShape, storage: str | None, new: 
     if new or (isinstance(where, Path) and not (where / "optuna.db").exists()):
         return
     database = keys.open_storage(where)
-    for study_name in keys.study_names(database, sweep.name)[-1:]:
-        study = optuna.load_study(study_name=study_name, storage=database)
+    if study_name := keys.newest_study(database, sweep.name):
+        study = keys.SweepStudy(study_name, database)
         for number, spec in keys.enqueued_specs(study, sweep.space, shape, sweep.budget):
             with _blamed(f"trial {number}, enqueued in study {study_name} (`--new` starts another without it)"):
                 require_within_budget(spec, shape, sweep.budget)

@@ -11,12 +11,15 @@ From Python, in a project's folder:
 """
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from agnews_lora.commands.predict import champion as champion
     from agnews_lora.commands.promote import promote as promote
+    from agnews_lora.commands.sweep import Stopped as Stopped
     from agnews_lora.commands.sweep import run_sweep as run_sweep
     from agnews_lora.config.experiment import load_experiment as load_experiment
     from agnews_lora.config.sweep import load_sweep as load_sweep
@@ -31,9 +34,10 @@ _MODULES: Final = {
     "load_experiment": "agnews_lora.config.experiment",
     "load_sweep": "agnews_lora.config.sweep",
     "run_sweep": "agnews_lora.commands.sweep",
+    "Stopped": "agnews_lora.commands.sweep",
     "SweepResult": "agnews_lora.search.results",
 }
-__all__ = ["SweepResult", "champion", "load_experiment", "load_sweep", "promote", "run_sweep"]
+__all__ = ["Stopped", "SweepResult", "champion", "load_experiment", "load_sweep", "promote", "run_sweep"]
 
 # Set before any library is imported, unless the user did. None of it changes a result.
 ENVIRONMENT: Final = {
@@ -54,11 +58,31 @@ ENVIRONMENT: Final = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
 
+# They would let fp32 products be computed with fewer bits.
+ROUNDING: Final = (
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+
 
 def set_environment() -> None:
-    """Set the variables that libraries read when they are imported."""
+    """Set the variables that libraries read when they are imported, and remove those that would change a result."""
+    for name in ROUNDING:
+        os.environ.pop(name, None)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def unset(unwanted: Callable[[str], bool]) -> Iterator[None]:
+    """Take variables out of the environment for the time of the block."""
+    taken = {name: os.environ.pop(name) for name in list(os.environ) if unwanted(name)}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 def __getattr__(name: str) -> Any:

@@ -29,6 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     with _lasting("stdout") as output, _lasting("stderr"):
         options = parser().parse_args(arguments)
+        if sys.flags.optimize > 1:
+            print(
+                "agnews-lora: Cannot run without docstrings, which transformers reads: Python was started with -OO or "
+                "PYTHONOPTIMIZE=2. Start it without.",
+                file=sys.stderr,
+            )
+            return 2
         agnews_lora.set_environment()
         warnings.simplefilter("ignore")
         command: Run = options.command

@@ -1,17 +1,21 @@
-"""Where things lie, below the working directory, and the locks on them."""
+"""Where things lie, below the working directory, the locks on them, and temporary files beside them."""
 
 import errno
 import fcntl
+import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from agnews_lora.errors import StorageError
 
 STORES: Final = Path("mlruns")  # mlflow.db, artifacts/, optuna.db
-WORK: Final = STORES / "work"  # checkpoints of trials that have not ended
+WORK: Final = STORES / "work"  # checkpoints of trials that have not ended, and temporary files
+COMPILED: Final = Path(".cache/compiled")  # GPU kernels
 TOKENS: Final = Path(".cache/tokens")  # token tables, made again when missing
 TRAINED: Final = Path("trained_models")
 REPORTS: Final = Path("reports")
@@ -59,3 +63,62 @@ def lock_file(path: Path) -> Iterator[Callable[[], bool]]:
             return True
 
         yield acquire
+
+
+_TEMPORARY: Final = "temporary-"
+_ROOM: Final = 2**20  # bytes
+
+
+@contextmanager
+def temporary_files() -> Iterator[None]:
+    """Keep the temporary files of this process and its libraries below `WORK`, for the time of the block.
+
+    Where the stores have room, they have it too: the system's folder for them may be small, or full. It is used where
+    the project cannot be written. Folders of processes that were killed are removed.
+
+    Raises:
+        StorageError: there is no room for temporary files.
+    """
+    before, compiled = tempfile.tempdir, Path(COMPILED).resolve()
+    with ExitStack() as held:
+        try:
+            tempfile.tempdir = _own_folder(held)
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))  # else among the temporary files
+        except (OSError, StorageError) as error:
+            _require_room(error)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
+def _own_folder(held: ExitStack) -> str:
+    """A new folder, removed with `held`; its lock says that this process lives."""
+    with locked(STORES / "lock"):
+        for left in WORK.glob(f"{_TEMPORARY}*"):
+            with suppress(OSError), lock_file(left / "lock") as acquire:
+                if acquire():
+                    shutil.rmtree(left)
+        WORK.mkdir(exist_ok=True)
+        folder = held.enter_context(
+            tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=WORK.resolve(), ignore_cleanup_errors=True)
+        )
+        held.enter_context(lock_file(Path(folder, "lock")))()
+    _write_some(folder)
+    return folder
+
+
+def _require_room(error: Exception) -> None:
+    try:
+        _write_some(None)
+    except OSError as other:
+        folder = os.environ.get("TMPDIR") or tempfile.tempdir or "the system's folder for them"
+        raise StorageError(
+            f"Cannot write temporary files: neither below {WORK} ({error}) nor in {folder} ({other.strerror or other})."
+            " Free one of them, or set TMPDIR to a folder with room."
+        ) from other
+
+
+def _write_some(folder: str | None) -> None:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(_ROOM))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import TextClassificationPipeline
@@ -54,3 +55,12 @@ def test_the_champion_is_a_pipeline_of_transformers(project: Path) -> None:
     assert ask(text * 50)[0]["label"] in prediction["probabilities"], "longer texts than the model takes are cut"
     with pytest.raises(DataError):
         ask("\u200b")
+
+
+def test_the_page_on_python_shows_calls_that_work(project: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "scripting.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    shown = code.replace('"embedded"', '"small"').replace("trials=6", "trials=3")
+    names: dict[str, Any] = {}
+    exec(shown, names)
+    assert names["result"].state == "COMPLETE"

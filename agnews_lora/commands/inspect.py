@@ -8,6 +8,7 @@ import os
 import platform
 import sqlite3
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from importlib.metadata import version
@@ -27,7 +28,7 @@ from agnews_lora.config.experiment import Experiment, load_experiment
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
 from agnews_lora.errors import AgnewsLoraError, BudgetError, NetworkError
-from agnews_lora.paths import STORES, TOKENS
+from agnews_lora.paths import STORES, TOKENS, WORK
 
 LIBRARIES: Final = ("torch", "transformers", "peft", "datasets", "evaluate", "optuna", "mlflow", "pandas")
 LAYOUT: Final = "workflowType=machine_learning"  # without it the UI shows what language-model applications need
@@ -99,6 +100,8 @@ def doctor(as_json: bool) -> int:
 
 
 def _found() -> dict[str, str]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     from agnews_lora.training.device import device_name, has_bf16, training_device
 
     device = training_device()
@@ -112,7 +115,10 @@ def _found() -> dict[str, str]:
         "device": f"{device_name(device)}, trains in {'bf16' if has_bf16(device) else 'fp32'}",
         "versions": "\n".join(lines),
         **stores,
-        f"cache {TOKENS}": _cache(),
+        f"folder {WORK}": _folder(WORK),
+        f"cache {TOKENS}": _folder(TOKENS),
+        "cache of the hub": f"{HF_HUB_CACHE}: {_folder(Path(HF_HUB_CACHE))}",
+        "temporary files": _temporary(),
         "hub": "can be reached" if hub.reachable() else "cannot be reached",
         **{f"experiment {path.stem}": _reach(path) for path in sorted(experiments.FOLDER.glob("*.yaml"))},
     }
@@ -133,16 +139,30 @@ def _store(path: Path) -> str:
     return f"writable, {path.stat().st_size / 1e6:.1f} MB"
 
 
-def _cache() -> str:
-    return _unwritable(TOKENS) or ("there" if TOKENS.is_dir() else "made when needed")
+def _folder(path: Path) -> str:
+    return _unwritable(path) or ("writable" if _exists(path) else "made when needed")
+
+
+def _temporary() -> str:
+    if not _unwritable(WORK):
+        return f"below {WORK}"
+    try:
+        return f"in {tempfile.gettempdir()}"
+    except OSError as error:
+        return f"cannot be written: {error.strerror}. Set TMPDIR."
 
 
 def _unwritable(path: Path) -> str | None:
     """Why a file or folder, or what it is to be made in, cannot be written."""
-    present = [each for each in (path, *path.parents) if each.exists()]
-    needed = present[:1] if path.is_dir() or not path.exists() else present[:2]  # SQLite writes beside its file
+    present = [each for each in (path, *path.parents) if _exists(each)]
+    needed = present[:2] if _exists(path) and path.is_file() else present[:1]  # SQLite writes beside its file
     refused = next((each for each in needed if not os.access(each, os.W_OK)), None)
     return f"cannot be written: this user may not write {refused.absolute()}" if refused else None
+
+
+def _exists(path: Path) -> bool:
+    """Whether it is there and may be seen: `Path.exists` fails below a folder that may not."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def _reach(path: Path) -> str:
@@ -185,4 +205,5 @@ def ui(port: int) -> int:
         print(f"{run.info.run_name}: http://{HOST}:{port}/{page_of(client, run.info.run_id).url}?{LAYOUT}", flush=True)
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # its processes end in tracebacks at Ctrl-C
     command = ["mlflow", "server", "--backend-store-uri", tracking_uri(STORES), "--host", HOST, "--port", str(port)]
+    os.environ |= {"PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore"}  # for the server's own processes, too
     os.execv(sys.executable, [sys.executable, "-m", *command, "--workers", "1"])

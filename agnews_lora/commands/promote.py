@@ -13,7 +13,7 @@ from agnews_lora.config.experiment import Experiment
 from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.data.sources import prepare_test
 from agnews_lora.errors import PromotionError
-from agnews_lora.paths import STORES, TOKENS
+from agnews_lora.paths import STORES, TOKENS, temporary_files
 from agnews_lora.serving import promotion
 from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client, reaching
@@ -69,7 +69,7 @@ def promote(
     client = open_client(tracking or STORES)
     stage = prepare(experiment)
     registry = Registry(client, experiment.name)
-    with reaching(client):
+    with temporary_files(), reaching(client):
         outcome = promotion.promote(
             registry,
             stage.corpus,
@@ -91,7 +91,7 @@ def rollback(experiment: Experiment, tracking: str | None, as_json: bool) -> int
         RegistryError: there is no previous champion.
     """
     client = open_client(tracking or STORES)
-    with reaching(client):
+    with temporary_files(), reaching(client):
         champion, previous = promotion.rollback(Registry(client, experiment.name))
         for version in (previous, champion):
             refresh(client, version)

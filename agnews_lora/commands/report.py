@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from agnews_lora.errors import StudyError
-from agnews_lora.paths import REPORTS, STORES
+from agnews_lora.paths import REPORTS, STORES, temporary_files
 from agnews_lora.reporting.figures import draw
 from agnews_lora.reporting.report import write_report
 from agnews_lora.search.results import SweepResult
@@ -93,7 +93,7 @@ def write(
     Raises:
         StorageError: the folder cannot be written.
     """
-    with TemporaryDirectory() as folder:
+    with temporary_files(), TemporaryDirectory() as folder:
         if pictures is None:
             curves = {row.trial: read_curve(client, row.run_id, row.trial) for row in result.trials if row.run_id}
             pictures = draw(result, curves, Path(folder, "pictures"))

@@ -22,7 +22,7 @@ from agnews_lora.commands.prepare import Prepared, prepare
 from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.data.sources import label_names
 from agnews_lora.errors import BudgetError
-from agnews_lora.paths import STORES, WORK
+from agnews_lora.paths import STORES, WORK, temporary_files
 from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.reporting.progress import Progress
 from agnews_lora.reporting.summary import print_summary
@@ -118,7 +118,7 @@ def run_sweep(
         prepared = prepare(sweep.experiment, sweep.engine, sweep.slots)
         if prepared.base.shape != shape:  # downloaded only now, its weights turned out to have no pooler
             require_feasible(sweep, prepared.base.shape, storage, new)
-        with keys.sole_driver(WORK / sweep.name, sweep.name):
+        with keys.sole_driver(WORK / sweep.name, sweep.name), temporary_files():
             runs = SweepRuns(
                 client or open_client(STORES),
                 sweep.name,
@@ -138,7 +138,7 @@ class _Start:
 
     sweep: Sweep
     prepared: Prepared
-    study: optuna.Study
+    study: keys.SweepStudy
     runs: SweepRuns
     trials: int | None
     timeout: float | None
@@ -150,7 +150,7 @@ class _Start:
 
     def __post_init__(self) -> None:
         self.num_trials = self.trials or self.sweep.trials
-        self.folder = WORK / self.sweep.name / self.study.study_name
+        self.folder = keys.work_folder(self.study, WORK / self.sweep.name)
 
     def run(self) -> SweepResult:
         began = time.perf_counter()
@@ -182,7 +182,7 @@ class _Start:
         with self.runs.reaching():
             self.runs.open_parent(
                 self.study.study_name,
-                identity=self.study.user_attrs[keys.IDENTITY],
+                identity=self.study.identity,
                 params={
                     "experiment": sweep.experiment.name,
                     "base": base.hub_id,
@@ -333,11 +333,11 @@ def _print_unfinished(result: SweepResult, target: int | None, as_json: bool) ->
     )
 
 
-def open_study(sweep: Sweep, prepared: Prepared, storage: RDBStorage, new: bool) -> optuna.Study:
+def open_study(sweep: Sweep, prepared: Prepared, storage: RDBStorage, new: bool) -> keys.SweepStudy:
     """The sweep's study, made or resumed, with its baseline enqueued.
 
     Raises:
-        StudyError: it was made with another fingerprint.
+        StudyError: it was made with another fingerprint, is not the sweep's, or holds what keeps it from going on.
         StorageError: it cannot be read or written.
     """
     space, shape, budget = sweep.space, prepared.base.shape, sweep.budget
@@ -349,6 +349,7 @@ def open_study(sweep: Sweep, prepared: Prepared, storage: RDBStorage, new: bool)
         PeerMedianPruner(sweep.pruner.startup_trials, sweep.pruner.warmup_steps),
         new,
     )
+    keys.require_compatible(study, space, shape, budget)
     keys.enqueue_baseline(study, sweep.experiment.spec, space, shape, budget)
     return study
 
@@ -375,6 +376,7 @@ def require_feasible(sweep: Sweep, shape: ModelShape, storage: str | None, new: 
     Raises:
         BudgetError: one of them breaks the budget, or no preset fits it.
         ConfigError: the base's family does not have a preset that the file names.
+        StudyError: the storage has a study of the sweep's name, or a copy of one, that is not the sweep's.
     """
     feasible_ranks(sweep.space.presets(shape.family), list(sweep.space.heads), shape, sweep.budget)
     with _blamed(f"experiment {sweep.experiment.name}, the baseline of {sweep.name}"):
@@ -383,8 +385,8 @@ def require_feasible(sweep: Sweep, shape: ModelShape, storage: str | None, new: 
     if new or (isinstance(where, Path) and not (where / "optuna.db").exists()):
         return
     database = keys.open_storage(where)
-    for study_name in keys.study_names(database, sweep.name)[-1:]:
-        study = optuna.load_study(study_name=study_name, storage=database)
+    if study_name := keys.newest_study(database, sweep.name):
+        study = keys.SweepStudy(study_name, database)
         for number, spec in keys.enqueued_specs(study, sweep.space, shape, sweep.budget):
             with _blamed(f"trial {number}, enqueued in study {study_name} (`--new` starts another without it)"):
                 require_within_budget(spec, shape, sweep.budget)

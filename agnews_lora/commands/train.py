@@ -19,7 +19,7 @@ from agnews_lora.config.experiment import Experiment
 from agnews_lora.config.sweep import Range, Space
 from agnews_lora.data.sources import label_names
 from agnews_lora.data.tokens import load_tokenizer
-from agnews_lora.paths import STORES, TRAINED, WORK
+from agnews_lora.paths import STORES, TRAINED, temporary_files
 from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.reporting.progress import Progress
 from agnews_lora.search import study as keys
@@ -50,9 +50,9 @@ def run(experiment: Experiment, quiet: bool, as_json: bool) -> int:
     keys.quieten()
     study = optuna.create_study(pruner=NopPruner(), direction="maximize")
     keys.enqueue_named(study, TRIAL, experiment.spec, experiment.seed)
-    WORK.mkdir(parents=True, exist_ok=True)
     with (
-        TemporaryDirectory(dir=WORK) as folder,
+        temporary_files(),
+        TemporaryDirectory() as folder,
         orderly_stop() as request,
         Progress(total_trials=1, quiet=quiet or as_json) as screen,
     ):

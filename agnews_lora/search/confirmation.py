@@ -5,8 +5,6 @@ less. The repetitions (`t0007-s2`: trial 7 with its second seed) are trials of a
 `<study>/confirmation`, so that neither sampler nor pruner learns from them. The same driver trains them.
 """
 
-from typing import Final
-
 import optuna
 from optuna.pruners import NopPruner
 
@@ -14,11 +12,10 @@ from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.search import study as keys
 from agnews_lora.search.results import TrialSummary, best_first, summaries, trial_name
 from agnews_lora.search.sampler import derived_seed
+from agnews_lora.search.study import SweepStudy
 
-_SUFFIX: Final = "/confirmation"  # no sweep's study has a slash in its name
 
-
-def open_confirmation(study: optuna.Study, num_trials: int, num_seeds: int, seed: int) -> optuna.Study | None:
+def open_confirmation(study: SweepStudy, num_trials: int, num_seeds: int, seed: int) -> SweepStudy | None:
     """The confirmation of a study whose trials have ended, with the missing repetitions enqueued.
 
     Args:
@@ -32,14 +29,12 @@ def open_confirmation(study: optuna.Study, num_trials: int, num_seeds: int, seed
     wanted = _wanted(study, num_trials, num_seeds)
     if not wanted:
         return None
-    rounds = optuna.create_study(
-        storage=study._storage,
-        study_name=f"{study.study_name}{_SUFFIX}",
-        pruner=NopPruner(),
-        direction="maximize",
-        load_if_exists=True,
-    )
-    keys.name_objective(rounds, keys.objective_of(study))
+    rounds = find_confirmation(study)
+    if rounds is None:
+        storage = study._storage
+        name = keys.free_name(storage, f"{study.study_name}{keys.CONFIRMATION}")
+        keys.make_study(storage, name, {keys.IDENTITY: _identity(study)}, keys.objective_of(study))
+        rounds = SweepStudy(name, storage, pruner=NopPruner())
     known = {trial_name(trial) for trial in rounds.get_trials(deepcopy=False)}
     for name, (row, spec, number) in wanted.items():
         if name not in known:
@@ -48,15 +43,25 @@ def open_confirmation(study: optuna.Study, num_trials: int, num_seeds: int, seed
     return rounds
 
 
-def find_confirmation(study: optuna.Study) -> optuna.Study | None:
-    """The confirmation of a study, where it was opened."""
-    try:
-        return optuna.load_study(study_name=f"{study.study_name}{_SUFFIX}", storage=study._storage, pruner=NopPruner())
-    except KeyError:
-        return None
+def find_confirmation(study: SweepStudy) -> SweepStudy | None:
+    """The confirmation of a study, where it was opened: the one that holds its identity, whatever else has its name."""
+    storage, usual = study._storage, f"{study.study_name}{keys.CONFIRMATION}"
+    for found in storage.get_all_studies():
+        name, attributes = found.study_name, found.user_attrs
+        if study.num_unmarked and name == usual and keys.IDENTITY not in attributes:  # of an earlier release
+            storage.set_study_user_attr(found._study_id, keys.BOUND, [name, storage.get_n_trials(found._study_id)])
+            storage.set_study_user_attr(found._study_id, keys.IDENTITY, _identity(study))
+        elif attributes.get(keys.IDENTITY) != _identity(study) or attributes[keys.BOUND][0] != name:
+            continue
+        return SweepStudy(name, storage, pruner=NopPruner())
+    return None
 
 
-def num_missing(study: optuna.Study, num_trials: int, num_seeds: int) -> int:
+def _identity(study: SweepStudy) -> str:
+    return f"{study.identity}{keys.CONFIRMATION}"
+
+
+def num_missing(study: SweepStudy, num_trials: int, num_seeds: int) -> int:
     """Repetitions of the best that have not ended. num_trials, num_seeds: as in `open_confirmation`."""
     rounds = find_confirmation(study)
     trials = rounds.get_trials(deepcopy=False) if rounds else []

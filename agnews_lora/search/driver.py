@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -25,7 +25,7 @@ from agnews_lora.config.sweep import Space
 from agnews_lora.errors import BudgetError, RunDeleted, StorageError
 from agnews_lora.search import space as search_space
 from agnews_lora.search import study as keys
-from agnews_lora.search.results import trial_name
+from agnews_lora.search.results import ENDED_BY_OTHERS, trial_name
 from agnews_lora.search.retry import PATIENCE_SECONDS, Retry
 from agnews_lora.search.sampler import derived_seed
 from agnews_lora.search.trial_log import Point, TrialLog
@@ -100,18 +100,24 @@ class Search:
         """The adapter of a trial: as given with its name (`enqueue_named`), the baseline's, or asked from the space.
 
         Raises:
-            ValueError: Optuna's, of a value that a person enqueued.
+            ValueError: a person enqueued what no trial can have.
         """
         attributes = trial.user_attrs
-        if keys.NAME in attributes:
+        if attributes.get(keys.NAME):
             return TrialSpec(**attributes[keys.SPEC])
         if attributes.get(keys.BASELINE) and search_space.outside(self.baseline, self.space, self.shape, self.budget):
             return self.baseline  # from outside the space: not asked from it
-        return search_space.suggest(trial, self.space, self.shape, self.budget)
+        given = keys.given(trial.storage.get_trial(trial._trial_id))
+        if faults := search_space.faults(given, self.space, self.shape, self.budget):
+            raise ValueError("; ".join(faults))
+        spec = search_space.suggest(trial, self.space, self.shape, self.budget)
+        if given.get("head", spec.head) != spec.head:
+            raise ValueError(f"head {given['head']!r} does not fit the budget with targets {spec.targets}")
+        return spec
 
     def seed_of(self, trial: optuna.Trial) -> int:
         """The seed of a trial's initialisation, dropout and data order."""
-        if keys.NAME in trial.user_attrs:
+        if trial.user_attrs.get(keys.NAME):
             return int(trial.user_attrs[keys.SEED])
         return self.baseline_seed if trial.user_attrs.get(keys.BASELINE) else derived_seed(self.seed, trial.number)
 
@@ -196,9 +202,9 @@ class ActiveTrial:
     def _new_attributes(self) -> dict[str, Any]:
         known: dict[str, Any] = self.trial.user_attrs
         present: dict[str, Any] = {}
-        if self.checkpoint_step > known.get(keys.CHECKPOINT, 0):
+        if self.checkpoint_step > (known.get(keys.CHECKPOINT) or 0):
             present[keys.ATTEMPTS] = self.attempts
-        if self.checkpoint_step != known.get(keys.CHECKPOINT, 0):
+        if self.checkpoint_step != (known.get(keys.CHECKPOINT) or 0):
             present[keys.CHECKPOINT] = self.checkpoint_step
         if self.run_id is not None:
             present[keys.RUN_ID] = self.run_id
@@ -324,8 +330,7 @@ class Driver:
         for trial in trials:
             lost = trial.state is TrialState.RUNNING and trial_name(trial) not in self.active
             if lost and not (mine and _is_suspect(trial)):
-                study._thread_local.cached_all_trials = None  # as `ask` does: the sampler sees what there is now
-                return self._configured(optuna.Trial(study, trial._trial_id), worker)
+                return self._configured(keys.running(study, trial), worker)
         open_or_ended = [trial for trial in trials if trial.state is not TrialState.WAITING]
         waiting = next((trial for trial in trials if trial.state is TrialState.WAITING), None)
         if len(open_or_ended) >= self._search.num_trials or (mine and waiting and _is_suspect(waiting)):
@@ -335,8 +340,8 @@ class Driver:
     def _configured(self, trial: optuna.Trial, worker: str) -> ActiveTrial:
         """The trial with its configuration, seed and size, also as attributes of the study's trial."""
         attributes, search = trial.user_attrs, self._search
-        attempts = int(attributes.get(keys.ATTEMPTS, 0))
-        name, checkpoint_step = trial_name(trial), int(attributes.get(keys.CHECKPOINT, 0))
+        attempts = int(attributes.get(keys.ATTEMPTS) or 0)
+        name, checkpoint_step = trial_name(trial), int(attributes.get(keys.CHECKPOINT) or 0)
         active = ActiveTrial(name, trial, worker, search.objective, attempts + 1, checkpoint_step)
         try:
             active.spec = search.configuration(trial)
@@ -347,8 +352,8 @@ class Driver:
         for key, value in ((keys.SPEC, active.spec.as_dict()), (keys.SEED, seed), (keys.TRAINABLE, size)):
             trial.set_user_attr(key, value)
         active.facts = {"seed": seed, "baseline": bool(attributes.get(keys.BASELINE)), "trainable_parameters": size}
-        active.facts |= {"confirms": attributes[keys.CONFIRMS]} if keys.CONFIRMS in attributes else {}
-        active.facts |= {} if keys.NAME in attributes else {"study_trial": trial.number}
+        active.facts |= {"confirms": attributes[keys.CONFIRMS]} if attributes.get(keys.CONFIRMS) else {}
+        active.facts |= {} if attributes.get(keys.NAME) else {"study_trial": trial.number}
         try:
             require_within_budget(active.spec, search.shape, search.budget)
         except BudgetError as error:
@@ -420,12 +425,12 @@ class Driver:
             self._sync(active)
 
     def finished(self, result: TrialResult) -> None:
-        if result.final is not None:
+        if self.active[result.trial].detached:
+            self._finish(result.trial, TrialEnd("PRUNED", replace(result, final=None), ENDED_BY_OTHERS))
+        elif result.final is not None:
             self._finish(result.trial, TrialEnd("COMPLETE", result))
         else:
             reason = f"below the median of all other trials at step {result.steps} of {result.total_steps}"
-            if self.active[result.trial].detached:
-                reason = "ended in the study by somebody else"
             self._finish(result.trial, TrialEnd("PRUNED", result, reason))
 
     def failed(self, trial: str, error: Exception) -> None:
@@ -531,7 +536,7 @@ def tidy(studies: Iterable[optuna.Study], folder: Path) -> None:
 
 
 def _is_suspect(trial: FrozenTrial) -> bool:
-    return int(trial.user_attrs.get(keys.ATTEMPTS, 0)) >= SUSPECT_ATTEMPTS
+    return int(trial.user_attrs.get(keys.ATTEMPTS) or 0) >= SUSPECT_ATTEMPTS
 
 
 def _exhausted(active: ActiveTrial) -> str:

@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+import agnews_lora
 from agnews_lora.errors import ConfigError
 from agnews_lora.search.fleet import SILENCE_SECONDS, Driver, Fleet, WorkerDied
 from agnews_lora.training.exchange import SHIP_SECONDS, Answer, EngineWorker, Event
@@ -29,6 +30,7 @@ LOCAL_SHIP_SECONDS: Final = 5.0  # within a machine, checkpoints cost the driver
 OBJECT_STORE_BYTES: Final = 512 * 2**20  # token tables, and checkpoints on their way
 CONNECT_SECONDS: Final = 10.0
 LOOPBACK_SWITCH: Final = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0" keeps all of Ray's ports on loopback, on Linux too
+PACKAGE: Final = Path(agnews_lora.__file__).parent
 _FOLDER: Final = "agnews-lora-worker-"  # of an actor, in the machine's folder for temporary files
 
 _token_folder: "tempfile.TemporaryDirectory[str] | None" = None  # removed when this process ends
@@ -74,6 +76,8 @@ class TrialWorker:
         import ray
 
         os.environ.update(environment)  # before torch is imported, which unpickling the factory may do
+        agnews_lora.set_environment()
+        tempfile.tempdir = None  # Ray has asked for it: TMPDIR is read again
 
         def build() -> Engine:
             engine: Engine = ray.get(factory[0])()
@@ -176,9 +180,10 @@ def _local_actors(workers: int, engine_factory: Callable[[], Engine]) -> _Actors
         )
     # Cores are shared out: more threads than cores would wait for each other.
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
+    environment = {"OMP_NUM_THREADS": threads, "TMPDIR": tempfile.gettempdir()}
     factory = ray.put(engine_factory)
     options = {"num_cpus": 0, "num_gpus": 1} if gpus else {"num_cpus": 1}
-    start = partial(_start_actor, factory, LOCAL_SHIP_SECONDS, {"OMP_NUM_THREADS": threads}, options)
+    start = partial(_start_actor, factory, LOCAL_SHIP_SECONDS, environment, options)
     return _Actors(lambda: workers, start)
 
 
@@ -191,6 +196,7 @@ def _prepare_local() -> None:
         raise RuntimeError("Ray was imported before its environment was set: it would listen on all interfaces")
     _token_folder = tempfile.TemporaryDirectory(prefix="agnews-lora-token-")
     token = Path(_token_folder.name) / "token"
+    (token.parent / PACKAGE.name).symlink_to(PACKAGE)
     with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
     os.environ.pop("RAY_AUTH_TOKEN", None)  # it would be preferred to the file
@@ -259,11 +265,21 @@ def _protect_token() -> None:
 def _init_ray(address: str, **options: Any) -> None:
     import ray
     import ray._private.worker
+    from ray.job_config import JobConfig
+
+    class Job(JobConfig):
+        """Ray would put the driver's working folder in front of a worker's libraries."""
+
+        def _serialize(self) -> Any:
+            # On other machines this package is installed; on this one, it need not be.
+            self._py_driver_sys_path = [_token_folder.name] if _token_folder else []
+            return super()._serialize()
 
     ray._private.worker._worker_logs_enabled = False  # it would print what raylets say to stdout, across table and JSON
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
+        with agnews_lora.unset(lambda name: name == "PYTHONWARNINGS"):
+            ray.init(address, job_config=Job(), logging_level=logging.ERROR, log_to_driver=False, **options)
     finally:
         with suppress(ValueError):  # not in the main thread, where Ray has set none either
             signal.signal(signal.SIGTERM, handler)  # Ray's own would end the sweep without a checkpoint

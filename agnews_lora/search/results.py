@@ -22,6 +22,7 @@ from agnews_lora.training.interface import SCORES, Objective
 INTERRUPTED: Final = "INTERRUPTED"
 FORMAT: Final = 2  # of `result.json`
 MIN_TRIALS_FOR_IMPORTANCE: Final = 4
+ENDED_BY_OTHERS: Final = "ended in the study by somebody else"
 ENDED_STATES: Final = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
 
 
@@ -34,8 +35,9 @@ def trial_name(trial: optuna.Trial | FrozenTrial) -> str:
 class TrialSummary:
     """One trial of a study.
 
-    state: Optuna's. accuracy, macro_f1, loss: final, or the last ones of a trial that ended before. steps: the last one
-    that was evaluated. rows_seen, train_seconds, eval_seconds, peak_memory_bytes: its costs; None until it has ended.
+    state: Optuna's; `FAIL` of a trial that somebody else ended, whatever they told the study. accuracy, macro_f1, loss:
+    final, or the last ones of a trial that ended before. steps: the last one that was evaluated. rows_seen,
+    train_seconds, eval_seconds, peak_memory_bytes: its costs; None until it has ended.
     """
 
     trial: str
@@ -63,14 +65,17 @@ class TrialSummary:
         objective: the score that the study's values are.
         """
         attributes, reported = trial.user_attrs, trial.intermediate_values
-        value = trial.value if trial.state is TrialState.COMPLETE else reported[max(reported)] if reported else None
+        attributes = {key: value for key, value in attributes.items() if value is not None}
+        driven = study_keys.IDENTITY not in attributes or attributes.keys() & {study_keys.SCORES, study_keys.REASON}
+        state = trial.state if driven or not trial.state.is_finished() else TrialState.FAIL
+        value = trial.value if state is TrialState.COMPLETE else reported[max(reported)] if reported else None
         # Until it ends, and where others ended it, there is its value alone. Older studies have two more on their own.
         scores = {"macro_f1": attributes.get("macro_f1"), "loss": attributes.get("loss")} | {objective: value}
         scores |= attributes.get(study_keys.SCORES, {})
         return cls(
             trial=trial_name(trial),
             number=trial.number,
-            state=trial.state.name,
+            state=state.name,
             baseline=bool(attributes.get(study_keys.BASELINE)),
             spec=TrialSpec(**attributes[study_keys.SPEC]) if study_keys.SPEC in attributes else None,
             accuracy=_finite(scores.get("accuracy")),
@@ -79,7 +84,7 @@ class TrialSummary:
             trainable_parameters=attributes.get(study_keys.TRAINABLE),
             seed=attributes.get(study_keys.SEED),
             run_id=attributes.get(study_keys.RUN_ID),
-            reason=attributes.get(study_keys.REASON),
+            reason=attributes.get(study_keys.REASON, None if state is trial.state else ENDED_BY_OTHERS),
             steps=max(reported, default=0),
             **attributes.get(study_keys.COSTS, {}),
         )
@@ -409,10 +414,12 @@ class SweepResult:
 def summaries(study: optuna.Study) -> list[TrialSummary]:
     """All trials of a study that were ever started, by number."""
     objective = study_keys.objective_of(study)
+    foreign = {trial.number for trial in study.added()} if isinstance(study, study_keys.SweepStudy) else ()
     return [
         TrialSummary.from_trial(trial, objective)
         for trial in study.get_trials(deepcopy=False)
-        if study_keys.SPEC in trial.user_attrs or trial.state is not TrialState.WAITING
+        if trial.number not in foreign
+        and (trial.user_attrs.get(study_keys.SPEC) or trial.state is not TrialState.WAITING)
     ]
 
 
@@ -441,7 +448,7 @@ def confirmed(trials: Sequence[TrialSummary], rounds: optuna.Study | None, objec
             repeats.setdefault(trial.user_attrs[study_keys.CONFIRMS], []).append(
                 TrialSummary.from_trial(trial, objective)
             )
-    found = [Confirmed(own[name], tuple(rows)) for name, rows in repeats.items()]
+    found = [Confirmed(own[name], tuple(rows)) for name, rows in repeats.items() if name in own]
 
     def rank(row: Confirmed) -> tuple[int, float, float, int]:
         return row.num_failed, -(row.mean(objective) or 0.0), _mean_loss(row.runs), row.own.number
@@ -466,14 +473,17 @@ def _ended_at(*studies: optuna.Study) -> float | None:
 
 def _importances(study: optuna.Study) -> dict[str, float]:
     """Of the parameters that all finished trials share; empty where too few trials tell."""
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    counted = {row.number for row in summaries(study) if row.state == "COMPLETE"}
+    complete = [trial for trial in study.get_trials(deepcopy=False) if trial.number in counted]
     asked = [trial for trial in complete if trial.params]
     if len(asked) < MIN_TRIALS_FOR_IMPORTANCE:
         return {}
     shared = set.intersection(*(set(trial.params) for trial in asked))
     if len({trial.value for trial in complete}) == 1 or not shared:
         return {}
-    found = optuna.importance.get_param_importances(study, params=sorted(shared))
+    alone = optuna.create_study(direction="maximize")
+    alone.add_trials(complete)
+    found = optuna.importance.get_param_importances(alone, params=sorted(shared))
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 

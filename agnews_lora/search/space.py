@@ -7,6 +7,7 @@ where no preset fits.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
@@ -127,6 +128,26 @@ def outside(spec: TrialSpec, space: Space, shape: ModelShape, budget: int) -> li
         if not limits.low <= value <= limits.high:
             faults.append(f"{name} {value:g} is not within {limits.low:g} to {limits.high:g}")
     return faults
+
+
+def faults(given: Mapping[str, Any], space: Space, shape: ModelShape, budget: int) -> list[str]:
+    """Why no trial can have the parameters that a person enqueued, a line each; empty where one can.
+
+    A rank above the highest is none of them: the budget refuses it.
+    """
+    known, found = distributions(space, shape, budget), []
+    for name, value in given.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        match known.get(name):
+            case None:
+                found.append(f"{name} ({value!r}) is no parameter of the space, which has {', '.join(known)}")
+            case CategoricalDistribution(choices=choices):
+                if isinstance(value, bool) or value not in choices:
+                    found.append(f"{name} {value!r} is not among {', '.join(map(repr, choices))}")
+            case FloatDistribution(low=low, high=high):
+                if not number or value < low or (value > high and name != "rank_share"):
+                    found.append(f"{name} {value!r} is no number within {low:g} to {high:g}")
+    return found
 
 
 def describe(space: Space, shape: ModelShape, budget: int) -> dict[str, list[Any]]:

@@ -2,22 +2,25 @@
 
 import hashlib
 import json
+import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Container, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.distributions import BaseDistribution, check_distribution_compatibility
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.storages import RDBStorage
-from optuna.trial import FixedTrial, TrialState
-from sqlalchemy import func, select
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.study import StudyDirection
+from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
+from sqlalchemy import column, func, select, table, update
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -31,7 +34,8 @@ from agnews_lora.training.interface import Objective
 
 # User attributes of a study and of its trials.
 SWEEP = "sweep"
-IDENTITY = "identity"
+IDENTITY = "identity"  # a random id of the study; of a trial: its study's, and its own number
+BOUND = "bound"  # [the study's own name, the number of trials from before trials had an identity]
 FINGERPRINT = "fingerprint"
 BASELINE = "baseline"
 NAME = "name"  # of a trial that was enqueued with its configuration and seed
@@ -45,7 +49,11 @@ TRAINABLE = "trainable_parameters"
 SCORES = "scores"  # of the last evaluation
 REASON = "reason"
 COSTS = "costs"
+OF_TRIALS: Final = {BASELINE, NAME, CONFIRMS, SEED, SPEC, TRAINABLE} | {
+    *(RUN_ID, CHECKPOINT, ATTEMPTS, SCORES, REASON, COSTS),
+}
 
+CONFIRMATION: Final = "/confirmation"  # ends the identity and the name of a confirmation's study
 ENDING_SECONDS: Final = 5.0  # that a driver which was asked to stop, or killed, may take to release a lock
 
 
@@ -145,9 +153,122 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message, UserWarning)
 
 
+class SweepStudy(optuna.Study):
+    """A study that shows the trials of its sweep alone, and those that a person enqueued for it.
+
+    Anybody may add trials to a study in storage, with any values and attributes, those of the sweep's own trials among
+    them. A trial is the sweep's where it holds the study's identity and its own number, which no copy of it has.
+    """
+
+    def __init__(
+        self,
+        study_name: str,
+        storage: BaseStorage,
+        sampler: BaseSampler | None = None,
+        pruner: BasePruner | None = None,
+    ) -> None:
+        super().__init__(study_name, storage, sampler, pruner)
+        attributes = self.user_attrs
+        self.identity = str(attributes.get(IDENTITY, ""))
+        self.num_unmarked = int(attributes[BOUND][1]) if BOUND in attributes else 0
+
+    def mark(self, number: int) -> str:
+        """The identity of a trial."""
+        return f"{self.identity}:{number}"
+
+    def owns(self, trial: FrozenTrial) -> bool:
+        """Whether a trial is the sweep's: its driver started it, or enqueued it itself."""
+        attributes = trial.user_attrs
+        if trial.number < self.num_unmarked and IDENTITY not in attributes:
+            return trial.state is TrialState.RUNNING or not attributes.keys().isdisjoint({BASELINE, SPEC, REASON})
+        return bool(attributes.get(IDENTITY) == self.mark(trial.number))
+
+    def added(self) -> list[FrozenTrial]:
+        """The trials that others added or enqueued, and the sweep has not started."""
+        return [trial for trial in super()._get_trials(deepcopy=False) if not self.owns(trial)]
+
+    def ask(self, fixed_distributions: dict[str, BaseDistribution] | None = None) -> optuna.Trial:
+        """The next trial of the queue, or a new one, running from now on.
+
+        It is marked as the sweep's before: where a kill comes between, it waits, and is the next one still. What it
+        holds of the sweep's attributes until then was copied from another trial.
+        """
+        assert not fixed_distributions, "the sweep's trials are asked one parameter after another"
+        while True:
+            trial = next(iter(self._get_trials(deepcopy=False, states=(TrialState.WAITING,))), None)
+            if trial is None:
+                trial_id = self._storage.create_new_trial(self._study_id, create_trial(state=TrialState.WAITING))
+                trial = self._storage.get_trial(trial_id)
+            with suppress(UpdateFinishedTrialError):  # by somebody else, just now
+                if not self.owns(trial):
+                    for key in OF_TRIALS & trial.user_attrs.keys():
+                        self._storage.set_trial_user_attr(trial._trial_id, key, None)
+                    self._storage.set_trial_user_attr(trial._trial_id, IDENTITY, self.mark(trial.number))
+                if self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                    return running(self, trial)
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        return [
+            trial
+            for trial in super()._get_trials(deepcopy, states, use_cache)
+            if self.owns(trial) or self._is_enqueued(trial)
+        ]
+
+    def _is_enqueued(self, trial: FrozenTrial) -> bool:
+        """Whether a person enqueued a trial. One that has reported anything was added."""
+        searches = not self.identity.endswith(CONFIRMATION)
+        return searches and trial.state is TrialState.WAITING and not trial.intermediate_values
+
+
+def running(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial:
+    """A trial that is running in the study, to be asked for its parameters."""
+    study._thread_local.cached_all_trials = None  # the sampler sees what there is now
+    return optuna.Trial(study, trial._trial_id)
+
+
 def study_names(storage: RDBStorage, sweep: str) -> list[str]:
-    """Names of a sweep's studies, oldest first: `embedded`, `embedded-2`, …"""
-    return [study.study_name for study in storage.get_all_studies() if study.user_attrs.get(SWEEP) == sweep]
+    """Names of a sweep's studies, oldest first: `embedded`, `embedded-2`, …
+
+    A copy under another name (`optuna.copy_study`) has the attributes of the study that it was made of, and is none.
+    """
+    found: dict[str, str] = {}  # by identity: a copy of a study that does not hold its name comes after it
+    for study in storage.get_all_studies():
+        attributes = study.user_attrs
+        own = attributes.get(SWEEP) == sweep and {IDENTITY, FINGERPRINT} <= attributes.keys()
+        if own and attributes.get(BOUND, [study.study_name])[0] == study.study_name:
+            found.setdefault(attributes[IDENTITY], study.study_name)
+    return list(found.values())
+
+
+def newest_study(storage: RDBStorage, sweep: str) -> str | None:
+    """The name of a sweep's newest study; None where it has none.
+
+    Raises:
+        StudyError: it has none, and a study of that name is another's, or a copy of one is there.
+    """
+    if names := study_names(storage, sweep):
+        return names[-1]
+    for study in storage.get_all_studies():
+        if study.study_name == sweep and SWEEP not in study.user_attrs:
+            cause = f"the storage has a study of that name that no sweep made ({_content(storage, study)})"
+        elif study.user_attrs.get(SWEEP) == sweep and BOUND in study.user_attrs:
+            own = study.user_attrs[BOUND][0]
+            cause = f"its study {own} is gone, and {study.study_name} is a copy of it. To go on with that, copy it back"
+            cause += f" as {own} (`optuna.copy_study`)"
+        else:
+            continue
+        raise StudyError(
+            f"Cannot start sweep {sweep}: {cause}. It was left as it is. Start a study of another name with "
+            f"`agnews-lora sweep {sweep} --new`, rename the sweep's file, or give another database by --storage."
+        )
+    return None
+
+
+def _content(storage: RDBStorage, study: Any) -> str:
+    directions = ", ".join(direction.name.lower() for direction in study.directions)
+    return f"direction {directions}, {storage.get_n_trials(study._study_id)} trials"
 
 
 @contextmanager
@@ -198,31 +319,62 @@ def _wait_for(locked: Callable[[], Any], sweep: str) -> None:
 
 def open_study(
     storage: RDBStorage, sweep: str, fingerprint: dict[str, Any], sampler: BaseSampler, pruner: BasePruner, new: bool
-) -> optuna.Study:
+) -> SweepStudy:
     """The sweep's newest study, or a new one.
 
     Raises:
-        StudyError: the study in storage was made with another fingerprint; the message says what changed.
+        StudyError: the study in storage was made with another fingerprint (the message says what changed), or is not
+            the sweep's.
         StorageError: the storage cannot be read or written.
     """
     with answering():
-        names = study_names(storage, sweep)
-        study = optuna.create_study(
-            storage=storage,
-            study_name=_free_name(storage, sweep) if new or not names else names[-1],
-            sampler=sampler,
-            pruner=pruner,
-            direction="maximize",
-            load_if_exists=True,
-        )
-        if FINGERPRINT not in study.user_attrs:
-            name_objective(study, fingerprint.get("objective", "accuracy"))
-            study.set_user_attr(SWEEP, sweep)
-            study.set_user_attr(IDENTITY, uuid4().hex)
-            study.set_user_attr(FINGERPRINT, fingerprint)
-            return study
-    _require_same(study, fingerprint)
+        name = None if new else newest_study(storage, sweep)
+        if name is None:
+            name = free_name(storage, sweep)
+            attributes = {SWEEP: sweep, IDENTITY: uuid4().hex, FINGERPRINT: fingerprint}
+            make_study(storage, name, attributes, fingerprint.get("objective", "accuracy"))
+        study = SweepStudy(name, storage, sampler, pruner)
+        _require_same(study, fingerprint)
+        if BOUND not in study.user_attrs:  # of an earlier release
+            study.set_user_attr(BOUND, [name, storage.get_n_trials(study._study_id)])
+            study = SweepStudy(name, storage, sampler, pruner)
     return study
+
+
+def make_study(storage: BaseStorage, name: str, attributes: dict[str, Any], objective: Objective) -> None:
+    """Make a study that maximises a score. It has its name once it has its attributes: one without, which a kill left,
+    could not be told from another project's.
+    """
+    study_id = storage.create_new_study([StudyDirection.MAXIMIZE], f"{name} {uuid4().hex}")
+    study = optuna.load_study(study_name=storage.get_study_name_from_id(study_id), storage=storage)
+    name_objective(study, objective)
+    for key, value in {**attributes, BOUND: [name, 0]}.items():
+        study.set_user_attr(key, value)
+    database: Any = getattr(storage, "_backend", storage)  # Optuna keeps a cache before it
+    studies = table("studies", column("study_id"), column("study_name"))
+    with database.engine.begin() as connection:
+        connection.execute(update(studies).where(studies.c.study_id == study_id).values(study_name=name))
+
+
+def work_folder(study: SweepStudy, folder: Path) -> Path:
+    """Where the trials of a study keep their checkpoints and logs: below the sweep's folder, by the study's name.
+
+    What another study of that name left there is removed: its trials have the same names.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    own = folder / study.study_name
+    file = own / "study"
+    try:
+        known = file.read_text(encoding="ascii") if file.exists() else study.identity if study.num_unmarked else ""
+        if known != study.identity:
+            shutil.rmtree(own, ignore_errors=True)
+        own.mkdir(parents=True, exist_ok=True)
+        file.write_text(study.identity, encoding="ascii")
+    except OSError as error:
+        raise StorageError(f"Cannot write the work folder {own}: {error.strerror}. Fix its permissions.") from error
+    return own
 
 
 def name_objective(study: optuna.Study, objective: Objective) -> None:
@@ -236,6 +388,25 @@ def objective_of(study: optuna.Study) -> Objective:
     return "macro_f1" if study.metric_names == ["macro_f1"] else "accuracy"
 
 
+def require_compatible(study: SweepStudy, space: Space, shape: ModelShape, budget: int) -> None:
+    """Check that no trial that was added by hand keeps Optuna from storing the parameters of the sweep's trials.
+
+    Raises:
+        StudyError: one does.
+    """
+    asked = search_space.distributions(space, shape, budget)
+    for trial in study.added():
+        for name in asked.keys() & trial.distributions.keys():
+            try:
+                check_distribution_compatibility(trial.distributions[name], asked[name])
+            except ValueError as error:
+                raise StudyError(
+                    f"Cannot resume study {study.study_name}: trial {trial.number}, added by hand, has {name} as "
+                    f"{trial.distributions[name]}, but the space has {asked[name]}, and a study stores one kind of a "
+                    f"parameter. Start another study: `agnews-lora sweep {study.user_attrs[SWEEP]} --new`."
+                ) from error
+
+
 def enqueue_baseline(study: optuna.Study, baseline: TrialSpec, space: Space, shape: ModelShape, budget: int) -> None:
     """Enqueue the experiment's own configuration as the first trial, once in a study's life.
 
@@ -245,13 +416,24 @@ def enqueue_baseline(study: optuna.Study, baseline: TrialSpec, space: Space, sha
     if any(trial.user_attrs.get(BASELINE) for trial in study.get_trials(deepcopy=False)):
         return
     inside = not search_space.outside(baseline, space, shape, budget)
-    parameters = search_space.parameters_of(baseline, space, shape, budget) if inside else {}
-    study.enqueue_trial(parameters, user_attrs={BASELINE: True})
+    _enqueue(study, search_space.parameters_of(baseline, space, shape, budget) if inside else {}, {BASELINE: True})
 
 
 def enqueue_named(study: optuna.Study, name: str, spec: TrialSpec, seed: int, **attributes: Any) -> None:
     """Enqueue a trial whose configuration and seed are given, not asked from a space."""
-    study.enqueue_trial({}, user_attrs={NAME: name, SPEC: spec.as_dict(), SEED: seed, **attributes})
+    _enqueue(study, {}, {NAME: name, SPEC: spec.as_dict(), SEED: seed, **attributes})
+
+
+def _enqueue(study: optuna.Study, parameters: dict[str, Any], attributes: dict[str, Any]) -> None:
+    if isinstance(study, SweepStudy):
+        attributes[IDENTITY] = study.mark(study._storage.get_n_trials(study._study_id))
+    study.enqueue_trial(parameters, user_attrs=attributes)
+
+
+def given(trial: FrozenTrial) -> dict[str, Any]:
+    """The parameters that a trial was enqueued with, and those that it has been asked for."""
+    fixed = trial.system_attrs.get("fixed_params")  # Optuna's own key
+    return trial.params | (fixed if isinstance(fixed, dict) else {})
 
 
 def enqueued_specs(
@@ -259,17 +441,16 @@ def enqueued_specs(
 ) -> Iterator[tuple[int, TrialSpec]]:
     """(number, configuration) of each trial that a person enqueued, completed by the smallest values.
 
-    One with a value that Optuna refuses has no configuration; it fails when its turn comes.
+    One with a value that no trial can have has no configuration; it fails when its turn comes.
     """
     smallest = search_space.smallest(space, shape, budget)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        if SPEC in trial.user_attrs or BASELINE in trial.user_attrs:  # requeued, or not asked from the space
+        if trial.user_attrs.get(SPEC) or trial.user_attrs.get(BASELINE):  # requeued, or not asked from the space
             continue
-        fixed = trial.system_attrs.get("fixed_params", {})  # Optuna's own key
-        try:
-            yield trial.number, search_space.suggest(FixedTrial(smallest | fixed), space, shape, budget)
-        except ValueError:
-            continue
+        fixed = given(trial)
+        if not search_space.faults(fixed, space, shape, budget):
+            with suppress(ValueError):
+                yield trial.number, search_space.suggest(FixedTrial(smallest | fixed), space, shape, budget)
 
 
 def _require_same(study: optuna.Study, fingerprint: dict[str, Any]) -> None:
@@ -284,10 +465,10 @@ def _require_same(study: optuna.Study, fingerprint: dict[str, Any]) -> None:
         )
 
 
-def _free_name(storage: RDBStorage, sweep: str) -> str:
-    """The first of `embedded`, `embedded-2`, … that no sweep has: there may be one called `embedded-2` as well."""
-    taken = {study.study_name for study in storage.get_all_studies() if SWEEP in study.user_attrs}
-    names = chain([sweep], (f"{sweep}-{number}" for number in count(2)))
+def free_name(storage: BaseStorage, stem: str) -> str:
+    """The first of `embedded`, `embedded-2`, … that no study in the storage has."""
+    taken = {study.study_name for study in storage.get_all_studies()}
+    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
     return next(name for name in names if name not in taken)
 
 

@@ -1,6 +1,6 @@
 """Load an adapter as a stranger would: its files, plain PEFT and a newly found base, in a new process.
 
-`reload` starts that process, which is this module run as a program. It asks no hub.
+`reload` starts that process, which runs this module's `main`. It asks no hub.
 """
 
 import os
@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+import agnews_lora
 from agnews_lora.adapters.adapter_files import load_with_peft, read_record
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.data.tokens import TokenTable, read_table, write_table
@@ -22,6 +23,17 @@ from agnews_lora.errors import AgnewsLoraError, PromotionError
 from agnews_lora.training.metrics import predict_logits
 
 BATCH_SIZE: Final = 64
+# Without the working folder, where a user's script may have the name of a library. This package is found where it is.
+_PYTHON: Final = (sys.executable, "-P", "-W", "ignore", "-c")
+_PACKAGES: Final = Path(agnews_lora.__file__).parents[1]
+_PROGRAM: Final = f"""
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import agnews_lora
+del sys.path[0]
+from {__name__} import main
+sys.exit(main())
+"""
 
 
 def logits(adapter: Path, base: BaseModel, table: TokenTable) -> npt.NDArray[np.float32]:
@@ -62,7 +74,7 @@ def reload(adapter: Path, base: str, table: TokenTable) -> npt.NDArray[np.float3
     with tempfile.TemporaryDirectory() as folder:
         rows, answers = Path(folder, "rows.safetensors"), Path(folder, "logits.safetensors")
         write_table(table, rows)
-        command = [sys.executable, "-m", __name__, str(adapter), base, str(rows), str(answers)]
+        command = [*_PYTHON, _PROGRAM, str(_PACKAGES), str(adapter), base, str(rows), str(answers)]
         offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
         process = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
         if process.returncode != 0:
@@ -73,10 +85,11 @@ def reload(adapter: Path, base: str, table: TokenTable) -> npt.NDArray[np.float3
         return load_file(answers)["logits"]
 
 
-def main(adapter: Path, base: str, rows: Path, answers: Path) -> int:
+def main() -> int:
     """Read rows, load, compute, write logits; the exit code is 2 after a message of one line."""
     from safetensors.numpy import save_file
 
+    adapter, base, rows, answers = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
     try:
         found = resolve(base, num_labels=len(read_record(adapter).labels))
         save_file({"logits": logits(adapter, found, read_table(rows))}, answers)
@@ -84,7 +97,3 @@ def main(adapter: Path, base: str, rows: Path, answers: Path) -> int:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])))

@@ -189,6 +189,7 @@ RUN_STATUS: Final[dict[RunState, str]] = {
 }
 MAX_METRICS_PER_BATCH: Final = 1000  # MLflow's limit
 ERROR_TAG_LENGTH: Final = 500
+NUMBER: Final = "number"  # tag of a parent run: the sweep's first, second, … study
 
 
 class SweepRuns:
@@ -247,7 +248,9 @@ class SweepRuns:
         if found:
             run = found[0]
         else:
+            number = 1 + max(map(_number, self._search("tags.kind = 'sweep'")), default=0)
             own = {"kind": "sweep", "study": study_name, "study_id": identity, "sweep": self._sweep}
+            own[NUMBER] = str(number)
             run = self.client.create_run(self._experiment_id, run_name=study_name, tags=own)
         self._was_complete = run.data.tags.get("state") == "COMPLETE"
         self._parent, self._study_name, self._identity = run.info.run_id, study_name, identity
@@ -460,13 +463,17 @@ def _run_tags(tags: Mapping[str, str]) -> list[RunTag]:
 
 
 def newest_parent(client: MlflowClient, sweep: str) -> Run | None:
-    """The parent run of a sweep that was started last; None where the sweep has never run."""
+    """The parent run of a sweep's last study; None where the sweep has never run.
+
+    By number, since a clock may go back. Older releases gave none: their runs come before, by time.
+    """
     experiment = client.get_experiment_by_name(sweep)
-    if experiment is None:
-        return None
-    order = ["attributes.start_time DESC"]
-    found = client.search_runs([experiment.experiment_id], "tags.kind = 'sweep'", max_results=1, order_by=order)
-    return found[0] if found else None
+    found = client.search_runs([experiment.experiment_id], "tags.kind = 'sweep'") if experiment else []
+    return max(found, key=lambda run: (_number(run), run.info.start_time), default=None)
+
+
+def _number(run: Run) -> int:
+    return int(run.data.tags.get(NUMBER, 0))
 
 
 def read_curve(client: MlflowClient, run_id: str, trial: str) -> pd.DataFrame:

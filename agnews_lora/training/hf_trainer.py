@@ -6,6 +6,7 @@ files follow the contracts of `interface`; the arithmetic is Trainer's own.
 
 import gc
 import json
+import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from agnews_lora import unset
 from agnews_lora.adapters.adapter_files import record_of, save_adapter
 from agnews_lora.adapters.base_models import BaseModel
 from agnews_lora.data.sources import Corpus
@@ -48,6 +50,18 @@ TRIAL_FAULTS = (TrainingError, BudgetError, AdapterError, torch.OutOfMemoryError
 
 WINDOW = "window.json"
 
+# Variables of launchers (torchrun, accelerate, MPI, SLURM). Trainer would wait for processes that nobody started, or
+# train in another precision, on another device, with other batches.
+_LAUNCHERS = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_|NODE_|CROSS_)?RANK|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE|MASTER_(ADDR|PORT)|FORK_LAUNCHED|"
+    r"KUBEFLOW_TRAINER_SERVER_URL|"
+    r"(ACCELERATE|DEEPSPEED|FSDP|MEGATRON_LM|PARALLELISM_CONFIG|TORCHELASTIC|OMPI|PMI|PMIX|MPI|MV2|SLURM)_.*"
+)
+
+
+def _of_a_launcher(variable: str) -> bool:
+    return _LAUNCHERS.fullmatch(variable) is not None
+
 
 class TrainerEngine:
     """Trains one trial at a time on one device.
@@ -72,7 +86,8 @@ class TrainerEngine:
         """
         while not observer.stop_requested() and (plan := source.next()) is not None:
             try:
-                result = _TrialTraining(self, plan, observer).run()
+                with unset(_of_a_launcher):
+                    result = _TrialTraining(self, plan, observer).run()
             except StorageError:
                 raise
             except Exception as error:

@@ -196,7 +196,8 @@ def test_the_median_rule_prunes_but_never_the_baseline(tmp_path: Path) -> None:
     session.study._storage.set_trial_state_values(session.study.trials[0]._trial_id, TrialState.FAIL)
     for _ in range(4):
         session.study.enqueue_trial({"targets": "qv", "rank_share": 16 / 18, "learning_rate": 2e-3})
-    session.study.enqueue_trial({}, user_attrs={keys.BASELINE: True})
+    own = {keys.IDENTITY: session.study.mark(5)}
+    session.study.enqueue_trial({}, user_attrs={keys.BASELINE: True, **own})
     rows = summaries(session.run())
     baseline = rows[5]
     assert (baseline.baseline, baseline.state) == (True, "COMPLETE")
@@ -559,9 +560,9 @@ from tests.search.scripted import BUDGET, SHAPE, SPACE, ScriptedEngine, Session
 
 root = Path(sys.argv[1])
 first = Session(root, 8, engine=ScriptedEngine(2))
-first.study.enqueue_trial({"targets": "qv", "rank_share": 19 / 18, "dropout": 0.5, "learning_rate": 0.5})
+first.study.enqueue_trial({"targets": "qv", "rank_share": 19 / 18, "dropout": 0.2, "learning_rate": 1e-3})
 first.study.enqueue_trial({"targets": "nothing"})
-first.study.enqueue_trial({"targets": "ffn", "dropout": 0.5})
+first.study.enqueue_trial({"targets": "ffn", "dropout": 0.1})
 assert [number for number, _ in enqueued_specs(first.study, SPACE, SHAPE, BUDGET)] == [1, 3]
 first.engine.script["t0000", 25] = first.stop
 first.run()

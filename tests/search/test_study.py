@@ -80,15 +80,16 @@ def test_each_sweep_has_its_own_studies_whatever_the_names(tmp_path: Path) -> No
     assert study_names(storage, "a") == []
 
 
-def test_a_study_whose_making_was_killed_is_made_to_its_end(tmp_path: Path) -> None:
-    storage = open_storage(tmp_path)
-    optuna.create_study(storage=storage, study_name="embedded", direction="maximize")
-    assert opened(tmp_path).study_name == "embedded"
-    half = optuna.create_study(storage=storage, study_name="embedded-2", direction="maximize")
-    half.set_user_attr(keys.SWEEP, "embedded")
+def test_a_study_whose_making_was_killed_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*arguments: Any) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(keys, "name_objective", killed)
+        opened(tmp_path)
     study = opened(tmp_path, fingerprint={"budget": 7})
-    assert (study.study_name, study.user_attrs[keys.FINGERPRINT]) == ("embedded-2", {"budget": 7})
-    assert study_names(storage, "embedded") == ["embedded", "embedded-2"]
+    assert (study.study_name, study.user_attrs[keys.FINGERPRINT]) == ("embedded", {"budget": 7})
+    assert study_names(open_storage(tmp_path), "embedded") == ["embedded"]
 
 
 # The fingerprint ----------------------------------------------------------------------------------------------

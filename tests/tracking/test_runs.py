@@ -486,3 +486,14 @@ def test_the_newest_parent_run_of_a_sweep_is_found(client: MlflowClient) -> None
     client.create_run(experiment, start_time=3, tags={"kind": "trial"})
     newest = newest_parent(client, "newest")
     assert newest is not None and newest.info.run_name == "new"
+
+
+def test_the_newest_parent_run_is_told_by_number_where_the_clock_went_back(client: MlflowClient) -> None:
+    runs = [SweepRuns(client, "back") for _ in range(2)]
+    experiment = client.get_experiment_by_name("back")
+    assert experiment is not None
+    client.create_run(experiment.experiment_id, start_time=2**42, tags={"kind": "sweep"}, run_name="an older release's")
+    for each, name in zip(runs, ("first", "second"), strict=True):
+        each.open_parent(name, identity=name, params={}, tags={}, texts={})
+    newest = newest_parent(client, "back")
+    assert newest is not None and newest.info.run_name == "second"

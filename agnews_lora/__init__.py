@@ -69,6 +69,8 @@ ROUNDING: Final = (
 
 def set_environment() -> None:
     """Set the variables that libraries read when they are imported, and remove those that would change a result."""
+    if os.path.expanduser("~") == "~":  # noqa: PTH111  # no HOME, and a user without a name: imports would fail
+        os.environ["HOME"] = "/"
     for name in ROUNDING:
         os.environ.pop(name, None)
     for name, value in ENVIRONMENT.items():

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import logging
 import os
 import sys
 import warnings
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         agnews_lora.set_environment()
         warnings.simplefilter("ignore")
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it says where its cache is, without a HOME
         command: Run = options.command
         try:
             code = command(options)

@@ -42,7 +42,7 @@ def run(name: str, to: Path | None, tracking: str | None, as_json: bool) -> int:
         raise never
     keep = tracking is not None or all(os.access(path, os.W_OK) for path in (STORES, STORES / DATABASE))
     client = open_client(tracking or STORES, read=not keep)
-    with reaching(client):
+    with temporary_files(), reaching(client):
         parent = newest_parent(client, sweep)
         if parent is None:
             raise never

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Final
 
 import optuna
@@ -19,6 +21,7 @@ from agnews_lora.config.experiment import Experiment
 from agnews_lora.config.sweep import Range, Space
 from agnews_lora.data.sources import label_names
 from agnews_lora.data.tokens import load_tokenizer
+from agnews_lora.errors import StorageError
 from agnews_lora.paths import STORES, TRAINED, temporary_files
 from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.reporting.progress import Progress
@@ -45,6 +48,10 @@ def run(experiment: Experiment, quiet: bool, as_json: bool) -> int:
         AgnewsLoraError: anything that the user can fix.
     """
     prepared = prepare(experiment, "trainer")
+    with _writing():
+        TRAINED.mkdir(parents=True, exist_ok=True)
+        for folder in (TRAINED, Path()):  # before hours of training
+            TemporaryFile(dir=folder).close()
     shared = {"experiment": experiment.name, "base": prepared.base.hub_id}
     runs = SweepRuns(open_client(STORES), experiment.name, shared, provenance(), trial_curves)
     keys.quieten()
@@ -65,9 +72,20 @@ def run(experiment: Experiment, quiet: bool, as_json: bool) -> int:
         failure = trained.reason if trained.state == "FAIL" else None
         _print_unfinished(experiment.name, failure, as_json)
         return 1 if failure else request.exit_code
-    _keep(trained, prepared, runs)
+    with _writing():
+        _keep(trained, prepared, runs)
     _print_finished(experiment, trained, len(prepared.corpus.validation), as_json)
     return 0
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"Cannot write {TRAINED} and the curves: {error.strerror}: {error.filename}. Free or unlock its folder."
+        ) from error
 
 
 def _search(prepared: Prepared) -> Search:
@@ -124,7 +142,6 @@ def _print_finished(experiment: Experiment, trained: TrialSummary, num_rows: int
 
 def _keep(trained: TrialSummary, prepared: Prepared, runs: SweepRuns) -> None:
     """Put adapter, tokenizer and curves where the seed project put them."""
-    TRAINED.mkdir(parents=True, exist_ok=True)
     uri = runs.client.tracking_uri
     with TemporaryDirectory(dir=TRAINED) as folder:
         adapter = download_artifacts(run_id=trained.run_id, artifact_path="adapter", tracking_uri=uri, dst_path=folder)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import agnews_lora
-from agnews_lora.errors import ConfigError
+from agnews_lora.errors import ConfigError, StorageError
 from agnews_lora.search.fleet import SILENCE_SECONDS, Driver, Fleet, WorkerDied
 from agnews_lora.training.exchange import SHIP_SECONDS, Answer, EngineWorker, Event
 from agnews_lora.training.interface import Engine
@@ -175,9 +175,21 @@ def _local_actors(workers: int, engine_factory: Callable[[], Engine]) -> _Actors
     import ray
 
     if not ray.is_initialized():
-        _init_ray(
-            "local", include_dashboard=False, num_cpus=workers, num_gpus=gpus, object_store_memory=OBJECT_STORE_BYTES
-        )
+        try:
+            _init_ray(
+                "local",
+                include_dashboard=False,
+                num_cpus=workers,
+                num_gpus=gpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+            raise StorageError(
+                f"Cannot start Ray: {cause}. Free {folder}, where it keeps its files, or set RAY_TMPDIR to a short "
+                "path of a folder with room."
+            ) from error
     # Cores are shared out: more threads than cores would wait for each other.
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
     environment = {"OMP_NUM_THREADS": threads, "TMPDIR": tempfile.gettempdir()}

@@ -67,7 +67,8 @@ class TrialSummary:
         attributes, reported = trial.user_attrs, trial.intermediate_values
         attributes = {key: value for key, value in attributes.items() if value is not None}
         driven = study_keys.IDENTITY not in attributes or attributes.keys() & {study_keys.SCORES, study_keys.REASON}
-        state = trial.state if driven or not trial.state.is_finished() else TrialState.FAIL
+        by_others = trial.state.is_finished() and not driven
+        state = TrialState.FAIL if by_others else trial.state
         value = trial.value if state is TrialState.COMPLETE else reported[max(reported)] if reported else None
         # Until it ends, and where others ended it, there is its value alone. Older studies have two more on their own.
         scores = {"macro_f1": attributes.get("macro_f1"), "loss": attributes.get("loss")} | {objective: value}
@@ -84,7 +85,7 @@ class TrialSummary:
             trainable_parameters=attributes.get(study_keys.TRAINABLE),
             seed=attributes.get(study_keys.SEED),
             run_id=attributes.get(study_keys.RUN_ID),
-            reason=attributes.get(study_keys.REASON, None if state is trial.state else ENDED_BY_OTHERS),
+            reason=attributes.get(study_keys.REASON, ENDED_BY_OTHERS if by_others else None),
             steps=max(reported, default=0),
             **attributes.get(study_keys.COSTS, {}),
         )

@@ -17,6 +17,8 @@ from agnews_lora.adapters.budget import feasible_ranks, max_rank
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.config.sweep import Space
 
+_MOST_SHARES = 1e6  # of the largest rank, in what a person enqueued: the rank can still be computed
+
 _Distribution = CategoricalDistribution | FloatDistribution
 
 
@@ -137,7 +139,7 @@ def faults(given: Mapping[str, Any], space: Space, shape: ModelShape, budget: in
     """
     known, found = distributions(space, shape, budget), []
     for name, value in given.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
         match known.get(name):
             case None:
                 found.append(f"{name} ({value!r}) is no parameter of the space, which has {', '.join(known)}")
@@ -145,7 +147,8 @@ def faults(given: Mapping[str, Any], space: Space, shape: ModelShape, budget: in
                 if isinstance(value, bool) or value not in choices:
                     found.append(f"{name} {value!r} is not among {', '.join(map(repr, choices))}")
             case FloatDistribution(low=low, high=high):
-                if not number or value < low or (value > high and name != "rank_share"):
+                highest = _MOST_SHARES if name == "rank_share" else high
+                if not number or not low <= value <= highest:
                     found.append(f"{name} {value!r} is no number within {low:g} to {high:g}")
     return found
 

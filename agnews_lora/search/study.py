@@ -253,15 +253,16 @@ def newest_study(storage: RDBStorage, sweep: str) -> str | None:
     for study in storage.get_all_studies():
         if study.study_name == sweep and SWEEP not in study.user_attrs:
             cause = f"the storage has a study of that name that no sweep made ({_content(storage, study)})"
+            remedy = "Give another database by --storage, or rename the sweep's file. To use this database"
         elif study.user_attrs.get(SWEEP) == sweep and BOUND in study.user_attrs:
             own = study.user_attrs[BOUND][0]
-            cause = f"its study {own} is gone, and {study.study_name} is a copy of it. To go on with that, copy it back"
-            cause += f" as {own} (`optuna.copy_study`)"
+            cause = f"its study {own} is gone, and {study.study_name} is a copy of it"
+            remedy = f"To go on with the copy, copy it back as {own} (`optuna.copy_study`). To begin anew"
         else:
             continue
         raise StudyError(
-            f"Cannot start sweep {sweep}: {cause}. It was left as it is. Start a study of another name with "
-            f"`agnews-lora sweep {sweep} --new`, rename the sweep's file, or give another database by --storage."
+            f"Cannot start sweep {sweep}: {cause}. It was left as it is. {remedy}, start a study of another name: "
+            f"`agnews-lora sweep {sweep} --new`."
         )
     return None
 

@@ -368,7 +368,10 @@ class SweepRuns:
         artifacts: Mapping[str, Path] | None = None,
     ) -> None:
         """End the parent run. metrics: the study's results. artifacts: files by artifact name."""
-        page, now = self.page(), timestamp()
+        page = self.page()
+        known = [self.client.get_metric_history(page.run_id, key) for key in metrics or {}]
+        # MLflow shows the latest point of a step; a clock may go back.
+        now = max([timestamp(), *(1 + point.timestamp for history in known for point in history)])
         page.log_files(artifacts or {})
         points = [Metric(key, value, now, 0) for key, value in (metrics or {}).items()]
         self.client.log_batch(page.run_id, points, synchronous=True)
@@ -443,7 +446,8 @@ class SweepRuns:
 
     def _end(self, run_id: str, state: RunState, tags: Mapping[str, str]) -> None:
         self.client.log_batch(run_id, tags=_run_tags({**tags, "state": state}), synchronous=True)
-        self.client.set_terminated(run_id, RUN_STATUS[state])
+        start = self.client.get_run(run_id).info.start_time
+        self.client.set_terminated(run_id, RUN_STATUS[state], max(start, timestamp()))  # a clock may go back
 
     def _flush(self, run: TrialRun) -> None:
         for start in range(0, len(run.buffer), MAX_METRICS_PER_BATCH):

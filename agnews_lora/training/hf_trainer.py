@@ -7,6 +7,7 @@ files follow the contracts of `interface`; the arithmetic is Trainer's own.
 import gc
 import json
 import re
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -227,7 +228,9 @@ class _TrialTraining(TrainerCallback):
             for epoch in range(self.settings.epochs)
             for batch in batches(self.corpus.train.lengths.tolist(), self.settings.batch_size, plan.seed, epoch)
         ]
-        self.metric = AccuracyAndMacroF1(keep_in_memory=True)
+        self.metric = AccuracyAndMacroF1(
+            keep_in_memory=True, cache_dir=tempfile.gettempdir()
+        )  # HOME need not be writable
         self.final: EvalPoint | None = None
         self.checkpoint = plan.checkpoint
         self.window = LossWindow.read(plan.checkpoint) if plan.checkpoint else None

@@ -114,8 +114,8 @@ def _deleted(fault: KeyError) -> StudyDeletedError:
     if fault.args != (_OPTUNA_HAS_NO_RECORD,):
         raise fault
     return StudyDeletedError(
-        "Cannot go on with the study: somebody deleted it, or trials of it, in its storage. Start the sweep again: where"
-        " the study is gone, that begins a new one."
+        "Cannot go on with the study: somebody deleted it, or trials of it, in its storage. Start the sweep again: "
+        "where the study is gone, that makes a new one."
     )
 
 

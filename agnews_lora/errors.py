@@ -37,6 +37,10 @@ class StoreAway(StorageError):
     """A store that does not answer now, and may do so again."""
 
 
+class RunDeleted(StorageError):
+    """A run, or the MLflow experiment around it, that somebody deleted in the run store."""
+
+
 class StudyError(AgnewsLoraError):
     """A study that cannot be opened or resumed as asked."""
 

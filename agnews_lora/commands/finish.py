@@ -26,6 +26,7 @@ from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
 from agnews_lora.data.rows import Rows
 from agnews_lora.data.sources import Corpus
+from agnews_lora.errors import StorageError
 from agnews_lora.paths import STORES
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, draw, thumbnails
 from agnews_lora.search import space
@@ -44,6 +45,7 @@ from agnews_lora.tracking.descriptions import (
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.registry import Registry, Version
 from agnews_lora.tracking.runs import RunPage, SweepRuns, find_run, page_of
+from agnews_lora.tracking.store import name_of
 from agnews_lora.training.interface import SCORES, Objective
 from agnews_lora.training.metrics import accuracy, macro_f1
 
@@ -125,8 +127,11 @@ def finish(
 def refresh(client: MlflowClient, version: Version) -> None:
     """Bring result, pages and report of a version's sweep up to date, after its aliases or tags have changed.
 
-    A version that is not the result of its sweep any more, or whose sweep has left no result, is described alone.
+    A version that is not the result of its sweep any more, or whose sweep has left no result, is described alone. One
+    whose run is gone stays as it is.
     """
+    if find_run(client, version.run_id) is None:  # somebody deleted it: there is no page to lead to
+        return
     registry, own = Registry(client, version.model), page_of(client, version.run_id)
     parent = own.parent()
     result = _stored(parent.read_text(RESULT) if parent else None)
@@ -219,8 +224,17 @@ def _stored(text: str | None) -> SweepResult | None:
 
 
 def _adapter(client: MlflowClient, folder: Path, run_id: str | None) -> Path:
-    """A run's adapter, in a folder of its own below `folder`."""
+    """A run's adapter, in a folder of its own below `folder`.
+
+    Raises:
+        StorageError: somebody deleted it.
+    """
     assert run_id is not None, "a trial that ended has its run"
+    if not client.list_artifacts(run_id, "adapter"):
+        raise StorageError(
+            f"Cannot finish the sweep: the adapter of run {run_id} is gone from {name_of(client)}. Put the run's "
+            "artifacts back, or start another study with `agnews-lora sweep --new`."
+        )
     to = folder / run_id
     to.mkdir(exist_ok=True)
     uri = client.tracking_uri

@@ -47,7 +47,7 @@ def run(name: str, to: Path | None, tracking: str | None, as_json: bool) -> int:
         if parent is None:
             raise never
         text = page_of(client, parent.info.run_id).read_text(RESULT)
-    study, state = parent.data.tags["study"], parent.data.tags.get("state", "RUNNING")
+    study, state = parent.data.tags.get("study", parent.info.run_name), parent.data.tags.get("state", "RUNNING")
     if text is None or state != "COMPLETE":
         cause = f"its state is {state}" if state != "COMPLETE" else f"its run has no {RESULT}"
         raise StudyError(

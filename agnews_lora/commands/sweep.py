@@ -170,9 +170,15 @@ class _Start:
 
     @contextmanager
     def _parent_run(self) -> Iterator[Callable[[], None]]:
-        """Keep the parent run open; it ends as interrupted, unless the block calls what it is given."""
+        """Keep the parent run open; it ends as interrupted, unless the block calls what it is given.
+
+        One that was complete stays so where nothing was left to train.
+        """
         sweep, base = self.sweep, self.prepared.base
         ended = []
+        left = self._num_left()
+        trials = self.study.get_trials(deepcopy=False)
+        self.runs.require_known([trial.user_attrs[keys.RUN_ID] for trial in trials if keys.RUN_ID in trial.user_attrs])
         with self.runs.reaching():
             self.runs.open_parent(
                 self.study.study_name,
@@ -201,11 +207,7 @@ class _Start:
             yield lambda: ended.append(True)
         finally:
             if not ended:
-                Retry("the run store", 0).succeeds(self._interrupt_parent)
-
-    def _interrupt_parent(self) -> None:
-        with self.runs.reaching():
-            self.runs.close_parent("INTERRUPTED")
+                Retry("the run store", 0).succeeds(lambda: self.runs.leave_parent(complete=not left))
 
     def _insist(self, step: Callable[[], Outcome], request: StopRequest) -> Outcome:
         """Take a step that needs the stores, and take it again where one is away for a while.

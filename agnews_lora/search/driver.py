@@ -9,7 +9,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from agnews_lora.adapters.budget import require_within_budget, trainable_parameters
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.config.sweep import Space
-from agnews_lora.errors import BudgetError, StorageError
+from agnews_lora.errors import BudgetError, RunDeleted, StorageError
 from agnews_lora.search import space as search_space
 from agnews_lora.search import study as keys
 from agnews_lora.search.results import ENDED_BY_OTHERS, trial_name
@@ -158,7 +158,14 @@ class ActiveTrial:
         return not self.opened or due or (self.log.end is not None and not self.closed)
 
     def sync_run(self, tracker: Tracker) -> None:
-        """Bring the run up to the trial log."""
+        """Bring the run up to the trial log. One that somebody deleted meanwhile is made again."""
+        try:
+            self._deliver(tracker)
+        except RunDeleted:
+            self.opened, self.logged = False, 0
+            self._deliver(tracker)
+
+    def _deliver(self, tracker: Tracker) -> None:
         assert self.spec is not None
         if not self.opened:
             self.run_id = tracker.start_trial(self.name, self.spec, self.facts, self.trial.user_attrs.get(keys.RUN_ID))
@@ -169,6 +176,11 @@ class ActiveTrial:
         if self.log.end is not None and not self.closed:
             tracker.finish_trial(self.name, self.log.end)
             self.closed = True
+
+    def interrupt_run(self, tracker: Tracker, end: TrialEnd) -> None:
+        """Close the run of a trial that did not end; one that somebody deleted is closed enough."""
+        with suppress(RunDeleted):
+            tracker.finish_trial(self.name, end)
 
     @property
     def study_is_behind(self) -> bool:
@@ -487,7 +499,7 @@ class Driver:
         try:
             if active.opened and active.log.end is None:
                 end = TrialEnd("INTERRUPTED", reason=f"stopped; {reason}")
-                self._runs.succeeds(partial(self._tracker.finish_trial, active.name, end))
+                self._runs.succeeds(partial(active.interrupt_run, self._tracker, end))
         finally:
             self._storage.succeeds(partial(self._put_back, active))
             self._screen.trial_ended(active.name, "INTERRUPTED", None, reason)

@@ -99,11 +99,11 @@ class Retry:
         seconds, final = self._clock() - self._away_since, _is_final(self._error)
         if not final and seconds < self._patience:
             return None
+        kept = "Nothing is lost: the trial logs keep what it did not get. Fix it, and start the same command again."
+        if final and isinstance(self._error, StorageError):
+            return StorageError(f"{self._error} {kept}")
         since = "" if final else f" for {seconds:.0f} s"
-        return StorageError(
-            f"Cannot write to {self._store}{since}: {brief(self._error)}. Nothing is lost: the trial logs keep what it "
-            "did not get. Fix it, and start the same command again."
-        )
+        return StorageError(f"Cannot write to {self._store}{since}: {brief(self._error)}. {kept}")
 
 
 class StudyDeletedError(StorageError):

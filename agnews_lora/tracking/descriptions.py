@@ -34,6 +34,10 @@ _HTML: Final = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _LINKS: Final = {"@": "&#64;", ":": "&#58;", "www.": "www&#46;"}
 _NBSP: Final = "\N{NO-BREAK SPACE}"
 
+# Before and behind our part of a description, beside which people write notes. It shows nowhere, the UI's editor and
+# tables included, and no value in our part has one: `one_line` replaces it.
+MARK: Final = "\N{INVISIBLE SEPARATOR}"
+
 Pages = Callable[[str], "RunPage"]  # the page of a run, by its id
 
 
@@ -41,6 +45,23 @@ class Markdown(str):
     """A text that is Markdown already, and is printed as it is."""
 
     __slots__ = ()
+
+
+def beside_notes(markdown: str, present: str | None, longest: int | None = None) -> str:
+    """A description with our part replaced, and the notes of people around it kept.
+
+    Args:
+        present: the description so far. Without our part, it is notes.
+        longest: characters; what is beyond is cut off our part at the end of a line.
+    """
+    before, marked, rest = (present or "").partition(MARK)
+    after = rest.rpartition(MARK)[2]
+    if before and not marked:
+        before, after = "", f"\n\n{before}"
+    room = None if longest is None else max(longest - len(before) - len(after) - 4, 0)
+    if room is not None and len(markdown) > room:
+        markdown = markdown[:room].rpartition("\n")[0]
+    return f"{before}{MARK}{markdown}\n\n{MARK}{after}"
 
 
 def opening_description(facts: Any) -> str:

@@ -19,7 +19,8 @@ from mlflow.models import Model
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from agnews_lora.errors import RegistryError
-from agnews_lora.tracking.runs import MAX_DIGEST_LENGTH, page_of
+from agnews_lora.tracking.descriptions import beside_notes
+from agnews_lora.tracking.runs import MAX_DIGEST_LENGTH, find_run, page_of
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -135,7 +136,8 @@ class Registry:
             return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, tracking_uri=self._client.tracking_uri))
         except (MlflowException, OSError) as error:
             raise RegistryError(
-                f"Cannot load {version}: its files at {uri} are gone. Put them back, or register another version."
+                f"Cannot load {version}: its files at {uri} are gone. Put them back, or register another with "
+                "`agnews-lora sweep --new`."
             ) from error
 
     def set_tags(self, version: Version, tags: Mapping[str, str]) -> None:
@@ -156,16 +158,20 @@ class Registry:
         self._client.log_artifacts(version.run_id, str(folder), f"promotion/v{version.number}")
 
     def report(self, version: Version, name: str) -> str | None:
-        """A file of `log_report`; None where the version was never checked, or the file is gone."""
+        """A file of `log_report`; None where the version was never checked, or the file or its run is gone."""
+        if find_run(self._client, version.run_id) is None:
+            return None
         return page_of(self._client, version.run_id).read_text(f"promotion/v{version.number}/{name}")
 
     def introduce(self, markdown: str) -> None:
-        """Replace the description of the model, which has a version."""
-        self._client.update_registered_model(self.model, markdown)
+        """Replace our part of the description of the model, which has a version."""
+        present = self._client.get_registered_model(self.model).description
+        self._client.update_registered_model(self.model, beside_notes(markdown, present))
 
     def describe(self, version: Version, markdown: str) -> None:
-        """Replace the description of a version."""
-        self._client.update_model_version(version.model, str(version.number), markdown)
+        """Replace our part of the description of a version."""
+        present = self._client.get_model_version(version.model, str(version.number)).description
+        self._client.update_model_version(version.model, str(version.number), beside_notes(markdown, present))
 
     def link(
         self, version: Version, parent: str, params: Sequence[str], metrics: Sequence[str], data: tuple[str, str]
@@ -192,14 +198,15 @@ class Registry:
         last = [max(points, key=lambda point: (point.step, point.timestamp)) for points in histories]
         # The run's own points, logged again with their model: same value, step and time, which MLflow keeps once.
         logged = [Metric(point.key, point.value, point.timestamp, point.step, **measured) for point in last]
-        self._client.log_batch(version.run_id, metrics=logged)
+        self._client.log_batch(version.run_id, metrics=logged, synchronous=True)
         outputs = self._client.get_run(parent).outputs
         if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
             self._client.log_outputs(parent, [LoggedModelOutput(model_id, step=0)])
 
     def run_params(self, version: Version) -> dict[str, str]:
-        """Params of the run that trained a version."""
-        return dict(self._client.get_run(version.run_id).data.params)
+        """Params of the run that trained a version; none where somebody deleted it."""
+        run = find_run(self._client, version.run_id)
+        return dict(run.data.params) if run else {}
 
     def _log_model(
         self, run_id: str, write: Callable[[Path, Model], Mapping[str, str]]

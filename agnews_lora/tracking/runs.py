@@ -10,7 +10,7 @@ trial or study that is started again goes on in the run it already has.
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +29,9 @@ from mlflow.utils.mlflow_tags import (
 )
 
 from agnews_lora.adapters.spec import TrialSpec
-from agnews_lora.tracking.descriptions import trial_description
-from agnews_lora.tracking.store import experiment_id, reaching
+from agnews_lora.errors import StorageError
+from agnews_lora.tracking.descriptions import beside_notes, trial_description
+from agnews_lora.tracking.store import experiment_id, name_of, reaching
 from agnews_lora.training.interface import COSTS, EvalPoint, RunState, TrainPoint, TrialEnd, timestamp
 
 MAX_DIGEST_LENGTH: Final = 36  # MLflow's limit
@@ -96,11 +97,9 @@ def metrics_of(point: TrainPoint | EvalPoint) -> dict[str, float]:
 MAX_DESCRIPTION: Final = 8000  # characters: MLflow's limit of a tag
 
 
-def description(markdown: str) -> dict[str, str]:
-    """The tag that is a run's description. What is beyond MLflow's length is cut off at the end of a line."""
-    if len(markdown) > MAX_DESCRIPTION:
-        markdown = markdown[:MAX_DESCRIPTION].rpartition("\n")[0]
-    return {MLFLOW_RUN_NOTE: markdown}
+def description(markdown: str, present: Mapping[str, str]) -> dict[str, str]:
+    """The tag that is a run's description. present: the run's tags."""
+    return {MLFLOW_RUN_NOTE: beside_notes(markdown, present.get(MLFLOW_RUN_NOTE), MAX_DESCRIPTION)}
 
 
 def page_of(client: MlflowClient, run_id: str) -> "RunPage":
@@ -117,17 +116,17 @@ class RunPage:
         self.experiment_id = experiment_id
 
     def parent(self) -> "RunPage | None":
-        """The page of the run above this one, where there is one."""
+        """The page of the run above this one, where there is one that nobody deleted."""
         above = self._client.get_run(self.run_id).data.tags.get(MLFLOW_PARENT_RUN_ID)
-        return RunPage(self._client, self.experiment_id, above) if above else None
+        return RunPage(self._client, self.experiment_id, above) if above and find_run(self._client, above) else None
 
     def describe(self, markdown: str) -> None:
-        """Replace the description."""
-        self.set_tags(description(markdown))
+        """Replace our part of the description."""
+        self.set_tags(description(markdown, self._client.get_run(self.run_id).data.tags))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags, all at once."""
-        self._client.log_batch(self.run_id, tags=_run_tags(tags))
+        self._client.log_batch(self.run_id, tags=_run_tags(tags), synchronous=True)
 
     def log_table(self, name: str, table: pd.DataFrame) -> None:
         """Save a table as `<name>.csv`, and as `<name>.json`, which the UI shows as a table."""
@@ -137,7 +136,7 @@ class RunPage:
         entry = {"path": f"{name}.json", "type": "table"}
         listed = json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
         if entry not in listed:
-            self._client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*listed, entry]))
+            self._client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*listed, entry]), synchronous=True)
 
     def log_files(self, files: Mapping[str, Path]) -> None:
         """Save files under their artifact names, which may have folders."""
@@ -222,6 +221,8 @@ class SweepRuns:
         self._draw = draw
         self._parent: str | None = None
         self._study_name: str | None = None
+        self._identity = ""
+        self._was_complete = False  # the parent run, before it was opened again
         self._trials: dict[str, TrialRun] = {}
         self._datasets: list[DatasetInput] = []
 
@@ -251,7 +252,11 @@ class SweepRuns:
             own = {"kind": "sweep", "study": study_name, "study_id": identity, "sweep": self._sweep}
             own[NUMBER] = str(number)
             run = self.client.create_run(self._experiment_id, run_name=study_name, tags=own)
-        self._parent, self._study_name = run.info.run_id, study_name
+        self._was_complete = run.data.tags.get("state") == "COMPLETE"
+        self._parent, self._study_name, self._identity = run.info.run_id, study_name, identity
+        if not found:  # the one that there was may have been deleted
+            for child in self._children():
+                self.client.set_tag(child.info.run_id, MLFLOW_PARENT_RUN_ID, self._parent, synchronous=True)
         self._start(run, params, tags)
         for name, text in texts.items():
             self.client.log_text(self._parent, text, name)
@@ -296,7 +301,7 @@ class SweepRuns:
             run = (find_run(self.client, run_id) if run_id else None) or self._child(trial)
             name, known = f"{trial}-{spec.targets}-r{spec.rank}", {**facts, "budget": self._params.get("budget")}
             if run is None:
-                own = {"kind": "trial", "trial": trial, "sweep": self._sweep}
+                own = {"kind": "trial", "trial": trial, "study_id": self._identity, "sweep": self._sweep}
                 if self._parent is not None:
                     own[MLFLOW_PARENT_RUN_ID] = self._parent
                 run = self.client.create_run(self._experiment_id, run_name=name, tags=own)
@@ -313,7 +318,10 @@ class SweepRuns:
                 **self._params,
             }
             tags = self._tags | {key: str(facts[key]) for key in ("study_trial", "confirms") if key in facts}
-            tags |= {"baseline": str(facts["baseline"]).lower(), **description(trial_description(spec, known))}
+            tags |= {
+                "baseline": str(facts["baseline"]).lower(),
+                **description(trial_description(spec, known), run.data.tags),
+            }
             tags |= {"study": self._study_name} if self._study_name else {}
             self._start(run, params, tags)
             if self._datasets:
@@ -334,8 +342,10 @@ class SweepRuns:
         run, result = self._trials[trial], end.result
         assert run.spec is not None, "start_trial comes first"
         page = self.page(run.run_id)
-        tags = {"reason": end.reason or "", **description(trial_description(run.spec, run.facts, page, end))}
+        shown = trial_description(run.spec, run.facts, page, end)
         with self.reaching(), tempfile.TemporaryDirectory() as folder:
+            present = self.client.get_run(run.run_id).data.tags
+            tags = {"reason": end.reason or "", **description(shown, present)}
             if end.state == "FAILED":
                 error = end.report or end.reason or ""
                 self.client.log_text(run.run_id, error, "error.txt")
@@ -363,17 +373,37 @@ class SweepRuns:
         # MLflow shows the latest point of a step; a clock may go back.
         now = max([timestamp(), *(1 + point.timestamp for history in known for point in history)])
         page.log_files(artifacts or {})
-        self.client.log_batch(page.run_id, [Metric(key, value, now, 0) for key, value in (metrics or {}).items()])
+        points = [Metric(key, value, now, 0) for key, value in (metrics or {}).items()]
+        self.client.log_batch(page.run_id, points, synchronous=True)
         self._end(page.run_id, state, tags or {})
+
+    def leave_parent(self, complete: bool) -> None:
+        """End the parent run where it is not finished: as complete, where it was and still may be, or interrupted."""
+        with self.reaching():
+            self.close_parent("COMPLETE" if complete and self._was_complete else "INTERRUPTED")
 
     def page(self, run_id: str | None = None) -> RunPage:
         """The page of a run; without an id, of the parent run."""
         return RunPage(self.client, self._experiment_id, run_id or self._require_parent())
 
     def marked(self, tag: str) -> list[str]:
-        """Ids of the runs below the parent run whose `tag` is true."""
-        below = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self._require_parent()}'"
-        return [run.info.run_id for run in self._search(f"{below} AND tags.{tag} = 'true'")]
+        """Ids of the runs of the study's trials whose `tag` is true."""
+        return [run.info.run_id for run in self._children(f"tags.{tag} = 'true'")]
+
+    def require_known(self, run_ids: Collection[str]) -> None:
+        """Check that the store is the one that has the runs of a study.
+
+        Raises:
+            StorageError: it has none of them.
+        """
+        with self.reaching():
+            if not run_ids or any(find_run(self.client, run_id) for run_id in run_ids):
+                return
+        raise StorageError(
+            f"Cannot record runs in {name_of(self.client)}: none of the {len(run_ids)} runs that the study has is "
+            "there. Name the store of its first start (`--tracking URL`, or no --tracking for mlruns/), restore the "
+            "runs in MLflow, or start another study with `agnews-lora sweep --new`."
+        )
 
     def curve(self, trial: str) -> pd.DataFrame:
         """Points of a trial so far, as `curve_of` gives them; no rows where the trial has no run."""
@@ -395,26 +425,34 @@ class SweepRuns:
         return list(self.client.search_runs([self._experiment_id], condition))
 
     def _child(self, trial: str) -> Run | None:
-        """The run that a trial has under the parent run."""
+        """The run that a trial of the study has."""
+        return next(iter(self._children(f"tags.trial = '{trial}'")), None)
+
+    def _children(self, condition: str = "tags.kind = 'trial'") -> list[Run]:
+        """Runs of the study's trials: those with its identity, else (of older releases) those below the parent run."""
         if self._parent is None:
-            return None
-        found = self._search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self._parent}' AND tags.trial = '{trial}'")
-        return next(iter(found), None)
+            return []
+        ways = (("study_id", self._identity), (MLFLOW_PARENT_RUN_ID, self._parent))
+        found = (self._search(f"tags.`{key}` = '{value}' AND {condition}") for key, value in ways if value)
+        return next(filter(None, found), [])
 
     def _start(self, run: Run, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         if run.info.status != "RUNNING":
             self.client.update_run(run.info.run_id, status="RUNNING")
         new = [Param(key, str(value)) for key, value in params.items() if key not in run.data.params]
-        self.client.log_batch(run.info.run_id, params=new, tags=_run_tags({**tags, "state": "RUNNING"}))
+        self.client.log_batch(
+            run.info.run_id, params=new, tags=_run_tags({**tags, "state": "RUNNING"}), synchronous=True
+        )
 
     def _end(self, run_id: str, state: RunState, tags: Mapping[str, str]) -> None:
-        self.client.log_batch(run_id, tags=_run_tags({**tags, "state": state}))
+        self.client.log_batch(run_id, tags=_run_tags({**tags, "state": state}), synchronous=True)
         start = self.client.get_run(run_id).info.start_time
         self.client.set_terminated(run_id, RUN_STATUS[state], max(start, timestamp()))  # a clock may go back
 
     def _flush(self, run: TrialRun) -> None:
         for start in range(0, len(run.buffer), MAX_METRICS_PER_BATCH):
-            self.client.log_batch(run.run_id, metrics=run.buffer[start : start + MAX_METRICS_PER_BATCH])
+            batch = run.buffer[start : start + MAX_METRICS_PER_BATCH]
+            self.client.log_batch(run.run_id, metrics=batch, synchronous=True)
         run.buffer.clear()
 
     def _known(self, trial: str) -> TrialRun | None:

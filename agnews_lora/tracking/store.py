@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import shutil
 import sqlite3
 import tempfile
@@ -11,16 +12,18 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import requests
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy.engine import URL, make_url
 
-from agnews_lora.errors import StorageError, StoreAway
+from agnews_lora.errors import RunDeleted, StorageError, StoreAway
 from agnews_lora.paths import locked
 
 DATABASE: Final = "mlflow.db"
@@ -43,7 +46,7 @@ def artifact_uri(root: Path) -> str:
 
 # MLflow's codes for what may work later; the first is also its answer where a server cannot be reached at all.
 _PASSING_CODES: Final = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "BAD_REQUEST"}
-_DENIED_CODES: Final = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
+_UNKNOWN_USER_CODES: Final = {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
 # Waiting does not help with a disk that is full, or that may not be written.
 _LASTING_FAULTS: Final = {
     getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOTDIR", "ENOENT")
@@ -65,6 +68,7 @@ def open_client(where: Path | str, read: bool = False) -> MlflowClient:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     for loud in ("mlflow.store.db.utils", "urllib3"):  # what goes wrong is said once, in the message
         logging.getLogger(loud).setLevel(logging.CRITICAL)
+    _artifact_repos_cache.clear()  # MLflow finds artifacts by the run's id alone, which a copied project shares
     return _open_folder(where, read) if isinstance(where, Path) else _open_server(where)
 
 
@@ -94,28 +98,69 @@ def reaching(client: MlflowClient) -> Iterator[None]:
 
     Raises:
         StoreAway: it may work later.
-        StorageError: it will not, unless somebody fixes it.
+        RunDeleted: somebody deleted what is asked of it.
+        StorageError: it will not work, unless somebody fixes it.
     """
     try:
         yield
     except (MlflowException, requests.RequestException, OSError) as error:
-        cannot, code = f"Cannot use the run store {client.tracking_uri}", getattr(error, "error_code", None)
-        if code in _DENIED_CODES:
+        cannot, code = f"Cannot use the run store {name_of(client)}", getattr(error, "error_code", None)
+        if code in _UNKNOWN_USER_CODES:
             raise StorageError(
-                f"{cannot}: it refuses this user. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+                f"{cannot}: it does not know this user, or not by this password. Set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD."
+            ) from error
+        if code == "PERMISSION_DENIED":
+            user = os.environ.get("MLFLOW_TRACKING_USERNAME", "this user")
+            raise StorageError(
+                f"{cannot}: {user} has no permission for that. Ask its administrator for the permission to edit the "
+                "MLflow experiment and the registered model, or set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD of another user."
+            ) from error
+        if code == "RESOURCE_DOES_NOT_EXIST" or "'active' state" in str(error):
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise RunDeleted(
+                f"{cannot}: {reason}. Restore it in MLflow (`mlflow runs restore`, `mlflow experiments restore`), or "
+                "start another study with `agnews-lora sweep --new`."
             ) from error
         if isinstance(error, MlflowException) and code not in _PASSING_CODES:
             raise
         if isinstance(error, MlflowException | requests.RequestException) or error.errno not in _LASTING_FAULTS:
             remedy = "Start it (docker/README.md), or leave --tracking out." if is_server(client) else "Try again."
+            if (proxy := _proxy(error)) is not None:
+                host = urlsplit(client.tracking_uri).hostname
+                remedy = f"It was asked through the proxy {proxy}: add {host} to NO_PROXY, or correct HTTP_PROXY."
             raise StoreAway(f"{cannot}: {_brief(error)}. {remedy}") from error
         raise StorageError(f"{cannot}: {_brief(error)}. Free or unlock its folder.") from error
 
 
+def name_of(client: MlflowClient) -> str:
+    """The store in messages: a server's URL, or the path of the database."""
+    return str(client.tracking_uri if is_server(client) else make_url(client.tracking_uri).database)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and those inside it, in order."""
+    inner: BaseException | None = error
+    while inner is not None:
+        yield inner
+        inner = inner.__cause__ or inner.__context__
+
+
+def _proxy(error: BaseException) -> str | None:
+    """Host and port of the proxy that did not answer; None where none was asked."""
+    found = next((each for each in _causes(error) if isinstance(each, requests.exceptions.ProxyError)), None)
+    if found is None:
+        return None
+    url = urlsplit(getattr(found.request, "url", "") or "http://")
+    proxy = urlsplit(getproxies().get(url.scheme, ""))
+    return f"{proxy.hostname}:{proxy.port}"  # without the name and password that it may hold
+
+
 def _brief(error: BaseException) -> str:
     """The first line of the innermost reason."""
-    while not (isinstance(error, OSError) and error.strerror) and (inner := error.__cause__ or error.__context__):
-        error = inner
+    found = list(_causes(error))
+    error = next((each for each in found if isinstance(each, OSError) and each.strerror), found[-1])
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -163,10 +208,16 @@ def _open_to_read(root: Path) -> MlflowClient:
     with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
         if _recorded_root(connection) in (None, artifact_uri(root)):
             return _client(root)
-        folder = tempfile.TemporaryDirectory()
-        with closing(sqlite3.connect(Path(folder.name, DATABASE))) as copy:
-            connection.backup(copy)
-    relocate(Path(folder.name, DATABASE), root)
+        try:
+            folder = tempfile.TemporaryDirectory()
+            with closing(sqlite3.connect(Path(folder.name, DATABASE))) as copy:
+                connection.backup(copy)
+            relocate(Path(folder.name, DATABASE), root)
+        except (OSError, sqlite3.Error) as error:
+            raise StorageError(
+                f"Cannot copy the run store {root / DATABASE}, which was moved and is to be read alone, to "
+                f"{tempfile.tempdir}: {error}. Free it, or set TMPDIR to a folder with room."
+            ) from error
     client = _client(Path(folder.name))
     weakref.finalize(client, folder.cleanup)
     return client
@@ -247,7 +298,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
             )
         if experiment.lifecycle_stage == LifecycleStage.ACTIVE and experiment.artifact_location != artifact_uri(root):
             raise StorageError(
-                f"Cannot use the run store {root / DATABASE}: the artifacts of {name!r} belong to "
+                f"Cannot use the run store {name_of(client)}: the artifacts of {name!r} belong to "
                 f"{experiment.artifact_location} and not to {artifact_uri(root)}. Rename that MLflow experiment, "
                 "or the sweep."
             )

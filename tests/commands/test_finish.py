@@ -22,6 +22,7 @@ from agnews_lora.data.rows import Rows
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES
 from agnews_lora.search.results import SweepResult
 from agnews_lora.serving import model_package
+from agnews_lora.tracking.descriptions import MARK
 from agnews_lora.tracking.runs import MAX_DESCRIPTION
 from agnews_lora.tracking.store import open_client
 from agnews_lora.training.multilora.trial_state import TrialState
@@ -132,7 +133,7 @@ def test_predictions_mistakes_and_counts_of_the_winner_agree(client: MlflowClien
 def test_registered_version_is_described_and_its_model_shows_scores_and_data(client: MlflowClient) -> None:
     winner, parent = winner_of(client), parent_of(client)
     version = client.get_model_version("small", "1")
-    assert version.description.startswith("Passed the promotion checks: test accuracy")
+    assert version.description.startswith(f"{MARK}Passed the promotion checks: test accuracy")
     assert version.tags["confirmation_seeds"] == "2"
     for known in (winner.info.run_id, parent.info.run_id, parent.data.tags["data_digest"], "of 100,000"):
         assert known in version.description
@@ -172,7 +173,7 @@ def test_finishing_again_computes_nothing_anew_and_tells_of_a_winner_that_was_ov
     assert parent_of(client).data.tags[NOTE] == before.data.tags[NOTE]
     assert winner_of(client).info.run_id == winner.info.run_id
     overtaken = client.get_run(other.info.run_id).data.tags
-    assert overtaken["winner"] == "false" and overtaken[NOTE].startswith("**Won [the sweep]")
+    assert overtaken["winner"] == "false" and overtaken[NOTE].startswith(f"{MARK}**Won [the sweep]")
     assert len(client.get_metric_history(winner.info.run_id, "eval/accuracy")) == len(history)
     kept = Path(client.download_artifacts(winner.info.run_id, "predictions.csv")).stat().st_mtime_ns
     assert kept == written

@@ -639,6 +639,24 @@ def test_with_the_real_tracker_a_study_and_its_runs_agree(tmp_path: Path) -> Non
     assert {run.info.run_id for run in children} == {row.run_id for row in recorded}
 
 
+def test_a_run_that_is_deleted_while_its_trial_trains_is_made_again(tmp_path: Path) -> None:
+    client = open_client(tmp_path)
+    runs = SweepRuns(client, "scripted", {"budget": BUDGET}, {}, trial_curves)
+    runs.open_parent("scripted", identity="of the study", params={}, tags={}, texts={})
+    session, deleted = Session(tmp_path, 3, tracker=runs, engine=ScriptedEngine(1)), []
+
+    def delete() -> None:
+        deleted.append(str(session.driver.active["t0001"].run_id))
+        client.delete_run(deleted[0])
+
+    session.engine.script["t0001", 12] = delete
+    rows = summaries(session.run())
+    assert [row.state for row in rows] == ["COMPLETE"] * 3
+    assert rows[1].run_id not in deleted
+    for row in rows:
+        check_run(client, row.run_id, row, ("FINISHED", "COMPLETE"))
+
+
 def check_run(client: MlflowClient, run_id: str | None, row: TrialSummary, end: tuple[str, str]) -> None:
     assert run_id is not None
     assert row.spec is not None

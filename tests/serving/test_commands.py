@@ -13,6 +13,7 @@ import pytest
 from agnews_lora.cli import main
 from agnews_lora.commands import promote
 from agnews_lora.serving.predict import Classifier, Prediction
+from agnews_lora.tracking.descriptions import MARK
 from agnews_lora.tracking.registry import CHAMPION, PREVIOUS, Registry
 from tests.serving.conftest import World, enter_into
 
@@ -81,7 +82,7 @@ def test_promote_prints_its_findings_passed_or_not_and_rolls_back(
     assert code == 2 and errors.startswith("agnews-lora: Cannot promote version 2 of other: 1 of 8 checks failed\n")
     assert not printed["passed"] and (printed["version"], printed["champion"], printed["test"]) == (2, None, None)
     assert [check["passed"] for check in printed["checks"]].count(False) == 1
-    assert client.get_model_version("other", "2").description.startswith("Refused by the promotion checks")
+    assert client.get_model_version("other", "2").description.startswith(f"{MARK}Refused by the promotion checks")
 
     enter_into(registry, world.alike, world, new_run())
     assert main(["promote", "other"]) == 0

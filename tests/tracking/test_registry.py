@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from mlflow.models import Model
 
 from agnews_lora.errors import RegistryError
+from agnews_lora.tracking.descriptions import MARK
 from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry
 from agnews_lora.tracking.store import experiment_id, open_client
 
@@ -152,17 +153,21 @@ def test_a_report_is_kept_with_the_versions_run(
     assert registry.report(version, "report.md") == "passed"
 
 
-def test_tags_and_descriptions_are_replaced(
+def test_tags_and_descriptions_are_replaced_and_notes_kept(
     registry: Registry, client: MlflowClient, new_run: Callable[[], str]
 ) -> None:
     version = registry.register(new_run(), write)
+    registry.introduce("of a sweep")
+    present = client.get_registered_model(registry.model).description
+    client.update_registered_model(registry.model, f"{present} Ask the news desk.")
     registry.introduce("of **a** sweep")
     for result in ("failed", "passed"):
         registry.describe(version, result)
         registry.set_tags(version, {"promotion": result})
     assert registry.version(1).tags == {"promotion": "passed", "trial": "t0001"}
-    assert client.get_registered_model(registry.model).description == "of **a** sweep"
-    assert client.get_model_version(registry.model, "1").description == "passed"
+    shown = client.get_registered_model(registry.model).description, client.get_model_version(registry.model, "1")
+    assert shown[0].replace(MARK, "").split("\n\n") == ["of **a** sweep", " Ask the news desk."]
+    assert shown[1].description.replace(MARK, "").strip() == "passed"
 
 
 def test_a_logged_model_shows_what_its_run_measured_and_the_run_stays_as_it_was(

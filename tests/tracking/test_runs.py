@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.errors import StorageError
+from agnews_lora.tracking.descriptions import MARK
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.runs import MAX_DESCRIPTION, METRICS, SweepRuns, find_run, newest_parent, page_of, read_curve
 from agnews_lora.tracking.store import open_client, tracking_uri
@@ -207,13 +208,52 @@ def test_dataset_is_an_input_of_parent_and_trials_under_our_digest(
 def test_a_description_replaces_the_one_before_and_ends_with_a_whole_line(
     client: MlflowClient, runs: SweepRuns, parent: str
 ) -> None:
+    def shown() -> str:
+        return str(client.get_run(parent).data.tags["mlflow.note.content"]).replace(MARK, "").strip()
+
     runs.page().describe("first")
     runs.page().describe("second\n\n| a |\n| --- |\n| ü |")
-    assert client.get_run(parent).data.tags["mlflow.note.content"] == "second\n\n| a |\n| --- |\n| ü |"
+    assert shown() == "second\n\n| a |\n| --- |\n| ü |"
     line = "x" * 99
     runs.page().describe("\n".join([line] * 200))  # too long for a tag
-    kept = client.get_run(parent).data.tags["mlflow.note.content"].split("\n")
-    assert set(kept) == {line} and len(kept) == MAX_DESCRIPTION // 100
+    assert set(shown().split("\n")) == {line} and len(shown().split("\n")) == MAX_DESCRIPTION // 100 - 1
+
+
+@pytest.mark.parametrize("note", ["{}\n\nbelow", "above\n\n{}", "above {} below", "all of it is mine"])
+def test_notes_of_people_stay_around_a_description(
+    client: MlflowClient, runs: SweepRuns, parent: str, note: str
+) -> None:
+    runs.page().describe("first")
+    tag = "mlflow.note.content"
+    client.set_tag(parent, tag, note.format(client.get_run(parent).data.tags[tag]))
+    for text in ("second", "third", "x\n" * 5_000):
+        runs.page().describe(text)
+        kept = client.get_run(parent).data.tags[tag]
+        assert all(part.strip() in kept for part in note.split("{}"))
+        assert "first" not in kept and kept.count(text[:5]) >= 1
+    assert "third" not in kept and len(kept) <= MAX_DESCRIPTION
+
+
+def test_trials_of_a_study_are_found_under_the_parent_run_that_is_made_again(
+    client: MlflowClient, request: pytest.FixtureRequest
+) -> None:
+    first, again = (SweepRuns(client, request.node.name) for _ in range(2))
+    deleted = first.open_parent("embedded-1", identity="one", params={}, tags={}, texts={})
+    child = first.start_trial("t0000", SPEC, FACTS, None)
+    first.log_points("t0000", train_points(1, 2))
+    client.delete_run(deleted)
+    parent = again.open_parent("embedded-1", identity="one", params={}, tags={}, texts={})
+    assert parent != deleted
+    assert client.get_run(child).data.tags["mlflow.parentRunId"] == parent
+    assert list(again.curve("t0000")["step"]) == [1, 2]
+    assert again.start_trial("t0000", SPEC, FACTS, None) == child
+
+
+def test_a_store_that_has_none_of_the_runs_of_a_study_is_refused(runs: SweepRuns, parent: str) -> None:
+    runs.require_known([])
+    runs.require_known(["0" * 32, parent])
+    with pytest.raises(StorageError, match=r"none of the 2 runs .*--tracking URL.*--new"):
+        runs.require_known(["0" * 32, "1" * 32])
 
 
 def test_a_table_again_replaces_its_rows_and_all_are_listed(client: MlflowClient, runs: SweepRuns, parent: str) -> None:

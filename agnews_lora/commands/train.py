@@ -50,8 +50,8 @@ def run(experiment: Experiment, quiet: bool, as_json: bool) -> int:
     prepared = prepare(experiment, "trainer")
     with _writing():
         TRAINED.mkdir(parents=True, exist_ok=True)
-        for folder in (TRAINED, Path()):  # before hours of training
-            TemporaryFile(dir=folder).close()
+        for place in (TRAINED, Path()):  # before hours of training
+            TemporaryFile(dir=place).close()
     shared = {"experiment": experiment.name, "base": prepared.base.hub_id}
     runs = SweepRuns(open_client(STORES), experiment.name, shared, provenance(), trial_curves)
     keys.quieten()

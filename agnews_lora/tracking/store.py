@@ -208,10 +208,16 @@ def _open_to_read(root: Path) -> MlflowClient:
     with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
         if _recorded_root(connection) in (None, artifact_uri(root)):
             return _client(root)
-        folder = tempfile.TemporaryDirectory()
-        with closing(sqlite3.connect(Path(folder.name, DATABASE))) as copy:
-            connection.backup(copy)
-    relocate(Path(folder.name, DATABASE), root)
+        try:
+            folder = tempfile.TemporaryDirectory()
+            with closing(sqlite3.connect(Path(folder.name, DATABASE))) as copy:
+                connection.backup(copy)
+            relocate(Path(folder.name, DATABASE), root)
+        except (OSError, sqlite3.Error) as error:
+            raise StorageError(
+                f"Cannot copy the run store {root / DATABASE}, which was moved and is to be read alone, to "
+                f"{tempfile.tempdir}: {error}. Free it, or set TMPDIR to a folder with room."
+            ) from error
     client = _client(Path(folder.name))
     weakref.finalize(client, folder.cleanup)
     return client

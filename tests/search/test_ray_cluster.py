@@ -155,8 +155,8 @@ def run(code: str, environment: dict[str, str], folder: Path) -> "subprocess.Pop
     """
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(code), str(folder)],
-        env=environment,
-        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        cwd=folder.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -216,21 +216,26 @@ LOCAL = """
     driver = ListDriver(Path(sys.argv[1], "again"), 1)
     ray_cluster.train(driver, ScriptedEngine, workers=2)
     print(json.dumps(sorted(driver.adapters)))
+    import ray
+    surroundings = ray.remote(num_cpus=0)(lambda: (sys.path, os.environ.get("PYTHONWARNINGS")))
+    print(json.dumps(ray.get(surroundings.remote())))
 """
 
 
 def test_a_local_ray_listens_on_loopback_alone_and_asks_for_a_token(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    process = run(LOCAL, environment | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}, tmp_path / "driver")
+    environment |= {"HOME": str(tmp_path), "PYTHONWARNINGS": "error::FutureWarning"}
+    process = run(LOCAL, environment, tmp_path / "driver")
     output, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
-    seen, first, second = [json.loads(line) for line in output.splitlines()]
+    seen, first, second, (path, filters) = [json.loads(line) for line in output.splitlines()]
     assert (first, second) == (["t0000", "t0001"], ["t0000"])
     assert {"gcs_server", "raylet"} <= set(seen["names"])
     assert seen["ports"] >= 5 and set(seen["addresses"]) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert seen["mode"] == 0o600 and not Path(seen["token"]).exists()  # it goes with the process
     assert not (tmp_path / ".ray" / "auth_token").exists()
     assert seen["sigterm"]  # Ray puts a handler of its own there
+    assert str(tmp_path) not in path and filters is None  # a script in the working folder may be named as a library
 
 
 def test_a_ray_that_would_not_keep_to_loopback_is_not_started(tmp_path: Path) -> None:

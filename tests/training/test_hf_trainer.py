@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -422,3 +423,33 @@ def test_the_engine_is_silent_offline_and_loads_no_library_of_search_or_tracking
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (process.stdout, process.stderr) == ("", "")
     assert json.loads(report.read_text()) == {"imported": [], "asked": [], "ended": [1, 5]}
+
+
+LAUNCHED = {
+    "WORLD_SIZE": "2",
+    "RANK": "1",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29512",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "PMI_SIZE": "2",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_DYNAMO_BACKEND": "inductor",
+    "ACCELERATE_TORCH_DEVICE": "meta",
+    "FSDP_VERSION": "2",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "SLURM_NTASKS": "2",
+}
+
+
+def test_variables_of_a_launcher_change_nothing(
+    roberta: TinySetup, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer would wait for the second process for ever."""
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    assert same_trial(train(roberta, [plan(tmp_path)]), recorder)
+    assert {name: os.environ.get(name) for name in LAUNCHED} == LAUNCHED

@@ -56,14 +56,23 @@ def test_copied_project_works_and_writes_in_its_own_place_alone(
 def test_renamed_project_works_and_makes_nothing_at_its_old_place(
     finished_project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    client, place = open_client(finished_project / "mlruns"), f"{finished_project}/bases/own"
+    client.set_model_version_tag("small", "1", "note", place)
+    client.copy_model_version("models:/small/1", "other")
+    client.set_model_version_tag("other", "1", "base", place)
     moved = finished_project.rename(finished_project.with_name("moved"))
     (moved.parent / "linked").symlink_to(moved)
+    for read in (True, False):
+        found = open_client(moved / "mlruns", read)
+        assert found.get_model_version("other", "1").tags["base"] == f"{moved}/bases/own"
+        assert found.get_model_version("small", "1").tags["note"] == place
     monkeypatch.chdir(moved.parent / "linked")
     for name in ("predict", "report", "export"):
         assert succeeds(*COMMANDS[name]), name
     assert not finished_project.exists()
 
 
+@pytest.mark.proof
 def test_read_only_project_is_read_and_nothing_else(finished_project: Path, tmp_path: Path) -> None:
     """In another place than it was made at."""
     moved = finished_project.rename(finished_project.with_name("moved"))

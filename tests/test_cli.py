@@ -15,6 +15,7 @@ import pytest
 
 from agnews_lora.cli import main, parser
 from agnews_lora.search.study import open_storage
+from agnews_lora.tracking.store import open_client
 from tests.project import environment, write_project
 from tests.test_imports import HEAVY
 from tests.tiny import tiny_base
@@ -254,7 +255,8 @@ def test_an_enqueued_trial_over_the_budget_is_refused_before_any_data_is_read(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = optuna.create_study(storage=open_storage(folder / "mlruns"), study_name="small", direction="maximize")
-    study.set_user_attr("sweep", "small")
+    for name, value in {"sweep": "small", "identity": "its own", "fingerprint": {}}.items():
+        study.set_user_attr(name, value)
     study.enqueue_trial({"targets": "qkv", "rank_share": 8 / 7})
     write_project(folder, experiment={"data": {**AG_NEWS_FILES, "train": "absent.csv"}})
     message = refused(capsys, "sweep", "small")
@@ -329,7 +331,10 @@ def test_stores_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFixtu
 
 
 def test_predict_without_a_champion(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(capsys, "predict", "--sweep", "small", "Oil prices rose.")
+    asked = ("predict", "--sweep", "small", "Oil prices rose.")
+    assert "agnews-lora sweep" in refused(capsys, *asked), "there is no store at all"
+    open_client(folder / "mlruns")
+    message = refused(capsys, *asked)
     assert "Cannot use small: it has no champion" in message
     assert "agnews-lora promote" in message
 

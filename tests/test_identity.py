@@ -1,6 +1,7 @@
 """Whose trials are these? What people do to studies with Optuna's own tools neither wins, counts nor ends a sweep."""
 
 import math
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.pruners import NopPruner
 from optuna.trial import TrialState, create_trial
 
-from agnews_lora.errors import StudyError
+from agnews_lora.errors import StorageError, StudyError
 from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing, open_confirmation
 from agnews_lora.search.driver import num_left
@@ -214,6 +215,17 @@ def test_a_study_that_was_deleted_and_made_again_takes_no_confirmation_of_the_ol
     assert opened is not None and len(opened.trials) == 4
     assert find_confirmation(Session(tmp_path, 4).study).study_name == opened.study_name != "scripted/confirmation"  # type: ignore[union-attr]
     assert dump(by_hand(tmp_path, "scripted/confirmation")) == old
+
+
+def test_a_study_that_is_deleted_while_it_trains_ends_the_sweep_with_its_reason(tmp_path: Path) -> None:
+    session = Session(tmp_path, 3, engine=ScriptedEngine(2))
+    session.engine.script["t0001", 12] = lambda: optuna.delete_study(study_name="scripted", storage=url(tmp_path))
+    with pytest.raises(StorageError, match=r"somebody deleted it.*Start the sweep again"):
+        session.run()
+    assert [recorded.ends[-1][0] for recorded in session.tracker.trials.values()] == ["INTERRUPTED"] * 2
+    assert not session.screen.running
+    shutil.rmtree(tmp_path / "work")
+    assert len(summaries(Session(tmp_path, 3).run())) == 3
 
 
 def test_what_a_deleted_study_left_in_the_work_folder_is_not_taken_over(tmp_path: Path) -> None:

@@ -4,11 +4,15 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as RegistryStore
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from agnews_lora.cli import main
+from agnews_lora.tracking.store import open_client
 from tests.project import command, environment
 
 # Characters that URLs and URIs give a meaning, and some that nothing does.
@@ -52,14 +56,23 @@ def test_copied_project_works_and_writes_in_its_own_place_alone(
 def test_renamed_project_works_and_makes_nothing_at_its_old_place(
     finished_project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    client, place = open_client(finished_project / "mlruns"), f"{finished_project}/bases/own"
+    client.set_model_version_tag("small", "1", "note", place)
+    client.copy_model_version("models:/small/1", "other")
+    client.set_model_version_tag("other", "1", "base", place)
     moved = finished_project.rename(finished_project.with_name("moved"))
     (moved.parent / "linked").symlink_to(moved)
+    for read in (True, False):
+        found = open_client(moved / "mlruns", read)
+        assert found.get_model_version("other", "1").tags["base"] == f"{moved}/bases/own"
+        assert found.get_model_version("small", "1").tags["note"] == place
     monkeypatch.chdir(moved.parent / "linked")
     for name in ("predict", "report", "export"):
         assert succeeds(*COMMANDS[name]), name
     assert not finished_project.exists()
 
 
+@pytest.mark.proof
 def test_read_only_project_is_read_and_nothing_else(finished_project: Path, tmp_path: Path) -> None:
     """In another place than it was made at."""
     moved = finished_project.rename(finished_project.with_name("moved"))
@@ -96,3 +109,112 @@ def test_read_only_project_is_read_and_nothing_else(finished_project: Path, tmp_
         assert len(refused.stderr.splitlines()) == 1, refused.stderr
     assert files(moved) == before
     subprocess.run(["chmod", "-R", "u+w", moved], check=True)  # pytest removes it
+
+
+# Deleted in MLflow ---------------------------------------------------------------------------------------------------
+
+
+class Deletion:
+    """What people delete in MLflow, or beside it, after a sweep has finished."""
+
+    def __init__(self, project: Path) -> None:
+        self.stores = project / "mlruns"
+        self.client = open_client(self.stores)
+        experiment = self.client.get_experiment_by_name("small")
+        assert experiment is not None
+        self.experiment = experiment.experiment_id
+        self.version = self.client.get_model_version_by_alias("small", "champion")
+
+    def winner(self) -> None:
+        self.client.delete_run(self.version.run_id)
+
+    def winner_for_good(self) -> None:
+        """As `mlflow gc` does."""
+        self.winner()
+        self.client._tracking_client.store._hard_delete_run(self.version.run_id)
+
+    def parent(self) -> None:
+        (run,) = self.client.search_runs([self.experiment], "tags.kind = 'sweep'")
+        self.client.delete_run(run.info.run_id)
+
+    def all_runs(self) -> None:
+        for run in self.client.search_runs([self.experiment]):
+            self.client.delete_run(run.info.run_id)
+
+    def mlflow_experiment(self) -> None:
+        self.client.delete_experiment(self.experiment)
+
+    def model(self) -> None:
+        self.client.delete_registered_model("small")
+
+    def artifacts(self) -> None:
+        shutil.rmtree(self.stores / "artifacts")
+
+    def database(self) -> None:
+        for store in (SqlAlchemyStore, RegistryStore):
+            store._engine_map.pop(self.client.tracking_uri).dispose()  # another process does not know the file
+        (self.stores / "mlflow.db").unlink()
+
+
+USED, REPORTED, RESUMED = "predict export", "report", "sweep"
+
+
+@pytest.mark.parametrize(
+    ("deletion", "works"),
+    [
+        (Deletion.winner, f"{USED} {REPORTED}"),
+        (Deletion.winner_for_good, f"{USED} {REPORTED}"),
+        (Deletion.parent, f"{USED} {RESUMED}"),
+        (Deletion.all_runs, USED),
+        (Deletion.mlflow_experiment, USED),
+        (Deletion.model, f"{REPORTED} {RESUMED}"),
+        (Deletion.artifacts, ""),
+        (Deletion.database, ""),
+    ],
+)
+def test_deletion_is_one_sentence_with_a_remedy_and_a_verified_version_stays_of_use(
+    finished_project: Path,
+    deletion: Callable[[Deletion], None],
+    works: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(finished_project)
+    deletion(Deletion(finished_project))
+    for name in ("predict", "export", "report", "sweep"):
+        code, error = (
+            main([*COMMANDS[name], *(["--patience", "5"] if name == "sweep" else [])]),
+            capsys.readouterr().err,
+        )
+        assert code == (0 if name in works.split() else 2), (name, error)
+        if code:
+            assert error.startswith("agnews-lora: Cannot "), (name, error)
+            assert len(error.splitlines()) == 1 and error.count("Cannot ") == 1, (name, error)
+            assert any(remedy in error for remedy in ("agnews-lora sweep", "restore")), (name, error)
+
+
+def test_people_keep_their_notes_and_names(finished_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished_project)
+    client, note = open_client(finished_project / "mlruns"), "\n\nAsk the news desk."
+    version = client.get_model_version_by_alias("small", "champion")
+    experiment = client.get_experiment_by_name("small")
+    assert experiment is not None
+    (parent,) = client.search_runs([experiment.experiment_id], "tags.kind = 'sweep'")
+
+    def written() -> list[str]:
+        runs = [
+            client.get_run(run_id).data.tags["mlflow.note.content"] for run_id in (parent.info.run_id, version.run_id)
+        ]
+        model, own = client.get_registered_model("small"), client.get_model_version("small", version.version)
+        return [*runs, str(model.description), str(own.description)]
+
+    before = written()
+    for run_id, text in zip((parent.info.run_id, version.run_id), before, strict=False):
+        client.set_tag(run_id, "mlflow.note.content", text + note)
+    client.update_registered_model("small", before[2] + note)
+    client.update_model_version("small", version.version, before[3] + note)
+    client.update_run(parent.info.run_id, name="monday/best try: lr?")
+    for name in ("sweep", "report"):
+        assert succeeds(*COMMANDS[name])
+    assert written() == [text + note for text in before]
+    assert client.get_run(parent.info.run_id).info.run_name == "monday/best try: lr?"

@@ -25,6 +25,8 @@ _FINAL_CODES: Final = {
     sqlite3.SQLITE_NOTADB,
 }
 
+_OPTUNA_HAS_NO_RECORD: Final = "Record does not exist."
+
 Answer = TypeVar("Answer")
 
 
@@ -58,7 +60,8 @@ class Retry:
             return otherwise
         try:
             answer = function()
-        except (StorageError, *STORAGE_FAULTS) as error:
+        except (StorageError, KeyError, *STORAGE_FAULTS) as fault:
+            error = _deleted(fault) if isinstance(fault, KeyError) else fault
             now = self._clock()
             self._away_since = now if self._away_since is None else self._away_since
             self._next_try, self._pause = now + self._pause, min(2 * self._pause, LONGEST_RETRY_SECONDS)
@@ -91,6 +94,8 @@ class Retry:
         """What to tell the user once the store is lost: away for longer than the patience, or for good."""
         if self._away_since is None or self._error is None:
             return None
+        if isinstance(self._error, StudyDeletedError):
+            return self._error
         seconds, final = self._clock() - self._away_since, _is_final(self._error)
         if not final and seconds < self._patience:
             return None
@@ -99,6 +104,19 @@ class Retry:
             return StorageError(f"{self._error} {kept}")
         since = "" if final else f" for {seconds:.0f} s"
         return StorageError(f"Cannot write to {self._store}{since}: {brief(self._error)}. {kept}")
+
+
+class StudyDeletedError(StorageError):
+    """A study, or trials of it, were deleted while it was driven."""
+
+
+def _deleted(fault: KeyError) -> StudyDeletedError:
+    if fault.args != (_OPTUNA_HAS_NO_RECORD,):
+        raise fault
+    return StudyDeletedError(
+        "Cannot go on with the study: somebody deleted it, or trials of it, in its storage. Start the sweep again: "
+        "where the study is gone, that makes a new one."
+    )
 
 
 def _is_final(error: Exception) -> bool:

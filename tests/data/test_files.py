@@ -228,7 +228,7 @@ INSIDE = "a quote stands inside a field that is not quoted"
         (HEADER + f"{'a' * (MAX_CHARACTERS + 1)},x\nb,y\n", "line 2", "the text has 100,001 characters"),
         (HEADER.encode() + b"caf\xe9,x\n", "line 2", "is not UTF-8 (byte 0xE9)"),
         (HEADER + "a\0,x\n", "line 2", "holds a NUL character"),
-        (gzip.compress(HEADER.encode()), "it is a packed file", ".gz"),
+        (gzip.compress(HEADER.encode(), mtime=0), "it is a packed file", ".gz"),
         (HEADER.encode("utf-16"), "it is UTF-16", "Save it as UTF-8"),
         (HEADER + f"{'a' * 200_000},x\nb\n", "line 3", "should have 2 fields"),
         ("text;label\na;x\n", "it has no column 'text', but 'text;label'", "separated by semicolons"),

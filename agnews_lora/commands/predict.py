@@ -46,11 +46,7 @@ def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bo
             asked[index] = os.fsencode(text).decode() if any("\ud800" <= each <= "\udfff" for each in text) else text
         except UnicodeError as error:
             raise DataError(f"Cannot read text {one_line(text)!r}: it is not UTF-8. Convert it.") from error
-    client = open_client(tracking or STORES, read=True)
-    with reaching(client):
-        registry = Registry(client, experiment.name)
-        package = Package.verified(registry, registry.champion())
-    classifier = Classifier.load(package)
+    classifier = Classifier.load(_champion(experiment, tracking))
     predictions = classifier.predict(asked)
     if as_json:
         for text, prediction in zip(asked, predictions, strict=True):
@@ -81,12 +77,7 @@ def champion(sweep: Sweep | str | Path, *, tracking: str | None = None) -> "Text
         RegistryError: the sweep has no champion yet, or its files changed.
         AgnewsLoraError: anything else that the user can fix.
     """
-    loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
-    client = open_client(tracking or STORES, read=True)
-    with reaching(client):
-        registry = Registry(client, loaded.experiment.name)
-        package = Package.verified(registry, registry.champion())
-    return pipeline(package)
+    return pipeline(_champion(load_sweep(sweep).experiment, tracking))
 
 
 def export(experiment: Experiment, to: Path, merged: bool, tracking: str | None, as_json: bool) -> int:
@@ -109,6 +100,13 @@ def export(experiment: Experiment, to: Path, merged: bool, tracking: str | None,
         f"{version} is in {to}: {content}, the tokenizer and a model card (README.md)", soft_wrap=True
     )
     return 0
+
+
+def _champion(experiment: Experiment, tracking: str | None) -> Package:
+    client = open_client(tracking or STORES, read=True)
+    with reaching(client):
+        registry = Registry(client, experiment.name)
+        return Package.verified(registry, registry.champion())
 
 
 def _lines(file: Path) -> list[str]:

@@ -65,7 +65,7 @@ def promote(
     Raises:
         AgnewsLoraError: there is none that could be promoted, or anything else that the user can mend.
     """
-    experiment = (sweep if isinstance(sweep, Sweep) else load_sweep(sweep)).experiment
+    experiment = load_sweep(sweep).experiment
     client = open_client(tracking or STORES)
     stage = prepare(experiment)
     registry = Registry(client, experiment.name)

@@ -109,8 +109,7 @@ def run_sweep(
         Stopped: by Ctrl-C or SIGTERM, after the running trials were requeued: the same call resumes them.
         AgnewsLoraError: anything that the user can fix; the study is as it was before.
     """
-    if not isinstance(sweep, Sweep):
-        sweep = load_sweep(sweep)
+    sweep = load_sweep(sweep)
     with keys.answering():
         shape = shape_of(sweep.experiment.base, len(label_names(sweep.experiment.data_settings)))
         require_feasible(sweep, shape, storage, new)

@@ -179,10 +179,12 @@ def _third(trials: int) -> int:
     return max(1, trials // 3)
 
 
-def load_sweep(name: str | Path) -> Sweep:
+def load_sweep(name: str | Path | Sweep) -> Sweep:
     """The sweep of a name (`sweeps/NAME.yaml` below the working directory), or of a path, and its experiment.
+
+    One that is loaded already is given back.
 
     Raises:
         ConfigError: no such file, or one with faults: all of them, and those of its experiment.
     """
-    return load(Sweep, locate("sweep", str(name), [FOLDER]))
+    return name if isinstance(name, Sweep) else load(Sweep, locate("sweep", str(name), [FOLDER]))

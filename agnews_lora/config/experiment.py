@@ -138,6 +138,13 @@ class FilesData(LabelledData):
     columns: Names | None = None
     """Names of all columns in order, where CSV or TSV files have no header."""
 
+    @model_validator(mode="after")
+    def _columns_are_read(self) -> Self:
+        files = [name.lower() for name in (self.train, self.test, self.validation) if isinstance(name, str)]
+        if self.columns and not any(name.removesuffix(".gz").endswith((".csv", ".tsv")) for name in files):
+            raise ValueError(f"columns names those of CSV or TSV files, but got {', '.join(files)}. Remove columns")
+        return self
+
 
 class HubSplits(Settings):
     """Splits of a data set on the hub."""

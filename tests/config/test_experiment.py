@@ -91,6 +91,10 @@ def test_a_path_in_it_or_an_absolute_one_is_taken(write: Write, path: str) -> No
         ("{source: files}", [f"data.{key}: Missing key. " for key in ("text", "label", "train")]),
         ("{source: newswire}", ["data.rows: Missing key. ", "data.test_rows: Missing key. "]),
         (
+            "{source: files, train: a.jsonl, test: b.parquet, text: a, label: b, columns: [a, b]}",
+            ["data: columns names those of CSV or TSV files, but got a.jsonl, b.parquet. Remove columns"],
+        ),
+        (
             "{source: hub, dataset: a/b, text: a, label: b, train: a.csv}",
             ["data.train: Unknown key. Did you mean train_rows? "],
         ),

@@ -83,11 +83,11 @@ class Slots:
         self._describe()
 
     def take(self, slot: int) -> SlotState:
-        """Copy the tensors of a slot's trial."""
+        """Copy the tensors of a slot's trial, whole rows at once: a GPU answers each copy of its own."""
         spec = self.specs[slot]
         assert spec is not None, "an empty slot holds nothing"
-        held = (self.tensors(matrix[slot], spec) for matrix in self._matrices())
-        return SlotState(*({name: part.to("cpu", copy=True) for name, part in tensors} for tensors in held))
+        rows = torch.stack([matrix[slot] for matrix in self._matrices()]).cpu()
+        return SlotState(*({name: part.contiguous() for name, part in self.tensors(row, spec)} for row in rows))
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""

@@ -35,10 +35,6 @@ def test_characters_that_a_terminal_lacks_are_replaced(finished_project: Path, v
         assert (code, error) == (0, b"") and output, arguments
 
 
-def test_a_backend_of_figures_that_is_missing_is_not_needed(finished_project: Path) -> None:
-    assert run(finished_project, "report", "small", variables={"MPLBACKEND": "of a notebook"})[0] == 0
-
-
 def test_a_terminal_without_a_size_shows_what_others_show(tmp_path: Path) -> None:
     folder = write_project(tmp_path)
     assert run(folder, "budget", "small", variables={"COLUMNS": "0"}) == run(folder, "budget", "small")

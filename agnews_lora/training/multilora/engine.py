@@ -71,9 +71,8 @@ class MultiLoraEngine:
         self.device = training_device()
         dtype = torch.bfloat16 if computes_in_bf16(self.device, settings.precision) else torch.float32
         encoder = Encoder(model, base.shape.family, self.device, dtype)
-        flat = self.device.type == "cuda" and dtype == torch.bfloat16 and encoder.fits_kernels
-        self.train = DeviceTokens(corpus.train, self.device, flat, encoder.padding_id)
-        self.validation = DeviceTokens(corpus.validation, self.device, flat, encoder.padding_id)
+        self.train = DeviceTokens(corpus.train, self.device, encoder.padding_id)
+        self.validation = DeviceTokens(corpus.validation, self.device, encoder.padding_id)
         self.monitor = corpus.monitor
         self.lengths = corpus.train.lengths.tolist()
         self.model = MultiLoraModel(encoder, base.shape, slots or 1)

@@ -329,7 +329,8 @@ def register(
         return registry.version(known.number)
     record, count = read_record(winner.adapter), recount(winner.adapter)
     if count > winner.budget:
-        raise BudgetError(breach(record.spec, record.shape, winner.budget, count))
+        found = breach(record.spec, record.shape, winner.budget, count)
+        raise BudgetError(f"Cannot register {record.trial} of {winner.study}: its file has {found}.")
     answered = logits()
     require_reported(winner, record.trial, answered, corpus.validation.labels)
     answers = ReferenceAnswers.of(answered, corpus.validation)

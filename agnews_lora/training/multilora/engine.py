@@ -55,7 +55,8 @@ HEAVIEST = TrialSpec("all-linear", rank=32, alpha=1, dropout=0.1, learning_rate=
 
 
 class MultiLoraEngine:
-    """Trains up to `slots` trials at once on one device; without a number, as many as fit the device's memory.
+    """Trains up to `slots` trials at once on one device; without a number, as many as fit a GPU's memory, or as a CPU
+    has threads.
 
     Raises:
         ConfigError: this engine does not compute such an encoder, or dropout inside it.

@@ -32,14 +32,15 @@ class SlotBatch:
     step: int
     seed: int
 
+
 Share = tuple[SlotBatch, Sequence[int]]  # a batch, and the rows of it that one pass computes
 
 
 class MultiLoraModel:
     """Slots over a frozen encoder, in the encoder's precision (weights and moments stay fp32).
 
-    A GPU computes all slots' batches in one pass. On a CPU each thread computes passes of its own, over one slot's batch
-    or a share of it: threads that share every product instead spend a third of the time waiting for each other.
+    A GPU computes all slots' batches in one pass. On a CPU each thread computes passes of its own, over one slot's
+    batch or a share of it: threads that share every product instead spend a third of the time waiting for each other.
 
     choice: of the kernels that compute the layers.
     """
@@ -135,6 +136,8 @@ class MultiLoraModel:
         """
         ids = np.asarray(rows)
         [chosen] = on_device([np.array([sorted(slots).index(slot) for slot in slots])], self.device)
+        if self.threads is not None:
+            batch_size = max(1, batch_size // len(slots))  # a pass over more rows leaves the caches of a core
         batches = by_length(tokens.lengths[ids], batch_size)
 
         def scored(positions: list[int]) -> torch.Tensor:

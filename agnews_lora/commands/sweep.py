@@ -280,7 +280,7 @@ class _Start:
             repeated=len(repeated),
             quiet=self.quiet,
         ) as screen:
-            for note in self.prepared.notes:
+            for note in self.prepared.notes if len(ended) < self.num_trials else ():
                 screen.message(note)
             driver = Driver(self.study, search, self.runs, screen, self.folder, stop, self.patience, confirm)
             factory = self.prepared.engine(sweep.slots)

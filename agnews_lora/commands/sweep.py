@@ -372,7 +372,7 @@ def require_feasible(sweep: Sweep, shape: ModelShape, storage: str | None, new: 
         StudyError: the storage has a study of the sweep's name, or a copy of one, that is not the sweep's.
     """
     feasible_ranks(sweep.space.presets(shape.family), list(sweep.space.heads), shape, sweep.budget)
-    with _blamed(f"experiment {sweep.experiment.name}, the baseline of {sweep.name}"):
+    with _blamed(f"the baseline of {sweep.name} (experiment {sweep.experiment.name})"):
         require_within_budget(sweep.experiment.spec, shape, sweep.budget)
     where: Path | str = storage or STORES
     if new or (isinstance(where, Path) and not (where / "optuna.db").exists()):
@@ -390,4 +390,4 @@ def _blamed(what: str) -> Iterator[None]:
     try:
         yield
     except BudgetError as error:
-        raise BudgetError(f"{what}: {error}") from error
+        raise BudgetError(f"Cannot train {what}: {error}.") from error

@@ -399,7 +399,7 @@ def test_slots_fill_most_of_the_free_memory(free_gib: int, slot_gib: int, expect
     assert fitting_slots(free_gib << 30, slot_gib << 30) == expected
 
 
-def test_the_measured_step_goes_through_every_module_and_a_cpu_takes_one_slot(roberta: TinySetup) -> None:
+def test_the_measured_step_goes_through_every_module(roberta: TinySetup) -> None:
     model = MultiLoraModel(Encoder(load_base(roberta.base, 4), "roberta", CPU, torch.float32), roberta.base.shape, 1)
     tokens = DeviceTokens(roberta.corpus.train, CPU, padding_id=1)
     place_heaviest(model)
@@ -407,7 +407,6 @@ def test_the_measured_step_goes_through_every_module_and_a_cpu_takes_one_slot(ro
     heaviest_step(model, tokens, batch_size=8)
     assert model.slots.first_moment.any()
     assert not model.slots.weights.any()
-    assert choose_slots(model, tokens, 8) == 1
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

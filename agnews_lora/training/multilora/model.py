@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -15,7 +14,7 @@ from agnews_lora.training.multilora.compile import LayerCompiler
 from agnews_lora.training.multilora.dropout import DropoutKey
 from agnews_lora.training.multilora.encoder import Encoder
 from agnews_lora.training.multilora.lora import BatchedLora
-from agnews_lora.training.multilora.packing import DeviceTokens, PackedBatch
+from agnews_lora.training.multilora.packing import DeviceTokens, PackedBatch, on_device
 from agnews_lora.training.multilora.slots import Slots
 from agnews_lora.training.multilora.threads import Threads
 
@@ -54,15 +53,17 @@ class MultiLoraModel:
 
     def step(
         self, tokens: DeviceTokens, batches: Sequence[SlotBatch], weight_decay: float, max_grad_norm: float
-    ) -> tuple[list[float], list[float]]:
-        """Train each slot on its batch; ([K] mean losses, [K] gradient norms before clipping)."""
+    ) -> torch.Tensor:
+        """Train each slot on its batch; [2, K] mean losses and gradient norms before clipping, on the device.
+
+        On CUDA, this returns before the device has computed them.
+        """
         keys = self._dropout_keys(batches)
 
-        def update(losses: torch.Tensor, gradients: torch.Tensor) -> tuple[list[float], list[float]]:
+        def update(losses: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
             norms = optimizer.clip(self.slots, gradients, max_grad_norm)
             optimizer.step(self.slots, gradients, self._steps(batches), weight_decay)
-            [loss_values, norm_values] = torch.stack([losses, norms]).tolist()  # the only wait for the device in a step
-            return loss_values, norm_values
+            return torch.stack([losses, norms])
 
         if self.threads is None:
             packed = tokens.pack([(batch.slot, batch.rows) for batch in batches])
@@ -105,17 +106,20 @@ class MultiLoraModel:
 
     def logits(
         self, tokens: DeviceTokens, rows: Sequence[int], slots: Sequence[int], batch_size: int
-    ) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
-        """Score `slots` together: (positions in `rows`, logits [len(slots), positions, classes]) of each batch."""
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Score `slots` together: (positions in `rows`, logits [len(slots), positions, classes]) of each batch.
+
+        On CUDA, a batch's logits lie on the device, and are given before it has computed them.
+        """
         ids = np.asarray(rows)
+        [chosen] = on_device([np.asarray(slots)], self.device)
         batches = by_length(tokens.lengths[ids], batch_size)
 
-        def scored(positions: list[int]) -> npt.NDArray[np.float32]:
+        def scored(positions: list[int]) -> torch.Tensor:
             with torch.no_grad():
                 packed = tokens.pack([(slot, ids[positions].tolist()) for slot in slots])
                 lora = BatchedLora(self.slots, self.slots.weights, packed, self.dtype, {})
-                logits = self.compiler.run(lambda: self._logits(lora))
-            return logits.cpu().numpy()[list(slots)]
+                return self.compiler.run(lambda: self._logits(lora)).index_select(0, chosen)
 
         yield from zip(batches, (self.threads.map if self.threads else map)(scored, batches), strict=True)
 

@@ -56,4 +56,8 @@ class KernelChoice:
 
 def _makers(device: torch.device) -> list[Callable[[Sequence[Layer], torch.dtype], Kernels]]:
     """Give the constructors of the kernels for a device."""
+    if device.type == "cpu":
+        from agnews_lora.training.multilora.kernels.cpu import CpuKernels
+
+        return [CpuKernels]
     return []

@@ -80,7 +80,9 @@ def build(command: Sequence[str]) -> Path:
     """
     options = [*OPTIONS, *(f"-m{name.replace('_', '')}" for name in INSTRUCTIONS)]
     try:
-        version = subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=COMPILE_SECONDS).stdout
+        version = subprocess.run(
+            [*command, "--version"], capture_output=True, check=True, timeout=COMPILE_SECONDS
+        ).stdout
         parts = [SOURCE.read_bytes(), version, *map(str.encode, [*command, *options])]
         key = hashlib.sha256(b"\0".join(parts)).hexdigest()
         target = COMPILED / f"cpu-{key[:32]}.so"
@@ -99,7 +101,9 @@ def build(command: Sequence[str]) -> Path:
             made.replace(target)  # whole at once: other processes may be at the same place
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").split("\n")
-        raise UnsuitableError(f"{command[0]} failed ({next(filter(None, said), f'exit code {error.returncode}')})") from error
+        raise UnsuitableError(
+            f"{command[0]} failed ({next(filter(None, said), f'exit code {error.returncode}')})"
+        ) from error
     except (OSError, subprocess.SubprocessError) as error:
         raise UnsuitableError(f"the C kernels cannot be compiled ({error})") from error
     return target
@@ -304,9 +308,7 @@ class CpuKernels(Kernels):
         out, normal, rstd = torch.empty_like(x), None, None
         if training:
             normal, rstd = torch.empty_like(x), weight.new_empty(len(x))
-        self.library.add_norm(
-            *map(_at, (x, y, weight, bias)), norm.epsilon, *map(_at, (out, normal, rstd)), *x.shape
-        )
+        self.library.add_norm(*map(_at, (x, y, weight, bias)), norm.epsilon, *map(_at, (out, normal, rstd)), *x.shape)
         return out, None if normal is None or rstd is None else _Normed(normal, rstd)
 
     def add_norm_gradient(self, g: Tensor, g2: Tensor | None, saved: Saved, norm: Norm) -> Tensor:
@@ -314,9 +316,7 @@ class CpuKernels(Kernels):
             return super().add_norm_gradient(g, g2, saved, norm)
         g, g2 = g.contiguous(), None if g2 is None else g2.contiguous()
         weight, of_sum = self.norms[norm][0], torch.empty_like(g)
-        self.library.add_norm_gradient(
-            *map(_at, (g, g2, saved.normal, saved.rstd, weight, of_sum)), *g.shape
-        )
+        self.library.add_norm_gradient(*map(_at, (g, g2, saved.normal, saved.rstd, weight, of_sum)), *g.shape)
         return of_sum
 
     def gelu(self, z: Tensor, training: bool) -> tuple[Tensor, Saved]:

@@ -411,21 +411,16 @@ int lora_down_gradients(bf16 *of_x, int64_t of_x_step, const bf16 *of_h, const b
 
 /* ---- GELU ------------------------------------------------------------------------------------------------------- */
 
-/* e^x = 2^k e^f with k = round(x / ln 2) and |f| <= ln 2 / 2, e^f by its Taylor polynomial; ln 2 in two parts, since
-   k ln 2 would lose digits in one (Cody & Waite 1980). Relative error 2e-7; 0 below -87. */
-INLINE __m512 exponential(__m512 x) {
-    __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
-    __m512 k = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 f = _mm512_fnmadd_ps(k, _mm512_set1_ps(0.693145752f), x);
-    f = _mm512_fnmadd_ps(k, _mm512_set1_ps(1.42860677e-6f), f);
-    __m512 p = _mm512_set1_ps(1.0f / 720);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f / 120));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f / 24));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f / 6));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_maskz_scalef_ps(normal, p, k);
+/* 2^y for y <= 0: 2^k 2^f with k the nearest integer, and for |f| <= 1/2 the polynomial of degree 4 whose largest relative
+   error is least (3e-6, a thousandth of what is rounded away in bf16). */
+INLINE __m512 power_of_two(__m512 y) {
+    y = _mm512_max_ps(y, _mm512_set1_ps(-150.0f)); /* 0 there, and infinity would become no number */
+    __m512 k = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(y, k);
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.00957010221f), f, _mm512_set1_ps(0.0559178628f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.240247443f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693121791f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.999999285f));
+    return _mm512_scalef_ps(p, k);
 }
 
 /* u = z Φ(z), and its derivative Φ(z) + z φ(z), where slope is not null; Φ and φ of the standard normal distribution.
@@ -435,23 +430,19 @@ void gelu(const bf16 *z, bf16 *u, bf16 *slope, int64_t size) {
     for (int64_t i = 0; i < size; i += 16) {
         __m512 value = load16(z + i);
         __m512 x = _mm512_mul_ps(_mm512_abs_ps(value), _mm512_set1_ps(0.70710678f));
-        __m512 density = exponential(_mm512_fnmadd_ps(x, x, _mm512_setzero_ps()));
-        __m512 below = _mm512_fmadd_ps(x, _mm512_set1_ps(0.3275911f), _mm512_set1_ps(1.0f));
-        __m512 t = _mm512_rcp14_ps(below); /* 14 bits, doubled by a step of Newton's: t (2 - t below) */
-        t = _mm512_mul_ps(t, _mm512_fnmadd_ps(t, below, _mm512_set1_ps(2.0f)));
-        __m512 p = _mm512_set1_ps(1.061405429f);
-        p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
-        p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
-        p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
-        p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
-        p = _mm512_mul_ps(_mm512_mul_ps(p, t), density);
-        __m512 tail = _mm512_mul_ps(p, _mm512_set1_ps(0.5f)); /* Φ(-|z|) */
+        __m512 e = power_of_two(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-1.44269504f))); /* log2(e) */
+        __m512 t = _mm512_rcp14_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(0.3275911f), _mm512_set1_ps(1.0f)));
+        __m512 p = _mm512_fmadd_ps(t, _mm512_set1_ps(1.061405429f / 2), _mm512_set1_ps(-1.453152027f / 2));
+        p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f / 2));
+        p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f / 2));
+        p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f / 2));
+        __m512 tail = _mm512_mul_ps(_mm512_mul_ps(p, t), e); /* Φ(-|z|) */
         __mmask16 positive = _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_GE_OQ);
         __m512 phi = _mm512_mask_sub_ps(tail, positive, _mm512_set1_ps(1.0f), tail);
         store16(u + i, _mm512_mul_ps(value, phi));
-        if (slope) {
-            __m512 scaled = _mm512_mul_ps(value, _mm512_set1_ps(0.39894228f)); /* 1 / √(2π) */
-            store16(slope + i, _mm512_fmadd_ps(scaled, density, phi));
+        if (slope) { /* 1 / √(2π) */
+            __m512 scaled = _mm512_mul_ps(value, _mm512_set1_ps(0.39894228f));
+            store16(slope + i, _mm512_fmadd_ps(scaled, e, phi));
         }
     }
 }
@@ -530,7 +521,7 @@ INLINE long queries_of(const Rows *rows, int row, long *start) {
     return rows->first_only ? 1 : rows->offsets[row + 1] - rows->offsets[row];
 }
 
-/* shares [keys] = softmax(scale scores), in place and as bf16, with zeros beyond up to a multiple of 32. */
+/* shares [keys] = softmax(scale scores), with zeros beyond up to a multiple of 32; scale times log2(e), for powers of two. */
 INLINE void softmax(float *scores, bf16 *shares, long keys, float scale) {
     __m512 highest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps(), factor = _mm512_set1_ps(scale);
     for (long i = 0; i < keys; i += 16) {
@@ -540,7 +531,7 @@ INLINE void softmax(float *scores, bf16 *shares, long keys, float scale) {
     highest = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(highest)), factor);
     for (long i = 0; i < keys; i += 16) {
         __mmask16 there = keys - i >= 16 ? 0xFFFF : (1u << (keys - i)) - 1;
-        __m512 power = exponential(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), factor, highest));
+        __m512 power = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), factor, highest));
         power = _mm512_maskz_mov_ps(there, power);
         _mm512_storeu_ps(scores + i, power);
         total = _mm512_add_ps(total, power);
@@ -577,7 +568,7 @@ int attention(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t *steps,
                                    size / 2, (Target){.wide = scores + key, .step = room});
                 bf16 *to = shares ? shares + (at * heads + head) * room : own_shares;
                 long to_step = shares ? heads * room : room;
-                for (long i = 0; i < count; i++) softmax(scores + i * room, to + i * to_step, keys, rows->scale);
+                for (long i = 0; i < count; i++) softmax(scores + i * room, to + i * to_step, keys, 1.44269504f * rows->scale);
                 for (long column = 0; column < size; column += STRIP)
                     multiply_panel(count, to, to_step / 2, 1, v_panels + column / STRIP * 2 * pairs, pairs,
                                    (Target){.narrow = context + at * steps[3] + head * size + column, .step = steps[3]});

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from ruamel.yaml import YAML
-
 from agnews_lora import ENVIRONMENT
 
 EXPERIMENT: dict[str, Any] = {
@@ -33,6 +31,8 @@ SWEEP: dict[str, Any] = {
 
 def write_project(folder: Path, experiment: dict[str, Any] | None = None, sweep: dict[str, Any] | None = None) -> Path:
     """Write `experiments/small.yaml` and `sweeps/small.yaml`, with some keys (dotted paths) set, or removed by None."""
+    from ruamel.yaml import YAML  # a bare machine lacks it, and its tests write no project
+
     for kind, document, changes in (("experiments", EXPERIMENT, experiment), ("sweeps", SWEEP, sweep)):
         changed = copy.deepcopy(document)
         for path, value in (changes or {}).items():

@@ -32,7 +32,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The message of a command that must end with exit code 2, without a traceback."""
     assert main(arguments) == 2
     output = capsys.readouterr()
-    assert output.err.startswith("agnews-lora: ")
+    assert output.err.startswith("agnews-lora: Cannot ")
     assert "Traceback" not in output.err + output.out
     return output.err.removeprefix("agnews-lora: ").strip()
 
@@ -144,12 +144,12 @@ def test_a_head_above_the_budget_names_the_small_one_and_the_budget_that_would_d
     assert main(["budget", "small"]) == 0
     said = capsys.readouterr().out
     assert "head full takes 1,053,700" in said
-    assert "set `heads: [out_proj]` in `space`, or raise `budget` to at least 1,152,004" in said
+    assert "Set `heads: [out_proj]` in `space`, or raise `budget` to at least 1,152,004" in said
     assert "`heads: [out_proj]`" in refused(capsys, "sweep", "small")
     write_project(folder, {"base": "large"}, {"budget": 1_000_000, "space.heads": ["out_proj"]})
     assert main(["budget", "small"]) == 0
     assert "fits no adapter" not in capsys.readouterr().out
-    assert "take `head: out_proj`, or a budget of at least 1,152,004" in refused(capsys, "sweep", "small")
+    assert "Take `head: out_proj`, or a budget of at least 1,152,004" in refused(capsys, "sweep", "small")
 
 
 def test_presets_that_a_fused_matrix_does_not_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,6 +240,7 @@ def test_a_budget_that_nothing_fits(folder: Path, capsys: pytest.CaptureFixture[
 def test_a_baseline_over_the_budget(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_project(folder, experiment={"adapter.rank": 11})
     message = refused(capsys, "sweep", "small")
+    assert message.startswith("Cannot train the baseline of small")
     assert "102,916 trainable parameters > budget 100,000" in message
     assert "the largest rank that fits is 10" in message
     assert not (folder / "mlruns").exists()

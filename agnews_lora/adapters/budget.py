@@ -61,15 +61,15 @@ def require_within_budget(spec: TrialSpec, shape: ModelShape, budget: int) -> in
 
 
 def breach(spec: TrialSpec, shape: ModelShape, budget: int, count: int) -> str:
-    """Describe a breach of the budget: the numbers, and the largest rank that fits."""
+    """Describe a breach of the budget: the numbers, and what to do."""
     if fits := max_rank(spec.targets, spec.head, shape, budget):
-        remedy = f"the largest rank that fits is {fits}"
+        remedy = f"Lower the rank: the largest rank that fits is {fits}"
     else:
         other = "`head: out_proj`" if max_rank(spec.targets, "out_proj", shape, budget) else "another preset"
         needed = trainable_parameters(replace(spec, rank=1), shape)
-        remedy = f"no rank of it fits: take {other}, or a budget of at least {needed:,}"
+        remedy = f"Take {other}, or a budget of at least {needed:,}: no rank of it fits"
     configuration = f"rank {spec.rank} on {spec.targets}, head {spec.head}"
-    return f"{count:,} trainable parameters > budget {budget:,} ({configuration}); {remedy}"
+    return f"{count:,} trainable parameters > budget {budget:,} ({configuration}). {remedy}"
 
 
 def feasible_ranks(presets: list[str], heads: list[str], shape: ModelShape, budget: int) -> dict[tuple[str, str], int]:
@@ -87,14 +87,14 @@ def feasible_ranks(presets: list[str], heads: list[str], shape: ModelShape, budg
             return head_parameters(head, shape) + min(parameters_per_rank(preset, shape) for preset in adaptable)
 
         needed, alone = min(map(cheapest, heads)), min(head_parameters(head, shape) for head in heads)
-        remedy = "set `heads: [out_proj]` in `space`"
+        remedy = "Set `heads: [out_proj]` in `space`"
         if cheapest("out_proj") > budget:
             remedy = (
-                f"offer a smaller preset in `space.targets` (presets: {', '.join(PRESETS)}; heads: {', '.join(HEADS)})"
+                f"Offer a smaller preset in `space.targets` (presets: {', '.join(PRESETS)}; heads: {', '.join(HEADS)})"
             )
         raise BudgetError(
-            f"budget {budget:,} fits no adapter: the cheapest of {', '.join(adaptable)} with head {' or '.join(heads)} "
-            f"needs {needed:,} trainable parameters at rank 1, {alone:,} of them in the head; {remedy}, or raise "
-            f"`budget` to at least {needed:,}"
+            f"Cannot search: budget {budget:,} fits no adapter. The cheapest of {', '.join(adaptable)} with head "
+            f"{' or '.join(heads)} needs {needed:,} trainable parameters at rank 1, {alone:,} of them in the head. "
+            f"{remedy}, or raise `budget` to at least {needed:,}."
         )
     return feasible

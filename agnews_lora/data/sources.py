@@ -227,7 +227,7 @@ def check(settings: DataSettings) -> None:
                 if isinstance(path, str):
                     require_file(Path(path))
             except DataError as error:
-                raise DataError(f"data.{split}: {error}") from error
+                raise DataError(f"{error} It is `data.{split}` of the experiment.") from error
             if split != "train" and isinstance(path, str) and Path(path).samefile(settings.train):
                 _require_accepted(settings, split, "file")
     elif settings.source == "hub":

@@ -183,12 +183,17 @@ def test_finishing_again_computes_nothing_anew_and_tells_of_a_winner_that_was_ov
 def test_an_engine_that_computes_something_else_registers_nothing_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its training is sound, its scores are of other labels; mended, the same sweep registers what it has trained."""
+    """Its training is sound, its scores are of other logits; mended, the same sweep registers what it has trained.
+
+    A large constant on one class is far from what PEFT finds whatever the weights are, even at chance.
+    """
     base = str(tiny_base(tmp_path / "tiny-bert", "bert"))
     monkeypatch.chdir(write_project(tmp_path, experiment={"base": base}, sweep={"trials": 1}))
     with monkeypatch.context() as broken:
-        score = TrialState.score
-        broken.setattr(TrialState, "score", lambda self, logits, labels, seconds: score(self, -logits, labels, seconds))
+        score, error = TrialState.score, np.asarray([50.0, 0.0, 0.0, 0.0], np.float32)
+        broken.setattr(
+            TrialState, "score", lambda self, logits, labels, seconds: score(self, logits + error, labels, seconds)
+        )
         assert main(["sweep", "small", "--json"]) == 2
     client = open_client(tmp_path / "mlruns")
     message, run = capsys.readouterr().err, find(client, "tags.kind = 'trial'")[0]

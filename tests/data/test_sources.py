@@ -122,7 +122,7 @@ def test_labels_are_told_without_reading_texts(files):
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_check_names_the_file_that_cannot_be_read(files, split):
-    with pytest.raises(DataError, match=rf"data\.{split}: Cannot read absent\.csv: No such file"):
+    with pytest.raises(DataError, match=rf"Cannot read absent\.csv: No such file.*data\.{split}"):
         check(replace(files, **{split: "absent.csv"}))
 
 
@@ -130,7 +130,7 @@ def test_check_names_the_file_that_cannot_be_read(files, split):
 def test_check_waits_for_no_pipe(files):
     Path("test.csv").unlink()
     os.mkfifo("test.csv")
-    with pytest.raises(DataError, match=r"data\.test: Cannot read test\.csv: it is no regular file"):
+    with pytest.raises(DataError, match=r"Cannot read test\.csv: it is no regular file.*data\.test"):
         check(files)
 
 

@@ -313,7 +313,8 @@ def test_a_trial_enqueued_beyond_the_budget_fails_before_the_engine_sees_it(tmp_
     assert [plan.trial for plan in session.engine.plans] == ["t0000", "t0002", "t0003"]
     assert rows[1].spec is not None
     assert (rows[1].spec.rank, rows[1].trainable_parameters) == (19, 1_188 + 19 * 256)
-    reason = "6,052 trainable parameters > budget 6,000 (rank 19 on qv, head full); the largest rank that fits is 18"
+    reason = "6,052 trainable parameters > budget 6,000 (rank 19 on qv, head full). Lower the rank: the largest rank "
+    reason += "that fits is 18"
     assert rows[1].reason == reason
     recorded = session.tracker.trials["t0001"]
     assert recorded.ends == [("FAILED", None, reason)]

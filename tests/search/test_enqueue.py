@@ -97,7 +97,7 @@ def test_a_rank_beyond_the_budget_is_seen_before_the_trial_is_started(tmp_path: 
     }
     assert trainable_parameters(specs[2], SHAPE) <= BUDGET
     with pytest.raises(
-        BudgetError, match=r"> budget 6,000 .*rank 19 on qv, head full.*; the largest rank that fits is 18"
+        BudgetError, match=r"> budget 6,000 .*rank 19 on qv, head full.*the largest rank that fits is 18"
     ):
         require_within_budget(specs[1], SHAPE, BUDGET)
     assert [trial.state.name for trial in study.trials] == ["WAITING"] * 3  # nothing was started for it

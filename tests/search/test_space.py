@@ -125,7 +125,7 @@ def test_presets_and_heads_that_do_not_fit_are_never_asked_for() -> None:
 
 def test_a_space_of_which_nothing_fits_is_an_error_with_the_numbers_in_it() -> None:
     for function in (distributions, shared, describe):
-        with pytest.raises(BudgetError, match=r"budget 600,000 fits no adapter: .* needs 630,532"):
+        with pytest.raises(BudgetError, match=r"budget 600,000 fits no adapter. .* needs 630,532"):
             function(space(), ROBERTA_BASE, 600_000)
     with pytest.raises(BudgetError):
         suggest(new_study().ask(), space(), ROBERTA_BASE, 600_000)

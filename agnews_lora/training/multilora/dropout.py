@@ -69,7 +69,7 @@ class Mask:
     bounds: Tensor
     salt: int
     drops: tuple[bool, ...]
-    _kept: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _kept: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     def of(self, tokens: Tensor) -> "Mask":
         """Give the mask of some tokens alone."""
@@ -85,7 +85,7 @@ class Mask:
         In integers alone, on the floats' own bits: on a CPU, torch's comparisons and `masked_fill` take five times as
         long. A mask is drawn once for the forward and the backward pass.
         """
-        place = (part.start, module)
+        place = (part.start, part.stop, module)
         if place not in self._kept:
             keys = mixed(self.tokens[part] ^ (self.salt + module))
             self._kept[place] = kept_bits(keys, self.bounds[part], x.shape[1], x.dtype)

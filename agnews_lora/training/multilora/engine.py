@@ -3,13 +3,15 @@
 import gc
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from agnews_lora.adapters.adapter_files import load_base, record_of, tensor_shapes
@@ -33,7 +35,7 @@ from agnews_lora.training.interface import (
 )
 from agnews_lora.training.multilora.encoder import Encoder
 from agnews_lora.training.multilora.model import MultiLoraModel, SlotBatch
-from agnews_lora.training.multilora.packing import DeviceTokens
+from agnews_lora.training.multilora.packing import DeviceTokens, on_device
 from agnews_lora.training.multilora.slots import SlotState
 from agnews_lora.training.multilora.trial_state import (
     TrainProgress,
@@ -53,7 +55,8 @@ HEAVIEST = TrialSpec("all-linear", rank=32, alpha=1, dropout=0.1, learning_rate=
 
 
 class MultiLoraEngine:
-    """Trains up to `slots` trials at once on one device; without a number, as many as fit the device's memory.
+    """Trains up to `slots` trials at once on one device; without a number, as many as fit a GPU's memory, or as a CPU
+    has threads.
 
     Raises:
         ConfigError: this engine does not compute such an encoder, or dropout inside it.
@@ -76,6 +79,7 @@ class MultiLoraEngine:
         self.monitor = corpus.monitor
         self.lengths = corpus.train.lengths.tolist()
         self.model = MultiLoraModel(encoder, base.shape, slots or 1)
+        self.reads_late = self.device.type == "cuda"  # else a step is computed when it has been taken
         if slots is None:
             self.model.resize(choose_slots(self.model, self.train, settings.batch_size))
 
@@ -89,15 +93,14 @@ class MultiLoraEngine:
 
 
 def choose_slots(model: MultiLoraModel, tokens: DeviceTokens, batch_size: int) -> int:
-    """Count the slots that fit a CUDA device, by the measured peak memory of one slot's step; 1 on a CPU.
+    """Count the slots that fit a CUDA device, by the measured peak memory of one slot's step; on a CPU, its threads.
 
-    A CPU is busy with one trial already, and trials that end sooner teach the search sooner.
+    A CPU is busy with one trial a thread, and trials that end sooner teach the search sooner.
     """
-    if model.device.type != "cuda":
-        return 1
-    model.resize(2)  # a layer compiled for a single slot would serve no other number of them
+    if model.threads is not None:
+        return min(MAX_SLOTS, model.threads.number)
     place_heaviest(model)
-    heaviest_step(model, tokens, batch_size)  # the first one compiles, which takes memory of its own
+    heaviest_step(model, tokens, batch_size)  # the first one compiles kernels, which takes memory of its own
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
@@ -137,14 +140,53 @@ class _Waiting(NamedTuple):
     state: SlotState
 
 
+class _Scores(NamedTuple):
+    """Logits [slots, rows, classes] of some slots, the rows' labels, and the seconds that they took."""
+
+    slots: list[int]
+    logits: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+    seconds: float
+
+
+class _Step:
+    """A step of the trials in some slots, that the device may still be computing.
+
+    Args:
+        began: `perf_counter` before its batches were packed.
+        values: [2, K] losses and gradient norms, on the device.
+    """
+
+    def __init__(self, trials: dict[int, TrialState], began: float, values: torch.Tensor) -> None:
+        self.trials, self.began = trials, began
+        self.values = values.to("cpu", non_blocking=True)
+        self.computed = torch.cuda.Event() if values.is_cuda else None
+        if self.computed is not None:
+            self.computed.record()
+
+    def read(self) -> tuple[list[float], list[float]]:
+        """Wait for the device; ([K] losses, [K] gradient norms)."""
+        if self.computed is not None:
+            self.computed.synchronize()
+        losses, norms = self.values.tolist()
+        return losses, norms
+
+
 class _Run:
-    """One call of the engine. running: {slot: its trial}. waiting: trials without a slot."""
+    """One call of the engine.
+
+    running: {slot: its trial}. waiting: trials without a slot. unread: the last step, if its trials have not counted it
+    yet. read_at: `perf_counter` after the step before it was read. writer: the thread that writes checkpoints.
+    """
 
     def __init__(self, engine: MultiLoraEngine, source: TrialSource, observer: Observer) -> None:
         self.engine, self.source, self.observer = engine, source, observer
         self.settings, self.model = engine.settings, engine.model
         self.running: dict[int, TrialState] = {}
         self.waiting: deque[_Waiting] = deque()
+        self.unread: _Step | None = None
+        self.read_at = 0.0
+        self.writer = ThreadPoolExecutor(1)
         self.ask = True  # after a None, the source is asked again once a slot falls free or an evaluation is over
 
     def until_done(self) -> None:
@@ -158,9 +200,11 @@ class _Run:
                 except torch.OutOfMemoryError:
                     short_of_memory = True
                 if short_of_memory:  # outside of the handler, whose traceback keeps the failed pass's memory alive
+                    self._read()
                     self._halve()
+            self._read()
             for trial, state in self._take_all():
-                self._checkpoint(trial, state)
+                self._checkpointed(trial, self._write(trial, state) if trial.changed else None)
         except StorageError:
             raise
         except Exception as error:
@@ -168,14 +212,17 @@ class _Run:
                 self.observer.failed(trial.plan.trial, error)
             raise
         finally:
+            self.writer.shutdown(cancel_futures=True)
             self.model.resize(len(self.model.slots))
 
     def _advance(self) -> bool:
         """Evaluate the trials that are due, else take one step; False when no trial is left."""
+        if any(trial.due(self._ahead(slot)) for slot, trial in self.running.items()):
+            self._read()
         self._fill()
         if not self.running:
             return False
-        due = [slot for slot, trial in self.running.items() if trial.due]
+        due = [slot for slot, trial in self.running.items() if trial.due()]
         if due:
             with suppress(_Stopped):  # still due: evaluated when the trial resumes
                 self._evaluate(due)
@@ -226,14 +273,32 @@ class _Run:
     # Steps -----------------------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
+        """Take a step of all trials; read late, the device computes it while the next one is packed."""
         began = time.perf_counter()
-        batches = [trial.batch(slot) for slot, trial in self.running.items()]
-        losses, norms = self.model.step(
-            self.engine.train, batches, self.settings.weight_decay, self.settings.max_grad_norm
-        )
-        seconds = time.perf_counter() - began
+        batches = [trial.batch(slot, self._ahead(slot)) for slot, trial in self.running.items()]
+        values = self.model.step(self.engine.train, batches, self.settings.weight_decay, self.settings.max_grad_norm)
+        step = _Step(dict(self.running), began, values)
+        self._read()
+        self.unread = step
+        if not self.engine.reads_late:
+            self._read()
+
+    def _ahead(self, slot: int) -> int:
+        """Give the number of steps, 0 or 1, that the trial in a slot has taken and not counted."""
+        return int(self.unread is not None and self.unread.trials.get(slot) is self.running[slot])
+
+    def _read(self) -> None:
+        """Wait for the unread step, if there is one, and let its trials count it."""
+        step, self.unread = self.unread, None
+        if step is None:
+            return
+        losses, norms = step.read()
+        now = time.perf_counter()
+        seconds, self.read_at = now - max(step.began, self.read_at), now
         points: list[TrainPoint] = []
-        for slot, trial in list(self.running.items()):
+        for slot, trial in step.trials.items():
+            if self.running.get(slot) is not trial:
+                continue  # it failed in the step before, when this one had been taken
             try:
                 trial.advance(losses[slot], norms[slot], seconds)
             except TrainingError as error:
@@ -243,10 +308,15 @@ class _Run:
         if points:
             self.observer.logged(points)
 
-    def _checkpoint(self, trial: TrialState, state: SlotState) -> None:
-        """Write the trial's checkpoint, unless the last one is up to date, and report it."""
-        if trial.changed:
-            write_checkpoint(trial.plan, trial.progress, state)
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def _write(self, trial: TrialState, state: SlotState) -> Future[None]:
+        return self.writer.submit(write_checkpoint, trial.plan, trial.progress, state)
+
+    def _checkpointed(self, trial: TrialState, write: Future[None] | None) -> None:
+        """Report a trial's checkpoint, once it is sealed; without a write, the last one, which is up to date."""
+        if write is not None:
+            write.result()
             trial.saved = replace(trial.progress)
         plan, step = trial.plan, trial.progress.step
         self.observer.checkpointed(plan.trial, step, folder_of(plan.folder, step))
@@ -254,15 +324,20 @@ class _Run:
     # Evaluations -----------------------------------------------------------------------------------------------------
 
     def _evaluate(self, due: list[int]) -> None:
-        """Checkpoint all slots due, score them together, and let the observer judge them together."""
-        for slot in due:
-            if self.running[slot].changed:  # else it was reported: the evaluation was interrupted, or starts here
-                self._checkpoint(self.running[slot], self.model.slots.take(slot))
+        """Checkpoint all slots due while they are scored together, and let the observer judge them together."""
+        # A trial that has not changed was reported: its evaluation was interrupted, or it starts here.
+        changed = [(slot, self.running[slot]) for slot in due if self.running[slot].changed]
+        writes = [(trial, self._write(trial, self.model.slots.take(slot))) for slot, trial in changed]
         whole = range(len(self.engine.validation.lengths))
-        scored: dict[int, EvalPoint] = {}
-        for rows, ended in ((self.engine.monitor, False), (whole, True)):
-            if slots := [slot for slot in due if self.running[slot].ended == ended]:
-                scored |= self._score(slots, rows)
+        scores: list[_Scores] = []
+        try:
+            for rows, ended in ((self.engine.monitor, False), (whole, True)):
+                if slots := [slot for slot in due if self.running[slot].ended == ended]:
+                    scores.append(self._score(slots, rows))
+        finally:
+            for trial, write in writes:
+                self._checkpointed(trial, write)
+        scored = {slot: point for each in scores for slot, point in self._points(each)}
         verdicts = self.observer.evaluated(list(scored.values())) if scored else []
         self.ask = True
         for (slot, point), verdict in zip(scored.items(), verdicts, strict=True):
@@ -276,24 +351,25 @@ class _Run:
                     self.observer.logged(points)
                 self._end(slot, adapter=None)
 
-    def _score(self, slots: list[int], rows: Sequence[int]) -> dict[int, EvalPoint]:
-        """Score `slots` on `rows` of the validation split; {slot: its point}. A loss that is not finite fails one."""
+    def _score(self, slots: list[int], rows: Sequence[int]) -> _Scores:
+        """Score `slots` on `rows` of the validation split. The logits stay on the device until all are computed."""
         began = time.perf_counter()
-        validation = self.engine.validation
-        logits = np.empty((len(slots), len(rows), len(self.engine.labels)), dtype=np.float32)
-        for positions, batch in self.model.logits(validation, rows, slots, self.settings.eval_batch_size):
-            logits[:, positions] = batch
+        engine = self.engine
+        logits = torch.empty(len(slots), len(rows), len(engine.labels), device=engine.device)
+        for positions, batch in self.model.logits(engine.validation, rows, slots, self.settings.eval_batch_size):
+            logits.index_copy_(1, on_device([np.array(positions)], engine.device)[0], batch)
             if self.observer.stop_requested():
                 raise _Stopped
-        labels = validation.labels.cpu().numpy()[np.asarray(rows)]
-        seconds = time.perf_counter() - began
-        points = {}
-        for slot, own in zip(slots, logits, strict=True):
+        found, labels = logits.cpu().numpy(), engine.validation.labels.cpu().numpy()[np.asarray(rows)]
+        return _Scores(slots, found, labels, time.perf_counter() - began)
+
+    def _points(self, scores: _Scores) -> Iterator[tuple[int, EvalPoint]]:
+        """Give each slot and its point; a loss that is not finite fails its trial."""
+        for slot, logits in zip(scores.slots, scores.logits, strict=True):
             try:
-                points[slot] = self.running[slot].score(own, labels, seconds)
+                yield slot, self.running[slot].score(logits, scores.labels, scores.seconds)
             except TrainingError as error:
                 self._fail(slot, error)
-        return points
 
     # Ends ------------------------------------------------------------------------------------------------------------
 

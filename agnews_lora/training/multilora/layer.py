@@ -19,16 +19,16 @@ from agnews_lora.training.multilora.packing import PackedBatch, Segments
 
 @dataclass(frozen=True)
 class LayerUpdates:
-    """The updates that the slots of a pass add to one layer; None where no slot adapts a module of those.
+    """The updates that the slots of a pass add to one layer; None where no slot adapts any of those modules.
 
-    query_key_value: side by side. mask: of the updates' inputs, where any is dropped.
+    mask: of the updates' inputs, where any feature is dropped. query_key_value: side by side.
     """
 
+    mask: Mask | None
     query_key_value: Lora | None
     attention_output: Lora | None
     ffn_in: Lora | None
     ffn_out: Lora | None
-    mask: Mask | None
 
 
 class EncoderPass:

@@ -42,8 +42,8 @@ class BatchedLora:
         self.groups = [(modules, group) for modules, group in zip(GROUPS, groups, strict=True) if group is not None]
         self.layers = [
             LayerUpdates(
+                self.dropout.layer(number) if self.dropout else None,
                 *(None if group is None else _layer(group, number) for group in groups),
-                mask=self.dropout.layer(number) if self.dropout else None,
             )
             for number in range(slots.shape.num_layers)
         ]

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +15,7 @@ from agnews_lora.training.multilora.encoder import Encoder
 from agnews_lora.training.multilora.kernels import KernelChoice
 from agnews_lora.training.multilora.layer import EncoderPass
 from agnews_lora.training.multilora.lora import BatchedLora
-from agnews_lora.training.multilora.packing import DeviceTokens, PackedBatch
+from agnews_lora.training.multilora.packing import DeviceTokens, PackedBatch, on_device
 from agnews_lora.training.multilora.slots import Slots
 from agnews_lora.training.multilora.threads import Threads
 
@@ -33,14 +32,15 @@ class SlotBatch:
     step: int
     seed: int
 
+
 Share = tuple[SlotBatch, Sequence[int]]  # a batch, and the rows of it that one pass computes
 
 
 class MultiLoraModel:
     """Slots over a frozen encoder, in the encoder's precision (weights and moments stay fp32).
 
-    A GPU computes all slots' batches in one pass. On a CPU each thread computes passes of its own, over one slot's batch
-    or a share of it: threads that share every product instead spend a third of the time waiting for each other.
+    A GPU computes all slots' batches in one pass. On a CPU each thread computes passes of its own, over one slot's
+    batch or a share of it: threads that share every product instead spend a third of the time waiting for each other.
 
     choice: of the kernels that compute the layers.
     """
@@ -59,8 +59,11 @@ class MultiLoraModel:
 
     def step(
         self, tokens: DeviceTokens, batches: Sequence[SlotBatch], weight_decay: float, max_grad_norm: float
-    ) -> tuple[list[float], list[float]]:
-        """Train each slot on its batch; ([K] mean losses, [K] gradient norms before clipping)."""
+    ) -> torch.Tensor:
+        """Train each slot on its batch; [2, K] mean losses and gradient norms before clipping, on the device.
+
+        On CUDA, this returns before the device has computed them.
+        """
         keys = self._dropout_keys(batches)
         cut = [[(batch, batch.rows) for batch in batches]] if self.threads is None else self._shares(batches)
 
@@ -68,12 +71,11 @@ class MultiLoraModel:
             packed = tokens.pack([(batch.slot, rows) for batch, rows in shares])
             return self.choice.run(lambda: self.gradients(packed, keys))
 
-        def update() -> tuple[list[float], list[float]]:
+        def update() -> torch.Tensor:
             losses, gradients = self._of_slots(cut, passes)
             norms = optimizer.clip(self.slots, gradients, max_grad_norm)
             optimizer.step(self.slots, gradients, self._steps(batches), weight_decay)
-            [loss_values, norm_values] = torch.stack([losses, norms]).tolist()  # the only wait for the device in a step
-            return loss_values, norm_values
+            return torch.stack([losses, norms])
 
         if self.threads is None:
             passes = list(map(gradients_of, cut))
@@ -127,17 +129,22 @@ class MultiLoraModel:
 
     def logits(
         self, tokens: DeviceTokens, rows: Sequence[int], slots: Sequence[int], batch_size: int
-    ) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
-        """Score `slots` together: (positions in `rows`, logits [len(slots), positions, classes]) of each batch."""
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Score `slots` together: (positions in `rows`, logits [len(slots), positions, classes]) of each batch.
+
+        On CUDA, a batch's logits lie on the device, and are given before it has computed them.
+        """
         ids = np.asarray(rows)
+        [chosen] = on_device([np.array([sorted(slots).index(slot) for slot in slots])], self.device)
+        if self.threads is not None:
+            batch_size = max(1, batch_size // len(slots))  # a pass over more rows leaves the caches of a core
         batches = by_length(tokens.lengths[ids], batch_size)
 
-        def scored(positions: list[int]) -> npt.NDArray[np.float32]:
+        def scored(positions: list[int]) -> torch.Tensor:
             with torch.no_grad():
                 packed = tokens.pack([(slot, ids[positions].tolist()) for slot in slots])
                 lora = BatchedLora(self.slots, packed, self.dtype, {}, training=False)
-                logits = self.choice.run(lambda: self._logits(lora))
-            return logits.cpu().numpy()[[packed.slots.index(slot) for slot in slots]]
+                return self.choice.run(lambda: self._logits(lora)).index_select(0, chosen)
 
         yield from zip(batches, (self.threads.map if self.threads else map)(scored, batches), strict=True)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from agnews_lora.adapters.spec import PRESETS, ModelShape, TrialSpec, head_shapes, module_shape
 
 MODULES = PRESETS["all-linear"]
-RANK_STEP = 8  # grouped products on CUDA read rows of 16 bytes at least
+RANK_STEP = 8  # kernels read rows of 16 bytes at least
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class Slots:
     """K slots on a device, all fp32.
 
     specs: of the trial in each slot, or None. weights, first_moment, second_moment: [K, columns]. scales: {module: [K]
-    alpha / rank, 0 where a slot does not adapt it}. decays: [columns] 1 where weight decay applies, else 0.
+    alpha / rank, 0 where a slot does not adapt it}. decays: [columns] 1 where weight decay applies, else 0. freezable:
+    columns of the classifier layers that a head may keep frozen. frozen: [K] whether the slot's head does, or it is
+    empty.
     """
 
     def __init__(self, num_slots: int, shape: ModelShape, device: torch.device) -> None:
@@ -81,11 +83,11 @@ class Slots:
         self._describe()
 
     def take(self, slot: int) -> SlotState:
-        """Copy the tensors of a slot's trial."""
+        """Copy the tensors of a slot's trial, whole rows at once: a GPU answers each copy of its own."""
         spec = self.specs[slot]
         assert spec is not None, "an empty slot holds nothing"
-        held = (self.tensors(matrix[slot], spec) for matrix in self._matrices())
-        return SlotState(*({name: part.to("cpu", copy=True) for name, part in tensors} for tensors in held))
+        rows = torch.stack([matrix[slot] for matrix in self._matrices()]).cpu()
+        return SlotState(*({name: part.contiguous() for name, part in self.tensors(row, spec)} for row in rows))
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -101,10 +103,7 @@ class Slots:
 
     def zero_frozen(self, changes: Tensor) -> None:
         """Zero in place the changes [K, columns] of classifier layers that a slot keeps frozen."""
-        for name in self.shape.layout.head:
-            if self.shape.layout.is_frozen(name, "out_proj"):
-                block = self.blocks[name]
-                changes[:, block.start : block.stop].masked_fill_(self._head_frozen, 0.0)
+        changes[:, self.freezable].masked_fill_(self.frozen[:, None], 0.0)
 
     def tensors(self, row: Tensor, spec: TrialSpec) -> Iterator[tuple[str, Tensor]]:
         """View a trial's tensors in a row [columns], without padding: pairs of PEFT's name and tensor."""
@@ -127,6 +126,8 @@ class Slots:
                     for (_, source), (_, target) in zip(self.tensors(old[slot], spec), moved, strict=True):
                         target.copy_(source)
         self.ranks, self.blocks, self.decays = ranks, blocks, decays
+        freezable = [blocks[name] for name in self.shape.layout.head if self.shape.layout.is_frozen(name, "out_proj")]
+        self.freezable = slice(freezable[0].start, freezable[-1].stop) if freezable else slice(0, 0)
         self.weights, self.first_moment, self.second_moment = matrices
         self._describe()
 
@@ -141,7 +142,7 @@ class Slots:
         }
         self.scales = {module: torch.tensor(values, device=self.device) for module, values in scales.items()}
         frozen = [spec is None or spec.head != "full" for spec in self.specs]
-        self._head_frozen = torch.tensor(frozen, device=self.device)[:, None]
+        self.frozen = torch.tensor(frozen, device=self.device)
 
 
 def _tensors(

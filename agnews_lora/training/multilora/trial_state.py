@@ -77,25 +77,24 @@ class TrialState:
         """Whether all steps are done."""
         return self.progress.step == self.total_steps
 
-    @property
-    def due(self) -> bool:
-        """Whether an evaluation is due before the next step."""
-        step = self.progress.step
-        return step > self.progress.evaluated and (self.ended or step % self.settings.eval_every == 0)
+    def due(self, ahead: int = 0) -> bool:
+        """Tell whether an evaluation is due before the next step; ahead: steps taken that are not counted yet."""
+        step = self.progress.step + ahead
+        return step > self.progress.evaluated and (step == self.total_steps or step % self.settings.eval_every == 0)
 
     @property
     def changed(self) -> bool:
         """Whether the last checkpoint is out of date, or there is none."""
         return self.saved != self.progress
 
-    def batch(self, slot: int) -> SlotBatch:
-        """The next step, in a slot."""
-        step = self.progress.step
+    def batch(self, slot: int, ahead: int = 0) -> SlotBatch:
+        """The next step, in a slot; ahead: steps taken that are not counted yet."""
+        step = self.progress.step + ahead
         epoch, position = divmod(step, self.steps_per_epoch)
         return SlotBatch(slot, self._batches(epoch)[position], self._rate(step), step + 1, self.plan.seed)
 
     def advance(self, loss: float, gradient_norm: float, seconds: float) -> None:
-        """Count a step that was done.
+        """Count a step that was taken.
 
         Raises:
             TrainingError: its loss or gradient is not finite.

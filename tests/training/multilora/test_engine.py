@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,12 +16,14 @@ from agnews_lora.adapters.base_models import CONFIG as BASE_CONFIG
 from agnews_lora.adapters.families import Family
 from agnews_lora.adapters.spec import PRESETS, TrialSpec
 from agnews_lora.errors import ConfigError, TrainingError
+from agnews_lora.training.checkpoints import newest
 from agnews_lora.training.interface import TrainSettings, TrialPlan, Verdict
 from agnews_lora.training.metrics import predict_logits
 from agnews_lora.training.multilora.encoder import Encoder
 from agnews_lora.training.multilora.engine import (
     MAX_SLOTS,
     MultiLoraEngine,
+    _Run,
     choose_slots,
     fitting_slots,
     heaviest_step,
@@ -43,6 +46,7 @@ from tests.training.conftest import (
     adapter_folder,
     losses,
     plan,
+    untimed,
 )
 
 CPU = torch.device("cpu")
@@ -251,6 +255,100 @@ def test_the_engine_can_run_again(roberta: TinySetup, tmp_path: Path) -> None:
     np.testing.assert_allclose(losses(first), losses(second), rtol=1e-5)
 
 
+# Steps read late, as on CUDA ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Engines read each step after the next one has been taken; the slots of every step taken ahead."""
+    made, step, ahead = MultiLoraEngine.__init__, _Run._step, []
+
+    def reads_late(self: MultiLoraEngine, *args: object) -> None:
+        made(self, *args)  # type: ignore[arg-type]
+        self.reads_late = True
+
+    def counted(self: _Run) -> None:
+        ahead.append(sum(self._ahead(slot) for slot in self.running))
+        step(self)
+
+    monkeypatch.setattr(MultiLoraEngine, "__init__", reads_late)
+    monkeypatch.setattr(_Run, "_step", counted)
+    return ahead
+
+
+def by_trial(recorder: Recorder) -> dict[str, list[object]]:
+    """Everything reported of each trial but for times, and the tensors of its adapter, in order."""
+    found: dict[str, list[object]] = defaultdict(list)
+    for point in untimed([*recorder.train_points, *recorder.eval_points]):
+        found[point.trial].append(point)
+    for trial, step, _ in recorder.checkpoints:
+        found[trial].append(step)
+    for trial, error in recorder.failures:
+        found[trial].append(str(error))
+    for result in recorder.results:
+        tensors = {} if result.adapter is None else adapter(recorder, result.trial)
+        parts = {name: tensor.tolist() for name, tensor in tensors.items()}
+        found[result.trial] += [result.steps, result.rows_seen, result.final is None, parts]
+    return found
+
+
+DIVERGING = replace(SPEC, learning_rate=1e30)
+
+
+@pytest.mark.parametrize(("log_every", "prune_at"), [(1, ()), (3, (5,))])
+def test_reading_late_changes_nothing(
+    roberta: TinySetup, tmp_path: Path, request: pytest.FixtureRequest, log_every: int, prune_at: tuple[int, ...]
+) -> None:
+    settings = replace(SETTINGS, epochs=1, log_every=log_every)
+    specs = [*UNLIKE[:2], DIVERGING, DROPPING, UNLIKE[4]]
+
+    def trained(folder: Path) -> Recorder:
+        plans = [plan(folder, f"t{number}", spec) for number, spec in enumerate(specs)]
+        return train(roberta, plans, settings, slots=3, recorder=Recorder(prune_at=prune_at))
+
+    at_once = trained(tmp_path / "at once")
+    ahead = request.getfixturevalue("late")
+    found = trained(tmp_path / "late")
+    assert max(ahead) == 3 and [trial for trial, _ in found.failures] == ["t2"]
+    assert by_trial(found) == by_trial(at_once)
+
+
+@pytest.mark.parametrize("ends", [3, 7])
+def test_stopped_or_short_of_memory_it_counts_the_step_that_was_not_read(
+    roberta: TinySetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, ends: int
+) -> None:
+    """A stop, at 5 of 10 steps the checkpoint of an evaluation, and memory that is short in the same step."""
+    settings, specs = replace(SETTINGS, epochs=1), {"t0": DROPPING, "t1": UNLIKE[0]}
+
+    def trained(folder: Path, recorder: Recorder) -> Recorder:
+        plans = [plan(folder, trial, spec, checkpoint=newest(folder / trial)) for trial, spec in specs.items()]
+        return train(roberta, plans, settings, slots=2, recorder=recorder)
+
+    whole = trained(tmp_path / "whole", Recorder())
+    request.getfixturevalue("late")
+    first = trained(tmp_path / "stopped", Recorder(stop_at=ends))
+    second = trained(tmp_path / "stopped", Recorder())
+    points = [untimed(each.train_points) for each in (first, second, whole)]
+    assert {step for _, step, _ in first.checkpoints} >= {points[0][-1].step}
+    by_step = {(point.trial, point.step): point for point in points[2]}
+    assert {(point.trial, point.step): point for point in points[0] + points[1]} == by_step
+    assert len(points[0] + points[1]) == len(by_step)
+    for trial in specs:
+        assert all(torch.equal(adapter(second, trial)[name], t) for name, t in adapter(whole, trial).items())
+
+    whole_pass, passes = MultiLoraModel.gradients, []
+
+    def tight(self: MultiLoraModel, *args: object) -> object:
+        passes.append(1)
+        if len(passes) == 2 * ends:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole_pass(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(MultiLoraModel, "gradients", tight)
+    halved = trained(tmp_path / "halved", Recorder())
+    assert {trial: losses(halved, trial) for trial in specs} == {trial: losses(whole, trial) for trial in specs}
+
+
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
@@ -301,15 +399,14 @@ def test_slots_fill_most_of_the_free_memory(free_gib: int, slot_gib: int, expect
     assert fitting_slots(free_gib << 30, slot_gib << 30) == expected
 
 
-def test_the_measured_step_goes_through_every_module_and_a_cpu_takes_one_slot(roberta: TinySetup) -> None:
+def test_the_measured_step_goes_through_every_module(roberta: TinySetup) -> None:
     model = MultiLoraModel(Encoder(load_base(roberta.base, 4), "roberta", CPU, torch.float32), roberta.base.shape, 1)
-    tokens = DeviceTokens(roberta.corpus.train, CPU, flat=False, padding_id=1)
+    tokens = DeviceTokens(roberta.corpus.train, CPU, padding_id=1)
     place_heaviest(model)
     assert model.slots.ranks.keys() == set(PRESETS["all-linear"])
     heaviest_step(model, tokens, batch_size=8)
     assert model.slots.first_moment.any()
     assert not model.slots.weights.any()
-    assert choose_slots(model, tokens, 8) == 1
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
@@ -346,6 +443,11 @@ def test_a_fault_of_the_program_is_reported_for_all_and_raised(
     assert [trial for trial, _ in recorder.failures] == ["t0", "t1"]
 
 
+def test_on_a_cpu_there_is_a_slot_a_thread(roberta: TinySetup) -> None:
+    engine = MultiLoraEngine(roberta.base, roberta.corpus, SETTINGS)
+    assert len(engine.model.slots) == min(MAX_SLOTS, torch.get_num_threads())
+
+
 # On a GPU ------------------------------------------------------------------------------------------------------------
 
 
@@ -357,8 +459,7 @@ def gpu(test: Callable[..., None]) -> Callable[..., None]:
 @gpu
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
 def test_bf16_on_a_gpu_follows_fp32(setups: dict[Family, TinySetup], tmp_path: Path, family: Family) -> None:
-    """Tokens without padding, flash attention and grouped products against padded rows and one product a slot."""
-    specs = [SPEC, *UNLIKE[3:5]]  # without dropout, whose masks follow the layout
+    specs = [SPEC, *UNLIKE[3:5]]
     exact, rounded = (
         train(setups[family], [plan(tmp_path / precision, f"t{n}", spec) for n, spec in enumerate(specs)], settings)
         for precision in ("fp32", "bf16")
@@ -373,5 +474,5 @@ def test_a_gpu_takes_as_many_slots_as_its_memory_says(roberta: TinySetup) -> Non
     device = torch.device("cuda", 0)
     encoder = Encoder(load_base(roberta.base, 4), "roberta", device, torch.bfloat16)
     model = MultiLoraModel(encoder, roberta.base.shape, 1)
-    assert choose_slots(model, DeviceTokens(roberta.corpus.train, device, flat=True, padding_id=1), 8) == MAX_SLOTS
-    assert model.compiler.compiles and model.slots.specs == [None]
+    assert choose_slots(model, DeviceTokens(roberta.corpus.train, device, padding_id=1), 8) == MAX_SLOTS
+    assert model.slots.specs == [None]

@@ -197,9 +197,7 @@ class Kernels:
 
 def _adapted(lora: Lora, segments: Segments) -> list[tuple[int, int, slice]]:
     """List the updates that there are: module, segment and its rows."""
-    return [
-        (m, s, part) for m, adapts in enumerate(lora.adapts) for s, part in enumerate(segments.parts) if adapts[s]
-    ]
+    return [(m, s, part) for m, adapts in enumerate(lora.adapts) for s, part in enumerate(segments.parts) if adapts[s]]
 
 
 def _dropped(x: Tensor, mask: Mask | None, lora: Lora, m: int, s: int, part: slice) -> Tensor:

@@ -244,69 +244,36 @@ static void project(const bf16 *x, long x_step, const bf16 *matrix, const Dropou
         project_loop(x, x_step, matrix, dropout, 0, h, h_step, rows, width, rank);
 }
 
-/* Of a tile of tokens and 32 columns, in one visit:
-   of_matrix [rank, 32] += hᵀ drop(x), where `of_matrix` is not null; out [rows, 32] += drop(h matrix), where `out` is not
-   null. The panels of `h` and `matrix` are the caller's: h_pairs [rows / 2, rank] pairs of tokens. */
-INLINE void visit_strip(const bf16 *x, long x_step, const bf16 *h, long h_step, const bf16 *h_pairs,
-                        const __m512i *matrix_panel, const __mmask32 *changes, float *of_matrix, bf16 *out,
-                        long out_step, long rows, int width, int rank) {
-    if (of_matrix) {
-        __m512i panel[TILE] __attribute__((aligned(64)));
-        for (long row = 0; row < rows; row += 2) {
-            __m512i even = _mm512_loadu_si512(x + row * x_step), odd = _mm512_setzero_si512();
-            if (row + 1 < rows) odd = _mm512_loadu_si512(x + (row + 1) * x_step);
-            if (changes) {
-                even = _mm512_maskz_mov_epi16(changes[row], even);
-                odd = _mm512_maskz_mov_epi16(changes[row + 1], odd);
-            }
-            interleave(even, odd, panel + row);
+/* Pairs of tokens [rows / 2, rank] of h [rows, rank]; an odd last token meets zeros. */
+INLINE void pair_tokens(const bf16 *h, long h_step, long rows, int rank, bf16 *pairs) {
+    const __m128i zeros = _mm_setzero_si128();
+    for (long row = 0; row < rows; row += 2)
+        for (int first = 0; first < rank; first += RANKS) {
+            __m128i even = _mm_loadu_si128((const __m128i *)(h + row * h_step + first)), odd = zeros;
+            if (row + 1 < rows) odd = _mm_loadu_si128((const __m128i *)(h + (row + 1) * h_step + first));
+            __m128i *to = (__m128i *)(pairs + row * rank + 2 * first);
+            _mm_storeu_si128(to, _mm_unpacklo_epi16(even, odd));
+            _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(even, odd));
         }
-        multiply_panel(rank, h_pairs, 1, rank, panel, (rows + 1) / 2, (Target){.wide = of_matrix, .step = width, .adds = 1});
-    }
-    if (out)
-        multiply_panel(rows, h, h_step / 2, 1, matrix_panel, rank / 2,
-                       (Target){.narrow = out, .step = out_step, .adds = 1, .changes = changes});
 }
 
-/* Add both of the above over all columns, rank and tokens; `matrix` [rank, width]. Returns 0, or 1 without memory. */
-static int visit(const bf16 *x, long x_step, const bf16 *h, long h_step, const bf16 *matrix, const Dropout *dropout,
-                 float *of_matrix, bf16 *out, long out_step, long rows, int width, int rank) {
-    __m512i *matrix_panels = aligned_alloc(64, (size_t)rank * width * sizeof(bf16));
-    bf16 *h_pairs = aligned_alloc(64, UP((size_t)TILE * rank * sizeof(bf16), 64));
-    if (!matrix_panels || !h_pairs) {
-        free(matrix_panels);
-        free(h_pairs);
-        return 1;
-    }
-    if (out)
-        for (int column = 0; column < width; column += STRIP)
-            pack_rows(matrix + column, width, rank, matrix_panels + column / STRIP * rank);
-    for (long start = 0; start < rows; start += TILE) {
-        long count = MIN(TILE, rows - start);
-        uint32_t keys[TILE];
-        __mmask32 changes[TILE + 1] = {0};
-        if (dropout->tokens)
-            for (long row = 0; row < count; row++) keys[row] = key_of(dropout, start + row);
-        if (of_matrix)
-            for (long row = 0; row < count; row++) /* an odd last token meets zeros */
-                for (int i = 0; i < rank; i++) {
-                    bf16 *pair = h_pairs + (row / 2 * rank + i) * 2;
-                    pair[row % 2] = h[(start + row) * h_step + i];
-                    if (row % 2 == 0) pair[1] = 0;
-                }
-        for (int column = 0; column < width; column += STRIP) {
-            if (dropout->tokens)
-                for (long row = 0; row < count; row++)
-                    changes[row] = kept(dropout, keys[row], dropout->bounds[start + row], column);
-            visit_strip(x ? x + start * x_step + column : NULL, x_step, h + start * h_step, h_step, h_pairs,
-                        matrix_panels + column / STRIP * rank, dropout->tokens ? changes : NULL,
-                        of_matrix ? of_matrix + column : NULL, out ? out + start * out_step + column : NULL, out_step,
-                        count, width, rank);
+/* of_matrix [rank, 32 columns] += hᵀ x for a tile of tokens, h in pairs of them; only what `changes` keeps of x counts,
+   where it is not null. */
+INLINE void add_outer(const bf16 *x, long x_step, const bf16 *h_pairs, const __mmask32 *changes, float *of_matrix,
+                      long rows, int width, int rank) {
+    __m512i panel[TILE];
+    for (long row = 0; row < rows; row += 2) {
+        __m512i even = _mm512_loadu_si512(x + row * x_step), odd = _mm512_setzero_si512();
+        if (row + 1 < rows) odd = _mm512_loadu_si512(x + (row + 1) * x_step);
+        _mm_prefetch(x + row * x_step + STRIP, _MM_HINT_T0); /* the next columns of these rows lie in other pages */
+        _mm_prefetch(x + (row + 1) * x_step + STRIP, _MM_HINT_T0);
+        if (changes) {
+            even = _mm512_maskz_mov_epi16(changes[row], even);
+            odd = _mm512_maskz_mov_epi16(changes[row + 1], odd);
         }
+        interleave(even, odd, panel + row);
     }
-    free(matrix_panels);
-    free(h_pairs);
-    return 0;
+    multiply_panel(rank, h_pairs, 1, rank, panel, (rows + 1) / 2, (Target){.wide = of_matrix, .step = width, .adds = 1});
 }
 
 /* Rows of a matrix in segments, and modules that read one input: a stack [modules, segments, rank, width] has a matrix for
@@ -367,45 +334,99 @@ void lora_down(const bf16 *x, int64_t x_step, const bf16 *a, const Groups *group
     }
 }
 
+/* Memory of a call: the panels of a matrix, and a tile's pairs. Null without memory. */
+typedef struct {
+    __m512i *panels;
+    bf16 *pairs;
+} Room;
+
+INLINE Room room_for(const Groups *groups) {
+    size_t matrix = (size_t)groups->rank * groups->width * sizeof(bf16);
+    char *memory = aligned_alloc(64, matrix + (size_t)TILE * groups->rank * sizeof(bf16));
+    return (Room){(__m512i *)memory, memory ? (bf16 *)(memory + matrix) : NULL};
+}
+
+INLINE void pack_matrix(const bf16 *matrix, const Groups *groups, __m512i *panels) {
+    for (int column = 0; column < groups->width; column += STRIP)
+        pack_rows(matrix + column, groups->width, groups->rank, panels + column / STRIP * groups->rank);
+}
+
 /* out [n, modules * width] += h b. Returns 0, or 1 without memory, as those below. */
 int lora_up(bf16 *out, int64_t out_step, const bf16 *h, const bf16 *b, const Groups *groups) {
-    const Dropout none = {0};
+    const Room room = room_for(groups);
+    const int64_t h_step = h_step_of(groups);
     Group group;
+    if (!room.panels) return 1;
     EACH(groups, &group) {
-        if (visit(NULL, 0, h + group.h, h_step_of(groups), b + group.stack, &none, NULL,
-                  out + group.start * out_step + group.columns, out_step, group.rows, groups->width, groups->rank))
-            return 1;
+        pack_matrix(b + group.stack, groups, room.panels);
+        for (int64_t row = 0; row < group.rows; row += RANKS) /* rows in full, which the CPU reads ahead */
+            for (int column = 0; column < groups->width; column += STRIP)
+                multiply_panel(MIN(RANKS, group.rows - row), h + group.h + row * h_step, h_step / 2, 1,
+                               room.panels + column / STRIP * groups->rank, groups->rank / 2,
+                               (Target){.narrow = out + (group.start + row) * out_step + group.columns + column,
+                                        .step = out_step,
+                                        .adds = 1});
     }
+    free(room.panels);
     return 0;
 }
 
 /* Of g [n, modules * width], the gradient of the output: of_h = g bᵀ, and of_b, zeros before, = hᵀ g. */
 int lora_up_gradients(const bf16 *g, int64_t g_step, const bf16 *h, const bf16 *b, const Groups *groups, bf16 *of_h,
                       float *of_b) {
+    const Room room = room_for(groups);
+    const int64_t h_step = h_step_of(groups);
+    const int width = groups->width, rank = groups->rank;
     const Dropout none = {0};
     Group group;
+    if (!room.panels) return 1;
     EACH(groups, &group) {
-        const bf16 *own = g + group.start * g_step + group.columns;
-        project(own, g_step, b + group.stack, &none, of_h + group.h, h_step_of(groups), group.rows, groups->width,
-                groups->rank);
-        if (visit(own, g_step, h + group.h, h_step_of(groups), NULL, &none, of_b + group.stack, NULL, 0, group.rows,
-                  groups->width, groups->rank))
-            return 1;
+        for (int64_t start = 0; start < group.rows; start += TILE) {
+            int64_t count = MIN(TILE, group.rows - start), at = group.h + start * h_step;
+            const bf16 *own = g + (group.start + start) * g_step + group.columns;
+            project(own, g_step, b + group.stack, &none, of_h + at, h_step, count, width, rank);
+            pair_tokens(h + at, h_step, count, rank, room.pairs);
+            for (int column = 0; column < width; column += STRIP)
+                add_outer(own + column, g_step, room.pairs, NULL, of_b + group.stack + column, count, width, rank);
+        }
     }
+    free(room.panels);
     return 0;
 }
 
 /* of_a, zeros before, = of_hᵀ drop(x); of_x += drop(of_h a), where `of_x` is not null. */
 int lora_down_gradients(bf16 *of_x, int64_t of_x_step, const bf16 *of_h, const bf16 *x, int64_t x_step, const bf16 *a,
                         const Groups *groups, const Masks *masks, float *of_a) {
+    const Room room = room_for(groups);
+    const int64_t h_step = h_step_of(groups);
+    const int width = groups->width, rank = groups->rank;
     Group group;
+    if (!room.panels) return 1;
     EACH(groups, &group) {
         Dropout dropout = dropout_of(masks, &group);
-        if (visit(x + group.start * x_step, x_step, of_h + group.h, h_step_of(groups), a + group.stack, &dropout,
-                  of_a + group.stack, of_x ? of_x + group.start * of_x_step : NULL, of_x_step, group.rows, groups->width,
-                  groups->rank))
-            return 1;
+        if (of_x) pack_matrix(a + group.stack, groups, room.panels);
+        for (int64_t start = 0; start < group.rows; start += TILE) {
+            int64_t count = MIN(TILE, group.rows - start);
+            const bf16 *own_h = of_h + group.h + start * h_step;
+            uint32_t keys[TILE];
+            __mmask32 drawn[TILE + 1] = {0}, *changes = dropout.tokens ? drawn : NULL;
+            for (int64_t row = 0; changes && row < count; row++) keys[row] = key_of(&dropout, start + row);
+            pair_tokens(own_h, h_step, count, rank, room.pairs);
+            for (int column = 0; column < width; column += STRIP) {
+                for (int64_t row = 0; changes && row < count; row++)
+                    drawn[row] = kept(&dropout, keys[row], dropout.bounds[start + row], column);
+                add_outer(x + (group.start + start) * x_step + column, x_step, room.pairs, changes,
+                          of_a + group.stack + column, count, width, rank);
+                if (of_x)
+                    multiply_panel(count, own_h, h_step / 2, 1, room.panels + column / STRIP * rank, rank / 2,
+                                   (Target){.narrow = of_x + (group.start + start) * of_x_step + column,
+                                            .step = of_x_step,
+                                            .adds = 1,
+                                            .changes = changes});
+            }
+        }
     }
+    free(room.panels);
     return 0;
 }
 

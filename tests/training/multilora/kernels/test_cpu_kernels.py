@@ -18,7 +18,8 @@ from agnews_lora.training.multilora.encoder import Affine, Layer, Norm
 from agnews_lora.training.multilora.kernels import KernelChoice, UnsuitableError, cpu
 from agnews_lora.training.multilora.kernels.cpu import CpuKernels
 from agnews_lora.training.multilora.kernels.reference import Kernels, Lora
-from agnews_lora.training.multilora.packing import Rows, Segments
+from agnews_lora.training.multilora.packing import Segments
+from tests.training.multilora.kernels.test_reference import rows_of
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 # Hidden size, heads and intermediate size: heads of 32, of 64, and widths that are no power of 2.
@@ -175,12 +176,6 @@ def test_tensors_that_the_kernels_do_not_take_go_by_torch(fault: str) -> None:
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
-
-
-def rows_of(lengths: list[int]) -> Rows:
-    each = torch.tensor(lengths, dtype=torch.int32)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int32), each.cumsum(0, dtype=torch.int32)])
-    return Rows(offsets, each, offsets[:-1].long(), max(lengths), sum(lengths))
 
 
 @pytest.mark.parametrize("lengths", [[1, 31, 33, 90, 8, 2], [300], [16] * 4])

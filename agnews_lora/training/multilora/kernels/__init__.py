@@ -56,7 +56,8 @@ class KernelChoice:
 
 def _makers(device: torch.device) -> list[Callable[[Sequence[Layer], torch.dtype], Kernels]]:
     """Give the constructors of the kernels for a device."""
-    return {"cpu": [_in_c], "cuda": [_in_triton]}.get(device.type, [])
+    made_for = {"cpu": _in_c, "cuda": _in_triton}
+    return [made_for[device.type]] if device.type in made_for else []
 
 
 def _in_c(layers: Sequence[Layer], dtype: torch.dtype) -> Kernels:

@@ -1,4 +1,4 @@
-"""The operations by C kernels (`cpu.c`) on CPUs with AVX512-BF16, and frozen products by weights that are laid out once.
+"""The operations by C kernels (`cpu.c`) on CPUs with AVX512-BF16, and products with weights that are laid out once.
 
 The kernels are compiled when they are first needed, by the C compiler that there is. They run outside of Python's lock,
 so that each thread computes its own pass.

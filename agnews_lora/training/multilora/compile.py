@@ -29,7 +29,7 @@ class LayerCompiler:
     """Chooses how layers are computed: compiled on CUDA until that fails, uncompiled everywhere else."""
 
     def __init__(self, device: torch.device) -> None:
-        self.compiles = device.type == "cuda"
+        self.compiles, self.failed = device.type == "cuda", ""
 
     def layer_function(self, flat: bool) -> LayerFunction:
         """Give the function that computes a layer; only tokens without padding are worth compiling for."""
@@ -46,7 +46,7 @@ class LayerCompiler:
         except Exception as error:  # a compiler may raise anything; a fault of the program is raised again below
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         logging.getLogger(__name__).warning("layers are computed uncompiled from here on, which is slower (%s)", reason)
-        self.compiles = False
+        self.compiles, self.failed = False, f"uncompiled: {reason}"
         return call()
 
 

@@ -31,6 +31,9 @@ from agnews_lora.training.multilora.engine import MultiLoraEngine
 from benchmarks.throughput.results import NUM_SPECS, Measurement, Peer, Task
 from benchmarks.throughput.setup import BenchmarkSetup, plans
 
+BACKEND = "inductor"  # of torch.compile
+MAX_COMPILED = 64  # each trial's modules differ, and they train or score
+
 
 class Moment(NamedTuple):
     """A reading of wall clock and CPU time, in s."""
@@ -179,9 +182,10 @@ def compile_layers(model: torch.nn.Module, family: Family) -> None:
     Where the compiler gives up, it raises: a layer that it left uncompiled would be measured as a compiled one.
     """
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.recompile_limit = MAX_COMPILED
     layout = LAYOUTS[family]
     for layer in model.get_submodule(f"base_model.model.{layout.encoder}.{layout.layers}").children():
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=BACKEND)
 
 
 def _as_rows(table: TokenTable) -> list[dict[str, Any]]:

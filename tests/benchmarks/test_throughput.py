@@ -3,6 +3,7 @@
 import csv
 import datetime
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ from agnews_lora.data.tokens import load_tokenizer
 from agnews_lora.errors import TrainingError
 from agnews_lora.training.interface import TrainSettings
 from agnews_lora.training.multilora.model import MultiLoraModel
+from benchmarks.throughput import peers
 from benchmarks.throughput.__main__ import main
 from benchmarks.throughput.peers import Clock, MultiLoraTrials, covered, trials_of
 from benchmarks.throughput.results import Environment, Load, Measurement, Peer, Run, file_name, page
@@ -263,11 +265,18 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> BenchmarkSetup:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the setup is on the CPU")
-@pytest.mark.parametrize("peer", [Peer("trainer"), Peer("multilora", 1), Peer("multilora", 4)], ids=str)
-def test_each_peer_trains_whole_trials(setup: BenchmarkSetup, tmp_path: Path, peer: Peer) -> None:
-    spans = trials_of(peer, setup, Clock(setup.device)).train(plans(tmp_path, TRIALS))
+@pytest.mark.parametrize(
+    "peer", [Peer("trainer"), Peer("compiled"), Peer("multilora", 1), Peer("multilora", 4)], ids=str
+)
+def test_each_peer_trains_whole_trials(
+    setup: BenchmarkSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peer: Peer
+) -> None:
+    monkeypatch.setattr(peers, "BACKEND", "eager")  # what is compiled is seen by its graphs; code would take a minute
+    trials = trials_of(peer, setup, Clock(setup.device))
+    num_trials = 1 if peer.kind == "compiled" else TRIALS
+    spans = trials.train(plans(tmp_path, num_trials))
     together = len({span.began for span in spans})
-    assert together == TRIALS // peer.slots
+    assert together == num_trials // peer.slots
     assert {span.rows for span in spans} == {(STEPS - WARMUP_STEPS) * BATCH_SIZE}
     for span in spans:
         left_out = int(setup.corpus.train.lengths.sum()) - span.tokens
@@ -275,6 +284,8 @@ def test_each_peer_trains_whole_trials(setup: BenchmarkSetup, tmp_path: Path, pe
         assert span.began < span.ended
     for folder in tmp_path.iterdir():
         assert list(folder.rglob("adapter_model.safetensors"))
+    compiled = re.fullmatch(r"torch\.compile \(([1-9][0-9]*) graphs\)", trials.computed_by())
+    assert (compiled is not None) == (peer.kind == "compiled")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the setup is on the CPU")

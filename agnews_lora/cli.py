@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             return 2
         agnews_lora.set_environment()
+        if os.environ.get("COLUMNS") == "0":  # of a terminal without a size: Rich would show nothing
+            del os.environ["COLUMNS"]
         warnings.simplefilter("ignore")
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it says where its cache is, without a HOME
         command: Run = options.command

@@ -38,7 +38,7 @@ class StoreAway(StorageError):
 
 
 class RunDeleted(StorageError):
-    """A run, or the MLflow experiment around it, that somebody deleted in the run store."""
+    """A run, its artifacts, or the MLflow experiment around it, that somebody deleted in the run store."""
 
 
 class StudyError(AgnewsLoraError):

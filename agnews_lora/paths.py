@@ -71,10 +71,10 @@ _ROOM: Final = 2**20  # bytes
 
 @contextmanager
 def temporary_files() -> Iterator[None]:
-    """Keep the temporary files of this process and its libraries below `WORK`, for the time of the block.
+    """Keep the temporary files of this process and its libraries below `WORK`, for the time of a block or function.
 
     Where the stores have room, they have it too: the system's folder for them may be small, or full. It is used where
-    the project cannot be written. Folders of processes that were killed are removed.
+    there are no stores, or they cannot be written. Folders of processes that were killed are removed.
 
     Raises:
         StorageError: there is no room for temporary files.
@@ -93,7 +93,8 @@ def temporary_files() -> Iterator[None]:
 
 
 def _own_folder(held: ExitStack) -> str:
-    """A new folder, removed with `held`; its lock says that this process lives."""
+    """A new folder beside the stores, removed with `held`; its lock says that this process lives."""
+    STORES.stat()  # what only reads makes none
     with locked(STORES / "lock"):
         for left in WORK.glob(f"{_TEMPORARY}*"):
             with suppress(OSError), lock_file(left / "lock") as acquire:

@@ -228,13 +228,19 @@ def test_a_study_that_is_deleted_while_it_trains_ends_the_sweep_with_its_reason(
     assert len(summaries(Session(tmp_path, 3).run())) == 3
 
 
-def test_what_a_deleted_study_left_in_the_work_folder_is_not_taken_over(tmp_path: Path) -> None:
-    first = Session(tmp_path, 2).study
-    folder = work_folder(first, tmp_path / "work")
+def test_studies_of_one_name_have_their_own_work_folders(tmp_path: Path) -> None:
+    """In two storages, or one made anew after the other was deleted."""
+    first, work = Session(tmp_path, 2).study, tmp_path / "work"
+    folder = work_folder(first, work)
     (folder / "t0000").mkdir()
-    assert work_folder(first, tmp_path / "work") == folder and (folder / "t0000").exists()
+    second = Session(tmp_path / "other", 2).study
+    other = work_folder(second, work)
+    assert (first.study_name, list(other.iterdir())) == (second.study_name, [other / "study"])
+    (other / "t0000").mkdir()
     optuna.delete_study(study_name="scripted", storage=url(tmp_path))
-    assert work_folder(Session(tmp_path, 2).study, tmp_path / "work") == folder and not (folder / "t0000").exists()
+    assert not (work_folder(Session(tmp_path, 2).study, work) / "t0000").exists()
+    for study, expected in ((first, folder), (second, other)):
+        assert work_folder(study, work) == expected and (expected / "t0000").exists()
 
 
 def test_a_copy_is_left_alone_and_the_original_goes_on(tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ def test_characters_that_a_terminal_lacks_are_replaced(finished_project: Path, v
         assert (code, error) == (0, b"") and output, arguments
 
 
+def test_a_terminal_without_a_size_shows_what_others_show(tmp_path: Path) -> None:
+    folder = write_project(tmp_path)
+    assert run(folder, "budget", "small", variables={"COLUMNS": "0"}) == run(folder, "budget", "small")
+
+
 def test_json_has_every_character_in_any_encoding(finished_once: Path) -> None:
     asked = ("predict", "--sweep", "small", "--json", "Zürich–Börse 東京")
     _, ascii_output, _ = run(finished_once, *asked, variables={"PYTHONIOENCODING": "ascii"})

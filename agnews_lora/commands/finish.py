@@ -26,7 +26,7 @@ from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
 from agnews_lora.data.rows import Rows
 from agnews_lora.data.sources import Corpus
-from agnews_lora.errors import StorageError
+from agnews_lora.errors import RunDeleted
 from agnews_lora.paths import STORES
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, draw, thumbnails
 from agnews_lora.search import space
@@ -227,11 +227,11 @@ def _adapter(client: MlflowClient, folder: Path, run_id: str | None) -> Path:
     """A run's adapter, in a folder of its own below `folder`.
 
     Raises:
-        StorageError: somebody deleted it.
+        RunDeleted: somebody deleted it.
     """
     assert run_id is not None, "a trial that ended has its run"
     if not client.list_artifacts(run_id, "adapter"):
-        raise StorageError(
+        raise RunDeleted(
             f"Cannot finish the sweep: the adapter of run {run_id} is gone from {name_of(client)}. Put the run's "
             "artifacts back, or start another study with `agnews-lora sweep --new`."
         )

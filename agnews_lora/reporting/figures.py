@@ -1,6 +1,7 @@
 """Figures of a sweep, of its trials and of its winner, as PNG files.
 
-Drawn with matplotlib's objects alone: pyplot's global figures are neither thread-safe nor freed.
+Drawn with matplotlib's objects alone: pyplot's global figures are neither thread-safe nor freed. The style is
+matplotlib's default, whatever a `matplotlibrc` of the working folder or of the user says.
 
 Data frames that the functions read:
     trials: one row a trial, as `trials_frame` gives them. `score` is the objective, a share (NaN: none was reported; of
@@ -27,6 +28,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ft2font import FT2Font
+from matplotlib.style import context as in_style
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
 from PIL import Image  # matplotlib's own reader of pictures
 
@@ -99,6 +101,7 @@ NAME_LENGTH: Final = 24  # characters of a label that are shown
 LINE_LENGTH: Final = 40  # characters that fit below a matrix without a slope
 
 
+@in_style("default")
 def draw(
     result: SweepResult,
     curves: Mapping[str, pd.DataFrame],
@@ -185,6 +188,7 @@ def thumbnails(drawn: Mapping[str, Path], folder: Path) -> dict[str, Path]:
     return small
 
 
+@in_style("default")
 def trial_curves(points: pd.DataFrame, title: str, folder: Path) -> dict[str, Path]:
     """Draw scores and loss of one trial into `folder`; gives figures and thumbnails by artifact name.
 

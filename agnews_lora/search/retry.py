@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from agnews_lora.errors import StorageError, StoreAway
+from agnews_lora.errors import RunDeleted, StorageError, StoreAway
 
 POLL_SECONDS: Final = 0.5
 RETRY_SECONDS: Final = 2.0
@@ -94,7 +94,7 @@ class Retry:
         """What to tell the user once the store is lost: away for longer than the patience, or for good."""
         if self._away_since is None or self._error is None:
             return None
-        if isinstance(self._error, StudyDeletedError):
+        if isinstance(self._error, StudyDeletedError | RunDeleted):
             return self._error
         seconds, final = self._clock() - self._away_since, _is_final(self._error)
         if not final and seconds < self._patience:

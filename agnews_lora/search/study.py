@@ -360,19 +360,20 @@ def make_study(storage: BaseStorage, name: str, attributes: dict[str, Any], obje
 def work_folder(study: SweepStudy, folder: Path) -> Path:
     """Where the trials of a study keep their checkpoints and logs: below the sweep's folder, by the study's name.
 
-    What another study of that name left there is removed: its trials have the same names.
+    Where another study had that name first (in another storage, or before it was deleted), by its identity as well:
+    their trials have the same names.
 
     Raises:
         StorageError: the folder cannot be written.
     """
     own = folder / study.study_name
-    file = own / "study"
     try:
-        known = file.read_text(encoding="ascii") if file.exists() else study.identity if study.num_unmarked else ""
-        if known != study.identity:
+        if not (own / "study").exists() and not study.num_unmarked:
             shutil.rmtree(own, ignore_errors=True)
+        elif (own / "study").exists() and (own / "study").read_text(encoding="ascii") != study.identity:
+            own = folder / f"{study.study_name}-{study.identity[:8]}"
         own.mkdir(parents=True, exist_ok=True)
-        file.write_text(study.identity, encoding="ascii")
+        (own / "study").write_text(study.identity, encoding="ascii")
     except OSError as error:
         raise StorageError(f"Cannot write the work folder {own}: {error.strerror}. Fix its permissions.") from error
     return own

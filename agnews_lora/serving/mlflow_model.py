@@ -20,9 +20,9 @@ COLUMN = "text"
 class TextClassifier(PythonModel):
     """Label texts with a registered adapter, which `model_config={"merged": True}` merges into the base's weights.
 
-    The base is found by `model_config["base"]`. Where it has moved, `mlflow.pyfunc.load_model` takes another one:
-    `model_config={"base": ...}`. MLflow does not hand over the version's tags, so the hashes of the files are in
-    `model_config` as well.
+    The base is found by `model_config["base"]`; one inside the project, where the project was moved, beside the model.
+    Where it has moved elsewhere, `mlflow.pyfunc.load_model` takes another one: `model_config={"base": ...}`. MLflow
+    does not hand over the version's tags, so the hashes of the files are in `model_config` as well.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -36,7 +36,7 @@ class TextClassifier(PythonModel):
             raise RegistryError(
                 "Cannot load the model: its files changed since it was registered. Put them back, or serve another."
             )
-        base = resolve(context.model_config["base"])
+        base = resolve(_base(context.model_config, artifacts["adapter"]))
         merged = context.model_config["merged"]
         self.classifier = Classifier(artifacts["adapter"], artifacts["tokenizer"], base, merged)
 
@@ -53,6 +53,13 @@ class TextClassifier(PythonModel):
                 raise DataError(f"Cannot label row {row!r}: it is {text!r}, not a text. Leave it out.")
         rows = [each.row() for each in self.classifier.predict(texts.tolist())]
         return pd.DataFrame(rows, index=texts.index, columns=columns(self.classifier.labels))
+
+
+def _base(config: Mapping[str, Any], model: Path) -> str:
+    """Name or folder of the base. model: a folder inside the model's."""
+    name, inside = str(config["base"]), config.get("base_in_project")
+    places = [folder / inside for folder in model.parents] if inside and not Path(name).exists() else []
+    return next((str(place) for place in places if place.is_dir()), name)
 
 
 def _texts(given: Any) -> "pd.Series[Any]":

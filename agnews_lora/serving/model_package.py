@@ -372,6 +372,12 @@ def locator(base: BaseModel) -> str:
     return base.name if pinned else str(base.folder)
 
 
+def _inside(base: str) -> str | None:
+    """Path of a base's folder from the project, where it lies inside."""
+    project = Path.cwd()
+    return str(Path(base).relative_to(project)) if Path(base).is_relative_to(project) else None
+
+
 def _write_package(
     folder: Path, identity: "Model", artifacts: Mapping[str, Path], base: str, labels: tuple[str, ...]
 ) -> None:
@@ -394,7 +400,12 @@ def _write_package(
         mlflow_model=identity,
         python_model=str(Path(__file__).with_name("mlflow_model.py")),
         # `merged` is there to be overridden: MLflow takes no key at loading that was not saved.
-        model_config={"base": base, "sha256": hashes(artifacts), "merged": False},
+        model_config={
+            "base": base,
+            "base_in_project": _inside(base),
+            "sha256": hashes(artifacts),
+            "merged": False,
+        },
         artifacts={name: str(path) for name, path in artifacts.items()},
         # Without inputs: MLflow would turn a list into a frame without names, and then refuse it for that.
         signature=ModelSignature(

@@ -259,9 +259,9 @@ class MultiLoraTrials:
         return spans
 
     def computed_by(self) -> str:
-        """Say what computes the layers, and what failed to."""
-        compiler = self.engine.model.compiler
-        return compiler.failed or ("torch.compile" if compiler.compiles else "torch")
+        """Say which kernels compute the layers, and why those."""
+        choice = self.engine.model.choice
+        return f"{choice.kernels.name} ({choice.reason})"
 
     def _span(self, timed: TimedTrials, plan: TrialPlan) -> Span:
         setup, lengths = self.setup, self.setup.corpus.train.lengths

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,9 @@ from agnews_lora.serving.model_package import (
 )
 from agnews_lora.serving.predict import Prediction, columns
 from agnews_lora.tracking.registry import CANDIDATE, Registry, Version
+from agnews_lora.tracking.store import experiment_id, open_client
 from agnews_lora.training.metrics import macro_f1, mean_cross_entropy
-from tests.serving.conftest import BUDGET, World, register_winner, winner_of
+from tests.serving.conftest import BUDGET, World, enter_into, register_winner, winner_of
 
 Enter = Callable[[Path], Version]
 
@@ -167,6 +169,22 @@ def test_mlflow_loads_it_without_unpickling_anything(
     tokenizer.write_text(tokenizer.read_text() + " ")
     with pytest.raises(RegistryError, match=r"Cannot load the model: its files changed"):
         mlflow.pyfunc.load_model("models:/small@champion")
+
+
+def test_a_base_inside_a_project_that_was_moved_is_found_beside_the_model(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(world.base.folder, project / "bases" / "own")
+    monkeypatch.chdir(project)
+    own = replace(world, base=replace(world.base, folder=project / "bases" / "own"))
+    client = open_client(Path("mlruns"))
+    run_id = client.create_run(experiment_id(client, "serving")).info.run_id
+    enter_into(Registry(client, "small"), world.good, own, run_id)
+    monkeypatch.chdir(project.rename(tmp_path / "moved"))
+    registry = Registry(open_client(Path("mlruns")), "small")
+    model = mlflow.pyfunc.load_model(str(registry.folder(registry.version(1))))
+    assert len(model.predict([OIL])) == 1
 
 
 @pytest.fixture(scope="module")

@@ -154,8 +154,9 @@ class Load:
     def stop(self) -> None:
         """Count what has passed, after the peers' processes have ended."""
         seconds, others = time.perf_counter() - self.began[0], _busy_seconds() - sum(os.times()[:4]) - self.began[1]
-        self.cores += seconds * (os.cpu_count() or 1)
-        self.others += max(0.0, others)
+        cores = seconds * (os.cpu_count() or 1)
+        self.cores += cores
+        self.others += min(max(0.0, others), cores)  # counted in ticks
 
     def __str__(self) -> str:
         share = self.others / self.cores if self.cores else 0.0

@@ -56,4 +56,12 @@ class KernelChoice:
 
 def _makers(device: torch.device) -> list[Callable[[Sequence[Layer], torch.dtype], Kernels]]:
     """Give the constructors of the kernels for a device."""
-    return []
+    return [_in_triton] if device.type == "cuda" else []
+
+
+def _in_triton(layers: Sequence[Layer], dtype: torch.dtype) -> Kernels:
+    try:
+        from agnews_lora.training.multilora.kernels.cuda import CudaKernels
+    except ImportError as error:
+        raise UnsuitableError(f"Triton cannot be imported ({error})") from error
+    return CudaKernels(layers, dtype)

@@ -16,7 +16,7 @@ from agnews_lora.errors import StorageError
 
 STORES: Final = Path("mlruns")  # mlflow.db, artifacts/, optuna.db
 WORK: Final = STORES / "work"  # checkpoints of trials that have not ended, and temporary files
-COMPILED: Final = Path(".cache/compiled")  # GPU kernels
+COMPILED: Final = Path(".cache/compiled")  # kernels, made again when missing
 TOKENS: Final = Path(".cache/tokens")  # token tables, made again when missing
 TRAINED: Final = Path("trained_models")
 REPORTS: Final = Path("reports")

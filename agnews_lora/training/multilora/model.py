@@ -73,8 +73,10 @@ class MultiLoraModel:
 
         def update() -> torch.Tensor:
             losses, gradients = self._of_slots(cut, passes)
-            norms = optimizer.clip(self.slots, gradients, max_grad_norm)
-            optimizer.step(self.slots, gradients, self._steps(batches), weight_decay)
+            steps, kernels = self._steps(batches), self.choice
+            norms = kernels.run(
+                lambda: kernels.kernels.adamw(self.slots, gradients, steps, weight_decay, max_grad_norm)
+            )
             return torch.stack([losses, norms])
 
         if self.threads is None:

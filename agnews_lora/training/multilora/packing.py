@@ -23,12 +23,13 @@ ALIGNMENT = 16  # bytes
 class Segments:
     """Consecutive rows of a matrix that belong to one slot each.
 
-    sizes: rows of each segment. tiles: (3, tiles) int32, the segment, first row and end of every `TILE` rows at most,
-    where a CUDA kernel reads them.
+    sizes: rows of each segment. For CUDA's kernels, int32: tiles: (3, tiles) segment, first row and end of every `TILE`
+    rows at most; ends: (1 + segments,) where segments end, behind a 0.
     """
 
     sizes: tuple[int, ...]
     tiles: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
 
     @cached_property
     def parts(self) -> list[slice]:
@@ -37,13 +38,14 @@ class Segments:
         return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def tiles_of(sizes: npt.ArrayLike) -> npt.NDArray[np.int32]:
-    """Cut segments of these sizes into tiles (3, tiles): segment, first row and end of each."""
+def tables_of(sizes: npt.ArrayLike) -> list[npt.NDArray[np.int32]]:
+    """Compute `tiles` and `ends` of segments of these sizes."""
     sizes = np.asarray(sizes)
     ends, counts = np.cumsum(sizes), -(-sizes // TILE)
     starts, segments = ends - sizes, np.repeat(np.arange(len(sizes)), counts)
     first = starts[segments] + TILE * (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts))
-    return np.stack([segments, first, np.minimum(first + TILE, ends[segments])]).astype(np.int32)
+    tiles = np.stack([segments, first, np.minimum(first + TILE, ends[segments])])
+    return [tiles.astype(np.int32), np.concatenate([[0], ends]).astype(np.int32)]
 
 
 @dataclass(frozen=True)
@@ -140,15 +142,14 @@ class DeviceTokens:
             lengths.astype(np.int32),
         ]
         if self.device.type == "cuda":
-            arrays += [tiles_of(token_sizes), tiles_of(row_sizes)]
-        described, places, shares, offsets_there, lengths_there, *tiles = on_device(arrays, self.device)
+            arrays += [*tables_of(token_sizes), *tables_of(row_sizes)]
+        described, places, shares, offsets_there, lengths_there, *tables = on_device(arrays, self.device)
         ids, positions, token_segments, token_rows, token_places = self._cut(described, total)
-        token_tiles, row_tiles = tiles or (None, None)
         first = described[2, :-1]
         return PackedBatch(
             slots=tuple(slots),
-            tokens=Segments(tuple(token_sizes.tolist()), token_tiles),
-            firsts=Segments(row_sizes, row_tiles),
+            tokens=Segments(tuple(token_sizes.tolist()), *tables[:2]),
+            firsts=Segments(row_sizes, *tables[2:]),
             rows=Rows(offsets_there, lengths_there, first, int(lengths.max()), int(offsets[-1])),
             ids=ids,
             positions=positions,

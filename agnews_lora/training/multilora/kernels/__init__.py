@@ -56,4 +56,19 @@ class KernelChoice:
 
 def _makers(device: torch.device) -> list[Callable[[Sequence[Layer], torch.dtype], Kernels]]:
     """Give the constructors of the kernels for a device."""
-    return []
+    made_for = {"cpu": _in_c, "cuda": _in_triton}
+    return [made_for[device.type]] if device.type in made_for else []
+
+
+def _in_c(layers: Sequence[Layer], dtype: torch.dtype) -> Kernels:
+    from agnews_lora.training.multilora.kernels.cpu import CpuKernels
+
+    return CpuKernels(layers, dtype)
+
+
+def _in_triton(layers: Sequence[Layer], dtype: torch.dtype) -> Kernels:
+    try:
+        from agnews_lora.training.multilora.kernels.cuda import CudaKernels
+    except ImportError as error:
+        raise UnsuitableError(f"Triton cannot be imported ({error})") from error
+    return CudaKernels(layers, dtype)

@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agnews_lora.training.multilora import optimizer
 from agnews_lora.training.multilora.dropout import Mask
 from agnews_lora.training.multilora.encoder import Affine, Layer, Norm
+from agnews_lora.training.multilora.optimizer import SlotSteps
 from agnews_lora.training.multilora.packing import Rows, Segments
+from agnews_lora.training.multilora.slots import Slots
 
 Saved = Any  # what an operation keeps for its gradient: known to the class alone that computes both
 
@@ -193,6 +196,14 @@ class Kernels:
     def gelu_gradient(self, g: Tensor, saved: Saved) -> Tensor:
         """Compute the gradient of z, of the output's g, which is not used afterwards."""
         return torch.ops.aten.gelu_backward(g, saved)
+
+    # Optimizer -------------------------------------------------------------------------------------------------------
+
+    def adamw(self, slots: Slots, gradients: Tensor, steps: SlotSteps, weight_decay: float, max_norm: float) -> Tensor:
+        """Clip gradients [K, columns], which are not used afterwards, and update all slots; their norms [K] before."""
+        norms = optimizer.clip(slots, gradients, max_norm)
+        optimizer.step(slots, gradients, steps, weight_decay)
+        return norms
 
 
 def _adapted(lora: Lora, segments: Segments) -> list[tuple[int, int, slice]]:

@@ -43,8 +43,7 @@ HIDDEN = HEADS * HEAD_SIZE
 @pytest.fixture(
     params=[
         pytest.param(("cpu", torch.float32), id="interpreted"),
-        pytest.param(("cuda", torch.float32), id="cuda-fp32", marks=pytest.mark.gpu),
-        pytest.param(("cuda", torch.bfloat16), id="cuda-bf16", marks=pytest.mark.gpu),
+        pytest.param(("cuda", torch.bfloat16), id="cuda", marks=pytest.mark.gpu),
     ]
 )
 def case(request: pytest.FixtureRequest) -> "Case":

@@ -1,7 +1,8 @@
-"""Where things lie, below the working directory, the locks on them, and temporary files beside them."""
+"""Where things lie, below the working directory, the locks on them, and how files are written and hashed."""
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -15,10 +16,24 @@ from agnews_lora.errors import StorageError
 
 STORES: Final = Path("mlruns")  # mlflow.db, artifacts/, optuna.db
 WORK: Final = STORES / "work"  # checkpoints of trials that have not ended, and temporary files
-COMPILED: Final = Path(".cache/compiled")  # GPU kernels
+COMPILED: Final = Path(".cache/compiled")  # kernels, made again when missing
 TOKENS: Final = Path(".cache/tokens")  # token tables, made again when missing
 TRAINED: Final = Path("trained_models")
 REPORTS: Final = Path("reports")
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file beside and renamed: it is whole, or as it was. Its folder is created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    beside.replace(path)
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -71,10 +86,10 @@ _ROOM: Final = 2**20  # bytes
 
 @contextmanager
 def temporary_files() -> Iterator[None]:
-    """Keep the temporary files of this process and its libraries below `WORK`, for the time of the block.
+    """Keep the temporary files of this process and its libraries below `WORK`, for the time of a block or function.
 
     Where the stores have room, they have it too: the system's folder for them may be small, or full. It is used where
-    the project cannot be written. Folders of processes that were killed are removed.
+    there are no stores, or they cannot be written. Folders of processes that were killed are removed.
 
     Raises:
         StorageError: there is no room for temporary files.
@@ -93,7 +108,8 @@ def temporary_files() -> Iterator[None]:
 
 
 def _own_folder(held: ExitStack) -> str:
-    """A new folder, removed with `held`; its lock says that this process lives."""
+    """A new folder beside the stores, removed with `held`; its lock says that this process lives."""
+    STORES.stat()  # what only reads makes none
     with locked(STORES / "lock"):
         for left in WORK.glob(f"{_TEMPORARY}*"):
             with suppress(OSError), lock_file(left / "lock") as acquire:

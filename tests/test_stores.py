@@ -4,7 +4,10 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as Regi
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from agnews_lora.cli import main
+from agnews_lora.errors import StorageError
 from agnews_lora.tracking.store import open_client
 from tests.project import command, environment
 
@@ -36,6 +40,55 @@ def files(folder: Path) -> dict[str, tuple[int, int]]:
 
 def succeeds(*arguments: str) -> bool:
     return main(arguments) == 0
+
+
+# Servers that answer otherwise than MLflow's ------------------------------------------------------------------------
+
+
+@contextmanager
+def answering(status: int) -> Iterator[str]:
+    """The URL of a server that gives a web page with this status."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.send_header("Content-Length", "12")
+            self.end_headers()
+            self.wfile.write(b"<html>\n\n\n\n\n\n")
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [
+        (200, "HOST:PORT/PATH"),  # a page of another server
+        (401, "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        (403, "has no permission"),
+        (404, "HOST:PORT/PATH"),  # below the path of MLflow's own, or an older MLflow
+        (501, "HOST:PORT/PATH"),
+        (503, "Start it"),
+    ],
+)
+def test_what_a_server_answers_is_told_with_its_remedy(status: int, remedy: str) -> None:
+    with answering(status) as url, pytest.raises(StorageError, match=r"^Cannot use the run store") as caught:
+        open_client(url)
+    assert remedy in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_proxy_between_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with pytest.raises(StorageError, match=r"proxy 127\.0\.0\.1:9: add tracking\.example to NO_PROXY") as caught:
+        open_client("http://tracking.example:5000")
+    assert "secret" not in str(caught.value)
 
 
 # Moved ---------------------------------------------------------------------------------------------------------------

@@ -153,6 +153,9 @@ def test_temporary_files_lie_beside_the_stores(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     before = tempfile.gettempdir()
     with temporary_files():
+        assert tempfile.gettempdir() == before, "there are no stores yet"
+    Path("mlruns").mkdir()
+    with temporary_files():
         alive = Path(tempfile.gettempdir())
         assert alive.parent == tmp_path / "mlruns" / "work"
         dead = alive.with_name("temporary-of-a-killed-process")

@@ -13,7 +13,7 @@ from rich.text import Text
 from agnews_lora.config.experiment import Experiment
 from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.errors import DataError
-from agnews_lora.paths import STORES
+from agnews_lora.paths import STORES, temporary_files
 from agnews_lora.serving.export import export as write_folder
 from agnews_lora.serving.export import pipeline
 from agnews_lora.serving.model_package import Package
@@ -29,6 +29,7 @@ MAX_TEXT_WIDTH = 36  # with the labels of AG News, a line fits into 80 columns
 MOST_COLUMNS = 6  # of labels: of more, only the most probable one's probability is shown
 
 
+@temporary_files()
 def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bool, tracking: str | None) -> int:
     """Print label and probabilities of every text: given, a line each from a file, or from standard input.
 
@@ -66,6 +67,7 @@ def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bo
     return 0
 
 
+@temporary_files()
 def champion(sweep: Sweep | str | Path, *, tracking: str | None = None) -> "TextClassificationPipeline":
     """Load a sweep's champion as a text classification pipeline of transformers.
 
@@ -80,6 +82,7 @@ def champion(sweep: Sweep | str | Path, *, tracking: str | None = None) -> "Text
     return pipeline(_champion(load_sweep(sweep).experiment, tracking))
 
 
+@temporary_files()
 def export(experiment: Experiment, to: Path, merged: bool, tracking: str | None, as_json: bool) -> int:
     """Write the experiment's champion to a folder that stands alone. merged: as a whole model.
 

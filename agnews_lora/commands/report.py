@@ -23,6 +23,7 @@ from agnews_lora.training.interface import SCORES
 RESULT: Final = "result.json"  # artifact of the parent run
 
 
+@temporary_files()
 def run(name: str, to: Path | None, tracking: str | None, as_json: bool) -> int:
     """Write the report of a sweep's newest study, and keep it on its parent run, unless the project is read-only.
 
@@ -42,7 +43,7 @@ def run(name: str, to: Path | None, tracking: str | None, as_json: bool) -> int:
         raise never
     keep = tracking is not None or all(os.access(path, os.W_OK) for path in (STORES, STORES / DATABASE))
     client = open_client(tracking or STORES, read=not keep)
-    with temporary_files(), reaching(client):
+    with reaching(client):
         parent = newest_parent(client, sweep)
         if parent is None:
             raise never
@@ -93,7 +94,7 @@ def write(
     Raises:
         StorageError: the folder cannot be written.
     """
-    with temporary_files(), TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         if pictures is None:
             curves = {row.trial: read_curve(client, row.run_id, row.trial) for row in result.trials if row.run_id}
             pictures = draw(result, curves, Path(folder, "pictures"))

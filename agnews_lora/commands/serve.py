@@ -9,7 +9,7 @@ from typing import Final
 
 from agnews_lora.config.experiment import Experiment
 from agnews_lora.errors import StorageError
-from agnews_lora.paths import STORES
+from agnews_lora.paths import STORES, temporary_files
 
 HOST: Final = "127.0.0.1"
 EXAMPLE: Final = """-H 'Content-Type: application/json' -d '{"inputs": ["Oil prices rose to a record."]}'"""
@@ -30,13 +30,14 @@ def run(experiment: Experiment, version: int | None, merged: bool, port: int, tr
     from agnews_lora.tracking.store import open_client, reaching
 
     with bound(port) as listener:
-        client = open_client(tracking or STORES, read=True)
-        registry = Registry(client, experiment.name)
-        with reaching(client):
-            chosen = registry.champion() if version is None else registry.version(version)
-            package = Package.verified(registry, chosen)
-        classifier = Classifier.load(package, merged)
-        answers = ReferenceAnswers.read(package.reference)
+        with temporary_files():
+            client = open_client(tracking or STORES, read=True)
+            registry = Registry(client, experiment.name)
+            with reaching(client):
+                chosen = registry.champion() if version is None else registry.version(version)
+                package = Package.verified(registry, chosen)
+            classifier = Classifier.load(package, merged)
+            answers = ReferenceAnswers.read(package.reference)
         difference = server.largest_difference(classifier, answers, str(chosen), merged)
         way = "the adapter merged into its base" if merged else "the adapter on its base"
         print(

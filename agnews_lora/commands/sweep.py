@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,13 +30,12 @@ from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing, open_confirmation
 from agnews_lora.search.driver import Driver, Search, num_left, tidy
 from agnews_lora.search.pruner import PeerMedianPruner
-from agnews_lora.search.results import INTERRUPTED, SweepResult, best_first, summaries
+from agnews_lora.search.results import ENDED_STATES, INTERRUPTED, SweepResult, TrialSummary, best_first, summaries
 from agnews_lora.search.retry import Retry
 from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
-from agnews_lora.training.interface import Engine
 
 Outcome = TypeVar("Outcome")
 
@@ -225,7 +223,7 @@ class _Start:
         return outcome[0]
 
     def _train(self, request: StopRequest) -> None:
-        """Search, then confirm, until no trial is left or a stop is due."""
+        """Search and confirm, until no trial is left or a stop is due."""
         if not self._num_left():
             return
         deadline = time.monotonic() + self.timeout if self.timeout else float("inf")
@@ -233,37 +231,27 @@ class _Start:
         def stop() -> bool:
             return bool(request) or time.monotonic() > deadline
 
-        storage, settings = Retry("the study's storage", self.patience), self.sweep.confirmation
+        storage = Retry("the study's storage", self.patience)
         try:
-            if storage.wait(lambda: num_left(self.study, self.num_trials), stop):
-                objective = self.sweep.objective
-                best = next(iter(best_first(summaries(self.study), objective)), None)
-                self._drive(
-                    self.study,
-                    self.num_trials,
-                    stop,
-                    best=best.score(objective) if best else None,
-                    best_trial=best.trial if best else None,
-                )
-            if stop() or settings is None:
-                return
-            rounds = storage.wait(
-                lambda: open_confirmation(self.study, settings.trials, settings.seeds, self.sweep.seed), stop
-            )
-            if rounds is not None and (num_trials := len(rounds.get_trials(deepcopy=False))):
-                self._drive(rounds, num_trials, stop, confirms=True)
+            if (before := storage.wait(self._ended, stop)) is not None:
+                self._drive(stop, *before)
         finally:
             storage.succeeds(self._tidy)  # where it is away, that is not what the user is told
 
     def _tidy(self) -> None:
         tidy([study for study in (self.study, find_confirmation(self.study)) if study], self.folder)
 
-    def _drive(self, study: optuna.Study, num_trials: int, stop: Callable[[], bool], **shown: Any) -> None:
-        """Drive a study. shown: of the screen."""
-        sweep = self.sweep
-        if not num_left(study, num_trials):
-            return
-        ended = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+    def _ended(self) -> tuple[list[TrialSummary], list[TrialSummary]]:
+        """The trials of the search that have ended, and the repetitions."""
+        rounds = find_confirmation(self.study) if self.sweep.confirmation else None
+        found = [summaries(study) if study else [] for study in (self.study, rounds)]
+        trials, repeated = ([row for row in rows if row.state in ENDED_STATES.values()] for rows in found)
+        return trials, repeated
+
+    def _drive(self, stop: Callable[[], bool], ended: list[TrialSummary], repeated: list[TrialSummary]) -> None:
+        """Drive search and confirmation. ended, repeated: before."""
+        sweep, settings = self.sweep, self.sweep.confirmation
+        ranked = best_first(ended, sweep.objective)
         search = Search(
             space=sweep.space,
             shape=self.prepared.base.shape,
@@ -272,31 +260,37 @@ class _Start:
             baseline=sweep.experiment.spec,
             baseline_seed=sweep.experiment.seed,
             total_steps=self.prepared.total_steps,
-            num_trials=num_trials,
+            num_trials=self.num_trials,
             objective=sweep.objective,
         )
+
+        def confirm(left: int) -> optuna.Study | None:
+            if settings is None:
+                return None
+            return open_confirmation(self.study, settings.trials, settings.seeds, sweep.seed, left)
+
         with Progress(
-            total_trials=num_trials, ended=ended, objective=sweep.objective, quiet=self.quiet, **shown
+            total_trials=self.num_trials,
+            objective=sweep.objective,
+            ended=len(ended),
+            complete=len(ranked),
+            best=ranked[0].score(sweep.objective) if ranked else None,
+            best_trial=ranked[0].trial if ranked else None,
+            confirmation=(settings.trials, settings.seeds) if settings else None,
+            repeated=len(repeated),
+            quiet=self.quiet,
         ) as screen:
-            if shown.get("confirms"):
-                screen.announce("Confirming the best trials: each is trained again with other seeds.")
-            else:
-                for note in self.prepared.notes:
-                    screen.message(note)
-            driver = Driver(study, search, self.runs, screen, self.folder, stop, self.patience)
+            for note in self.prepared.notes if len(ended) < self.num_trials else ():
+                screen.message(note)
+            driver = Driver(self.study, search, self.runs, screen, self.folder, stop, self.patience, confirm)
+            factory = self.prepared.engine(sweep.slots)
             if self.workers is None and self.address is None:
-                driver.run(self._engine)
+                driver.run(factory())
             else:
                 from agnews_lora.search import ray_cluster
 
-                factory = self.prepared.engine(sweep.slots)
                 ray_cluster.train(driver, factory, self.workers, self.address, screen.message)
-        self.record_seconds += driver.record_seconds
-
-    @cached_property
-    def _engine(self) -> Engine:
-        """One for search and confirmation, so that the base is loaded once."""
-        return self.prepared.engine(self.sweep.slots)()
+        self.record_seconds = driver.record_seconds
 
     def _num_left(self) -> int:
         """Trials that are still to end: those of the search, then those that confirm its best."""

@@ -1,6 +1,7 @@
 """Figures of a sweep, of its trials and of its winner, as PNG files.
 
-Drawn with matplotlib's objects alone: pyplot's global figures are neither thread-safe nor freed.
+Drawn with matplotlib's objects alone: pyplot's global figures are neither thread-safe nor freed. The style is
+matplotlib's default, whatever a `matplotlibrc` of the working folder or of the user says.
 
 Data frames that the functions read:
     trials: one row a trial, as `trials_frame` gives them. `score` is the objective, a share (NaN: none was reported; of
@@ -13,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -27,11 +29,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ft2font import FT2Font
+from matplotlib.style import context as in_style
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
 from PIL import Image  # matplotlib's own reader of pictures
 
 from agnews_lora.adapters.budget import max_rank
 from agnews_lora.adapters.spec import PRESETS, TrialSpec
+from agnews_lora.paths import write_whole
 from agnews_lora.search.results import SweepFacts, SweepResult
 from agnews_lora.tracking.descriptions import THUMBNAILS, one_line
 from agnews_lora.training.interface import SCORES, Objective
@@ -99,6 +103,7 @@ NAME_LENGTH: Final = 24  # characters of a label that are shown
 LINE_LENGTH: Final = 40  # characters that fit below a matrix without a slope
 
 
+@in_style("default")
 def draw(
     result: SweepResult,
     curves: Mapping[str, pd.DataFrame],
@@ -185,6 +190,7 @@ def thumbnails(drawn: Mapping[str, Path], folder: Path) -> dict[str, Path]:
     return small
 
 
+@in_style("default")
 def trial_curves(points: pd.DataFrame, title: str, folder: Path) -> dict[str, Path]:
     """Draw scores and loss of one trial into `folder`; gives figures and thumbnails by artifact name.
 
@@ -598,11 +604,10 @@ def _dress(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write the PNG file, beside and renamed: it is either whole or not there. Its folder is created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    """Write the PNG file. Its folder is created."""
+    content = BytesIO()
+    figure.savefig(content, format="png")
+    write_whole(path, content.getvalue())
 
 
 def _share_axis(axes: Axes, values: Sequence[float] | pd.Series) -> None:

@@ -47,6 +47,7 @@ class _Running:
 
     label: str
     total_steps: int
+    confirms: bool
     began: float
     first_step: int | None = None
     step: int = 0
@@ -103,9 +104,10 @@ class Progress:
     Args:
         total_trials: how many are to end in all.
         objective: the score by which one is the best.
-        ended: how many had ended before.
+        ended, complete: how many had ended before, and how many of those were complete.
         best, best_trial: the best complete one so far.
-        confirms: whether the trials are repetitions, among which there is no best.
+        confirmation: how many of the best are repeated, and the runs of each. Among repetitions there is no best.
+        repeated: how many repetitions had ended before.
         console: the standard output unless given.
         clock: seconds.
     """
@@ -116,9 +118,11 @@ class Progress:
         *,
         objective: Objective = "accuracy",
         ended: int = 0,
+        complete: int = 0,
         best: float | None = None,
         best_trial: str | None = None,
-        confirms: bool = False,
+        confirmation: tuple[int, int] | None = None,
+        repeated: int = 0,
         console: Console | None = None,
         quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -127,8 +131,10 @@ class Progress:
         # Asked of the file itself: to rich, FORCE_COLOR makes a terminal of a log.
         animated = self._console.file.isatty() and self._console.is_terminal and not self._console.is_dumb_terminal
         self.mode: Literal["live", "lines", "quiet"] = "quiet" if quiet else "live" if animated else "lines"
-        self._total_trials, self._objective, self._confirms = total_trials, objective, confirms
-        self._ended_before = self._ended = ended
+        self._total_trials, self._objective, self._confirmation = total_trials, objective, confirmation
+        self._ended, self._complete, self._repeated = ended, complete, repeated
+        self._ended_before = ended + repeated
+        self._confirms = repeated > 0
         self._best, self._best_trial = best, best_trial
         self._clock, self._began = clock, clock()
         self._running: dict[str, _Running] = {}
@@ -145,9 +151,12 @@ class Progress:
     ) -> None:
         self._live.stop()  # also gives the cursor back
 
-    def trial_started(self, trial: str, label: str, total_steps: int) -> None:
-        """Show a trial that started or was resumed. label: its configuration."""
-        self._running[trial] = _Running(label, total_steps, self._clock())
+    def trial_started(self, trial: str, label: str, total_steps: int, confirms: bool = False) -> None:
+        """Show a trial that started or was resumed. label: its configuration. confirms: it is a repetition."""
+        if confirms and not self._confirms:
+            self._confirms = True
+            self.announce("Confirming the best trials: each is trained again with other seeds.")
+        self._running[trial] = _Running(label, total_steps, confirms, self._clock())
         if self.mode == "lines":
             self.announce(f"{trial} started: {label}, {total_steps} steps")
 
@@ -176,18 +185,27 @@ class Progress:
             state: Optuna's, or `INTERRUPTED`.
             scores: final, or the last ones of a pruned trial.
         """
-        label = self._running.pop(trial).label
-        self._ended += state != "INTERRUPTED"
+        running = self._running.pop(trial)
+        label = running.label
+        if running.confirms:
+            self._repeated += state != "INTERRUPTED"
+        else:
+            self._ended += state != "INTERRUPTED"
+            self._complete += state == "COMPLETE"
         score = scores.score(self._objective) if scores else -1.0
         better = score > (-1.0 if self._best is None else self._best)
-        if best := state == "COMPLETE" and better and not self._confirms:
+        if best := state == "COMPLETE" and better and not running.confirms:
             self._best, self._best_trial = score, trial
         word, style = ENDS[state]
         line = Text(f"{trial} ").append(word, style=style)
         if scores is not None:
             line.append(f"{_said(scores)}{'  best so far' if best else ''}")
         line.append(f"  {label}" if self.mode == "live" else "").append(f"  {reason}" if reason else "")
-        self.announce(line.append(f"  [{self._ended}/{self._total_trials}]"))
+        if running.confirms:
+            line.append(f"  [confirmation {self._repeated}/{self._repetitions}]")
+        else:
+            line.append(f"  [{self._ended}/{self._total_trials}]")
+        self.announce(line)
 
     def announce(self, text: str | Text) -> None:
         """Print a line that stays."""
@@ -221,7 +239,9 @@ class Progress:
             yield Text(f"and {len(rows) - len(shown)} more", style="dim")
 
     def _header(self, now: float, running: Sequence[_Running]) -> Text:
-        parts = [f"{'confirmation' if self._confirms else 'trials'} {self._ended}/{self._total_trials}"]
+        parts = [f"trials {self._ended}/{self._total_trials}"]
+        if self._confirms:
+            parts.append(f"confirmation {self._repeated}/{self._repetitions}")
         if self._best is not None:
             parts.append(
                 f"best {SCORES[self._objective]} {self._best:.2%}"
@@ -229,11 +249,21 @@ class Progress:
             )
         parts.append(f"elapsed {duration(now - self._began)}")
         # The pace of this process: trials that ended in it, and what it did of those that run.
-        done = self._ended - self._ended_before + sum(trial.steps_here / trial.total_steps for trial in running)
+        ended, total = self._ended + self._repeated, self._total_trials + self._repetitions
+        done = ended - self._ended_before + sum(trial.steps_here / trial.total_steps for trial in running)
         if done >= LEAST_SHARE:
-            left = self._total_trials - self._ended - sum(trial.step / trial.total_steps for trial in running)
+            left = total - ended - sum(trial.step / trial.total_steps for trial in running)
             parts.append(f"about {duration(max(0.0, left) * (now - self._began) / done)} left")
         return Text("  ".join(parts), style="bold", overflow="ellipsis", no_wrap=True)
+
+    @property
+    def _repetitions(self) -> int:
+        """How many there will be in all, if the trials that are left complete."""
+        if self._confirmation is None:
+            return self._repeated
+        best, seeds = self._confirmation
+        complete = self._complete + max(0, self._total_trials - self._ended)
+        return max(self._repeated, min(best, complete) * (seeds - 1))
 
 
 def _said(scores: EvalPoint) -> str:

@@ -2,7 +2,9 @@
 
 The best of many trials owes a part of its accuracy to luck: it was chosen for it. Its mean over further seeds owes it
 less. The repetitions (`t0007-s2`: trial 7 with its second seed) are trials of a study of their own,
-`<study>/confirmation`, so that neither sampler nor pruner learns from them. The same driver trains them.
+`<study>/confirmation`, so that neither sampler nor pruner learns from them. The same driver trains them, in slots that
+the search leaves free: a trial is repeated once it is sure to be among the best, however the running ones end. Each of
+those can push it down by one place at most. So the same trials are repeated, with the same seeds, as after the search.
 """
 
 import optuna
@@ -15,22 +17,25 @@ from agnews_lora.search.sampler import derived_seed
 from agnews_lora.search.study import SweepStudy
 
 
-def open_confirmation(study: SweepStudy, num_trials: int, num_seeds: int, seed: int) -> SweepStudy | None:
-    """The confirmation of a study whose trials have ended, with the missing repetitions enqueued.
+def open_confirmation(
+    study: SweepStudy, num_trials: int, num_seeds: int, seed: int, num_left: int = 0
+) -> SweepStudy | None:
+    """The confirmation of a study, with the missing repetitions of the trials that are sure to be confirmed enqueued.
 
     Args:
         num_trials: how many of the best trials are repeated.
         num_seeds: runs a trial, the search's own among them.
         seed: the sweep's.
+        num_left: trials of the search that are still to end.
 
     Returns:
-        None where no trial was completed.
+        None where no trial was repeated yet, and none is sure to be.
     """
-    wanted = _wanted(study, num_trials, num_seeds)
-    if not wanted:
-        return None
+    wanted = _wanted(study, num_trials - num_left, num_seeds)
     rounds = find_confirmation(study)
     if rounds is None:
+        if not wanted:
+            return None
         storage = study._storage
         name = keys.free_name(storage, f"{study.study_name}{keys.CONFIRMATION}")
         keys.make_study(storage, name, {keys.IDENTITY: _identity(study)}, keys.objective_of(study))
@@ -72,5 +77,5 @@ def num_missing(study: SweepStudy, num_trials: int, num_seeds: int) -> int:
 def _wanted(study: optuna.Study, num_trials: int, num_seeds: int) -> dict[str, tuple[TrialSummary, TrialSpec, int]]:
     """(trial of the search, its configuration, number of the seed) by name, all trials' second seeds first."""
     ranked = best_first(summaries(study), keys.objective_of(study))
-    best = [(row, row.spec) for row in ranked[:num_trials] if row.spec is not None]
+    best = [(row, row.spec) for row in ranked[: max(0, num_trials)] if row.spec is not None]
     return {f"{row.trial}-s{number}": (row, spec, number) for number in range(2, num_seeds + 1) for row, spec in best}

@@ -64,7 +64,7 @@ class Tracker(Protocol):
 class Screen(Protocol):
     """Where progress is shown."""
 
-    def trial_started(self, trial: str, label: str, total_steps: int) -> None: ...
+    def trial_started(self, trial: str, label: str, total_steps: int, confirms: bool) -> None: ...
 
     def logged(self, points: Sequence[TrainPoint]) -> None: ...
 
@@ -210,11 +210,11 @@ class ActiveTrial:
             present[keys.RUN_ID] = self.run_id
         return {key: value for key, value in present.items() if known.get(key) != value}
 
-    def tell(self, study: optuna.Study) -> None:
+    def tell(self) -> None:
         """Tell the study how the trial ended, unless it knows: its answer may have been lost on the way."""
-        end = self.log.end
+        end, study = self.log.end, self.trial.study
         assert end is not None
-        if self.detached or study._storage.get_trial(self.trial._trial_id).state.is_finished():
+        if self.detached or self.trial.storage.get_trial(self.trial._trial_id).state.is_finished():
             return
         if end.reason is not None:
             self.trial.set_user_attr(keys.REASON, end.reason)
@@ -238,6 +238,8 @@ class Driver:
         folder: each trial's work folder lies below it.
         stop: polled; once true, no trial starts any more.
         patience: seconds that a store may be away.
+        confirm: the study of the repetitions by how many trials of the search are left, see `open_confirmation`. They
+            train when the search has no trial to start.
     """
 
     def __init__(
@@ -249,6 +251,7 @@ class Driver:
         folder: Path,
         stop: Callable[[], bool],
         patience: float = PATIENCE_SECONDS,
+        confirm: Callable[[int], optuna.Study | None] = lambda left: None,
     ) -> None:
         self.folder = folder
         self.active: dict[str, ActiveTrial] = {}
@@ -258,6 +261,9 @@ class Driver:
         self._tracker = tracker
         self._screen = screen
         self._stop = stop
+        self._confirm = confirm
+        self._rounds: optuna.Study | None = None
+        self._rounds_left: int | None = None  # what the search had left when those were opened
         self._storage = Retry("the study's storage", patience)
         self._runs = Retry("the run store", patience)
 
@@ -295,9 +301,9 @@ class Driver:
         return self._storage.loss or self._runs.loss
 
     def is_done(self) -> bool:
-        """Whether as many trials have ended as were asked for, and none is active."""
+        """Whether as many trials have ended as were asked for, with their repetitions, and none is active."""
         return not self.active and self._storage.call(
-            lambda: num_left(self._study, self._search.num_trials) == 0, False
+            lambda: not any(num_left(study, num_trials) for study, num_trials in self._studies()), False
         )
 
     # TrialSource
@@ -320,22 +326,31 @@ class Driver:
                     return plan
         return None
 
+    def _studies(self) -> Iterator[tuple[optuna.Study, int]]:
+        """The search, then its confirmation, each with the number of trials that are to end in it."""
+        yield self._study, self._search.num_trials
+        left = num_left(self._study, self._search.num_trials)
+        if left != self._rounds_left:  # else nothing has ended since
+            self._rounds, self._rounds_left = self._confirm(left), left
+        if self._rounds is not None:
+            yield self._rounds, len(self._rounds.get_trials(deepcopy=False))
+
     def _ask(self, worker: str) -> ActiveTrial | None:
-        """Ask the study for a trial. One that is running there, but trains nowhere, comes first: its process died."""
+        """Ask the studies for a trial. One that is running there, but trains nowhere, comes first: its process died."""
         mine = [active for active in self.active.values() if active.worker == worker and active.log.end is None]
         if any(active.attempts > SUSPECT_ATTEMPTS for active in mine):
             return None
-        study = self._study
-        trials = study.get_trials(deepcopy=False)
-        for trial in trials:
-            lost = trial.state is TrialState.RUNNING and trial_name(trial) not in self.active
-            if lost and not (mine and _is_suspect(trial)):
-                return self._configured(keys.running(study, trial), worker)
-        open_or_ended = [trial for trial in trials if trial.state is not TrialState.WAITING]
-        waiting = next((trial for trial in trials if trial.state is TrialState.WAITING), None)
-        if len(open_or_ended) >= self._search.num_trials or (mine and waiting and _is_suspect(waiting)):
-            return None
-        return self._configured(study.ask(), worker)
+        for study, num_trials in self._studies():
+            trials = study.get_trials(deepcopy=False)
+            for trial in trials:
+                lost = trial.state is TrialState.RUNNING and trial_name(trial) not in self.active
+                if lost and not (mine and _is_suspect(trial)):
+                    return self._configured(keys.running(study, trial), worker)
+            waiting = [trial for trial in trials if trial.state is TrialState.WAITING]
+            if len(trials) - len(waiting) < num_trials:
+                alone = mine and waiting and _is_suspect(waiting[0])
+                return None if alone else self._configured(study.ask(), worker)
+        return None
 
     def _configured(self, trial: optuna.Trial, worker: str) -> ActiveTrial:
         """The trial with its configuration, seed and size, also as attributes of the study's trial."""
@@ -370,7 +385,8 @@ class Driver:
         active.log = TrialLog(self.folder / active.name)
         self.active[active.name] = active
         label = f"{active.spec or 'enqueued by hand'}{' (baseline)' if active.facts.get('baseline') else ''}"
-        self._screen.trial_started(active.name, label, self._search.total_steps)
+        confirms = "confirms" in active.facts
+        self._screen.trial_started(active.name, label, self._search.total_steps, confirms)
         if active.fault is not None and active.log.end is None:
             active.log.finish(TrialEnd("FAILED", reason=active.fault))
         self._sync(active)
@@ -472,7 +488,7 @@ class Driver:
             if active.study_is_behind:
                 self._storage.succeeds(active.sync_study)
             behind = active.run_is_behind or active.study_is_behind
-            told = active.log.end and not behind and self._storage.succeeds(partial(active.tell, self._study))
+            told = active.log.end and not behind and self._storage.succeeds(active.tell)
         except UpdateFinishedTrialError:  # a person, or another program, has ended it
             active.detached, told = True, False
         if told and active.log.end is not None:
@@ -508,7 +524,7 @@ class Driver:
     def _put_back(self, active: ActiveTrial) -> None:
         if not active.detached:
             active.trial.set_user_attr(keys.ATTEMPTS, 0)
-            self._study._storage.set_trial_state_values(active.trial._trial_id, TrialState.WAITING)
+            active.trial.storage.set_trial_state_values(active.trial._trial_id, TrialState.WAITING)
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:

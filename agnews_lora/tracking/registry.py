@@ -4,7 +4,9 @@ The alias `candidate` marks a version that waits for its promotion checks, `cham
 champion before it.
 """
 
+import errno
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
-from agnews_lora.errors import RegistryError
+from agnews_lora.errors import RegistryError, StorageError
 from agnews_lora.tracking.descriptions import beside_notes
 from agnews_lora.tracking.runs import MAX_DIGEST_LENGTH, find_run, page_of
 
@@ -130,11 +132,16 @@ class Registry:
 
         Raises:
             RegistryError: the files are gone.
+            StorageError: there is no room for them.
         """
         uri = self._client.get_model_version_download_uri(version.model, str(version.number))
         try:
             return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, tracking_uri=self._client.tracking_uri))
         except (MlflowException, OSError) as error:
+            if (full := os.strerror(errno.ENOSPC)) in str(error):  # MLflow has it in the text of its own error
+                raise StorageError(
+                    f"Cannot download {version} to {tempfile.gettempdir()}: {full}. Free its disk."
+                ) from error
             raise RegistryError(
                 f"Cannot load {version}: its files at {uri} are gone. Put them back, or register another with "
                 "`agnews-lora sweep --new`."

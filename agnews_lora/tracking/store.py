@@ -123,10 +123,16 @@ def reaching(client: MlflowClient) -> Iterator[None]:
                 f"{cannot}: {reason}. Restore it in MLflow (`mlflow runs restore`, `mlflow experiments restore`), or "
                 "start another study with `agnews-lora sweep --new`."
             ) from error
-        if isinstance(error, MlflowException) and code not in _PASSING_CODES:
+        unknown = str(error).startswith("API request to endpoint")  # of MLflow's client: the answer is not MLflow's
+        if isinstance(error, MlflowException) and code not in _PASSING_CODES and not unknown:
             raise
         if isinstance(error, MlflowException | requests.RequestException) or error.errno not in _LASTING_FAULTS:
             remedy = "Start it (docker/README.md), or leave --tracking out." if is_server(client) else "Try again."
+            if unknown:
+                remedy = (
+                    "Give the URL with the path that the server has (http://HOST:PORT/PATH), and check that its MLflow "
+                    "is as new as this one."
+                )
             if (proxy := _proxy(error)) is not None:
                 host = urlsplit(client.tracking_uri).hostname
                 remedy = f"It was asked through the proxy {proxy}: add {host} to NO_PROXY, or correct HTTP_PROXY."

@@ -1,25 +1,26 @@
-"""The command: measures peers in turn, each in a process of its own, and writes the table."""
+"""The command: measures peers in turn, each in a process of its own, and writes the table.
+
+On a CPU the peers take turns step by step, so that what slows the machine down for a while slows all of them down.
+"""
 
 import argparse
 import datetime
-import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.throughput.results import Environment, Measurement, Peer, Run, Task, file_name, page
+from benchmarks.throughput.results import Environment, Load, Peer, Run, Task, file_name, page
+from benchmarks.throughput.turns import Process, take_turns
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 # Defaults of the command: at most some 6 minutes on two cores, 8 on a CUDA machine.
 DEFAULTS = {
-    "cpu": {"batch_size": 16, "slots": (1, 4), "steps": 8, "eval_rows": 64},
-    "cuda": {"batch_size": 32, "slots": (1, 4, 8, 16, 32), "steps": 100, "eval_rows": 1_000},
+    "cpu": {"batch_size": 16, "slots": (1, 2, 4), "steps": 8, "eval_rows": 64, "compiled": False},
+    "cuda": {"batch_size": 32, "slots": (1, 4, 8, 16, 32), "steps": 100, "eval_rows": 1_000, "compiled": True},
 }
 EVAL_BATCH_SIZE = 64  # the experiments' own
 
@@ -28,19 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table and write it."""
     options = _options(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        _python("benchmarks.throughput.setup", folder, *([options.model] if options.model else []))
-        environment = Environment(**json.loads(Path(folder, "environment.json").read_text(encoding="utf-8")))
+        setup = Process("benchmarks.throughput.setup", "write_random", options.model, Path(folder))
+        setup.next_turn()
+        environment = setup.found
+        if not isinstance(environment, Environment):
+            sys.exit(f"Cannot write a model: {environment}")
         for name, value in DEFAULTS[environment.device_type].items():
             if getattr(options, name) is None:
                 setattr(options, name, value)
-        run = _measure(options, environment, Path(folder))
-    text = page(run)
-    options.out.mkdir(parents=True, exist_ok=True)
-    result = options.out / file_name(run)
-    beside = result.with_suffix(".partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(result)
-    print(text)
+        print(_measure(options, environment, Path(folder)))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -51,6 +48,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--slots", type=_counts, help="trials at once, one row of the table each: 1,4,8")
     parser.add_argument("--steps", type=_steps, help="training steps of a trial")
     parser.add_argument("--eval-rows", type=_count, help="validation rows of a trial")
+    compiled = "also measure Trainer + PEFT with torch.compile (default: on CUDA)"
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, help=compiled)
     parser.add_argument("--rounds", type=_count, default=3, help="times that each peer is measured (default: 3)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args(arguments)
@@ -77,61 +76,60 @@ def _counts(text: str) -> tuple[int, ...]:
     return tuple(_count(part) for part in text.split(","))
 
 
-def _measure(options: argparse.Namespace, environment: Environment, folder: Path) -> Run:
+def _measure(options: argparse.Namespace, environment: Environment, folder: Path) -> str:
+    """Measure all peers, and write the result file after each round or peer; its text."""
     # The Trainer first, since ratios are to its row: in bf16 on CUDA; on a CPU in fp32, its default, then in bf16.
-    formats = (environment.bf16,) if environment.device_type == "cuda" else (False, True)
-    trainers = [Peer("trainer", bf16=bf16) for bf16 in formats]
-    peers = (*trainers, *(Peer("multilora", number) for number in options.slots))
-    warmup_steps = max(1, options.steps // 4)
-    rounds = []
-    for number in range(1, options.rounds + 1):
-        measurements = []
-        for peer in peers:
-            task = Task(
-                peer=peer,
-                environment=environment,
-                folder=str(folder),
-                batch_size=options.batch_size,
-                eval_batch_size=EVAL_BATCH_SIZE,
-                steps=options.steps,
-                warmup_steps=warmup_steps,
-                eval_rows=options.eval_rows,
-                started=time.time(),
-            )
-            measurements.append(_measure_one(task, folder))
-            speed = f"{measurements[-1].samples_per_second:,.1f} samples/s"
-            print(f"round {number} of {options.rounds}: {peer}: {speed}", file=sys.stderr, flush=True)
-        rounds.append(tuple(measurements))
-    return Run(
+    cuda = environment.device_type == "cuda"
+    peers = [Peer("trainer", bf16=bf16) for bf16 in ((environment.bf16,) if cuda else (False, True))]
+    peers += [Peer("compiled", bf16=environment.bf16)] if options.compiled else []
+    peers += [Peer("multilora", number) for number in options.slots]
+    run = Run(
         command=_command(options, environment),
-        commit=_commit(),
+        commit=commit(),
         date=datetime.date.today(),
         environment=environment,
         batch_size=options.batch_size,
         steps=options.steps,
-        warmup_steps=warmup_steps,
+        warmup_steps=max(1, options.steps // 4),
         eval_rows=options.eval_rows,
-        peers=peers,
-        rounds=tuple(rounds),
+        measured={peer: [] for peer in peers},
+        load=Load(),
+    )
+    for number in range(1, options.rounds + 1):
+        # A GPU's memory and its queue are one peer's at a time.
+        for group in [[peer] for peer in peers] if cuda else [peers]:
+            run.load.start()
+            for peer, found in zip(group, take_turns([_task(run, peer, folder) for peer in group]), strict=True):
+                run.measured[peer].append(found)
+                said = f"failed: {found}" if isinstance(found, str) else f"{found.samples_per_second:,.1f} samples/s"
+                print(f"round {number} of {options.rounds}: {peer}: {said}", file=sys.stderr, flush=True)
+            run.load.stop()
+            text = _write(run, options.out)
+    return text
+
+
+def _task(run: Run, peer: Peer, folder: Path) -> Task:
+    return Task(
+        peer=peer,
+        environment=run.environment,
+        folder=str(folder),
+        batch_size=run.batch_size,
+        eval_batch_size=EVAL_BATCH_SIZE,
+        steps=run.steps,
+        warmup_steps=run.warmup_steps,
+        eval_rows=run.eval_rows,
     )
 
 
-def _measure_one(task: Task, folder: Path) -> Measurement:
-    asked, answer = folder / "task.json", folder / "answer.json"
-    asked.write_text(json.dumps(asdict(task)), encoding="utf-8")
-    _python("benchmarks.throughput.peers", str(asked), str(answer))
-    return Measurement(**json.loads(answer.read_text(encoding="utf-8")))
-
-
-def _python(module: str, *arguments: str) -> None:
-    """Run a module in a process of its own.
-
-    This process imports neither torch nor transformers: a child's peak memory is at least its parent's at the start.
-    """
-    command = [sys.executable, "-m", module, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        sys.exit(f"{module} failed:\n{result.stdout}{result.stderr}")
+def _write(run: Run, folder: Path) -> str:
+    """Write the result file with all that has been measured so far; its text."""
+    text = page(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    result = folder / file_name(run)
+    beside = result.with_suffix(".partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(result)
+    return text
 
 
 def _command(options: argparse.Namespace, environment: Environment) -> str:
@@ -139,11 +137,11 @@ def _command(options: argparse.Namespace, environment: Environment) -> str:
     return (
         f"python -m benchmarks.throughput --model {environment.model} --batch-size {options.batch_size} "
         f"--slots {','.join(map(str, options.slots))} --steps {options.steps} --eval-rows {options.eval_rows} "
-        f"--rounds {options.rounds}"
+        f"--{'' if options.compiled else 'no-'}compiled --rounds {options.rounds}"
     )
 
 
-def _commit() -> str:
+def commit() -> str:
     """Say `Commit 0123456789ab (dirty), `, or nothing outside of a git checkout."""
     git = ["git", "-C", str(ROOT)]
     own = ["agnews_lora", "benchmarks/throughput"]

@@ -1,21 +1,18 @@
-"""The two ways to train trials that are measured, and the process that measures one of them.
+"""The ways to train trials that are measured, and the measurement of one of them, in a process of its own.
 
-Trainer + PEFT as a user would write it, one trial after another: shuffled rows, padded to the longest of their batch.
-And the multi-LoRA engine. The reference engine (`training/hf_trainer.py`) is no peer here, since it needs `evaluate`.
-
-`python -m benchmarks.throughput.peers TASK ANSWER` measures one peer (JSON files).
+Trainer + PEFT as a user would write it, one trial after another: shuffled rows, padded to the longest of their batch;
+with its encoder layers compiled or not. And the multi-LoRA engine. The reference engine (`training/hf_trainer.py`) is
+no peer here, since it needs `evaluate`.
 """
 
 import gc
-import json
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +20,7 @@ from peft import get_peft_model
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from agnews_lora.adapters.adapter_files import load_base, lora_config
+from agnews_lora.adapters.families import LAYOUTS, Family
 from agnews_lora.data.newswire import LABELS
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.errors import TrainingError
@@ -30,40 +28,70 @@ from agnews_lora.training.data_order import batches
 from agnews_lora.training.device import peak_memory_bytes, training_device
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
 from agnews_lora.training.multilora.engine import MultiLoraEngine
-from benchmarks.throughput.results import NUM_SPECS, Environment, Measurement, Peer, Task
+from benchmarks.throughput.results import NUM_SPECS, Measurement, Peer, Task
 from benchmarks.throughput.setup import BenchmarkSetup, plans
+
+BACKEND = "inductor"  # of torch.compile
+MAX_COMPILED = 64  # each trial's modules differ, and they train or score
+
+
+class Moment(NamedTuple):
+    """A reading of wall clock and CPU time, in s."""
+
+    wall: float
+    cpu: float
 
 
 @dataclass(frozen=True)
 class Span:
-    """A trial's training after its warm-up steps: in s of `perf_counter`, and the rows and tokens trained."""
+    """A trial's training after its warm-up steps, and the rows and tokens trained."""
 
-    began: float
-    ended: float
+    began: Moment
+    ended: Moment
     rows: int
     tokens: int
 
 
-def now(device: torch.device) -> float:
-    """Read `perf_counter` once the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+class Clock:
+    """The time of a process, which stands still while other peers have their turn.
+
+    Args:
+        wait: ends this peer's turn, and waits for its next one; None where peers do not take turns.
+    """
+
+    def __init__(self, device: torch.device, wait: Callable[[], None] | None = None) -> None:
+        self.device, self.wait = device, wait
+        self.paused = Moment(0.0, 0.0)
+
+    def now(self, synchronize: bool = True) -> Moment:
+        """Read the time, once the device has finished its work."""
+        if synchronize and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return Moment(time.perf_counter() - self.paused.wall, time.process_time() - self.paused.cpu)
+
+    def end_turn(self) -> None:
+        """Let the other peers take a step each."""
+        if self.wait is not None:
+            began = self.now()
+            self.wait()
+            ended = self.now()
+            self.paused = Moment(*(old + b - a for old, a, b in zip(self.paused, began, ended, strict=True)))
 
 
 # Trainer + PEFT -------------------------------------------------------------------------------------------------------
 
 
-class StepClock(TrainerCallback):
-    """Takes the time after the warm-up steps and after the last step."""
+class StepTimes(TrainerCallback):
+    """Takes the time after the warm-up steps and after the last step; a step is a turn."""
 
-    def __init__(self, setup: BenchmarkSetup) -> None:
-        self.setup = setup
-        self.times: dict[int, float] = {}
+    def __init__(self, setup: BenchmarkSetup, clock: Clock) -> None:
+        self.setup, self.clock = setup, clock
+        self.times: dict[int, Moment] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in (self.setup.warmup_steps, self.setup.steps):
-            self.times[state.global_step] = now(self.setup.device)
+            self.times[state.global_step] = self.clock.now()
+        self.clock.end_turn()
 
 
 class Padding:
@@ -90,8 +118,8 @@ class Padding:
 class TrainerTrials:
     """Trainer + PEFT, a new model for each trial."""
 
-    def __init__(self, setup: BenchmarkSetup, bf16: bool) -> None:
-        self.setup, self.bf16 = setup, bf16
+    def __init__(self, setup: BenchmarkSetup, clock: Clock, bf16: bool, compiled: bool) -> None:
+        self.setup, self.clock, self.bf16, self.compiled = setup, clock, bf16, compiled
         self.train_rows, self.validation_rows = _as_rows(setup.corpus.train), _as_rows(setup.corpus.validation)
 
     def train(self, plans: Sequence[TrialPlan]) -> list[Span]:
@@ -102,14 +130,16 @@ class TrainerTrials:
         setup = self.setup
         set_seed(plan.seed)
         model = get_peft_model(load_base(setup.base, len(LABELS)), lora_config(plan.spec, setup.base))
-        clock, padding = StepClock(setup), Padding(setup.corpus.train.pad_id)
+        if self.compiled:
+            compile_layers(model, setup.base.shape.family)
+        times, padding = StepTimes(setup, self.clock), Padding(setup.corpus.train.pad_id)
         trainer = Trainer(
             model,
             self._arguments(plan),
             data_collator=padding,
             train_dataset=self.train_rows,
             compute_metrics=_accuracy,
-            callbacks=[clock],
+            callbacks=[times],
         )
         trainer.train()
         trainer.evaluate(self.validation_rows)  # type: ignore[arg-type]
@@ -118,7 +148,12 @@ class TrainerTrials:
         gc.collect()  # Trainer and model hold each other: without this, two models could be on the device
         steps, warmup_steps = setup.steps, setup.warmup_steps
         rows = (steps - warmup_steps) * setup.settings.batch_size
-        return Span(clock.times[warmup_steps], clock.times[steps], rows, sum(padding.tokens[warmup_steps:steps]))
+        return Span(times.times[warmup_steps], times.times[steps], rows, sum(padding.tokens[warmup_steps:steps]))
+
+    def computed_by(self) -> str:
+        """Say what computes the layers."""
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        return f"torch.compile ({graphs} graphs)" if self.compiled else "torch"
 
     def _arguments(self, plan: TrialPlan) -> TrainingArguments:
         settings = self.setup.settings
@@ -141,6 +176,18 @@ class TrainerTrials:
         return arguments
 
 
+def compile_layers(model: torch.nn.Module, family: Family) -> None:
+    """Compile every encoder layer, for any batch: they are alike, and one compilation serves all of them.
+
+    Where the compiler gives up, it raises: a layer that it left uncompiled would be measured as a compiled one.
+    """
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.recompile_limit = MAX_COMPILED
+    layout = LAYOUTS[family]
+    for layer in model.get_submodule(f"base_model.model.{layout.encoder}.{layout.layers}").children():
+        layer.compile(dynamic=True, backend=BACKEND)
+
+
 def _as_rows(table: TokenTable) -> list[dict[str, Any]]:
     return [
         {"input_ids": torch.from_numpy(table.row(row).astype(np.int64)), "labels": int(table.labels[row])}
@@ -157,11 +204,14 @@ def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class TimedTrials:
-    """A source of plans and an observer: takes the time of each trial's points after the warm-up and the last step."""
+    """A source of plans and an observer: takes the time of each trial's points after the warm-up and the last step.
 
-    def __init__(self, setup: BenchmarkSetup, plans: Iterable[TrialPlan]) -> None:
-        self.setup, self.plans = setup, list(plans)
-        self.times: dict[tuple[str, int], float] = {}
+    A step is a turn. The engine has waited for the device to finish the step that it reports (not for the next one).
+    """
+
+    def __init__(self, setup: BenchmarkSetup, clock: Clock, plans: Iterable[TrialPlan]) -> None:
+        self.setup, self.clock, self.plans = setup, clock, list(plans)
+        self.times: dict[tuple[str, int], Moment] = {}
 
     def next(self) -> TrialPlan | None:
         return self.plans.pop(0) if self.plans else None
@@ -169,7 +219,7 @@ class TimedTrials:
     def logged(self, points: Sequence[TrainPoint]) -> None:
         marked = [point for point in points if point.step in (self.setup.warmup_steps, self.setup.steps)]
         if marked:
-            at = now(self.setup.device)
+            at = self.clock.now(synchronize=False)
             self.times |= {(point.trial, point.step): at for point in marked}
 
     def evaluated(self, points: Sequence[EvalPoint]) -> Sequence[Verdict]:
@@ -183,14 +233,15 @@ class TimedTrials:
         raise error
 
     def stop_requested(self) -> bool:
+        self.clock.end_turn()
         return False
 
 
 class MultiLoraTrials:
     """The multi-LoRA engine, its base read once for all trials."""
 
-    def __init__(self, setup: BenchmarkSetup, slots: int) -> None:
-        self.setup, self.slots = setup, slots
+    def __init__(self, setup: BenchmarkSetup, clock: Clock, slots: int) -> None:
+        self.setup, self.clock, self.slots = setup, clock, slots
         self.engine = MultiLoraEngine(setup.base, setup.corpus, setup.settings, slots)
 
     def train(self, plans: Sequence[TrialPlan]) -> list[Span]:
@@ -199,13 +250,18 @@ class MultiLoraTrials:
         Raises:
             TrainingError: a trial failed, or fewer trained at once than there are slots.
         """
-        timed = TimedTrials(self.setup, plans)
+        timed = TimedTrials(self.setup, self.clock, plans)
         self.engine.run(timed, timed)
         spans = [self._span(timed, plan) for plan in plans]
         together = max(Counter(span.began for span in spans).values())
         if together != min(self.slots, len(plans)):
             raise TrainingError(f"{self.slots} trials must train at once, but {together} did; give fewer --slots")
         return spans
+
+    def computed_by(self) -> str:
+        """Say which kernels compute the layers, and why those."""
+        choice = self.engine.model.choice
+        return f"{choice.kernels.name} ({choice.reason})"
 
     def _span(self, timed: TimedTrials, plan: TrialPlan) -> Span:
         setup, lengths = self.setup, self.setup.corpus.train.lengths
@@ -217,69 +273,70 @@ class MultiLoraTrials:
 # The process of one peer ---------------------------------------------------------------------------------------------
 
 
-def trials_of(peer: Peer, setup: BenchmarkSetup) -> TrainerTrials | MultiLoraTrials:
+def trials_of(peer: Peer, setup: BenchmarkSetup, clock: Clock) -> TrainerTrials | MultiLoraTrials:
     """Choose a peer's way to train."""
-    return TrainerTrials(setup, peer.bf16) if peer.kind == "trainer" else MultiLoraTrials(setup, peer.slots)
+    if peer.kind == "multilora":
+        return MultiLoraTrials(setup, clock, peer.slots)
+    return TrainerTrials(setup, clock, peer.bf16, peer.kind == "compiled")
 
 
-def covered_seconds(spans: Iterable[Span]) -> float:
-    """Sum the time in which at least one trial was training."""
+def covered(parts: Iterable[tuple[float, float]]) -> float:
+    """Sum the time of parts from a beginning to an end, in which at least one trial was training."""
     total, until = 0.0, float("-inf")
-    for span in sorted(spans, key=lambda span: span.began):
-        total += max(0.0, span.ended - max(span.began, until))
-        until = max(until, span.ended)
+    for began, ended in sorted(parts):
+        total += max(0.0, ended - max(began, until))
+        until = max(until, ended)
     return total
 
 
-def product_rate(device: torch.device) -> float:
+def product_rate(clock: Clock) -> float:
     """Measure a bf16 matrix product in FLOP/s, median of repeats: 4096 cubed on CUDA, 1024 x 1536² on a CPU."""
+    device = clock.device
     m, k, n, products = (4096, 4096, 4096, 20) if device.type == "cuda" else (1024, 1536, 1536, 1)
     left, right = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in ((m, k), (k, n)))
     seconds = []
     for _ in range(30):
-        began = now(device)
+        began = clock.now().wall
         for _ in range(products):
             torch.matmul(left, right)
-        seconds.append((now(device) - began) / products)
+        seconds.append((clock.now().wall - began) / products)
     return 2 * m * k * n / float(np.median(seconds[10:]))  # the first ones raise the clock
 
 
-def measure(task: Task, work: Path) -> Measurement:
-    """Train short trials, then the measured ones, below the folder `work`."""
+def measure(task: Task, wait: Callable[[], None]) -> Measurement:
+    """Train short trials, wait for the first turn, then train the measured trials.
+
+    Args:
+        wait: ends a turn and waits for the next one. On CUDA, the first turn is the only one: peers do not share it.
+    """
     device = training_device()
     setup, peer = BenchmarkSetup.of(task, device), task.peer
-    trials_of(peer, setup.shortened(2)).train(plans(work / "short", min(peer.slots, NUM_SPECS)))
-    gc.collect()
-    trials = trials_of(peer, setup)
-    start_up_seconds = time.time() - task.started
-    before = product_rate(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    began = now(device)
-    spans = trials.train(plans(work / "measured", peer.num_trials))
-    ended = now(device)
-    peak = peak_memory_bytes(device)
+    clock = Clock(device)
+    with tempfile.TemporaryDirectory(dir=task.folder) as work:
+        short = min(peer.slots, NUM_SPECS)
+        trials_of(peer, setup.shortened(2), clock).train(plans(Path(work, "short"), short))
+        gc.collect()
+        trials = trials_of(peer, setup, clock)
+        start_up_seconds = time.time() - task.started
+        wait()
+        before = product_rate(clock)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            clock.wait = wait
+        began = clock.now()
+        spans = trials.train(plans(Path(work, "measured"), peer.num_trials))
+        ended = clock.now()
     return Measurement(
         rows=sum(span.rows for span in spans),
         tokens=sum(span.tokens for span in spans),
-        train_seconds=covered_seconds(spans),
+        train_seconds=covered((span.began.wall, span.ended.wall) for span in spans),
+        cpu_seconds=covered((span.began.cpu, span.ended.cpu) for span in spans),
         product_before=before,
-        product_after=product_rate(device),
+        product_after=product_rate(clock),
         num_trials=len(spans),
-        wall_seconds=ended - began,
-        peak_memory_bytes=peak,
+        wall_seconds=ended.wall - began.wall,
+        peak_memory_bytes=peak_memory_bytes(device),
         start_up_seconds=start_up_seconds,
+        computed_by=trials.computed_by(),
     )
-
-
-def main(task_file: Path, answer_file: Path) -> None:
-    """Read a `Task`, write its `Measurement`."""
-    fields = json.loads(task_file.read_text(encoding="utf-8"))
-    nested = {"peer": Peer(**fields["peer"]), "environment": Environment(**fields["environment"])}
-    with tempfile.TemporaryDirectory(dir=task_file.parent) as work:
-        measurement = measure(Task(**fields | nested), Path(work))
-    answer_file.write_text(json.dumps(asdict(measurement)), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,13 +1,9 @@
-"""A model with random weights, random rows and a mixture of trials: the same for every peer, no dropout in the base.
-
-`python -m benchmarks.throughput.setup FOLDER [MODEL]` writes the model and a description of the machine.
-"""
+"""A model with random weights, random rows and a mixture of trials: the same for every peer, no dropout in the base."""
 
 import csv
 import json
 import platform
-import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -61,8 +57,8 @@ def matrix_parameters(shape: ModelShape) -> int:
     )
 
 
-def write_random(model: str | None, folder: Path) -> Environment:
-    """Write a classifier with random weights to `folder`.
+def write_random(model: str | None, folder: Path, *_: object) -> Environment:
+    """Write a classifier with random weights to `folder`, and describe it and the machine.
 
     Args:
         model: a known name, a folder with a `config.json`, or None for the one that suits the device.
@@ -185,8 +181,3 @@ def plans(folder: Path, num_trials: int) -> list[TrialPlan]:
         TrialPlan(f"t{number:04}", SPECS[number % NUM_SPECS], SEED + number, folder / f"t{number:04}")
         for number in range(num_trials)
     ]
-
-
-if __name__ == "__main__":
-    described = write_random(sys.argv[2] if len(sys.argv) > 2 else None, Path(sys.argv[1]))
-    Path(sys.argv[1], "environment.json").write_text(json.dumps(asdict(described)), encoding="utf-8")

@@ -3,7 +3,9 @@
 import csv
 import datetime
 import os
+import re
 import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +21,10 @@ from agnews_lora.data.tokens import load_tokenizer
 from agnews_lora.errors import TrainingError
 from agnews_lora.training.interface import TrainSettings
 from agnews_lora.training.multilora.model import MultiLoraModel
+from benchmarks.throughput import peers
 from benchmarks.throughput.__main__ import main
-from benchmarks.throughput.peers import MultiLoraTrials, Span, covered_seconds, trials_of
-from benchmarks.throughput.results import Environment, Measurement, Peer, Run, file_name, page
+from benchmarks.throughput.peers import Clock, MultiLoraTrials, covered, trials_of
+from benchmarks.throughput.results import Environment, Load, Measurement, Peer, Run, file_name, page
 from benchmarks.throughput.setup import (
     LENGTHS,
     SPECS,
@@ -83,6 +86,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Output:
     model = tiny_config(folder / "tiny-bert")
     options = {"--model": model, "--batch-size": BATCH_SIZE, "--slots": 2, "--steps": STEPS, "--eval-rows": 3}
     arguments = [str(part) for pair in {**options, "--rounds": 1, "--out": folder / "out"}.items() for part in pair]
+    arguments += ["--no-compiled"]
     python = bare.make(folder / "bare", ("torch", "transformers", "safetensors", "peft", "numpy"))
     command = [python, "-m", "benchmarks.throughput", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -97,7 +101,7 @@ def test_the_command_prints_what_it_writes(output: Output) -> None:
     assert output.printed.strip() == text.strip()
     assert output.file.name.startswith("throughput-tiny-bert-") and output.file.name.endswith(".md")
     assert str(output.file.parent.parent) not in text
-    assert f"--batch-size {BATCH_SIZE} --slots 2 --steps {STEPS} --eval-rows 3 --rounds 1" in text
+    assert f"--batch-size {BATCH_SIZE} --slots 2 --steps {STEPS} --eval-rows 3 --no-compiled --rounds 1" in text
 
 
 def test_every_peer_trained_the_same_rows(output: Output) -> None:
@@ -110,17 +114,21 @@ def test_every_peer_trained_the_same_rows(output: Output) -> None:
         lengths = draw("minilm", 10_000, seed=0)
         assert lengths.min() * int(row["rows"]) < int(row["real tokens"]) < lengths.max() * int(row["rows"])
         assert 0 < float(row["training s"]) < float(row["wall s"])
+        assert float(row["CPU s"]) > 0
 
 
 def test_the_figures_follow_from_what_was_measured(output: Output) -> None:
     figures, measured = output.table(0), output.table(1)
     speeds = [int(row["rows"]) / float(row["training s"]) for row in measured]
-    for figure, row, speed in zip(figures, measured, speeds, strict=True):
+    costs = [1e3 * float(row["CPU s"]) / int(row["rows"]) for row in measured]
+    for figure, row, speed, cost in zip(figures, measured, speeds, costs, strict=True):
         tokens = int(row["real tokens"]) / float(row["training s"])
         product = (float(row["product before, TFLOP/s"]) + float(row["product after, TFLOP/s"])) / 2 * 1e12
         expected = {
             "samples/s": speed,
             "ratio": speed / speeds[0],
+            "CPU ms a sample": cost,
+            "CPU ratio": costs[0] / cost,
             "real tokens/s": tokens,
             "share of bf16 rate": 100 * 4 * TINY_MATRIX_PARAMETERS * tokens / product,
             "peak memory": int(row["peak bytes"]) / 1e9,
@@ -154,16 +162,19 @@ MEASURED = Measurement(
     rows=100,
     tokens=5_000,
     train_seconds=4.0,
+    cpu_seconds=8.0,
     product_before=1e12,
     product_after=3e12,
     num_trials=4,
     wall_seconds=12.0,
     peak_memory_bytes=2_500_000_000,
     start_up_seconds=7.0,
+    computed_by="torch",
 )
+TRAINER, EIGHT = Peer("trainer", bf16=True), Peer("multilora", 8)
 
 
-def run_of(*rounds: tuple[Measurement, ...]) -> Run:
+def run_of(*rounds: tuple[Measurement | str, Measurement | str]) -> Run:
     return Run(
         command="the command",
         commit="Commit 0123, ",
@@ -173,8 +184,8 @@ def run_of(*rounds: tuple[Measurement, ...]) -> Run:
         steps=8,
         warmup_steps=2,
         eval_rows=64,
-        peers=(Peer("trainer", bf16=True), Peer("multilora", 8)),
-        rounds=rounds,
+        measured={peer: [both[number] for both in rounds] for number, peer in enumerate((TRAINER, EIGHT))},
+        load=Load(),
     )
 
 
@@ -191,6 +202,39 @@ def test_medians_and_ratios_are_those_of_the_rounds() -> None:
     assert (trainer["real tokens/s"], engine["real tokens/s"]) == ("1,250", "2,500")
     assert (trainer["share of bf16 rate"], engine["share of bf16 rate"]) == ("2.50%", "5.00%")
     assert (engine["peak memory"], engine["s a trial"], engine["start-up s"]) == ("2.50 GB", "3.00", "7.0")
+    assert (engine["CPU ms a sample"], engine["CPU ratio"], engine["computed by"]) == ("80.00", "1.00", "torch")
+
+
+def test_a_failure_is_a_column_and_ends_nothing() -> None:
+    failing = replace(MEASURED, computed_by="uncompiled: it broke | there")
+    for run in (run_of((MEASURED, "it broke | there"), (MEASURED, failing)), run_of((MEASURED, failing))):
+        [trainer, engine] = tables(page(run).replace("\\|", "/"))[0]
+        assert trainer["samples/s"] == engine["samples/s"] == "25.0"
+        assert engine["computed by"] == "uncompiled: it broke / there" and engine["ratio"] == "1.00"
+    [_, engine] = tables(page(run_of((MEASURED, "it broke"))))[0]
+    assert (engine["samples/s"], engine["computed by"]) == ("–", "**it broke**")
+    [trainer, engine] = tables(page(run_of(("it broke", MEASURED))))[0]
+    assert (trainer["ratio"], engine["samples/s"], engine["ratio"]) == ("–", "25.0", "–")
+
+
+@pytest.mark.parametrize(
+    ("average", "others", "said"), [(0.0, 0.01, "A quiet"), (0.0, 0.2, "A busy"), (9e9, 0, "A busy")]
+)
+def test_a_busy_machine_is_marked(average: float, others: float, said: str) -> None:
+    load = Load()
+    load.average, load.others, load.cores = average, others * 50, 50.0
+    assert said in page(replace(run_of((MEASURED, MEASURED)), load=load))
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells")
+def test_what_other_processes_do_is_counted() -> None:
+    load, work = Load(), "import time\nwhile time.process_time() < 1: pass\nprint()\ntime.sleep(9)"
+    load.start()
+    with subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        load.stop()  # it has not ended: to this process, it is another's
+        other.kill()
+    assert 0.5 < load.others <= load.cores
 
 
 # What is measured -----------------------------------------------------------------------------------------------------
@@ -206,7 +250,7 @@ def test_medians_and_ratios_are_those_of_the_rounds() -> None:
     ],
 )
 def test_time_in_which_several_train_counts_once(spans: list[tuple[float, float]], seconds: float) -> None:
-    assert covered_seconds(Span(began, ended, 0, 0) for began, ended in spans) == seconds
+    assert covered(spans) == seconds
 
 
 @pytest.fixture(scope="module")
@@ -221,11 +265,18 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> BenchmarkSetup:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the setup is on the CPU")
-@pytest.mark.parametrize("peer", [Peer("trainer"), Peer("multilora", 1), Peer("multilora", 4)], ids=str)
-def test_each_peer_trains_whole_trials(setup: BenchmarkSetup, tmp_path: Path, peer: Peer) -> None:
-    spans = trials_of(peer, setup).train(plans(tmp_path, TRIALS))
+@pytest.mark.parametrize(
+    "peer", [Peer("trainer"), Peer("compiled"), Peer("multilora", 1), Peer("multilora", 4)], ids=str
+)
+def test_each_peer_trains_whole_trials(
+    setup: BenchmarkSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peer: Peer
+) -> None:
+    monkeypatch.setattr(peers, "BACKEND", "eager")  # what is compiled is seen by its graphs; code would take a minute
+    trials = trials_of(peer, setup, Clock(setup.device))
+    num_trials = 1 if peer.kind == "compiled" else TRIALS
+    spans = trials.train(plans(tmp_path, num_trials))
     together = len({span.began for span in spans})
-    assert together == TRIALS // peer.slots
+    assert together == num_trials // peer.slots
     assert {span.rows for span in spans} == {(STEPS - WARMUP_STEPS) * BATCH_SIZE}
     for span in spans:
         left_out = int(setup.corpus.train.lengths.sum()) - span.tokens
@@ -233,6 +284,8 @@ def test_each_peer_trains_whole_trials(setup: BenchmarkSetup, tmp_path: Path, pe
         assert span.began < span.ended
     for folder in tmp_path.iterdir():
         assert list(folder.rglob("adapter_model.safetensors"))
+    compiled = re.fullmatch(r"torch\.compile \(([1-9][0-9]*) graphs\)", trials.computed_by())
+    assert (compiled is not None) == (peer.kind == "compiled")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the setup is on the CPU")
@@ -249,7 +302,7 @@ def test_slots_that_do_not_fit_are_not_measured_as_if_they_did(
 
     monkeypatch.setattr(MultiLoraModel, "gradients", tight)
     with pytest.raises(TrainingError, match="4 trials must train at once, but 2 did"):
-        MultiLoraTrials(setup, 4).train(plans(tmp_path, TRIALS))
+        MultiLoraTrials(setup, Clock(setup.device), 4).train(plans(tmp_path, TRIALS))
 
 
 @pytest.mark.parametrize(("model", "parameters"), [("roberta-base", 84_934_656), ("minilm", 10_616_832)])

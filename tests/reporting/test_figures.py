@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import rc_context, rcParams
 from matplotlib.colors import to_rgb
 from PIL import Image
 
@@ -90,6 +91,18 @@ def test_curves_of_a_trial_show_its_measures_and_come_with_thumbnails(tmp_path: 
     with Image.open(drawn["thumbnails/loss_curve.png"]) as image:
         assert image.size == (330, 198)
     assert figures.trial_curves(points.assign(**{"eval/accuracy": NAN}), "t0001", tmp_path) == {}
+
+
+def test_a_style_of_the_user_changes_no_picture(tmp_path: Path) -> None:
+    with rc_context(
+        {"axes.facecolor": "black", "font.size": 30, "savefig.dpi": 20, "axes.prop_cycle": "cycler(lw=[9])"}
+    ):
+        styled = figures.trial_curves(curve(TRIALS[1]), "t0001", tmp_path / "styled")
+        assert rcParams["font.size"] == 30, "elsewhere it is kept"
+    plain = figures.trial_curves(curve(TRIALS[1]), "t0001", tmp_path / "plain")
+    assert {name: path.read_bytes() for name, path in styled.items()} == {
+        name: path.read_bytes() for name, path in plain.items()
+    }
 
 
 def test_a_failed_trial_changes_no_picture_of_scores(tmp_path: Path) -> None:

@@ -153,14 +153,24 @@ def test_quiet_says_nothing_but_warnings_on_the_standard_error(
     assert capsys.readouterr() == ("", "agnews-lora: a worker died by SIGKILL\n")
 
 
-def test_among_repetitions_no_best_is_looked_for() -> None:
-    console = pipe()
-    progress = Progress(total_trials=4, confirms=True, console=console)
-    progress.trial_started("t0007-s2", "qv r=8", 100)
-    assert screen(progress)[0].startswith("confirmation 0/4")
-    progress.trial_ended("t0007-s2", "COMPLETE", ended("t0007-s2", 0.9), None)
-    assert "best" not in output(console)
-    assert output(console).splitlines()[-1] == "t0007-s2 complete  accuracy 90.00%  macro-F1 80.00%  [1/4]"
+def test_repetitions_are_counted_on_their_own_and_none_is_the_best() -> None:
+    console, clock = pipe(), Clock()
+    progress = Progress(8, ended=7, complete=2, confirmation=(3, 3), console=console, clock=clock)
+    progress.trial_started("t0007", "qv r=8", 100)
+    progress.trial_started("t0004-s2", "qv r=8", 100, confirms=True)
+    assert screen(progress)[0].startswith("trials 7/8  confirmation 0/6  elapsed")
+    progress.trial_ended("t0004-s2", "COMPLETE", ended("t0004-s2", 0.9), None)
+    clock.now = 10
+    progress.trial_ended("t0007", "PRUNED", ended("t0007", 0.7), None)
+    # The search has two complete trials, so that three repetitions are left; two trials took 10 seconds.
+    assert screen(progress)[0] == "trials 8/8  confirmation 1/4  elapsed 10 s  about 15 s left"
+    assert output(console).splitlines() == [
+        "t0007 started: qv r=8, 100 steps",
+        "Confirming the best trials: each is trained again with other seeds.",
+        "t0004-s2 started: qv r=8, 100 steps",
+        "t0004-s2 complete  accuracy 90.00%  macro-F1 80.00%  [confirmation 1/6]",
+        "t0007 pruned  accuracy 70.00%  macro-F1 60.00%  [8/8]",
+    ]
 
 
 @pytest.mark.parametrize("width", [99, 60, 31])

@@ -17,6 +17,7 @@ from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.config.sweep import Range, Space
 from agnews_lora.errors import TrainingError
 from agnews_lora.search import space as search_space
+from agnews_lora.search.confirmation import open_confirmation
 from agnews_lora.search.driver import Driver, Search
 from agnews_lora.search.pruner import PeerMedianPruner
 from agnews_lora.search.sampler import TrialSeededTPE
@@ -86,6 +87,7 @@ class ScriptedEngine:
         self.script = dict(script or {})
         self.each_step = each_step
         self.plans: list[TrialPlan] = []
+        self.num_steps = self.num_idle = 0  # of all slots together, and of those a slot stood empty
         self._slots: dict[str, tuple[TrialPlan, int]] = {}
 
     def run(self, source: TrialSource, observer: Observer) -> None:
@@ -114,6 +116,8 @@ class ScriptedEngine:
         return resumed
 
     def _advance(self, observer: Observer) -> None:
+        self.num_steps += self.num_slots
+        self.num_idle += self.num_slots - len(self._slots)
         for trial, (plan, before) in list(self._slots.items()):
             step = before + 1
             self._slots[trial] = plan, step
@@ -202,7 +206,7 @@ class RecordingScreen:
         self.lines: list[str] = []
         self.running: set[str] = set()
 
-    def trial_started(self, trial: str, label: str, total_steps: int) -> None:
+    def trial_started(self, trial: str, label: str, total_steps: int, confirms: bool) -> None:
         self.running.add(trial)
         self.lines.append(f"{trial} started: {label}, {total_steps} steps")
 
@@ -222,7 +226,10 @@ class RecordingScreen:
 
 @dataclass
 class Session:
-    """One start of a sweep whose stores lie below `root`: everything is opened anew."""
+    """One start of a sweep whose stores lie below `root`: everything is opened anew.
+
+    confirmation: how many of the best trials are repeated, and the runs of each; None: the search alone.
+    """
 
     root: Path
     trials: int
@@ -234,6 +241,7 @@ class Session:
     patience: float = 300.0
     stopped: bool = False
     objective: Objective = "accuracy"
+    confirmation: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         shared = search_space.shared(self.space, SHAPE, BUDGET)
@@ -242,10 +250,19 @@ class Session:
         self.study = open_study(open_storage(self.root), "scripted", fingerprint, sampler, self.pruner, new=False)
         enqueue_baseline(self.study, self.baseline, self.space, SHAPE, BUDGET)
         self.screen = RecordingScreen()
-        self.driver = self.drive(self.study, self.trials)
+        self.driver = self.drive(self.study, self.trials, self.confirm)
 
-    def drive(self, study: optuna.Study, num_trials: int) -> Driver:
-        """A driver of the study, or of its confirmation."""
+    def confirm(self, left: int) -> optuna.Study | None:
+        """The study of the repetitions that are sure with so many trials left."""
+        return open_confirmation(self.study, *self.confirmation, 7, left) if self.confirmation else None
+
+    def drive(
+        self,
+        study: optuna.Study,
+        num_trials: int,
+        confirm: Callable[[int], optuna.Study | None] = lambda left: None,
+    ) -> Driver:
+        """A driver of the study, or of its confirmation alone."""
         search = Search(
             space=self.space,
             shape=SHAPE,
@@ -258,7 +275,7 @@ class Session:
             objective=self.objective,
         )
         folder = self.root / "work"
-        return Driver(study, search, self.tracker, self.screen, folder, lambda: self.stopped, self.patience)
+        return Driver(study, search, self.tracker, self.screen, folder, lambda: self.stopped, self.patience, confirm)
 
     def stop(self) -> None:
         self.stopped = True

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -174,6 +175,68 @@ def test_without_a_complete_trial_there_is_no_round(tmp_path: Path) -> None:
     assert find_confirmation(session.study) is None
     assert num_missing(session.study, 3, 3) == 0
     assert ranked(session.study) == []
+
+
+# Beside the end of the search ------------------------------------------------------------------------------------
+
+
+def outcome(session: Session) -> list[tuple[Any, ...]]:
+    """What a sweep found, the best first: each confirmed trial with the scores of its runs."""
+    return [
+        (row.own.trial, row.own.spec, *((run.trial, run.seed, run.accuracy, run.loss) for run in row.runs))
+        for row in ranked(session.study)
+    ]
+
+
+@pytest.mark.parametrize(("slots", "trials", "best", "seeds"), [(1, 6, 2, 3), (2, 9, 3, 2), (4, 13, 3, 3)])
+def test_repetitions_fill_the_slots_that_the_search_leaves_free(
+    tmp_path: Path, slots: int, trials: int, best: int, seeds: int
+) -> None:
+    apart = Session(tmp_path / "apart", trials, engine=ScriptedEngine(slots))
+    apart.run()
+    Round(apart, best, seeds, apart.engine).run()
+    beside = Session(tmp_path / "beside", trials, engine=ScriptedEngine(slots), confirmation=(best, seeds))
+    beside.run()
+    assert summaries(beside.study) == summaries(apart.study)
+    assert outcome(beside) == outcome(apart) and len(outcome(beside)) == best
+    assert (beside.engine.num_idle < apart.engine.num_idle) == (slots > 1)
+    orders = [[plan.trial for plan in session.engine.plans] for session in (apart, beside)]
+    assert (orders[0] == orders[1]) == (slots == 1)
+
+
+class Killed(BaseException):
+    """Ends a process that puts nothing back."""
+
+
+@pytest.mark.parametrize(("at", "killed"), [(20, False), (55, True), (65, False), (80, True)])
+def test_whenever_it_is_stopped_or_killed_the_best_of_all_are_confirmed(tmp_path: Path, at: int, killed: bool) -> None:
+    def end() -> None:
+        if first.engine.num_steps < 4 * at:
+            return
+        if killed:
+            raise Killed
+        first.stop()
+
+    first = Session(tmp_path, trials=9, engine=ScriptedEngine(4, each_step=end), confirmation=(3, 2))
+    with suppress(Killed):
+        first.engine.run(first.driver, first.driver)
+        first.run()
+    again = Session(tmp_path, trials=9, engine=ScriptedEngine(4), confirmation=(3, 2))
+    again.run()
+    best = [row.trial for row in best_first(summaries(again.study), "accuracy")[:3]]
+    rows = ranked(again.study)
+    assert sorted(row.own.trial for row in rows) == sorted(best) and [len(row.runs) for row in rows] == [2, 2, 2]
+    assert num_missing(again.study, 3, 2) == 0 and again.driver.is_done()
+    assert len(names(again.study)) == 9
+
+
+def test_a_trial_that_can_still_be_displaced_is_not_repeated(searched: Session) -> None:
+    assert open_confirmation(searched.study, 2, 3, SEED, num_left=2) is None
+    first, second = best_first(summaries(searched.study), "accuracy")[:2]
+    sure = open_confirmation(searched.study, 2, 3, SEED, num_left=1)
+    assert sure is not None and names(sure) == [f"{first.trial}-s2", f"{first.trial}-s3"]
+    both = open_confirmation(searched.study, 2, 3, SEED)
+    assert both is not None and names(both)[2:] == [f"{second.trial}-s2", f"{second.trial}-s3"]
 
 
 # The choice --------------------------------------------------------------------------------------------------

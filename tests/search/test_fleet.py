@@ -9,7 +9,9 @@ import pytest
 from optuna.pruners import NopPruner
 
 from agnews_lora.errors import AgnewsLoraError, BaseModelError, StudyError
+from agnews_lora.search.confirmation import find_confirmation
 from agnews_lora.search.fleet import MAX_DEATHS, Fleet, WorkerDied
+from agnews_lora.search.results import best_first, confirmed, summaries
 from agnews_lora.training import checkpoints
 from agnews_lora.training.exchange import Answer, EngineWorker, Event
 from agnews_lora.training.interface import Engine, EvalPoint
@@ -382,6 +384,17 @@ def test_several_workers_end_exactly_as_many_trials_as_asked_for(tmp_path: Path)
         evaluated = [point.step for point in recorded.points if isinstance(point, EvalPoint)]
         assert evaluated == list(range(EVAL_EVERY, TOTAL_STEPS + 1, EVAL_EVERY))
         assert [end[0] for end in recorded.ends] == ["COMPLETE"]
+
+
+def test_several_workers_confirm_the_best_of_all(tmp_path: Path) -> None:
+    session = Session(tmp_path, 9, confirmation=(3, 2))
+    threads = Threads(tmp_path / "workers", 2, lambda: ScriptedEngine(2), Clock())
+    kill_sometimes(threads, 31)
+    train(session, threads)
+    rows = summaries(session.study)
+    rounds = confirmed(rows, find_confirmation(session.study), "accuracy")
+    assert sorted(row.own.trial for row in rounds) == sorted(row.trial for row in best_first(rows, "accuracy")[:3])
+    assert [len(row.runs) for row in rounds] == [2, 2, 2]
 
 
 def test_a_stopped_sweep_is_resumed_with_workers_or_without(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import tempfile
 import threading
 from collections.abc import Callable
@@ -10,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.models import Model
 
-from agnews_lora.errors import RegistryError
+from agnews_lora.errors import RegistryError, StorageError
 from agnews_lora.tracking.descriptions import MARK
 from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry
 from agnews_lora.tracking.store import experiment_id, open_client
@@ -99,6 +101,19 @@ def test_an_alias_points_to_one_version(registry: Registry, new_run: Callable[[]
     registry.remove_alias(CANDIDATE)
     assert registry.aliased(CANDIDATE) is None
     assert registry.aliased(PREVIOUS) == registry.version(2)
+
+
+def test_a_full_disk_is_no_missing_file(
+    registry: Registry, new_run: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, full = registry.register(new_run(), write), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def download(**_: object) -> None:
+        raise mlflow.MlflowException(f"The following failures occurred: {full!r}")
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
+    with pytest.raises(StorageError, match=f"Cannot download version 1 of .* to {tempfile.gettempdir()}: No space"):
+        registry.folder(version)
 
 
 def test_files_that_are_gone_are_said_to_be(registry: Registry, new_run: Callable[[], str]) -> None:

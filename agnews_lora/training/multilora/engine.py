@@ -55,7 +55,8 @@ HEAVIEST = TrialSpec("all-linear", rank=32, alpha=1, dropout=0.1, learning_rate=
 
 
 class MultiLoraEngine:
-    """Trains up to `slots` trials at once on one device; without a number, as many as fit the device's memory.
+    """Trains up to `slots` trials at once on one device; without a number, as many as fit a GPU's memory, or as a CPU
+    has threads.
 
     Raises:
         ConfigError: this engine does not compute such an encoder, or dropout inside it.
@@ -73,9 +74,8 @@ class MultiLoraEngine:
         self.device = training_device()
         dtype = torch.bfloat16 if computes_in_bf16(self.device, settings.precision) else torch.float32
         encoder = Encoder(model, base.shape.family, self.device, dtype)
-        flat = self.device.type == "cuda" and dtype == torch.bfloat16 and encoder.fits_kernels
-        self.train = DeviceTokens(corpus.train, self.device, flat, encoder.padding_id)
-        self.validation = DeviceTokens(corpus.validation, self.device, flat, encoder.padding_id)
+        self.train = DeviceTokens(corpus.train, self.device, encoder.padding_id)
+        self.validation = DeviceTokens(corpus.validation, self.device, encoder.padding_id)
         self.monitor = corpus.monitor
         self.lengths = corpus.train.lengths.tolist()
         self.model = MultiLoraModel(encoder, base.shape, slots or 1)
@@ -93,15 +93,14 @@ class MultiLoraEngine:
 
 
 def choose_slots(model: MultiLoraModel, tokens: DeviceTokens, batch_size: int) -> int:
-    """Count the slots that fit a CUDA device, by the measured peak memory of one slot's step; 1 on a CPU.
+    """Count the slots that fit a CUDA device, by the measured peak memory of one slot's step; on a CPU, its threads.
 
-    A CPU is busy with one trial already, and trials that end sooner teach the search sooner.
+    A CPU is busy with one trial a thread, and trials that end sooner teach the search sooner.
     """
-    if model.device.type != "cuda":
-        return 1
-    model.resize(2)  # a layer compiled for a single slot would serve no other number of them
+    if model.threads is not None:
+        return min(MAX_SLOTS, model.threads.number)
     place_heaviest(model)
-    heaviest_step(model, tokens, batch_size)  # the first one compiles, which takes memory of its own
+    heaviest_step(model, tokens, batch_size)  # the first one compiles kernels, which takes memory of its own
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)

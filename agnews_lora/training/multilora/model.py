@@ -1,6 +1,6 @@
 """K adapters over one frozen encoder: one training step of all of them, and the logits of some."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from agnews_lora.adapters.spec import ModelShape
 from agnews_lora.training.metrics import by_length
 from agnews_lora.training.multilora import optimizer
-from agnews_lora.training.multilora.compile import LayerCompiler
 from agnews_lora.training.multilora.dropout import DropoutKey
 from agnews_lora.training.multilora.encoder import Encoder
+from agnews_lora.training.multilora.kernels import KernelChoice
+from agnews_lora.training.multilora.layer import EncoderPass
 from agnews_lora.training.multilora.lora import BatchedLora
 from agnews_lora.training.multilora.packing import DeviceTokens, PackedBatch, on_device
 from agnews_lora.training.multilora.slots import Slots
 from agnews_lora.training.multilora.threads import Threads
 
-Gradients = tuple[torch.Tensor, torch.Tensor]  # ([K] mean losses, [K, columns] gradients)
+Gradients = tuple[torch.Tensor, torch.Tensor]  # mean losses and gradients [..., columns], of slots or segments
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,16 @@ class SlotBatch:
     seed: int
 
 
+Share = tuple[SlotBatch, Sequence[int]]  # a batch, and the rows of it that one pass computes
+
+
 class MultiLoraModel:
     """Slots over a frozen encoder, in the encoder's precision (weights and moments stay fp32).
 
-    A GPU computes all slots' batches in one pass. On a CPU each thread computes passes of its own, over a share of one
-    slot's batch: threads that share every product instead spend a third of the time waiting for each other.
+    A GPU computes all slots' batches in one pass. On a CPU each thread computes passes of its own, over one slot's
+    batch or a share of it: threads that share every product instead spend a third of the time waiting for each other.
+
+    choice: of the kernels that compute the layers.
     """
 
     def __init__(self, encoder: Encoder, shape: ModelShape, num_slots: int) -> None:
@@ -44,7 +50,7 @@ class MultiLoraModel:
         self.shape = shape
         self.device, self.dtype = encoder.device, encoder.dtype
         self.threads = Threads() if self.device.type == "cpu" else None
-        self.compiler = LayerCompiler(self.device)
+        self.choice = KernelChoice(encoder.layers, self.device, self.dtype)
         self.slots = Slots(num_slots, shape, self.device)
 
     def resize(self, num_slots: int) -> None:
@@ -59,50 +65,69 @@ class MultiLoraModel:
         On CUDA, this returns before the device has computed them.
         """
         keys = self._dropout_keys(batches)
+        cut = [[(batch, batch.rows) for batch in batches]] if self.threads is None else self._shares(batches)
 
-        def update(losses: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-            norms = optimizer.clip(self.slots, gradients, max_grad_norm)
-            optimizer.step(self.slots, gradients, self._steps(batches), weight_decay)
+        def gradients_of(shares: Sequence[Share]) -> Gradients:
+            packed = tokens.pack([(batch.slot, rows) for batch, rows in shares])
+            return self.choice.run(lambda: self.gradients(packed, keys))
+
+        def update() -> torch.Tensor:
+            losses, gradients = self._of_slots(cut, passes)
+            steps, kernels = self._steps(batches), self.choice
+            norms = kernels.run(
+                lambda: kernels.kernels.adamw(self.slots, gradients, steps, weight_decay, max_grad_norm)
+            )
             return torch.stack([losses, norms])
 
         if self.threads is None:
-            packed = tokens.pack([(batch.slot, batch.rows) for batch in batches])
-            return update(*self.compiler.run(lambda: self.gradients(packed, keys)))
-        shares = [(batch, rows) for batch in batches for rows in self.threads.shares(batch.rows)]
+            passes = list(map(gradients_of, cut))
+            return update()
+        passes = list(self.threads.map(gradients_of, cut))
+        return self.threads.alone(update)
 
-        def gradients_of(share: tuple[SlotBatch, Sequence[int]]) -> Gradients:
-            batch, rows = share
-            return self.gradients(tokens.pack([(batch.slot, rows)]), keys)
+    def _shares(self, batches: Sequence[SlotBatch]) -> list[list[Share]]:
+        """Cut batches for the threads: passes of one share each."""
+        assert self.threads is not None
+        shares = self.threads.shares([batch.rows for batch in batches])
+        return [[(batch, rows)] for batch, own in zip(batches, shares, strict=True) for rows in own]
 
-        passes = list(self.threads.map(gradients_of, shares))
-        return self.threads.alone(lambda: update(*self._sum(shares, passes)))
-
-    def _sum(self, shares: Sequence[tuple[SlotBatch, Sequence[int]]], passes: Sequence[Gradients]) -> Gradients:
-        """The gradients of whole batches, from those of their shares."""
-        losses, gradients = torch.zeros(len(self.slots)), torch.zeros_like(self.slots.weights)
-        for (batch, rows), (loss, gradient) in zip(shares, passes, strict=True):
-            share = len(rows) / len(batch.rows)
-            losses[batch.slot] += loss[batch.slot] * share
-            gradients[batch.slot] += gradient[batch.slot] * share
+    def _of_slots(self, cut: Sequence[Sequence[Share]], passes: Sequence[Gradients]) -> Gradients:
+        """The losses and gradients of all slots, from those of the segments of some passes."""
+        if len(passes) == 1 and len(cut[0]) == len(self.slots):
+            return passes[0]
+        losses, gradients = torch.zeros(len(self.slots), device=self.device), torch.zeros_like(self.slots.weights)
+        for shares, found in zip(cut, passes, strict=True):
+            ordered = sorted(shares, key=lambda share: share[0].slot)  # as their segments are
+            for (batch, rows), loss, gradient in zip(ordered, *found, strict=True):
+                part = len(rows) / len(batch.rows)
+                losses[batch.slot] += loss * part
+                gradients[batch.slot].add_(gradient, alpha=part)
         return losses, gradients
 
-    def gradients(self, packed: PackedBatch, keys: dict[int, DropoutKey]) -> Gradients:
-        """Mean cross entropy of each slot and its gradients: a slot's own loss reaches its own columns only.
+    def gradients(self, packed: PackedBatch, keys: Mapping[int, DropoutKey]) -> Gradients:
+        """Mean cross entropy [S] of each segment and its gradients [S, columns]: its loss reaches its own slot only.
 
         Args:
             keys: {slot: key of its dropout}; a slot without one drops nothing.
         """
-        leaf = self.slots.weights.detach().requires_grad_()
-        logits = self._logits(BatchedLora(self.slots, leaf, packed, self.dtype, keys))
-        num_slots, longest, classes = logits.shape
-        labels = logits.new_zeros(num_slots * longest, dtype=torch.int64)
-        shares = logits.new_zeros(num_slots * longest)
+        with torch.no_grad():
+            lora = BatchedLora(self.slots, packed, self.dtype, keys, training=True)
+            encoded = EncoderPass(self.choice.kernels, self.encoder.layers, lora.layers, packed, training=True)
+            x = encoded.forward(self.encoder.embed(packed))
+        x.requires_grad_()
+        head = {name: part.requires_grad_() for name, part in lora.head().items()}
+        logits = lora.logits(self.encoder.pool(x), head)
+        num_segments, longest, classes = logits.shape
+        labels = logits.new_zeros(num_segments * longest, dtype=torch.int64)
+        shares = logits.new_zeros(num_segments * longest)
         labels[packed.places] = packed.labels
         shares[packed.places] = packed.shares
         each = F.cross_entropy(logits.view(-1, classes), labels, reduction="none")
-        losses = (each * shares).view(num_slots, longest).sum(dim=1)
-        [gradients] = torch.autograd.grad(losses.sum(), leaf)
-        return losses.detach(), gradients
+        losses = (each * shares).view(num_segments, longest).sum(dim=1)
+        of_x, *of_head = torch.autograd.grad(losses.sum(), [x, *head.values()])
+        with torch.no_grad():
+            encoded.backward(of_x)
+            return losses.detach(), lora.gradients(dict(zip(head, of_head, strict=True)))
 
     def logits(
         self, tokens: DeviceTokens, rows: Sequence[int], slots: Sequence[int], batch_size: int
@@ -112,20 +137,23 @@ class MultiLoraModel:
         On CUDA, a batch's logits lie on the device, and are given before it has computed them.
         """
         ids = np.asarray(rows)
-        [chosen] = on_device([np.asarray(slots)], self.device)
+        [chosen] = on_device([np.array([sorted(slots).index(slot) for slot in slots])], self.device)
+        if self.threads is not None:
+            batch_size = max(1, batch_size // len(slots))  # a pass over more rows leaves the caches of a core
         batches = by_length(tokens.lengths[ids], batch_size)
 
         def scored(positions: list[int]) -> torch.Tensor:
             with torch.no_grad():
                 packed = tokens.pack([(slot, ids[positions].tolist()) for slot in slots])
-                lora = BatchedLora(self.slots, self.slots.weights, packed, self.dtype, {})
-                return self.compiler.run(lambda: self._logits(lora)).index_select(0, chosen)
+                lora = BatchedLora(self.slots, packed, self.dtype, {}, training=False)
+                return self.choice.run(lambda: self._logits(lora)).index_select(0, chosen)
 
         yield from zip(batches, (self.threads.map if self.threads else map)(scored, batches), strict=True)
 
     def _logits(self, lora: BatchedLora) -> torch.Tensor:
-        packed = lora.packed
-        return lora.logits(self.encoder(packed, lora.layers, self.compiler.layer_function(packed.flat)))
+        encoded = EncoderPass(self.choice.kernels, self.encoder.layers, lora.layers, lora.packed, training=False)
+        x = encoded.forward(self.encoder.embed(lora.packed))
+        return lora.logits(self.encoder.pool(x), lora.head())
 
     def _dropout_keys(self, batches: Sequence[SlotBatch]) -> dict[int, DropoutKey]:
         keys = {}

@@ -1,7 +1,8 @@
-"""Batches of several slots packed one behind the other, from token tables that stay on the device."""
+"""Batches of several slots packed one behind the other without padding, from token tables that stay on the device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,53 +10,107 @@ import numpy.typing as npt
 import torch
 
 from agnews_lora.data.tokens import TokenTable
-from agnews_lora.training.data_order import WIDTH_STEP
-from agnews_lora.training.multilora.attention import Attention, FlatAttention, PaddedAttention
 
-# Tokens of a row that flash attention takes at once (heads of 64). The longest row in these steps launches the same
-# work, and is hardly ever a new number, for which a layer would have to be compiled again.
-TILE = 128
+TILE = 64  # rows of a segment that one program of a CUDA kernel computes
+# The tokens of a pass are a multiple of it: the libraries prepare each product once for every number of rows that
+# there is, which takes as long as the product.
+TOKEN_STEP = 16
+WIDTH_STEP = 8  # tokens that rows are padded to where they have to be
 ALIGNMENT = 16  # bytes
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Consecutive rows of a matrix that belong to one slot each.
+
+    sizes: rows of each segment. For CUDA's kernels, int32: tiles: (3, tiles) segment, first row and end of every `TILE`
+    rows at most; ends: (1 + segments,) where segments end, behind a 0.
+    """
+
+    sizes: tuple[int, ...]
+    tiles: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
+
+    @cached_property
+    def parts(self) -> list[slice]:
+        """The rows of each segment."""
+        ends = np.cumsum(self.sizes).tolist()
+        return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def tables_of(sizes: npt.ArrayLike) -> list[npt.NDArray[np.int32]]:
+    """Compute `tiles` and `ends` of segments of these sizes."""
+    sizes = np.asarray(sizes)
+    ends, counts = np.cumsum(sizes), -(-sizes // TILE)
+    starts, segments = ends - sizes, np.repeat(np.arange(len(sizes)), counts)
+    first = starts[segments] + TILE * (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts))
+    tiles = np.stack([segments, first, np.minimum(first + TILE, ends[segments])])
+    return [tiles.astype(np.int32), np.concatenate([[0], ends]).astype(np.int32)]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a pass: consecutive tokens, which attend to one another.
+
+    offsets: (rows + 1,) int32, where each row starts and the last one ends. lengths: (rows,) int32 tokens. first:
+    (rows,) int64 index of each row's first token. longest: tokens of the longest row. total: tokens of all rows.
+    """
+
+    offsets: torch.Tensor
+    lengths: torch.Tensor
+    first: torch.Tensor
+    longest: int
+    total: int
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row, padded."""
+        return -(-self.longest // WIDTH_STEP) * WIDTH_STEP
+
+    @cached_property
+    def padding(self) -> torch.Tensor:
+        """Whether a place (rows, width) of padded rows is padding."""
+        return torch.arange(self.width, device=self.first.device) >= self.lengths[:, None]
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """The place of every token (total,) in padded rows."""
+        before = torch.arange(len(self.first), device=self.first.device) * self.width - self.first
+        shift = before.repeat_interleave(self.lengths, output_size=self.total)
+        return shift + torch.arange(self.total, device=self.first.device)
 
 
 @dataclass(frozen=True)
 class PackedBatch:
     """The tokens of one forward pass: segments, one a slot, in the order of the slots.
 
-    slots: slot of each segment. row_sizes, token_sizes: rows and tokens of each segment. ids, positions: (tokens,)
-    int64, a position being a row of the encoder's table of them. token_slots, token_rows, token_places: (tokens,)
-    int64, the slot of each token, its row in the table and its place in that row; in padding, place and position are 0.
-    first: (rows,) index of each row's first token. labels: (rows,) int64.
-    places: (rows,) index of each row where every slot has as many places as the largest segment has rows. shares:
-    (rows,) share of a row in its segment. flat: whether rows lie without padding. attention: inside each row.
+    slots: slot of each segment. tokens, firsts: the segments of all tokens, and of the rows' first tokens; the last
+    token segment ends with the few tokens that belong to no row. rows: for attention. ids, positions: (tokens,) int64,
+    a position being a row of the encoder's table of them. token_segments, token_rows, token_places: (tokens,) int64,
+    the segment of each token, its row in the table and its place in that row; of no row, place and position are 0.
+    labels: (rows,) int64. places: (rows,) index of each row where every segment has as many places as the largest has
+    rows. shares: (rows,) share of a row in its segment.
     """
 
     slots: tuple[int, ...]
-    row_sizes: tuple[int, ...]
-    token_sizes: tuple[int, ...]
+    tokens: Segments
+    firsts: Segments
+    rows: Rows
     ids: torch.Tensor
     positions: torch.Tensor
-    token_slots: torch.Tensor
+    token_segments: torch.Tensor
     token_rows: torch.Tensor
     token_places: torch.Tensor
-    first: torch.Tensor
     labels: torch.Tensor
     places: torch.Tensor
     shares: torch.Tensor
-    flat: bool
-    attention: Attention
 
 
 class DeviceTokens:
-    """A token table, resident on a device.
+    """A token table, resident on a device. padding_id: the encoder's."""
 
-    flat: rows are laid out without padding, for variable-length attention; else each is padded to the longest of its
-    segment, in steps of `WIDTH_STEP` tokens, which batches of like length keep short. padding_id: the encoder's.
-    """
-
-    def __init__(self, table: TokenTable, device: torch.device, flat: bool, padding_id: int | None) -> None:
+    def __init__(self, table: TokenTable, device: torch.device, padding_id: int | None) -> None:
         self.device = device
-        self.flat = flat
         self.lengths = table.lengths
         self.pad_id = table.pad_id
         self.ids = torch.from_numpy(np.array(table.ids)).to(device)  # (total_tokens,) int32
@@ -70,62 +125,52 @@ class DeviceTokens:
         rows = np.concatenate([np.asarray(each, dtype=np.int64) for each in chosen])
         lengths = self.lengths[rows]
         bounds = np.cumsum([0, *row_sizes])
-        longest = np.maximum.reduceat(lengths, bounds[:-1])
-        padded = -(-longest // WIDTH_STEP) * WIDTH_STEP
-        widths = lengths if self.flat else np.repeat(padded, row_sizes)  # places that each row takes
-        offsets = np.concatenate([[0], np.cumsum(widths)])
-        own_slots, own_bounds = np.repeat(slots, row_sizes), np.repeat(bounds[:-1], row_sizes)
-        places = own_slots * max(row_sizes) + np.arange(len(rows)) - own_bounds
-        described, places_there, shares, offsets_there = on_device(
-            [
-                np.stack([rows, lengths, offsets[:-1], own_slots, widths]),
-                places,
-                np.repeat(1 / np.array(row_sizes), row_sizes).astype(np.float32),
-                offsets.astype(np.int32),
-            ],
-            self.device,
-        )
-        ids, positions, token_slots, token_rows, token_places = self._cut(described, total=int(offsets[-1]))
-        token_sizes = tuple(np.diff(offsets[bounds]).tolist())
-        attention: Attention
-        if self.flat:
-            attention = FlatAttention(offsets_there, -(-int(lengths.max()) // TILE) * TILE)
-        else:
-            parts = np.split(lengths, bounds[1:-1])
-            paddings = tuple(self._padding(part, int(width)) for part, width in zip(parts, padded, strict=True))
-            attention = PaddedAttention(row_sizes, token_sizes, paddings)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        total = -(-int(offsets[-1]) // TOKEN_STEP) * TOKEN_STEP
+        rest = total - int(offsets[-1])
+        token_sizes = np.diff(offsets[bounds])
+        token_sizes[-1] += rest
+        own, own_bounds = np.repeat(np.arange(len(slots)), row_sizes), np.repeat(bounds[:-1], row_sizes)
+        # One more row of no tokens stands for the tokens behind the last one.
+        row_table = np.stack([rows, lengths, offsets[:-1], own, lengths])
+        row_table = np.concatenate([row_table, [[0], [0], [offsets[-1]], [len(slots) - 1], [rest]]], axis=1)
+        arrays = [
+            row_table,
+            own * max(row_sizes) + np.arange(len(rows)) - own_bounds,
+            np.repeat(1 / np.array(row_sizes), row_sizes).astype(np.float32),
+            offsets.astype(np.int32),
+            lengths.astype(np.int32),
+        ]
+        if self.device.type == "cuda":
+            arrays += [*tables_of(token_sizes), *tables_of(row_sizes)]
+        described, places, shares, offsets_there, lengths_there, *tables = on_device(arrays, self.device)
+        ids, positions, token_segments, token_rows, token_places = self._cut(described, total)
+        first = described[2, :-1]
         return PackedBatch(
             slots=tuple(slots),
-            row_sizes=row_sizes,
-            token_sizes=token_sizes,
+            tokens=Segments(tuple(token_sizes.tolist()), *tables[:2]),
+            firsts=Segments(row_sizes, *tables[2:]),
+            rows=Rows(offsets_there, lengths_there, first, int(lengths.max()), int(offsets[-1])),
             ids=ids,
             positions=positions,
-            token_slots=token_slots,
+            token_segments=token_segments,
             token_rows=token_rows,
             token_places=token_places,
-            first=described[2],
-            labels=self.labels[described[0]],
-            places=places_there,
+            labels=self.labels[described[0, :-1]],
+            places=places,
             shares=shares,
-            flat=self.flat,
-            attention=attention,
         )
 
     def _cut(self, described: torch.Tensor, total: int) -> tuple[torch.Tensor, ...]:
-        """Give (ids, positions, slots, rows, places in the row) of each token, of rows described [5, rows] by their
-        number, tokens, first place, slot and places."""
-        row, length, begin, slot = described[:4].repeat_interleave(described[4], dim=1, output_size=total)
+        """Give (ids, positions, segments, rows, places in the row) of each token, of rows described [5, rows] by their
+        number, tokens, first token, segment and the places that they take."""
+        row, length, begin, segment = described[:4].repeat_interleave(described[4], dim=1, output_size=total)
         place = torch.arange(total, device=self.device) - begin
         real = place < length
         place = place.where(real, 0)
         token = self.starts[row] + place
         ids, positions = self.ids[token].long(), self.positions[token].long()
-        return ids.where(real, self.pad_id), positions.where(real, 0), slot, row, place
-
-    def _padding(self, lengths: npt.NDArray[np.int64], width: int) -> torch.Tensor | None:
-        if lengths.min() == width:
-            return None
-        return on_device([(np.arange(width) >= lengths[:, None])[:, None, None, :]], self.device)[0]
+        return ids.where(real, self.pad_id), positions.where(real, 0), segment, row, place
 
 
 def positions(table: TokenTable, padding_id: int | None) -> npt.NDArray[np.int32]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from agnews_lora.adapters.spec import PRESETS, ModelShape, TrialSpec, head_shapes, module_shape
 
 MODULES = PRESETS["all-linear"]
-RANK_STEP = 8  # grouped products on CUDA read rows of 16 bytes at least
+RANK_STEP = 8  # kernels read rows of 16 bytes at least
 
 
 @dataclass(frozen=True)

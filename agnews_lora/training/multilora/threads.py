@@ -20,10 +20,21 @@ class Threads:
         self.number = number or torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.number, initializer=torch.set_num_threads, initargs=(1,))
 
-    def shares(self, rows: Sequence[int]) -> list[Sequence[int]]:
-        """Cut `rows` into even shares of at least `MIN_SHARE`, one a thread at most."""
-        size = ceil(len(rows) / max(1, min(self.number, len(rows) // MIN_SHARE)))
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+    def shares(self, batches: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
+        """Cut each batch of rows into the shares that passes of their own compute.
+
+        Every thread gets whole batches as long as there are enough. Those left over are cut into even shares of at
+        least `MIN_SHARE`, one a thread.
+        """
+        num_left = len(batches) % self.number
+        num_whole = len(batches) - num_left
+
+        def cut(rows: Sequence[int], number: int) -> list[Sequence[int]]:
+            most = 1 if number < num_whole else self.number // num_left
+            size = ceil(len(rows) / max(1, min(most, len(rows) // MIN_SHARE)))
+            return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+        return [cut(rows, number) for number, rows in enumerate(batches)]
 
     def map(self, call: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
         """Call `call` on every item and give the values in order; no more calls start than there are threads.

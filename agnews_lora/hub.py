@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from agnews_lora.errors import AgnewsLoraError, DataError, NetworkError, StorageError
-from agnews_lora.paths import STORES, locked
+from agnews_lora.paths import STORES, locked, write_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
@@ -142,9 +142,7 @@ def record(key: str, **values: str) -> dict[str, str]:
             entry = {**values, **recorded(key)}
             everything = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
             if everything.get(key) != entry:
-                beside = RECORD.with_suffix(".partial")
-                beside.write_text(json.dumps({**everything, key: entry}, indent=2) + "\n", encoding="utf-8")
-                beside.replace(RECORD)
+                write_whole(RECORD, json.dumps({**everything, key: entry}, indent=2) + "\n")
     except OSError as error:
         raise StorageError(f"Cannot write {RECORD}: {error.strerror}. Free it or make it writable.") from error
     return entry

@@ -1,7 +1,8 @@
-"""Where things lie, below the working directory, the locks on them, and temporary files beside them."""
+"""Where things lie, below the working directory, the locks on them, and how files are written and hashed."""
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -15,10 +16,24 @@ from agnews_lora.errors import StorageError
 
 STORES: Final = Path("mlruns")  # mlflow.db, artifacts/, optuna.db
 WORK: Final = STORES / "work"  # checkpoints of trials that have not ended, and temporary files
-COMPILED: Final = Path(".cache/compiled")  # GPU kernels
+COMPILED: Final = Path(".cache/compiled")  # kernels, made again when missing
 TOKENS: Final = Path(".cache/tokens")  # token tables, made again when missing
 TRAINED: Final = Path("trained_models")
 REPORTS: Final = Path("reports")
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file beside and renamed: it is whole, or as it was. Its folder is created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    beside.replace(path)
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from agnews_lora import hub
 from agnews_lora.adapters.families import LAYOUTS, MODEL_TYPES
 from agnews_lora.adapters.spec import ModelShape
 from agnews_lora.errors import BaseModelError
+from agnews_lora.paths import sha256_of
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
@@ -348,12 +349,7 @@ def _require_sound_weights(name: str, files: Sequence[Path]) -> None:
 
 def _digest(files: Sequence[Path]) -> str:
     """SHA-256 (hex) of one file; of several, over the name and the hash of each."""
-    digests = {file.name: _sha256(file) for file in files}
+    digests = {file.name: sha256_of(file) for file in files}
     if len(files) == 1 and WEIGHTS in digests:
         return digests[WEIGHTS]
     return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,7 @@ Finishing again changes nothing but what is new.
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +34,7 @@ from agnews_lora.search.results import Answers, SweepFacts, SweepResult
 from agnews_lora.serving import reload
 from agnews_lora.serving.model_package import Winner, locator, register, registration_of
 from agnews_lora.serving.predict import free_name
+from agnews_lora.serving.stats import count_pairs
 from agnews_lora.tracking.descriptions import (
     Pages,
     model_description,
@@ -366,13 +367,8 @@ def answers_of(
     surest = wrong[np.argsort(-confidence[wrong], kind="stable")][:NUM_MISTAKES]
     against = None
     if other is not None:
-        known = other == labels
-        against = {
-            "both": int((right & known).sum()),
-            "only_winner": int((right & ~known).sum()),
-            "only_baseline": int((~right & known).sum()),
-            "neither": int((~right & ~known).sum()),
-        }
+        counts = astuple(count_pairs(right, other == labels))
+        against = dict(zip(("both", "only_winner", "only_baseline", "neither"), counts, strict=True))
     return Answers(
         confusion=tuple(
             (label, answer, count) for (label, answer), count in zip(pairs.tolist(), rows.tolist(), strict=True)

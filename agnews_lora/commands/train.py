@@ -66,7 +66,7 @@ def run(experiment: Experiment, quiet: bool, as_json: bool) -> int:
         for note in prepared.notes:
             screen.message(note)
         driver = Driver(study, _search(prepared), runs, screen, Path(folder), lambda: bool(request))
-        driver.run(prepared.engine()())
+        driver.run(prepared.engine(slots=1)())
     trained = TrialSummary.from_trial(study.trials[0])
     if trained.state != "COMPLETE":
         failure = trained.reason if trained.state == "FAIL" else None

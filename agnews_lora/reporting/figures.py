@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -34,6 +35,7 @@ from PIL import Image  # matplotlib's own reader of pictures
 
 from agnews_lora.adapters.budget import max_rank
 from agnews_lora.adapters.spec import PRESETS, TrialSpec
+from agnews_lora.paths import write_whole
 from agnews_lora.search.results import SweepFacts, SweepResult
 from agnews_lora.tracking.descriptions import THUMBNAILS, one_line
 from agnews_lora.training.interface import SCORES, Objective
@@ -602,11 +604,10 @@ def _dress(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write the PNG file, beside and renamed: it is either whole or not there. Its folder is created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    """Write the PNG file. Its folder is created."""
+    content = BytesIO()
+    figure.savefig(content, format="png")
+    write_whole(path, content.getvalue())
 
 
 def _share_axis(axes: Axes, values: Sequence[float] | pd.Series) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Final
 from agnews_lora.adapters.budget import head_parameters, parameters_per_rank
 from agnews_lora.data.profile import TOTAL, profile_sentence, profile_table
 from agnews_lora.errors import StorageError
+from agnews_lora.paths import write_whole
 from agnews_lora.reporting.figures import MAX_MATRIX, expected_calibration_error, short
 from agnews_lora.reporting.progress import duration
 from agnews_lora.search.results import Confirmed, SweepFacts, SweepResult
@@ -61,11 +62,8 @@ def write_report(result: SweepResult, pictures: Mapping[str, Path], to: Path) ->
         to / f"{result.study}.pdf": _pdf(content, pictures, result.ended_at),
     }
     for path, data in written.items():
-        beside = path.with_name(f".{path.name}.part")
         try:
-            to.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(data)
-            beside.replace(path)
+            write_whole(path, data)
         except OSError as error:
             raise StorageError(
                 f"Cannot write the report to {path}: {error.strerror}. Free or unlock its folder, or name another "

@@ -16,6 +16,7 @@ import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
+from agnews_lora.paths import write_whole
 from agnews_lora.search import study as study_keys
 from agnews_lora.training.interface import SCORES, Objective
 
@@ -406,10 +407,7 @@ class SweepResult:
 
     def write(self, path: Path) -> None:
         """Write `result.json`, beside and renamed."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.partial")
-        beside.write_text(self.to_json(), encoding="utf-8")
-        beside.replace(path)
+        write_whole(path, self.to_json())
 
 
 def summaries(study: optuna.Study) -> list[TrialSummary]:

@@ -57,10 +57,8 @@ CONFIRMATION: Final = "/confirmation"  # ends the identity and the name of a con
 ENDING_SECONDS: Final = 5.0  # that a driver which was asked to stop, or killed, may take to release a lock
 
 
-def open_storage(where: Path | str, create: bool = True) -> RDBStorage:
+def open_storage(where: Path | str) -> RDBStorage:
     """The storage of all studies: SQLite below a folder, or the database of a URL (SQLite or PostgreSQL).
-
-    create: make what is missing; without it, only what somebody made before is opened.
 
     Raises:
         StorageError: it cannot be made, read or written, is another Optuna's, or the URL is not one to use.
@@ -70,19 +68,15 @@ def open_storage(where: Path | str, create: bool = True) -> RDBStorage:
     try:
         if url.database and url.get_backend_name() == "sqlite":
             path = Path(url.database)
-            if create:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab" if create else "rb"):
-                pass
-        return RDBStorage(url.render_as_string(), engine_kwargs=_engine_arguments(url), skip_table_creation=not create)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()
+        return RDBStorage(url.render_as_string(), engine_kwargs=_engine_arguments(url))
     except ImportError as error:
         raise StorageError(
             "Cannot open a study in PostgreSQL: psycopg is not installed. Run `pip install 'agnews-lora[postgres]'`."
         ) from error
     except (OSError, RuntimeError, *STORAGE_FAULTS) as error:  # RuntimeError: the schema of another Optuna
         remedy = "Fix its permissions, or move it away to start an empty one."
-        if not create:
-            remedy = "Start `agnews-lora sweep` on it first: that creates what is missing."
         shown = url.database
         if url.get_backend_name() != "sqlite":
             shown = url.render_as_string()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from agnews_lora.errors import StorageError
+from agnews_lora.paths import write_whole
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialEnd, TrialResult
 
 FILE: Final = "trial.jsonl"
@@ -40,9 +41,7 @@ class TrialLog:
             lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
             sound = [line for line in lines if self._read(line, folder)]
             if len(sound) < len(lines):  # torn by a kill or a power cut: the next line must be whole
-                beside = self.path.with_suffix(".partial")
-                beside.write_bytes(b"".join(sound))
-                beside.replace(self.path)
+                write_whole(self.path, b"".join(sound))
         except OSError as error:
             raise self._fault(error) from error
 

@@ -23,6 +23,7 @@ from agnews_lora.adapters.budget import breach
 from agnews_lora.data.sources import Corpus
 from agnews_lora.data.tokens import TokenTable, load_tokenizer, read_table, write_table
 from agnews_lora.errors import BudgetError, PromotionError, RegistryError
+from agnews_lora.paths import sha256_of
 from agnews_lora.tracking.registry import CANDIDATE, REPORT, Registry, Version
 from agnews_lora.training.metrics import accuracy, macro_f1, mean_cross_entropy
 
@@ -137,9 +138,7 @@ def _all_hashes(folder: Path) -> dict[str, str]:
 
 
 def _hash(path: Path) -> str:
-    if path.is_symlink() or not path.is_file():
-        return "no file"
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return "no file" if path.is_symlink() or not path.is_file() else sha256_of(path)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Both engines write theirs through `written`; a trial is resumed from `newest`. T
 without a matching seal is no checkpoint, whether a killed process or a failing disk left it there.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from typing import Final
 from safetensors import SafetensorError
 
 from agnews_lora.errors import StorageError
+from agnews_lora.paths import sha256_of
 
 KEPT: Final = 2
 SEAL: Final = "seal.json"
@@ -58,7 +58,7 @@ def seal(checkpoint: Path) -> None:
     for path in files.values():
         _sync(path)
     (checkpoint / SEAL).write_text(
-        json.dumps({name: _sha256(path) for name, path in files.items()}, indent=2), encoding="utf-8"
+        json.dumps({name: sha256_of(path) for name, path in files.items()}, indent=2), encoding="utf-8"
     )
     _sync(checkpoint / SEAL)
     for folder, _, _ in os.walk(checkpoint):
@@ -77,7 +77,7 @@ def is_sound(checkpoint: Path) -> bool:
         files = _files(checkpoint)
         if not isinstance(digests, dict) or not files or digests.keys() != files.keys():
             return False
-        return all(_sha256(path) == digests[name] for name, path in files.items())
+        return all(sha256_of(path) == digests[name] for name, path in files.items())
     except (OSError, ValueError, RecursionError):
         return False
 
@@ -168,11 +168,6 @@ def _files(checkpoint: Path) -> dict[str, Path]:
             raise ValueError(f"{path} is neither a file nor a folder")
     files.pop(SEAL, None)
     return files
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

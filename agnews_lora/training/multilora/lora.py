@@ -38,7 +38,9 @@ class BatchedLora:
         self.weights = self._of_segments(slots.weights)
         drops = any(slot in keys for slot in packed.slots)
         self.dropout = Dropout(packed, keys) if drops else None
-        groups = [self._group(modules, dtype, training) for modules in GROUPS]
+        adapts = [[[slots.targets(slot, module) for slot in packed.slots] for module in modules] for modules in GROUPS]
+        flags = on_device([np.array(each, dtype=np.int32) for each in adapts], slots.device)
+        groups = [self._group(*each, dtype, training) for each in zip(GROUPS, adapts, flags, strict=True)]
         self.groups = [(modules, group) for modules, group in zip(GROUPS, groups, strict=True) if group is not None]
         self.layers = [
             LayerUpdates(
@@ -93,13 +95,19 @@ class BatchedLora:
             scale = scale * self.dropout.factors
         return scale[:, None, None, None]
 
-    def _group(self, modules: Sequence[str], dtype: torch.dtype, training: bool) -> Lora | None:
+    def _group(
+        self,
+        modules: Sequence[str],
+        adapts: Sequence[Sequence[bool]],
+        flags: Tensor,
+        dtype: torch.dtype,
+        training: bool,
+    ) -> Lora | None:
         """Stack the updates of some modules of all layers: tensors [layers, M, S, ...]."""
-        slots, segments = self.slots, self.packed.slots
-        adapts = tuple(tuple(slots.targets(slot, module) for slot in segments) for module in modules)
         if not any(map(any, adapts)):
             return None
-        device, sizes = slots.device, (slots.shape.num_layers, len(modules), len(segments))
+        slots, device = self.slots, self.slots.device
+        sizes = (slots.shape.num_layers, *flags.shape)
         rank = max(slots.ranks.get(module, 0) for module in modules)
         known = [(m, module) for m, module in enumerate(modules) if module in slots.ranks]
         (in_features,) = {self._part(self.weights, f"{module}.A").shape[3] for _, module in known}
@@ -111,8 +119,7 @@ class BatchedLora:
             a[:, m, :, : slots.ranks[module]] = self._part(self.weights, f"{module}.A").transpose(0, 1)
             b[:, m, :, : slots.ranks[module]] = scaled.permute(1, 0, 3, 2)
         of_a, of_b = (torch.zeros(each.shape, device=device) if training else None for each in (a, b))
-        [flags] = on_device([np.array(adapts, dtype=np.int32)], device)
-        return Lora(a, b, of_a, of_b, adapts, flags, tuple(map(MODULES.index, modules)))
+        return Lora(a, b, of_a, of_b, tuple(map(tuple, adapts)), flags, tuple(map(MODULES.index, modules)))
 
 
 def _layer(group: Lora, number: int) -> Lora:

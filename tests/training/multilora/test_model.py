@@ -21,8 +21,9 @@ from agnews_lora.data.rows import Rows
 from agnews_lora.data.tokens import TokenTable, encode, load_tokenizer
 from agnews_lora.training.model import build_model
 from agnews_lora.training.multilora.encoder import Encoder
+from agnews_lora.training.multilora.kernels.reference import Kernels
 from agnews_lora.training.multilora.model import MultiLoraModel, SlotBatch
-from agnews_lora.training.multilora.packing import DeviceTokens, in_one_copy, positions
+from agnews_lora.training.multilora.packing import TILE, DeviceTokens, Segments, in_one_copy, positions, tables_of
 from agnews_lora.training.multilora.slots import Slots, SlotState
 from agnews_lora.training.multilora.threads import Threads
 from tests.training.conftest import MAX_LENGTH, TinySetup
@@ -228,6 +229,52 @@ def test_bf16_is_near_to_fp32(roberta: TinySetup) -> None:
         assert tested.slots.weights.dtype == torch.float32
     np.testing.assert_allclose(logits[1], logits[0], atol=0.1 * np.abs(logits[0]).max())
     assert not np.array_equal(logits[1], logits[0])
+
+
+@pytest.mark.parametrize("kernels", ["fastest", "torch"])
+@pytest.mark.parametrize("family", ["bert", "roberta", *OTHERS])
+def test_gradients_in_bf16_are_near_to_those_in_fp32(
+    setups: dict[Family, TinySetup], family: Family, kernels: str
+) -> None:
+    """Of unlike trials in one pass, with dropout; and each is as alone."""
+    setup = setups[family]
+    specs = [
+        replace(NEIGHBOUR, dropout=0.3),
+        replace(NEIGHBOUR, targets="ffn", rank=9, dropout=0.1),
+        replace(NEIGHBOUR, targets="qv"),
+        replace(NEIGHBOUR, targets="qkvo", rank=1, dropout=0.5),
+    ]
+    batches = [SlotBatch(slot, [row + slot for row in ROWS[slot:]], 1e-3, 3, slot) for slot in range(len(specs))]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        encoder = Encoder(load_base(setup.base, 4), family, CPU, dtype)
+        tested = MultiLoraModel(encoder, setup.base.shape, len(specs))
+        if kernels == "torch":
+            tested.choice.kernels = Kernels(encoder.layers)
+        tokens = DeviceTokens(setup.corpus.train, CPU, encoder.padding_id)
+        for slot, spec in enumerate(specs):
+            tested.slots.place(slot, spec, state_of(trained_model(setup, spec)))
+        keys = tested._dropout_keys(batches)
+        losses, own = tested.gradients(tokens.pack([(batch.slot, batch.rows) for batch in batches]), keys)
+        for batch in batches:
+            loss, [alone] = tested.gradients(tokens.pack([(batch.slot, batch.rows)]), keys)
+            bound = 1e-5 if dtype == torch.float32 else 0.02
+            assert loss.item() == pytest.approx(losses[batch.slot].item(), rel=bound)
+            assert (alone - own[batch.slot]).norm() <= bound * alone.norm()
+        found.append((losses, own))
+    (exact_losses, exact), (rounded_losses, rounded) = found
+    torch.testing.assert_close(rounded_losses, exact_losses, rtol=0.05, atol=0.02)
+    assert ((rounded - exact).norm(dim=1) / exact.norm(dim=1)).max() < 0.2  # other masks: above 0.5
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=5))
+def test_tiles_cover_each_segment_once(sizes: list[int]) -> None:
+    parts = Segments(tuple(sizes)).parts
+    rows = [(segment, row) for segment, part in enumerate(parts) for row in range(part.start, part.stop)]
+    tiles, ends = tables_of(sizes)
+    assert [(segment, row) for segment, start, end in tiles.T.tolist() for row in range(start, end)] == rows
+    assert (tiles[2] > tiles[1]).all() and (tiles[2] - tiles[1]).max() <= TILE
+    assert ends.tolist() == [0, *(part.stop for part in parts)]
 
 
 def test_arrays_of_all_kinds_travel_in_one_copy() -> None:

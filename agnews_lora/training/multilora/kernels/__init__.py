@@ -56,7 +56,14 @@ class KernelChoice:
 
 def _makers(device: torch.device) -> list[Callable[[Sequence[Layer], torch.dtype], Kernels]]:
     """Give the constructors of the kernels for a device."""
-    return [_in_triton] if device.type == "cuda" else []
+    made_for = {"cpu": _in_c, "cuda": _in_triton}
+    return [made_for[device.type]] if device.type in made_for else []
+
+
+def _in_c(layers: Sequence[Layer], dtype: torch.dtype) -> Kernels:
+    from agnews_lora.training.multilora.kernels.cpu import CpuKernels
+
+    return CpuKernels(layers, dtype)
 
 
 def _in_triton(layers: Sequence[Layer], dtype: torch.dtype) -> Kernels:

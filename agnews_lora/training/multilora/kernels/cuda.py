@@ -154,7 +154,7 @@ def _project(
     h: Tensor, x: Tensor, step: int, weight: Tensor, lora: Lora, segments: Segments, mask: Mask | None
 ) -> None:
     assert segments.tiles is not None
-    grid = segments.tiles.shape[1], len(lora.modules)
+    grid = len(lora.modules), segments.tiles.shape[1]
     triton_kernels.project[grid](*_low_rank(h, x, step, weight, segments.tiles, lora, mask), num_stages=4)
 
 
@@ -163,7 +163,7 @@ def _expand(
 ) -> None:
     """Add to each module's own columns, or, where the step between them is 0, all to the same."""
     assert segments.tiles is not None
-    grid = segments.tiles.shape[1], -(-weight.shape[3] // COLUMNS), len(lora.modules) if step else 1
+    grid = -(-weight.shape[3] // COLUMNS), segments.tiles.shape[1], len(lora.modules) if step else 1
     triton_kernels.expand[grid](*_low_rank(h, out, step, weight, segments.tiles, lora, mask), SUM=step == 0)
 
 
@@ -171,7 +171,7 @@ def _reduce(
     h: Tensor, x: Tensor, step: int, of_weight: Tensor | None, lora: Lora, segments: Segments, mask: Mask | None
 ) -> None:
     assert segments.ends is not None and of_weight is not None
-    grid = len(segments.sizes), -(-of_weight.shape[3] // COLUMNS), len(lora.modules)
+    grid = -(-of_weight.shape[3] // COLUMNS), len(lora.modules), len(segments.sizes)
     triton_kernels.reduce[grid](*_low_rank(h, x, step, of_weight, segments.ends, lora, mask))
 
 

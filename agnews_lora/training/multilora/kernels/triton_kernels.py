@@ -43,6 +43,8 @@ def _dropped(x, tokens, bounds, rows, live, salt, first):
 
 # Low-rank products ----------------------------------------------------------------------------------------------------
 #
+# Programs that read the same tokens stand side by side, so that the second one finds them in the cache.
+#
 # x, out: [n, ·] with a row stride; module m reads or writes the `width` columns from m · step on. weight, of_weight:
 # [M, S, r, width] with strides of module and segment. h: [n, M, r]. tiles: (3, tiles) segment, first row and end.
 # flags: [M, S] whether a segment's slot adapts a module.
@@ -56,8 +58,8 @@ def _matrix(x, rows, stride, row_live, columns, column_live):
 
 @triton.jit
 def _tile(tiles):
-    """Give segment, first row and end of the program's tile."""
-    tile, count = tl.program_id(0), tl.num_programs(0)
+    """Give segment, first row and length of the program's tile."""
+    tile, count = tl.program_id(1), tl.num_programs(1)
     start = tl.load(tiles + count + tile).to(tl.int64)
     return tl.load(tiles + tile), start, tl.load(tiles + 2 * count + tile) - start
 
@@ -71,8 +73,8 @@ def project(
     h, x, stride, step, width, weight, of_module, of_segment, tiles, flags, segments, rank8, modules,
     tokens, bounds, salt, DROP: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Write h[t, m] = drop_m(x[t]) · weight[m, segment]ᵀ; a program is (tile, module)."""
-    m, rank = tl.program_id(1), rank8 * 8
+    """Write h[t, m] = drop_m(x[t]) · weight[m, segment]ᵀ; a program is (module, tile)."""
+    m, rank = tl.program_id(0), rank8 * 8
     segment, start, count = _tile(tiles)
     if tl.load(flags + m * segments + segment) != 0:
         rows, ranks = tl.arange(0, TILE), tl.arange(0, RANKS)
@@ -98,12 +100,12 @@ def expand(
 ):  # fmt: skip
     """Add drop_m(h[t, m] · weight[m, segment]) to out[t]: each module's to its own columns, or (SUM) all to the same.
 
-    A program is (tile, block of columns, module).
+    A program is (block of columns, tile, module).
     """
     rank = rank8 * 8
     segment, start, count = _tile(tiles)
     rows, ranks = tl.arange(0, TILE), tl.arange(0, RANKS)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live, within = rows < count, columns < width
     begin, end = 0, modules
     if not SUM:
@@ -117,7 +119,7 @@ def expand(
             own = weight + m * of_module + segment * of_segment
             part = tl.dot(left, _matrix(own, ranks, width, ranks < rank, columns, within), input_precision="ieee")
             if DROP:
-                part = _dropped(part, tokens + start, bounds + start, rows, live, salt + m, tl.program_id(1) * BLOCK)
+                part = _dropped(part, tokens + start, bounds + start, rows, live, salt + m, tl.program_id(0) * BLOCK)
             sums += part
             adapted = 1
     if adapted != 0:
@@ -132,16 +134,16 @@ def reduce(
     h, x, stride, step, width, of_weight, of_module, of_segment, ends, flags, segments, rank8, modules,
     tokens, bounds, salt, DROP: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Write of_weight[m, segment] = Σ h[t, m]ᵀ drop_m(x[t]); a program is (segment, block of columns, module).
+    """Write of_weight[m, segment] = Σ h[t, m]ᵀ drop_m(x[t]); a program is (block of columns, module, segment).
 
     Args:
         ends: [1 + S], where segments end; 0 stands first.
     """
-    segment, m, rank = tl.program_id(0), tl.program_id(2), rank8 * 8
+    segment, m, rank = tl.program_id(2), tl.program_id(1), rank8 * 8
     if tl.load(flags + m * segments + segment) != 0:
         start = tl.load(ends + segment).to(tl.int64)
         count = (tl.load(ends + segment + 1) - start).to(tl.int32)
-        ranks, columns = tl.arange(0, RANKS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        ranks, columns = tl.arange(0, RANKS), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         within = columns < width
         x += start * stride + m * step
         h += (start * modules + m) * rank
@@ -152,7 +154,7 @@ def reduce(
             left = _matrix(h, rows, modules * rank, live, ranks, ranks < rank)
             read = _matrix(x, rows, stride, live, columns, within)
             if DROP:
-                read = _dropped(read, tokens + start, bounds + start, rows, live, salt + m, tl.program_id(1) * BLOCK)
+                read = _dropped(read, tokens + start, bounds + start, rows, live, salt + m, tl.program_id(0) * BLOCK)
             sums = tl.dot(tl.trans(left), read, sums, input_precision="ieee")
         places = of_weight + m * of_module + segment * of_segment + ranks[:, None] * width + columns[None, :]
         tl.store(places, sums.to(of_weight.dtype.element_ty), (ranks < rank)[:, None] & within[None, :])

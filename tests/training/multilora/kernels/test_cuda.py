@@ -34,6 +34,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HEADS, HEAD_SIZE = 2, 24
 HIDDEN = HEADS * HEAD_SIZE
@@ -42,8 +43,7 @@ HIDDEN = HEADS * HEAD_SIZE
 @pytest.fixture(
     params=[
         pytest.param(("cpu", torch.float32), id="interpreted"),
-        pytest.param(("cuda", torch.float32), id="cuda-fp32", marks=pytest.mark.gpu),
-        pytest.param(("cuda", torch.bfloat16), id="cuda-bf16", marks=pytest.mark.gpu),
+        pytest.param(("cuda", torch.bfloat16), id="cuda", marks=pytest.mark.gpu),
     ]
 )
 def case(request: pytest.FixtureRequest) -> "Case":
@@ -226,6 +226,7 @@ def test_adamw_with_clipping(case: Case, family: Family, max_norm: float) -> Non
 
 
 @pytest.mark.skipif(INTERPRETED, reason="it starts itself")
+@pytest.mark.skipif(VERSION < (3, 7), reason="this Triton's interpreter fails with NumPy from 2.4 on")
 def test_interpreted() -> None:
     """Triton decides when it is imported whether it interprets kernels: hence a process of its own."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not gpu and not proof", __file__]

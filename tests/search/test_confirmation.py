@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -203,19 +204,30 @@ def test_repetitions_fill_the_slots_that_the_search_leaves_free(
     assert (orders[0] == orders[1]) == (slots == 1)
 
 
-@pytest.mark.parametrize("at", (20, 55, 65, 80))
-def test_whenever_it_is_stopped_the_best_of_all_are_confirmed(tmp_path: Path, at: int) -> None:
-    def stop() -> None:
-        if first.engine.num_steps >= 4 * at:
-            first.stop()
+class Killed(BaseException):
+    """Ends a process that puts nothing back."""
 
-    first = Session(tmp_path, trials=9, engine=ScriptedEngine(4, each_step=stop), confirmation=(3, 2))
-    first.run()
+
+@pytest.mark.parametrize(("at", "killed"), [(20, False), (55, True), (65, False), (80, True)])
+def test_whenever_it_is_stopped_or_killed_the_best_of_all_are_confirmed(tmp_path: Path, at: int, killed: bool) -> None:
+    def end() -> None:
+        if first.engine.num_steps < 4 * at:
+            return
+        if killed:
+            raise Killed
+        first.stop()
+
+    first = Session(tmp_path, trials=9, engine=ScriptedEngine(4, each_step=end), confirmation=(3, 2))
+    with suppress(Killed):
+        first.engine.run(first.driver, first.driver)
+        first.run()
     again = Session(tmp_path, trials=9, engine=ScriptedEngine(4), confirmation=(3, 2))
     again.run()
     best = [row.trial for row in best_first(summaries(again.study), "accuracy")[:3]]
-    assert sorted(row.own.trial for row in ranked(again.study)) == sorted(best)
+    rows = ranked(again.study)
+    assert sorted(row.own.trial for row in rows) == sorted(best) and [len(row.runs) for row in rows] == [2, 2, 2]
     assert num_missing(again.study, 3, 2) == 0 and again.driver.is_done()
+    assert len(names(again.study)) == 9
 
 
 def test_a_trial_that_can_still_be_displaced_is_not_repeated(searched: Session) -> None:

@@ -85,7 +85,7 @@ def _measure(options: argparse.Namespace, environment: Environment, folder: Path
     peers += [Peer("multilora", number) for number in options.slots]
     run = Run(
         command=_command(options, environment),
-        commit=_commit(),
+        commit=commit(),
         date=datetime.date.today(),
         environment=environment,
         batch_size=options.batch_size,
@@ -141,7 +141,7 @@ def _command(options: argparse.Namespace, environment: Environment) -> str:
     )
 
 
-def _commit() -> str:
+def commit() -> str:
     """Say `Commit 0123456789ab (dirty), `, or nothing outside of a git checkout."""
     git = ["git", "-C", str(ROOT)]
     own = ["agnews_lora", "benchmarks/throughput"]

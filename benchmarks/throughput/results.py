@@ -223,7 +223,8 @@ rows, one export. Each peer trains the same mixture of trials, the Trainer one a
 
 - samples/s, real tokens/s: over all trials, training alone; padding is not counted, nor are the first steps of each \
 trial (number: {run.warmup_steps}).
-- ratio, CPU ratio: to the first row, round by round, by samples/s and by CPU time of the process.
+- ratio, CPU ratio: to the first row, round by round, by samples/s and by CPU time of the process, whose threads sleep \
+while they wait (`OMP_WAIT_POLICY=passive`).
 - share of bf16 rate: 4·P·real tokens / time, P = {of.matrix_parameters:,}, over the rate of a bf16 matrix product, \
 measured in the same process before and after the trials.
 - peak memory: {memory}.

@@ -9,9 +9,8 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+from agnews_lora import set_environment
 from benchmarks.throughput.results import Measurement, Task
-
-PAUSE = 0.005  # s between two turns: threads of the peer before spin on for a while
 
 
 class Process:
@@ -45,12 +44,16 @@ class Process:
 
 
 def _call(pipe: Connection, module: str, function: str, arguments: Sequence[object]) -> None:
-    """Call a function with a way to end its turn, and send what it returns, or why it failed."""
+    """Call a function with a way to end its turn, and send what it returns, or why it failed.
+
+    In the environment of the command line: no library prints what it read, and threads that wait do not spin.
+    """
 
     def wait() -> None:
         pipe.send(None)
         pipe.recv()
 
+    set_environment()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the Trainer prints its metrics
     try:
         pipe.send(getattr(importlib.import_module(module), function)(*arguments, wait))
@@ -69,6 +72,5 @@ def take_turns(tasks: Sequence[Task]) -> list[Measurement | str]:
     processes = [process for process, _ in going]
     while going := [each for each in going if each[0].found is None]:
         process, _ = min(going, key=lambda each: each[0].turns / each[1])
-        time.sleep(PAUSE)
         process.next_turn()
     return [process.found for process in processes]

@@ -33,6 +33,9 @@ INLINE void store16(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__
 INLINE __m512i narrowed(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 INLINE __m512 add_pairs(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
+/* The next columns of the same rows are read next: other lines, which the CPU does not foresee. */
+INLINE void read_ahead(const bf16 *x) { _mm_prefetch(x + STRIP, _MM_HINT_T0); }
+
 /* ---- dropout ---------------------------------------------------------------------------------------------------- */
 
 /* The dropout of one module's input, or none where `tokens` is null. See `dropout.py`: a feature is dropped where the
@@ -83,6 +86,8 @@ INLINE void interleave(__m512i even, __m512i odd, __m512i *panel) {
 INLINE void pack_rows(const bf16 *x, long step, long rows, __m512i *panel) {
     for (long row = 0; row < rows; row += 2) {
         __m512i odd = row + 1 < rows ? _mm512_loadu_si512(x + (row + 1) * step) : _mm512_setzero_si512();
+        read_ahead(x + row * step);
+        read_ahead(x + (row + 1) * step);
         interleave(_mm512_loadu_si512(x + row * step), odd, panel + row);
     }
 }
@@ -95,6 +100,7 @@ INLINE void pack_columns(const bf16 *x, long step, long rows, int width, __m512i
             for (int i = 0; i < 16; i++) {
                 long row = half * 16 + i;
                 a[i] = row < rows ? _mm512_loadu_si512(x + row * step + column) : _mm512_setzero_si512();
+                read_ahead(x + row * step + column);
             }
             for (int i = 0; i < 16; i += 2) {
                 b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
@@ -265,8 +271,8 @@ INLINE void add_outer(const bf16 *x, long x_step, const bf16 *h_pairs, const __m
     for (long row = 0; row < rows; row += 2) {
         __m512i even = _mm512_loadu_si512(x + row * x_step), odd = _mm512_setzero_si512();
         if (row + 1 < rows) odd = _mm512_loadu_si512(x + (row + 1) * x_step);
-        _mm_prefetch(x + row * x_step + STRIP, _MM_HINT_T0); /* the next columns of these rows lie in other pages */
-        _mm_prefetch(x + (row + 1) * x_step + STRIP, _MM_HINT_T0);
+        read_ahead(x + row * x_step);
+        read_ahead(x + (row + 1) * x_step);
         if (changes) {
             even = _mm512_maskz_mov_epi16(changes[row], even);
             odd = _mm512_maskz_mov_epi16(changes[row + 1], odd);
@@ -603,6 +609,7 @@ int attention(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t *steps,
 /* of_scores = scale shares (of_shares - sum(shares of_shares)) of each of `count` queries, in place in bf16. */
 INLINE void softmax_gradient(const float *of_shares, const bf16 *shares, bf16 *of_scores, long keys, float scale) {
     __m512 total = _mm512_setzero_ps();
+    for (long i = 0; i < keys; i += STRIP) read_ahead(shares + i + UP(keys, STRIP) - STRIP); /* the next head's */
     for (long i = 0; i < keys; i += 16) /* beyond the keys, shares are 0 */
         total = _mm512_fmadd_ps(load16(shares + i), _mm512_loadu_ps(of_shares + i), total);
     __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(total)), factor = _mm512_set1_ps(scale);

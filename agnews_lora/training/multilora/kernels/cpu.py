@@ -199,6 +199,15 @@ class _Rows(Structure):
 # The operations -------------------------------------------------------------------------------------------------------
 
 
+class _Projected(NamedTuple):
+    """h or its gradient, and what the kernels are told of the stacks a and b, and of the dropout."""
+
+    values: Tensor
+    a: Any
+    b: Any
+    masks: Any
+
+
 class _Attended(NamedTuple):
     q: Tensor
     k: Tensor
@@ -255,36 +264,38 @@ class CpuKernels(Kernels):
             return super().linear_gradient(g, affine)
         return _multiply(g, self.packed[affine][1], None)
 
-    def lora_down(self, x: Tensor, lora: Lora, segments: Segments, mask: Mask | None) -> Tensor:
+    def lora_down(self, x: Tensor, lora: Lora, segments: Segments, mask: Mask | None) -> Saved:
         if not (_takes(x) and _takes_lora(lora)):
             return super().lora_down(x, lora, segments, mask)
-        h = x.new_empty(len(x), *lora.a.shape[::2])
-        masks = self._masks(lora, mask)
-        self.library.lora_down(*_matrix(x), _at(lora.a), byref(_groups(lora.a, lora, segments)), byref(masks), _at(h))
-        return h
+        a, b = (byref(_groups(stack, lora, segments)) for stack in (lora.a, lora.b))
+        h = x.new_empty(x.shape[0], *lora.a.shape[::2])
+        masks = byref(self._masks(lora, mask))
+        self.library.lora_down(*_matrix(x), _at(lora.a), a, masks, _at(h))
+        return _Projected(h, a, b, masks)
 
-    def lora_up(self, out: Tensor, h: Tensor, lora: Lora, segments: Segments) -> None:
-        if not (_takes(out) and _takes_lora(lora)):
+    def lora_up(self, out: Tensor, h: Saved, lora: Lora, segments: Segments) -> None:
+        if not isinstance(h, _Projected):
             return super().lora_up(out, h, lora, segments)
-        self.library.lora_up(*_matrix(out), _at(h), _at(lora.b), byref(_groups(lora.b, lora, segments)))
+        assert _takes(out)
+        self.library.lora_up(*_matrix(out), _at(h.values), _at(lora.b), h.b)
 
-    def lora_up_gradients(self, g: Tensor, h: Tensor, lora: Lora, segments: Segments) -> Tensor:
-        if not (_takes(g) and _takes_lora(lora)):
+    def lora_up_gradients(self, g: Tensor, h: Saved, lora: Lora, segments: Segments) -> Saved:
+        if not isinstance(h, _Projected):
             return super().lora_up_gradients(g, h, lora, segments)
-        of_h = torch.empty_like(h)
-        groups = _groups(lora.b, lora, segments)
-        self.library.lora_up_gradients(*_matrix(g), _at(h), _at(lora.b), byref(groups), _at(of_h), _at(lora.of_b))
-        return of_h
+        assert _takes(g)
+        of_h = torch.empty_like(h.values)
+        self.library.lora_up_gradients(*_matrix(g), _at(h.values), _at(lora.b), h.b, _at(of_h), _at(lora.of_b))
+        return h._replace(values=of_h)
 
     def lora_down_gradients(
-        self, of_x: Tensor | None, of_h: Tensor, x: Tensor, lora: Lora, segments: Segments, mask: Mask | None
+        self, of_x: Tensor | None, of_h: Saved, x: Tensor, lora: Lora, segments: Segments, mask: Mask | None
     ) -> None:
-        if not (_takes(x) and (of_x is None or _takes(of_x)) and _takes_lora(lora)):
+        if not isinstance(of_h, _Projected):
             return super().lora_down_gradients(of_x, of_h, x, lora, segments, mask)
-        groups, masks = _groups(lora.a, lora, segments), self._masks(lora, mask)
+        assert of_x is None or _takes(of_x)
         target = (None, 0) if of_x is None else _matrix(of_x)
         self.library.lora_down_gradients(
-            *target, _at(of_h), *_matrix(x), _at(lora.a), byref(groups), byref(masks), _at(lora.of_a)
+            *target, _at(of_h.values), *_matrix(x), _at(lora.a), of_h.a, of_h.masks, _at(lora.of_a)
         )
 
     def attention(

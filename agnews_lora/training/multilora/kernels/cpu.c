@@ -683,3 +683,49 @@ int attention_gradients(const bf16 *g, const bf16 *q, const bf16 *k, const bf16 
     free(memory);
     return 0;
 }
+
+/* ---- AdamW ------------------------------------------------------------------------------------------------------ */
+
+INLINE double square_sum(const float *x, int64_t size) {
+    double total = 0.0;
+    for (int64_t start = 0; start < size; start += 1024) { /* few in fp32, where sums would lose digits */
+        float sums[16] = {0};
+        int64_t count = MIN(1024, size - start), whole = count / 16 * 16;
+        for (int64_t i = 0; i < whole; i += 16)
+            for (int lane = 0; lane < 16; lane++) sums[lane] += x[start + i + lane] * x[start + i + lane];
+        for (int64_t i = whole; i < count; i++) sums[i - whole] += x[start + i] * x[start + i];
+        for (int lane = 0; lane < 16; lane++) total += sums[lane];
+    }
+    return total;
+}
+
+/* A step of all slots by decoupled AdamW (Loshchilov & Hutter 2019), their gradients clipped; see `optimizer.py`. The
+   columns from `frozen_start` to `frozen_stop` have no gradient where a slot is `frozen`. corrections: 1 - beta^step. */
+void adamw(float *weights, float *first, float *second, const float *gradients, const float *decays, int64_t slots,
+           int64_t columns, const uint8_t *frozen, int64_t frozen_start, int64_t frozen_stop, const float *rates,
+           const float *first_corrections, const float *second_corrections, float first_beta, float second_beta,
+           float epsilon, float weight_decay, float max_norm, float *norms) {
+    const int64_t ends[] = {0, frozen_start, frozen_stop, columns};
+    for (int64_t slot = 0; slot < slots; slot++) {
+        float *restrict w = weights + slot * columns, *restrict m = first + slot * columns;
+        float *restrict v = second + slot * columns;
+        const float *restrict g = gradients + slot * columns;
+        double squares = 0.0;
+        for (int part = 0; part < 3; part++)
+            if (part != 1 || !frozen[slot]) squares += square_sum(g + ends[part], ends[part + 1] - ends[part]);
+        float norm = sqrtf((float)squares), kept = max_norm > 0 ? fminf(max_norm / (norm + 1e-6f), 1.0f) : 1.0f;
+        float by_first = 1.0f / first_corrections[slot], by_second = 1.0f / second_corrections[slot];
+        norms[slot] = norm;
+        for (int part = 0; part < 3; part++) {
+            int trains = part != 1 || !frozen[slot];
+            float scale = trains ? kept : 0.0f, rate = trains ? rates[slot] : 0.0f;
+            for (int64_t i = ends[part]; i < ends[part + 1]; i++) {
+                float own = g[i] * scale;
+                m[i] += (1.0f - first_beta) * (own - m[i]);
+                v[i] = second_beta * v[i] + (1.0f - second_beta) * own * own;
+                float change = m[i] * by_first / (sqrtf(v[i] * by_second) + epsilon);
+                w[i] -= rate * (change + weight_decay * decays[i] * w[i]);
+            }
+        }
+    }
+}

@@ -58,12 +58,15 @@ ENVIRONMENT: Final = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
 
-# They would let fp32 products be computed with fewer bits.
-ROUNDING: Final = (
+REMOVED: Final = (
+    # They would let fp32 products be computed with fewer bits.
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "DNNL_DEFAULT_FPMATH_MODE",
     "NVIDIA_TF32_OVERRIDE",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    # MLflow would log every metric as that model's, which another store may have.
+    "MLFLOW_ACTIVE_MODEL_ID",
+    "_MLFLOW_ACTIVE_MODEL_ID",
 )
 
 
@@ -71,7 +74,7 @@ def set_environment() -> None:
     """Set the variables that libraries read when they are imported, and remove those that would change a result."""
     if os.path.expanduser("~") == "~":  # noqa: PTH111  # no HOME, and a user without a name: imports would fail
         os.environ["HOME"] = "/"
-    for name in ROUNDING:
+    for name in REMOVED:
         os.environ.pop(name, None)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             return 2
         agnews_lora.set_environment()
+        os.environ["MPLBACKEND"] = "agg"  # figures go into files; one of a notebook may be missing here
         if os.environ.get("COLUMNS") == "0":  # of a terminal without a size: Rich would show nothing
             del os.environ["COLUMNS"]
         warnings.simplefilter("ignore")

@@ -84,7 +84,7 @@ def test_locks_are_on_files_that_are_open_for_writing(tmp_path: Path, monkeypatc
 
 
 def test_scripts_in_the_folder_and_variables_change_nothing(finished_project: Path) -> None:
-    """`promote` loads the version in a new process, and then draws the report."""
+    """`promote` loads the version in a new process, and then draws the report; `sweep` writes runs."""
     for name in SCRIPTS:
         (finished_project / f"{name}.py").write_text("raise SystemExit('my own script')\n")
     variables = {
@@ -98,9 +98,14 @@ def test_scripts_in_the_folder_and_variables_change_nothing(finished_project: Pa
         "HF_HOME": "/proc/nowhere",
         "HOME": "/proc/nobody",
         "TMPDIR": "/proc/nothing",
+        "MPLBACKEND": "of a notebook",
+        "MLFLOW_ACTIVE_MODEL_ID": "m-of-another-store",
+        "MLFLOW_RUN_ID": "of-another-store",
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
     }
-    done = run(finished_project, *command("promote", "small"), variables=variables)
-    assert (done.returncode, done.stderr) == (0, "")
+    for name in ("promote", "sweep"):
+        done = run(finished_project, *command(name, "small"), variables=variables)
+        assert (done.returncode, done.stderr) == (0, ""), name
 
 
 def test_without_docstrings_it_says_so(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from mlflow.utils.mlflow_tags import (
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.errors import StorageError
 from agnews_lora.tracking.descriptions import beside_notes, trial_description
-from agnews_lora.tracking.store import experiment_id, name_of, reaching
+from agnews_lora.tracking.store import experiment_id, name_of, reaching, require_active
 from agnews_lora.training.interface import COSTS, EvalPoint, RunState, TrainPoint, TrialEnd, timestamp
 
 MAX_DIGEST_LENGTH: Final = 36  # MLflow's limit
@@ -470,9 +470,15 @@ def newest_parent(client: MlflowClient, sweep: str) -> Run | None:
     """The parent run of a sweep's last study; None where the sweep has never run.
 
     By number, since a clock may go back. Older releases gave none: their runs come before, by time.
+
+    Raises:
+        StorageError: its MLflow experiment was deleted.
     """
     experiment = client.get_experiment_by_name(sweep)
-    found = client.search_runs([experiment.experiment_id], "tags.kind = 'sweep'") if experiment else []
+    if experiment is None:
+        return None
+    require_active(client, experiment)
+    found = client.search_runs([experiment.experiment_id], "tags.kind = 'sweep'")
     return max(found, key=lambda run: (_number(run), run.info.start_time), default=None)
 
 

@@ -16,7 +16,7 @@ from urllib.request import getproxies
 
 import requests
 from mlflow import MlflowClient
-from mlflow.entities import LifecycleStage
+from mlflow.entities import Experiment, LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
@@ -308,9 +308,19 @@ def experiment_id(client: MlflowClient, name: str) -> str:
                 f"{experiment.artifact_location} and not to {artifact_uri(root)}. Rename that MLflow experiment, "
                 "or the sweep."
             )
+    require_active(client, experiment)
+    return experiment.experiment_id
+
+
+def require_active(client: MlflowClient, experiment: Experiment) -> None:
+    """Check that an MLflow experiment is not deleted.
+
+    Raises:
+        StorageError: it is.
+    """
     if experiment.lifecycle_stage != LifecycleStage.ACTIVE:
         raise StorageError(
-            f"Cannot record runs: MLflow experiment {name!r} was deleted. Restore it with `MLFLOW_TRACKING_URI="
-            f"{client.tracking_uri} mlflow experiments restore --experiment-id {experiment.experiment_id}`."
+            f"Cannot use the runs of {experiment.name!r}: that MLflow experiment was deleted. Restore it with "
+            f"`MLFLOW_TRACKING_URI={client.tracking_uri} mlflow experiments restore --experiment-id "
+            f"{experiment.experiment_id}`."
         )
-    return experiment.experiment_id

@@ -141,8 +141,9 @@ def test_deleted_experiment_is_refused_with_the_command_that_restores_it(
 ) -> None:
     experiment = client.get_experiment_by_name(request.node.name).experiment_id
     client.delete_experiment(experiment)
-    with pytest.raises(StorageError, match=f"was deleted. Restore it .*--experiment-id {experiment}`"):
-        SweepRuns(client, request.node.name)
+    for use in (SweepRuns, newest_parent):
+        with pytest.raises(StorageError, match=f"was deleted. Restore it .*--experiment-id {experiment}`"):
+            use(client, request.node.name)
 
 
 def test_experiment_whose_artifacts_lie_elsewhere_is_refused(client: MlflowClient) -> None:

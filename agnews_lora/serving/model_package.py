@@ -405,7 +405,8 @@ def _write_package(
             "sha256": hashes(artifacts),
             "merged": False,
         },
-        artifacts={name: str(path) for name, path in artifacts.items()},
+        # As URIs: MLflow decodes percent signs in a path.
+        artifacts={name: path.resolve().as_uri() for name, path in artifacts.items()},
         # Without inputs: MLflow would turn a list into a frame without names, and then refuse it for that.
         signature=ModelSignature(
             outputs=Schema(

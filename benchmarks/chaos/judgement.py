@@ -48,7 +48,7 @@ class Stores:
         with chdir(folder):
             sweep = load_sweep(name)
             prepared = prepare(sweep.experiment)
-            trials = optuna.load_study(study_name=name, storage=open_storage(STORES, create=False)).trials
+            trials = optuna.load_study(study_name=name, storage=open_storage(STORES)).trials
             client = open_client(STORES)
         [experiment] = client.search_experiments(filter_string=f"name = '{name}'")
         runs = list(client.search_runs([experiment.experiment_id], max_results=1000))

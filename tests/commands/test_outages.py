@@ -74,7 +74,7 @@ class Stores:
     @contextmanager
     def storage(self) -> Iterator[RDBStorage]:
         """The studies' storage, whose connections are closed afterwards."""
-        opened = open_storage(self.postgres.url, create=False)
+        opened = open_storage(self.postgres.url)
         try:
             yield opened
         finally:

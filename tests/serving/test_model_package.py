@@ -1,4 +1,5 @@
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,17 @@ def tracking_uri(client: MlflowClient) -> Iterator[None]:
     mlflow.set_tracking_uri(client.tracking_uri)
     yield
     mlflow.set_tracking_uri(None)
+
+
+def test_a_project_in_a_folder_of_any_name_can_register(
+    registry: Registry, world: World, enter: Enter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files on the way lie beside the project's stores."""
+    folder = tmp_path / "a%20b %41?c#d&e"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    version = enter(world.good)
+    assert Package.verified(registry, version).adapter.is_dir()
 
 
 def test_a_winner_is_registered_with_all_that_is_known_of_it(registry: Registry, world: World, enter: Enter) -> None:

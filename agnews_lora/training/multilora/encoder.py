@@ -119,7 +119,7 @@ class Encoder:
 
     def embed(self, packed: PackedBatch) -> Tensor:
         """Compute the first layer's input [tokens, hidden]."""
-        x = self.embedding_norm(self.words[packed.ids] + self.places[packed.positions])
+        x = self.embedding_norm(self.words.index_select(0, packed.ids) + self.places.index_select(0, packed.positions))
         return x if self.projection is None else self.projection(x)
 
     def pool(self, x: Tensor) -> Tensor:

@@ -33,6 +33,9 @@ INLINE void store16(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__
 INLINE __m512i narrowed(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 INLINE __m512 add_pairs(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
+/* The next columns of the same rows are read next: other lines, which the CPU does not foresee. */
+INLINE void read_ahead(const bf16 *x) { _mm_prefetch(x + STRIP, _MM_HINT_T0); }
+
 /* ---- dropout ---------------------------------------------------------------------------------------------------- */
 
 /* The dropout of one module's input, or none where `tokens` is null. See `dropout.py`: a feature is dropped where the
@@ -83,6 +86,8 @@ INLINE void interleave(__m512i even, __m512i odd, __m512i *panel) {
 INLINE void pack_rows(const bf16 *x, long step, long rows, __m512i *panel) {
     for (long row = 0; row < rows; row += 2) {
         __m512i odd = row + 1 < rows ? _mm512_loadu_si512(x + (row + 1) * step) : _mm512_setzero_si512();
+        read_ahead(x + row * step);
+        read_ahead(x + (row + 1) * step);
         interleave(_mm512_loadu_si512(x + row * step), odd, panel + row);
     }
 }
@@ -95,6 +100,7 @@ INLINE void pack_columns(const bf16 *x, long step, long rows, int width, __m512i
             for (int i = 0; i < 16; i++) {
                 long row = half * 16 + i;
                 a[i] = row < rows ? _mm512_loadu_si512(x + row * step + column) : _mm512_setzero_si512();
+                read_ahead(x + row * step + column);
             }
             for (int i = 0; i < 16; i += 2) {
                 b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
@@ -265,8 +271,8 @@ INLINE void add_outer(const bf16 *x, long x_step, const bf16 *h_pairs, const __m
     for (long row = 0; row < rows; row += 2) {
         __m512i even = _mm512_loadu_si512(x + row * x_step), odd = _mm512_setzero_si512();
         if (row + 1 < rows) odd = _mm512_loadu_si512(x + (row + 1) * x_step);
-        _mm_prefetch(x + row * x_step + STRIP, _MM_HINT_T0); /* the next columns of these rows lie in other pages */
-        _mm_prefetch(x + (row + 1) * x_step + STRIP, _MM_HINT_T0);
+        read_ahead(x + row * x_step);
+        read_ahead(x + (row + 1) * x_step);
         if (changes) {
             even = _mm512_maskz_mov_epi16(changes[row], even);
             odd = _mm512_maskz_mov_epi16(changes[row + 1], odd);
@@ -603,6 +609,7 @@ int attention(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t *steps,
 /* of_scores = scale shares (of_shares - sum(shares of_shares)) of each of `count` queries, in place in bf16. */
 INLINE void softmax_gradient(const float *of_shares, const bf16 *shares, bf16 *of_scores, long keys, float scale) {
     __m512 total = _mm512_setzero_ps();
+    for (long i = 0; i < keys; i += STRIP) read_ahead(shares + i + UP(keys, STRIP) - STRIP); /* the next head's */
     for (long i = 0; i < keys; i += 16) /* beyond the keys, shares are 0 */
         total = _mm512_fmadd_ps(load16(shares + i), _mm512_loadu_ps(of_shares + i), total);
     __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(total)), factor = _mm512_set1_ps(scale);
@@ -675,4 +682,50 @@ int attention_gradients(const bf16 *g, const bf16 *q, const bf16 *k, const bf16 
     }
     free(memory);
     return 0;
+}
+
+/* ---- AdamW ------------------------------------------------------------------------------------------------------ */
+
+INLINE double square_sum(const float *x, int64_t size) {
+    double total = 0.0;
+    for (int64_t start = 0; start < size; start += 1024) { /* few in fp32, where sums would lose digits */
+        float sums[16] = {0};
+        int64_t count = MIN(1024, size - start), whole = count / 16 * 16;
+        for (int64_t i = 0; i < whole; i += 16)
+            for (int lane = 0; lane < 16; lane++) sums[lane] += x[start + i + lane] * x[start + i + lane];
+        for (int64_t i = whole; i < count; i++) sums[i - whole] += x[start + i] * x[start + i];
+        for (int lane = 0; lane < 16; lane++) total += sums[lane];
+    }
+    return total;
+}
+
+/* A step of all slots by decoupled AdamW (Loshchilov & Hutter 2019), their gradients clipped; see `optimizer.py`. The
+   columns from `frozen_start` to `frozen_stop` have no gradient where a slot is `frozen`. corrections: 1 - beta^step. */
+void adamw(float *weights, float *first, float *second, const float *gradients, const float *decays, int64_t slots,
+           int64_t columns, const uint8_t *frozen, int64_t frozen_start, int64_t frozen_stop, const float *rates,
+           const float *first_corrections, const float *second_corrections, float first_beta, float second_beta,
+           float epsilon, float weight_decay, float max_norm, float *norms) {
+    const int64_t ends[] = {0, frozen_start, frozen_stop, columns};
+    for (int64_t slot = 0; slot < slots; slot++) {
+        float *restrict w = weights + slot * columns, *restrict m = first + slot * columns;
+        float *restrict v = second + slot * columns;
+        const float *restrict g = gradients + slot * columns;
+        double squares = 0.0;
+        for (int part = 0; part < 3; part++)
+            if (part != 1 || !frozen[slot]) squares += square_sum(g + ends[part], ends[part + 1] - ends[part]);
+        float norm = sqrtf((float)squares), kept = max_norm > 0 ? fminf(max_norm / (norm + 1e-6f), 1.0f) : 1.0f;
+        float by_first = 1.0f / first_corrections[slot], by_second = 1.0f / second_corrections[slot];
+        norms[slot] = norm;
+        for (int part = 0; part < 3; part++) {
+            int trains = part != 1 || !frozen[slot];
+            float scale = trains ? kept : 0.0f, rate = trains ? rates[slot] : 0.0f;
+            for (int64_t i = ends[part]; i < ends[part + 1]; i++) {
+                float own = g[i] * scale;
+                m[i] += (1.0f - first_beta) * (own - m[i]);
+                v[i] = second_beta * v[i] + (1.0f - second_beta) * own * own;
+                float change = m[i] * by_first / (sqrtf(v[i] * by_second) + epsilon);
+                w[i] -= rate * (change + weight_decay * decays[i] * w[i]);
+            }
+        }
+    }
 }

@@ -27,7 +27,9 @@ from agnews_lora.training.multilora.dropout import Mask, mixed
 from agnews_lora.training.multilora.encoder import Affine, Layer, Norm
 from agnews_lora.training.multilora.kernels import UnsuitableError
 from agnews_lora.training.multilora.kernels.reference import Kernels, Lora, Saved
+from agnews_lora.training.multilora.optimizer import BETAS, EPSILON, SlotSteps
 from agnews_lora.training.multilora.packing import Rows, Segments
+from agnews_lora.training.multilora.slots import Slots
 
 SOURCE = Path(__file__).with_name("cpu.c")
 INSTRUCTIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
@@ -80,7 +82,10 @@ def compiler() -> list[str]:
     if missing := [name for name in INSTRUCTIONS if name not in flags]:
         raise UnsuitableError(f"the CPU has no {missing[0]}")
     if chosen := os.environ.get("CC"):
-        return shlex.split(chosen)
+        try:
+            return shlex.split(chosen)
+        except ValueError as error:
+            raise UnsuitableError(f"CC={chosen} is no command ({error})") from error
     if found := next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None):
         return [found]
     raise UnsuitableError("there is no C compiler (cc, gcc or clang)")
@@ -144,6 +149,7 @@ def load(path: Path) -> ctypes.CDLL:
         "multiply": [c_void_p, c_void_p, c_int64],
         "add_norm": [*[c_void_p] * 4, c_float, *[c_void_p] * 3, c_int64, c_int32],
         "add_norm_gradient": [*[c_void_p] * 6, c_int64, c_int32],
+        "adamw": [*[c_void_p] * 5, *[c_int64] * 2, c_void_p, *[c_int64] * 2, *[c_void_p] * 3, *[c_float] * 5, c_void_p],
         "attention": [*[c_void_p] * 3, steps, rows, c_void_p, c_void_p],
         "attention_gradients": [*[c_void_p] * 5, steps, rows, *[c_void_p] * 3],
     }
@@ -197,6 +203,15 @@ class _Rows(Structure):
 
 
 # The operations -------------------------------------------------------------------------------------------------------
+
+
+class _Projected(NamedTuple):
+    """h or its gradient, and what the kernels are told of the stacks a and b, and of the dropout."""
+
+    values: Tensor
+    a: Any
+    b: Any
+    masks: Any
 
 
 class _Attended(NamedTuple):
@@ -255,36 +270,38 @@ class CpuKernels(Kernels):
             return super().linear_gradient(g, affine)
         return _multiply(g, self.packed[affine][1], None)
 
-    def lora_down(self, x: Tensor, lora: Lora, segments: Segments, mask: Mask | None) -> Tensor:
+    def lora_down(self, x: Tensor, lora: Lora, segments: Segments, mask: Mask | None) -> Saved:
         if not (_takes(x) and _takes_lora(lora)):
             return super().lora_down(x, lora, segments, mask)
-        h = x.new_empty(len(x), *lora.a.shape[::2])
-        masks = self._masks(lora, mask)
-        self.library.lora_down(*_matrix(x), _at(lora.a), byref(_groups(lora.a, lora, segments)), byref(masks), _at(h))
-        return h
+        a, b = (byref(_groups(stack, lora, segments)) for stack in (lora.a, lora.b))
+        h = x.new_empty(x.shape[0], *lora.a.shape[::2])
+        masks = byref(self._masks(lora, mask))
+        self.library.lora_down(*_matrix(x), _at(lora.a), a, masks, _at(h))
+        return _Projected(h, a, b, masks)
 
-    def lora_up(self, out: Tensor, h: Tensor, lora: Lora, segments: Segments) -> None:
-        if not (_takes(out) and _takes_lora(lora)):
+    def lora_up(self, out: Tensor, h: Saved, lora: Lora, segments: Segments) -> None:
+        if not isinstance(h, _Projected):
             return super().lora_up(out, h, lora, segments)
-        self.library.lora_up(*_matrix(out), _at(h), _at(lora.b), byref(_groups(lora.b, lora, segments)))
+        assert _takes(out)
+        self.library.lora_up(*_matrix(out), _at(h.values), _at(lora.b), h.b)
 
-    def lora_up_gradients(self, g: Tensor, h: Tensor, lora: Lora, segments: Segments) -> Tensor:
-        if not (_takes(g) and _takes_lora(lora)):
+    def lora_up_gradients(self, g: Tensor, h: Saved, lora: Lora, segments: Segments) -> Saved:
+        if not isinstance(h, _Projected):
             return super().lora_up_gradients(g, h, lora, segments)
-        of_h = torch.empty_like(h)
-        groups = _groups(lora.b, lora, segments)
-        self.library.lora_up_gradients(*_matrix(g), _at(h), _at(lora.b), byref(groups), _at(of_h), _at(lora.of_b))
-        return of_h
+        assert _takes(g)
+        of_h = torch.empty_like(h.values)
+        self.library.lora_up_gradients(*_matrix(g), _at(h.values), _at(lora.b), h.b, _at(of_h), _at(lora.of_b))
+        return h._replace(values=of_h)
 
     def lora_down_gradients(
-        self, of_x: Tensor | None, of_h: Tensor, x: Tensor, lora: Lora, segments: Segments, mask: Mask | None
+        self, of_x: Tensor | None, of_h: Saved, x: Tensor, lora: Lora, segments: Segments, mask: Mask | None
     ) -> None:
-        if not (_takes(x) and (of_x is None or _takes(of_x)) and _takes_lora(lora)):
+        if not isinstance(of_h, _Projected):
             return super().lora_down_gradients(of_x, of_h, x, lora, segments, mask)
-        groups, masks = _groups(lora.a, lora, segments), self._masks(lora, mask)
+        assert of_x is None or _takes(of_x)
         target = (None, 0) if of_x is None else _matrix(of_x)
         self.library.lora_down_gradients(
-            *target, _at(of_h), *_matrix(x), _at(lora.a), byref(groups), byref(masks), _at(lora.of_a)
+            *target, _at(of_h.values), *_matrix(x), _at(lora.a), of_h.a, of_h.masks, _at(lora.of_a)
         )
 
     def attention(
@@ -346,6 +363,18 @@ class CpuKernels(Kernels):
         g = g.contiguous()
         self.library.multiply(_at(g), _at(saved.slope), g.numel())
         return g
+
+    def adamw(self, slots: Slots, gradients: Tensor, steps: SlotSteps, weight_decay: float, max_norm: float) -> Tensor:
+        state = slots.weights, slots.first_moment, slots.second_moment
+        assert all(each.is_contiguous() for each in (*state, gradients))
+        norms = gradients.new_empty(len(slots))
+        self.library.adamw(
+            *map(_at, (*state, gradients, slots.decays)), *gradients.shape,
+            _at(slots.frozen), slots.freezable.start, slots.freezable.stop,
+            *map(_at, (steps.learning_rates, steps.first_corrections, steps.second_corrections)),
+            *BETAS, EPSILON, weight_decay, max_norm, _at(norms),
+        )  # fmt: skip
+        return norms
 
     def _masks(self, lora: Lora, mask: Mask | None) -> _Masks:
         if mask is None:

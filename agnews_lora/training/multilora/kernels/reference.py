@@ -78,20 +78,20 @@ class Kernels:
 
     # Low-rank updates ------------------------------------------------------------------------------------------------
 
-    def lora_down(self, x: Tensor, lora: Lora, segments: Segments, mask: Mask | None) -> Tensor:
+    def lora_down(self, x: Tensor, lora: Lora, segments: Segments, mask: Mask | None) -> Saved:
         """Compute h [n, M, r]: h[t, m] = drop_m(x[t]) · a[m, segment of t]ᵀ, in fp32 or the precision of the pass."""
         h = x.new_empty(len(x), *lora.a.shape[::2])
         for m, s, part in _adapted(lora, segments):
             torch.mm(_dropped(x[part], mask, lora, m, s, part), lora.a[m, s].t(), out=h[part, m])
         return h
 
-    def lora_up(self, out: Tensor, h: Tensor, lora: Lora, segments: Segments) -> None:
+    def lora_up(self, out: Tensor, h: Saved, lora: Lora, segments: Segments) -> None:
         """Add h[t, m] · b[m, segment of t] to the columns m · out_features of `out`, in place."""
         width = lora.b.shape[3]
         for m, s, part in _adapted(lora, segments):
             out[part, m * width : (m + 1) * width].addmm_(h[part, m], lora.b[m, s])
 
-    def lora_up_gradients(self, g: Tensor, h: Tensor, lora: Lora, segments: Segments) -> Tensor:
+    def lora_up_gradients(self, g: Tensor, h: Saved, lora: Lora, segments: Segments) -> Saved:
         """Write `lora.of_b`, of the gradient g [n, M · out] of the outputs; the gradient [n, M, r] of h."""
         assert lora.of_b is not None
         width, of_h = lora.b.shape[3], torch.empty_like(h)
@@ -102,7 +102,7 @@ class Kernels:
         return of_h
 
     def lora_down_gradients(
-        self, of_x: Tensor | None, of_h: Tensor, x: Tensor, lora: Lora, segments: Segments, mask: Mask | None
+        self, of_x: Tensor | None, of_h: Saved, x: Tensor, lora: Lora, segments: Segments, mask: Mask | None
     ) -> None:
         """Write `lora.of_a`, and add the gradient drop_m(of_h a) of x to `of_x` in place, where there is one."""
         assert lora.of_a is not None

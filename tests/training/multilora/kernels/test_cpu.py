@@ -12,13 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from agnews_lora.adapters.adapter_files import tensor_shapes
+from agnews_lora.adapters.families import Family
+from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.paths import COMPILED
 from agnews_lora.training.multilora.dropout import Mask, kept_bits
 from agnews_lora.training.multilora.encoder import Affine, Layer, Norm
 from agnews_lora.training.multilora.kernels import KernelChoice, UnsuitableError, cpu
 from agnews_lora.training.multilora.kernels.cpu import CpuKernels
 from agnews_lora.training.multilora.kernels.reference import Kernels, Lora
+from agnews_lora.training.multilora.optimizer import SlotSteps
 from agnews_lora.training.multilora.packing import Segments
+from agnews_lora.training.multilora.slots import Slots, SlotState
+from tests.tiny import tiny_shape
 from tests.training.multilora.kernels.test_reference import rows_of
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -77,6 +83,11 @@ def assert_as_exact(own: Tensor, in_torch: Tensor, exact: Tensor, more: float = 
     assert exact.norm() > 0 and distances[0] <= more * distances[1] + 1e-6 * exact.norm().item()
 
 
+def values(h: Any) -> Tensor:
+    """The matrix in what an operation gives for h."""
+    return h if isinstance(h, Tensor) else h.values
+
+
 # Low-rank updates -----------------------------------------------------------------------------------------------------
 
 SIZES, BOUNDS = (37, 150, 1), (3276, -1, 9000)  # segments with and without dropout, odd, and longer than a tile
@@ -127,7 +138,7 @@ def test_low_rank_updates(compared: Compared, rank: int, place: str, drops: bool
         assert not lora.of_a[lora.flags == 0].any() and not lora.of_b[lora.flags == 0].any()
         assert torch.equal(own_out[:, :32], before[:, :32].to(dtype))
         assert torch.equal(own_out[:, -32:], before[:, -32:].to(dtype))
-        read = (each.where(there, torch.zeros_like(each)) for each in (h, of_h))
+        read = (each.where(there, torch.zeros_like(each)) for each in map(values, (h, of_h)))
         found.append((*read, target, lora.of_a, lora.of_b, of_x))
     for own, in_torch, exact in zip(*found, strict=True):
         assert_as_exact(own, in_torch, exact)
@@ -148,8 +159,8 @@ def test_masks_are_those_of_dropout_bit_by_bit(compared: Compared) -> None:
         of_a = torch.zeros(a.shape)
         lora = Lora(a, a, of_a, None, adapts, torch.ones(1, len(SIZES), dtype=torch.int32), (module,))
         h = kernels.lora_down(ones, lora, segments, mask)
-        forward[:, first : first + 8] = h[:, 0].float()
-        kernels.lora_down_gradients(backward, torch.ones_like(h), ones, lora, segments, mask)
+        forward[:, first : first + 8] = values(h)[:, 0].float()
+        kernels.lora_down_gradients(backward, h._replace(values=torch.ones_like(values(h))), ones, lora, segments, mask)
         counts = torch.stack([part.sum(0) for part in expected.split(SIZES)]).float()
         assert torch.equal(of_a[0], counts[:, None].expand(-1, 8, -1))
     assert torch.equal(forward, expected.float())
@@ -170,7 +181,7 @@ def test_tensors_that_the_kernels_do_not_take_go_by_torch(fault: str) -> None:
         of_x = x.clone()
         kernels.lora_down_gradients(of_x, h, x, lora, segments, None)
         assert lora.of_a is not None
-        found.append((h[:37], lora.of_a, of_x))
+        found.append((values(h)[:37], lora.of_a, of_x))
     for own, in_torch in zip(*found, strict=True):
         assert torch.equal(own, in_torch)
 
@@ -252,6 +263,31 @@ def test_frozen_products(compared: Compared, name: str) -> None:
         )
     for own, in_torch, exact in zip(*found, strict=True):
         assert_as_exact(own, in_torch, exact)
+
+
+# Optimizer ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "max_norm"), [("bert", 0.0), ("roberta", 1.0)])
+def test_adamw_with_clipping(compared: Compared, family: Family, max_norm: float) -> None:
+    """A slot whose head is frozen in part, one without a step, an empty one, and one that is not clipped."""
+    specs = [TrialSpec("qv", 3, 6, 0.0, 1e-3, "out_proj"), TrialSpec("all-linear", 9, 6, 0.0, 1e-3), None]
+    slots = [Slots(4, tiny_shape(family), CPU) for _ in range(2)]
+    for slot, spec in enumerate([*specs, specs[0]]):
+        if spec is not None:
+            shapes = tensor_shapes(spec, tiny_shape(family))
+            state = SlotState(*({name: torch.rand(shape) for name, shape in shapes.items()} for _ in range(3)))
+            for each in slots:
+                each.place(slot, spec, state)
+    gradients = torch.randn(slots[0].weights.shape) * torch.tensor([1.0, 1.0, 0.0, 1e-5])[:, None]
+    steps = SlotSteps.of([0.1, 0.0, 0.0, 0.2], [1, 5, 1, 1000], CPU)
+    norms = [
+        kernels.adamw(own, gradients.clone(), steps, 0.3, max_norm)
+        for kernels, own in zip(compared.kernels[:2], slots, strict=True)
+    ]
+    torch.testing.assert_close(*norms)
+    for name in ("weights", "first_moment", "second_moment"):
+        torch.testing.assert_close(*(getattr(each, name) for each in slots), rtol=1e-5, atol=1e-5)
 
 
 # Where they are used --------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def base_of(folder: Path, layers: int, dry: bool) -> "tuple[Environment, Path]":
     config: Any = configuration("roberta-base")
     config.num_hidden_layers = min(layers, 3) if dry else layers
     if dry:
-        config.update({"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 300})
+        config.update({"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128, "vocab_size": 300})
     config.save_pretrained(str(folder / f"config-{layers}"))
     base = folder / f"base-{layers}"
     return write_random(str(folder / f"config-{layers}"), base), base

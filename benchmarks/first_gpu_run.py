@@ -88,7 +88,8 @@ def run(stages: Sequence[Stage], out: Path, subject: str, total: float) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     date = datetime.date.today()
     file = out / f"first-gpu-run-{subject}-{date}.md"
-    head = f"# `benchmarks.first_gpu_run`: {subject}, {date}\n\n{commit()}stages in processes of their own.\n"
+    of_commit = f"Commit {found}, " if (found := commit()) else ""
+    head = f"# `benchmarks.first_gpu_run`: {subject}, {date}\n\n{of_commit}stages in processes of their own.\n"
     file.write_text(head, encoding="utf-8")
     end = time.monotonic() + total
     for stage in stages:

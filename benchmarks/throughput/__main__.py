@@ -50,11 +50,15 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--eval-rows", type=_count, help="validation rows of a trial")
     compiled = "also measure Trainer + PEFT with torch.compile (default: on CUDA)"
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, help=compiled)
+    earlier = "also measure the engine of another checkout of this project, one trial at a time"
+    parser.add_argument("--earlier", type=Path, metavar="DIR", help=earlier)
     parser.add_argument("--rounds", type=_count, default=3, help="times that each peer is measured (default: 3)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args(arguments)
     if options.model not in (None, "roberta-base", "minilm") and not Path(options.model, "config.json").is_file():
         parser.error(f"--model must be roberta-base, minilm or a folder with a config.json, but is {options.model}")
+    if options.earlier and not Path(options.earlier, "agnews_lora").is_dir():
+        parser.error(f"--earlier must be a checkout of this project, but is {options.earlier}")
     return options
 
 
@@ -82,6 +86,9 @@ def _measure(options: argparse.Namespace, environment: Environment, folder: Path
     cuda = environment.device_type == "cuda"
     peers = [Peer("trainer", bf16=bf16) for bf16 in ((environment.bf16,) if cuda else (False, True))]
     peers += [Peer("compiled", bf16=environment.bf16)] if options.compiled else []
+    if options.earlier:
+        checkout = str(options.earlier.resolve())
+        peers += [Peer("multilora", checkout=checkout, commit=commit(options.earlier) or checkout)]
     peers += [Peer("multilora", number) for number in options.slots]
     run = Run(
         command=_command(options, environment),
@@ -137,13 +144,14 @@ def _command(options: argparse.Namespace, environment: Environment) -> str:
     return (
         f"python -m benchmarks.throughput --model {environment.model} --batch-size {options.batch_size} "
         f"--slots {','.join(map(str, options.slots))} --steps {options.steps} --eval-rows {options.eval_rows} "
-        f"--{'' if options.compiled else 'no-'}compiled --rounds {options.rounds}"
+        f"--{'' if options.compiled else 'no-'}compiled {'--earlier DIR ' if options.earlier else ''}"
+        f"--rounds {options.rounds}"
     )
 
 
-def commit() -> str:
-    """Say `Commit 0123456789ab (dirty), `, or nothing outside of a git checkout."""
-    git = ["git", "-C", str(ROOT)]
+def commit(checkout: Path = ROOT) -> str:
+    """Name the commit of a checkout, `0123456789ab (dirty)`, or give nothing outside of git."""
+    git = ["git", "-C", str(checkout)]
     own = ["agnews_lora", "benchmarks/throughput"]
     try:
         commit, changes = (
@@ -152,7 +160,7 @@ def commit() -> str:
         )
     except (OSError, subprocess.SubprocessError):
         return ""
-    return f"Commit {commit[:12]}{' (dirty)' if changes else ''}, "
+    return f"{commit[:12]}{' (dirty)' if changes else ''}"
 
 
 if __name__ == "__main__":

@@ -260,13 +260,13 @@ class MultiLoraTrials:
 
     def computed_by(self) -> str:
         """Say which kernels compute the layers, and why those."""
-        choice = self.engine.model.choice
-        return f"{choice.kernels.name} ({choice.reason})"
+        choice = getattr(self.engine.model, "choice", None)  # which an earlier engine does not have
+        return f"{choice.kernels.name} ({choice.reason})" if choice else "torch"
 
     def _span(self, timed: TimedTrials, plan: TrialPlan) -> Span:
         setup, lengths = self.setup, self.setup.corpus.train.lengths
         # Where steps are read late, the next one has been launched when the time is taken: it is not counted.
-        first = setup.warmup_steps + self.engine.reads_late
+        first = setup.warmup_steps + getattr(self.engine, "reads_late", False)
         trained = batches(lengths.tolist(), setup.settings.batch_size, plan.seed, epoch=0)[first:]
         began, ended = (timed.times[plan.trial, step] for step in (setup.warmup_steps, setup.steps))
         return Span(began, ended, sum(map(len, trained)), sum(int(lengths[rows].sum()) for rows in trained))

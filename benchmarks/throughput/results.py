@@ -46,16 +46,19 @@ ROUND_COLUMNS = (
 class Peer:
     """A way to train. slots: trials at once (1 for the Trainer). bf16: asked of the Trainer; the engine chooses.
 
-    kind: `compiled` is the Trainer with its encoder layers compiled.
+    kind: `compiled` is the Trainer with its encoder layers compiled. checkout: of the engine, where it is another one.
+    commit: of that checkout.
     """
 
     kind: Literal["trainer", "compiled", "multilora"]
     slots: int = 1
     bf16: bool = False
+    checkout: str = ""
+    commit: str = ""
 
     def __str__(self) -> str:
         if self.kind == "multilora":
-            return f"multilora, K = {self.slots}"
+            return f"multilora{f' at {self.commit}' if self.checkout else ''}, K = {self.slots}"
         return f"Trainer + PEFT, {'bf16' if self.bf16 else 'fp32'}{', compiled' if self.kind == 'compiled' else ''}"
 
     @property
@@ -210,8 +213,8 @@ def page(run: Run) -> str:
 
 Command: `{run.command}`
 
-{run.commit}{os.cpu_count()} cores, Python {of.python}, torch {of.torch}, transformers \
-{of.transformers}, peft {of.peft}. multilora computes in {"bf16" if of.bf16 else "fp32"}. {run.load}
+{f"Commit {run.commit}, " if run.commit else ""}{os.cpu_count()} cores, Python {of.python}, torch {of.torch}, \
+transformers {of.transformers}, peft {of.peft}. multilora computes in {"bf16" if of.bf16 else "fp32"}. {run.load}
 
 Random weights of the shape of {of.model}, random token ids, lengths of newswire. A trial: \
 {run.steps * run.batch_size:,} training rows in {run.steps} steps of {run.batch_size}, {run.eval_rows:,} validation \

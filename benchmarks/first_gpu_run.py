@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from agnews_lora.training.multilora.engine import MultiLoraEngine
+    from agnews_lora.training.multilora.model import SlotBatch
     from benchmarks.throughput.results import Environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +55,7 @@ def stages(dry: bool) -> list[Stage]:
     size = "minilm --batch-size 2 --steps 2 --eval-rows 2" if dry else "roberta-base --steps 40 --eval-rows 200"
     throughput = ("benchmarks.throughput", *f"--model {size} --rounds 1 --out {{out}}".split())
     tests = ("pytest", "-p", "no:cacheprovider", "--disable-warnings", "-m", "gpu", "tests/training")
-    return [
+    all_stages = [
         own("machine", 40),
         own("parity", 60),
         own("profile", 60),
@@ -63,6 +64,7 @@ def stages(dry: bool) -> list[Stage]:
         own("layer", 60),
         Stage("compiled peer", 90, (*throughput, "--slots", "1", "--no-compiled" if dry else "--compiled")),
     ]
+    return [stage._replace(seconds=5 * stage.seconds) for stage in all_stages] if dry else all_stages
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,14 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stage", choices=list(STAGES), help="run this stage alone, and print what it finds")
     options = parser.parse_args(arguments)
     if options.stage is None:
-        print(run(stages(options.dry), options.out, "dry" if options.dry else "roberta-base"))
+        subject, total = ("dry", 5 * TOTAL) if options.dry else ("roberta-base", TOTAL)
+        print(run(stages(options.dry), options.out, subject, total))
     else:
         set_environment()
         with tempfile.TemporaryDirectory() as folder:
             STAGES[options.stage](options.dry, Path(folder))
 
 
-def run(stages: Sequence[Stage], out: Path, subject: str, total: float = TOTAL) -> Path:
+def run(stages: Sequence[Stage], out: Path, subject: str, total: float) -> Path:
     """Run stages one after another; the file to which each has written while it ran."""
     out.mkdir(parents=True, exist_ok=True)
     date = datetime.date.today()
@@ -141,7 +144,7 @@ def base_of(folder: Path, layers: int, dry: bool) -> "tuple[Environment, Path]":
     config: Any = configuration("roberta-base")
     config.num_hidden_layers = min(layers, 3) if dry else layers
     if dry:
-        config.update({"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 300})
+        config.update({"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128, "vocab_size": 300})
     config.save_pretrained(str(folder / f"config-{layers}"))
     base = folder / f"base-{layers}"
     return write_random(str(folder / f"config-{layers}"), base), base
@@ -175,13 +178,14 @@ def engine_of(folder: Path, slots: int, dry: bool, layers: int = 12, precision: 
     return engine
 
 
-def batches_of(engine: "MultiLoraEngine", number: int, slots: Sequence[int]) -> list[Any]:
-    """Give the batches of a step, from 0, each slot's in its own order."""
+def batches_of(engine: "MultiLoraEngine", slots: Sequence[int]) -> "Iterator[list[SlotBatch]]":
+    """Give the batches of every step, each slot's in its own order."""
     from agnews_lora.training.data_order import batches
     from agnews_lora.training.multilora.model import SlotBatch
 
     cut = {slot: batches(engine.lengths, BATCH_SIZE, 13 + slot, epoch=0) for slot in slots}
-    return [SlotBatch(slot, cut[slot][number % len(cut[slot])], 1e-4, number + 1, 13 + slot) for slot in slots]
+    for number in range(len(cut[slots[0]])):
+        yield [SlotBatch(slot, cut[slot][number], 1e-4, number + 1, 13 + slot) for slot in slots]
 
 
 def median_ms(call: Callable[[], object], repeats: int = 20) -> float:
@@ -240,7 +244,7 @@ def parity(dry: bool, folder: Path) -> None:
     found: dict[str, tuple[torch.Tensor, ...]] = {}
     for name, precision in (("fp32", "fp32"), ("torch", "auto"), ("kernels", "auto")):
         engine = engine_of(folder, 4, dry, layers=3, precision=precision)
-        model, batches = engine.model, batches_of(engine, 3, (0, 2, 3))
+        model, batches = engine.model, next(batches_of(engine, (0, 2, 3)))
         model.threads = None
         if name != "kernels":
             model.choice.kernels = Kernels(model.encoder.layers)
@@ -249,7 +253,8 @@ def parity(dry: bool, folder: Path) -> None:
         losses, gradients = model.choice.run(partial(model.gradients, packed, model._dropout_keys(batches)))
         [(_, logits), *_] = model.logits(engine.validation, range(8), [0, 2, 3], 8)
         found[name] = (losses.cpu(), gradients.cpu(), logits.cpu())
-        say(f"{name}, computed by", f"{model.choice.kernels.name} ({model.choice.reason})")
+        if name == "kernels":
+            say("kernels", f"{model.choice.kernels.name} ({model.choice.reason})")
         say(f"{name}, losses", losses.tolist())
         say(f"{name}, first pass, s", time.perf_counter() - began)
     exact = found.pop("fp32")
@@ -260,20 +265,23 @@ def parity(dry: bool, folder: Path) -> None:
         say(f"{name}, error of logits", float(logits.abs().max() / exact[2].abs().max()))
 
 
+def _step(engine: "MultiLoraEngine", batches: "Iterator[list[SlotBatch]]") -> "torch.Tensor":
+    return engine.model.step(engine.train, next(batches), 0.01, 1.0)
+
+
 def profile(dry: bool, folder: Path) -> None:
     """Say where a step's time and memory go: time of host and device, waits, kernels launched and the longest."""
     import torch
 
     for slots in (2,) if dry else (32, 8, 1):
         engine = engine_of(folder, slots, dry)
-        model, number = engine.model, iter(range(1_000))
+        model, batches = engine.model, iter(list(batches_of(engine, range(slots))))
 
-        def step(engine: "MultiLoraEngine" = engine, number: Any = number, slots: int = slots) -> "torch.Tensor":
-            batches = batches_of(engine, next(number), range(slots))
-            return engine.model.step(engine.train, batches, 0.01, 1.0)
-
+        step = partial(_step, engine, batches)
         for _ in range(3):
             step().tolist()
+        if not dry:
+            torch.cuda.reset_peak_memory_stats()
         print(f"\nK = {slots}, {model.choice.kernels.name} ({model.choice.reason})\n", flush=True)
         began = time.perf_counter()
         values = [step() for _ in range(10)]
@@ -307,7 +315,7 @@ def profile(dry: bool, folder: Path) -> None:
         print("\n| kernel | launches | ms |\n| --- | ---: | ---: |")
         for name, (count, micros) in sorted(total.items(), key=lambda each: -each[1][1])[:25]:
             print(f"| `{name.replace('|', '/')}` | {count} | {micros / 1e3:.3f} |", flush=True)
-        del engine, model
+        del engine, model, step
         torch.cuda.empty_cache()
 
 
@@ -318,24 +326,19 @@ def layer(dry: bool, folder: Path) -> None:
 
     print("| K | computed by | tokens | ms a layer | TFLOP/s of frozen products |\n| ---: | --- | ---: | ---: | ---: |")
     for slots in (2,) if dry else (32, 8, 1):
-        times: dict[str, list[float]] = {}
+        times: dict[str, float] = {}
         for layers in (2, 3):
             engine = engine_of(folder, slots, dry, layers)
-            model, batches = engine.model, batches_of(engine, 0, range(slots))
+            model, batches = engine.model, next(batches_of(engine, range(slots)))
             model.threads = None
             packed = engine.train.pack([(batch.slot, batch.rows) for batch in batches])
-            keys = model._dropout_keys(batches)
-            for kernels in (model.choice.kernels, Kernels(model.encoder.layers)):
+            call = partial(model.gradients, packed, model._dropout_keys(batches))
+            for kernels in {each.name: each for each in (Kernels(model.encoder.layers), model.choice.kernels)}.values():
                 model.choice.kernels = kernels
-                ms = median_ms(partial(model.gradients, packed, keys), 5 if dry else 20)
-                times.setdefault(kernels.name, []).append(ms)
-        parameters = matrix_parameters(engine.base.shape) / 3
-        for name, (less, more, *_) in times.items():
-            ms = more - less
-            print(
-                f"| {slots} | {name} | {len(packed.ids)} | {ms:.3f} | {4e-9 * parameters * len(packed.ids) / ms:.1f} |",
-                flush=True,
-            )
+                times[kernels.name] = median_ms(call, 5 if dry else 20) - times.get(kernels.name, 0.0)
+        work = 4e-9 * matrix_parameters(engine.base.shape) / 3 * len(packed.ids)
+        for name, ms in times.items():
+            print(f"| {slots} | {name} | {len(packed.ids)} | {ms:.3f} | {work / ms:.1f} |", flush=True)
 
 
 STAGES: dict[str, Callable[[bool, Path], None]] = {

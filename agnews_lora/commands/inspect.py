@@ -103,6 +103,7 @@ def _found() -> dict[str, str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from agnews_lora.training.device import device_name, has_bf16, training_device
+    from agnews_lora.training.multilora import kernels
 
     device = training_device()
     libraries = [f"{library} {version(library)}" for library in LIBRARIES]
@@ -113,6 +114,7 @@ def _found() -> dict[str, str]:
     }
     return {
         "device": f"{device_name(device)}, trains in {'bf16' if has_bf16(device) else 'fp32'}",
+        "kernels": kernels.described(device),
         "versions": "\n".join(lines),
         **stores,
         f"folder {WORK}": _folder(WORK),

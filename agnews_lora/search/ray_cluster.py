@@ -63,7 +63,8 @@ def train(
         return
     if find_spec("ray") is None:
         raise ConfigError(
-            "Cannot train with several workers: Ray is not installed. Run `pip install 'agnews-lora[cluster]'`."
+            "Cannot train with several workers: Ray is not installed. "
+            "Run `.venv/bin/pip install -c constraints.txt -e '.[cluster]'` in the checkout."
         )
     pool = _local_actors(workers or 1, engine_factory) if address is None else _join(address, workers, engine_factory)
     Fleet(driver, pool, screen_message, silence).run()

@@ -73,7 +73,8 @@ def open_storage(where: Path | str) -> RDBStorage:
         return RDBStorage(url.render_as_string(), engine_kwargs=_engine_arguments(url))
     except ImportError as error:
         raise StorageError(
-            "Cannot open a study in PostgreSQL: psycopg is not installed. Run `pip install 'agnews-lora[postgres]'`."
+            "Cannot open a study in PostgreSQL: psycopg is not installed. "
+            "Run `.venv/bin/pip install -c constraints.txt -e '.[postgres]'` in the checkout."
         ) from error
     except (OSError, RuntimeError, *STORAGE_FAULTS) as error:  # RuntimeError: the schema of another Optuna
         remedy = "Fix its permissions, or move it away to start an empty one."

@@ -265,7 +265,9 @@ class MultiLoraTrials:
 
     def _span(self, timed: TimedTrials, plan: TrialPlan) -> Span:
         setup, lengths = self.setup, self.setup.corpus.train.lengths
-        trained = batches(lengths.tolist(), setup.settings.batch_size, plan.seed, epoch=0)[setup.warmup_steps :]
+        # Where steps are read late, the next one has been launched when the time is taken: it is not counted.
+        first = setup.warmup_steps + self.engine.reads_late
+        trained = batches(lengths.tolist(), setup.settings.batch_size, plan.seed, epoch=0)[first:]
         began, ended = (timed.times[plan.trial, step] for step in (setup.warmup_steps, setup.steps))
         return Span(began, ended, sum(map(len, trained)), sum(int(lengths[rows].sum()) for rows in trained))
 

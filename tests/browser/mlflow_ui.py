@@ -41,7 +41,7 @@ TROUBLE: Final = re.compile(r"something went wrong|unexpected error|failed to lo
 def missing() -> str | None:
     """Why no browser can be driven here, or None."""
     if find_spec("playwright") is None:
-        return "playwright is not installed (make setup)"
+        return "playwright is not installed (make test installs it)"
     if CHROMIUM is None:
         return "no Chromium is installed (Debian: the package chromium)"
     return None

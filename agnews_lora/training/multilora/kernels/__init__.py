@@ -24,15 +24,13 @@ class KernelChoice:
 
     def __init__(self, layers: Sequence[Layer], device: torch.device, dtype: torch.dtype) -> None:
         self.layers = layers
-        self.kernels, self.reason = Kernels(layers), "no kernels of our own are made for it"
-        for make in _makers(device):
-            try:
-                self.kernels = make(layers, dtype)
-                self.reason = "the fastest that there are"
-            except UnsuitableError as error:
-                self.reason = str(error)
-            except Exception as error:  # a compiler may raise anything
-                self._fall_back(error)
+        self.kernels, self.reason = Kernels(layers), ""
+        try:
+            self.kernels, self.reason = _fastest(device)(layers, dtype), "the fastest that there are"
+        except UnsuitableError as error:
+            self.reason = str(error)
+        except Exception as error:  # a compiler may raise anything
+            self._fall_back(error)
 
     def run(self, call: Callable[[], Value]) -> Value:
         """Call `call`, which asks for `kernels`; where it fails by kernels of our own, call it again by torch's."""
@@ -54,21 +52,33 @@ class KernelChoice:
         self.kernels, self.reason = Kernels(self.layers), f"the faster ones failed ({cause})"
 
 
-def _makers(device: torch.device) -> list[Callable[[Sequence[Layer], torch.dtype], Kernels]]:
-    """Give the constructors of the kernels for a device."""
-    made_for = {"cpu": _in_c, "cuda": _in_triton}
-    return [made_for[device.type]] if device.type in made_for else []
-
-
-def _in_c(layers: Sequence[Layer], dtype: torch.dtype) -> Kernels:
-    from agnews_lora.training.multilora.kernels.cpu import CpuKernels
-
-    return CpuKernels(layers, dtype)
-
-
-def _in_triton(layers: Sequence[Layer], dtype: torch.dtype) -> Kernels:
+def described(device: torch.device) -> str:
+    """Name the kernels that there are for passes in bf16 on a device, or the reason for torch alone."""
     try:
-        from agnews_lora.training.multilora.kernels.cuda import CudaKernels
-    except ImportError as error:
-        raise UnsuitableError(f"Triton cannot be imported ({error})") from error
-    return CudaKernels(layers, dtype)
+        _fastest(device)
+        if device.type == "cpu":
+            from agnews_lora.training.multilora.kernels.cpu import compiler
+
+            return f"in C, for training in bf16, compiled by {' '.join(compiler())}"
+    except UnsuitableError as error:
+        return f"torch alone, which is slower: {error}"
+    return "in Triton, for training in bf16"
+
+
+def _fastest(device: torch.device) -> Callable[[Sequence[Layer], torch.dtype], Kernels]:
+    """Give the constructor of the kernels for a device.
+
+    Raises:
+        UnsuitableError: there are none.
+    """
+    if device.type == "cpu":
+        from agnews_lora.training.multilora.kernels.cpu import CpuKernels
+
+        return CpuKernels
+    if device.type == "cuda":
+        try:
+            from agnews_lora.training.multilora.kernels.cuda import CudaKernels
+        except ImportError as error:
+            raise UnsuitableError(f"Triton cannot be imported ({error})") from error
+        return CudaKernels
+    raise UnsuitableError(f"there are none for {device.type}")

@@ -21,7 +21,10 @@ typedef uint16_t bf16;
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define UP(n, step) (((n) + (step) - 1) / (step) * (step))
 
-enum { STRIP = 32, RANKS = 8, TILE = 128 }; /* bf16 in a register; rows of a matrix and tokens that are computed together */
+/* bf16 in a register; rows whose sums over 32 columns fill 16 registers; tokens that stay in the nearest cache. */
+enum { STRIP = 32, BLOCK = 8, TILE = 64 };
+
+typedef int32_t pair __attribute__((may_alias)); /* two neighbouring bf16 */
 
 /* ---- bf16 <-> fp32 ---------------------------------------------------------------------------------------------- */
 
@@ -75,20 +78,25 @@ INLINE __mmask32 kept(const Dropout *dropout, uint32_t key, int16_t bound, int c
 /* A panel holds 32 columns of B: for each pair of B's rows two registers, 16 columns each, of interleaved pairs. */
 
 INLINE void interleave(__m512i even, __m512i odd, __m512i *panel) {
-    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                           5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     _mm512_store_si512(panel, _mm512_permutex2var_epi16(even, first, odd));
     _mm512_store_si512(panel + 1, _mm512_permutex2var_epi16(even, second, odd));
 }
 
+/* Interleave 32 columns of the first two rows of `x`; a single row meets zeros. */
+INLINE void pair_up(const bf16 *x, long step, long rows, bf16 *to) {
+    __m512i odd = rows > 1 ? _mm512_loadu_si512(x + step) : _mm512_setzero_si512();
+    interleave(_mm512_loadu_si512(x), odd, (__m512i *)to);
+}
+
 /* The panel of 32 columns of B, whose rows are those of `x`; an odd last row meets zeros. */
 INLINE void pack_rows(const bf16 *x, long step, long rows, __m512i *panel) {
     for (long row = 0; row < rows; row += 2) {
-        __m512i odd = row + 1 < rows ? _mm512_loadu_si512(x + (row + 1) * step) : _mm512_setzero_si512();
         read_ahead(x + row * step);
         read_ahead(x + (row + 1) * step);
-        interleave(_mm512_loadu_si512(x + row * step), odd, panel + row);
+        pair_up(x + row * step, step, rows - row, (bf16 *)(panel + row));
     }
 }
 
@@ -124,14 +132,14 @@ INLINE void pack_columns(const bf16 *x, long step, long rows, int width, __m512i
         }
 }
 
-/* sums[i] += row i of A times a panel; the pairs of A lie `row_step` and `pair_step` pairs apart. `rows` is constant. */
-INLINE void multiply_rows(int rows, const int32_t *a, long row_step, long pair_step, const __m512i *panel, long pairs,
+/* sums[i] += row i of A times a panel. Pairs of A lie `row_step` and `pair_step` pairs apart. `rows` is a constant. */
+INLINE void multiply_rows(int rows, const pair *a, long row_step, long pair_step, const __m512i *panel, long pairs,
                           __m512 sums[][2]) {
-    for (long pair = 0; pair < pairs; pair++) {
-        __m512i first = _mm512_load_si512(panel + 2 * pair), second = _mm512_load_si512(panel + 2 * pair + 1);
+    for (long k = 0; k < pairs; k++) {
+        __m512i first = _mm512_load_si512(panel + 2 * k), second = _mm512_load_si512(panel + 2 * k + 1);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++) {
-            __m512i left = _mm512_set1_epi32(a[i * row_step + pair * pair_step]);
+            __m512i left = _mm512_set1_epi32(a[i * row_step + k * pair_step]);
             sums[i][0] = add_pairs(sums[i][0], left, first);
             sums[i][1] = add_pairs(sums[i][1], left, second);
         }
@@ -144,6 +152,7 @@ typedef struct {
     float *wide;  /* fp32, or null */
     long step;
     int adds;                 /* whether they are added to what is there */
+    long ahead;               /* from there, what will be added to soon */
     const __mmask32 *changes; /* of each row, the columns of `narrow` to write; null: all */
 } Target;
 
@@ -164,14 +173,15 @@ INLINE void finish_row(const Target *target, long row, __m512 sums[2]) {
         return;
     }
     __m512i before = _mm512_loadu_si512(to);
+    _mm_prefetch(to + target->ahead, _MM_HINT_T0);
     __m512i after = narrowed(_mm512_add_ps(sums[0], low_half(before)), _mm512_add_ps(sums[1], high_half(before)));
     if (target->changes) after = _mm512_mask_mov_epi16(before, target->changes[row], after);
     _mm512_storeu_si512(to, after);
 }
 
-INLINE void multiply_block(int block, long row, const int32_t *a, long row_step, long pair_step, const __m512i *panel,
+INLINE void multiply_block(int block, long row, const pair *a, long row_step, long pair_step, const __m512i *panel,
                            long pairs, const Target *target) {
-    __m512 sums[RANKS][2];
+    __m512 sums[BLOCK][2];
 #pragma GCC unroll 8
     for (int i = 0; i < block; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
     multiply_rows(block, a + row * row_step, row_step, pair_step, panel, pairs, sums);
@@ -179,12 +189,13 @@ INLINE void multiply_block(int block, long row, const int32_t *a, long row_step,
     for (int i = 0; i < block; i++) finish_row(target, row + i, sums[i]);
 }
 
-/* Multiply `rows` rows of A by a panel, eight at a time, whose sums fill 16 registers. */
+/* Multiply `rows` rows of A by a panel. */
 INLINE void multiply_panel(long rows, const bf16 *a, long row_step, long pair_step, const __m512i *panel, long pairs,
                            Target target) {
-    const int32_t *a_pairs = (const int32_t *)a;
+    const pair *a_pairs = (const pair *)a;
     long row = 0;
-    for (; row + 8 <= rows; row += 8) multiply_block(8, row, a_pairs, row_step, pair_step, panel, pairs, &target);
+    for (; row + BLOCK <= rows; row += BLOCK)
+        multiply_block(BLOCK, row, a_pairs, row_step, pair_step, panel, pairs, &target);
     if (row + 4 <= rows) {
         multiply_block(4, row, a_pairs, row_step, pair_step, panel, pairs, &target);
         row += 4;
@@ -215,22 +226,24 @@ INLINE void project_loop(const bf16 *x, long x_step, const bf16 *matrix, const D
         long next = MIN(row + 1, rows - 1);
         uint32_t key = 0, next_key = 0;
         if (drops) key = key_of(dropout, row), next_key = key_of(dropout, next);
-        for (int first = 0; first < rank; first += RANKS) {
-            __m512 sums[2 * RANKS];
+        for (int first = 0; first < rank; first += BLOCK) {
+            __m512 sums[2 * BLOCK];
 #pragma GCC unroll 16
-            for (int i = 0; i < 2 * RANKS; i++) sums[i] = _mm512_setzero_ps();
+            for (int i = 0; i < 2 * BLOCK; i++) sums[i] = _mm512_setzero_ps();
             for (int column = 0; column < width; column += STRIP) {
                 __m512i a = _mm512_loadu_si512(x + row * x_step + column);
                 __m512i b = _mm512_loadu_si512(x + next * x_step + column);
+                _mm_prefetch(x + (row + 2) * x_step + column, _MM_HINT_T0);
+                _mm_prefetch(x + (row + 3) * x_step + column, _MM_HINT_T0);
                 if (drops) {
                     a = _mm512_maskz_mov_epi16(kept(dropout, key, dropout->bounds[row], column), a);
                     b = _mm512_maskz_mov_epi16(kept(dropout, next_key, dropout->bounds[next], column), b);
                 }
 #pragma GCC unroll 8
-                for (int i = 0; i < RANKS; i++) {
+                for (int i = 0; i < BLOCK; i++) {
                     __m512i m = _mm512_loadu_si512(matrix + (long)(first + i) * width + column);
                     sums[i] = add_pairs(sums[i], a, m);
-                    sums[RANKS + i] = add_pairs(sums[RANKS + i], b, m);
+                    sums[BLOCK + i] = add_pairs(sums[BLOCK + i], b, m);
                 }
             }
             __m256i both = (__m256i)_mm512_cvtneps_pbh(lane_sums(sums));
@@ -254,7 +267,7 @@ static void project(const bf16 *x, long x_step, const bf16 *matrix, const Dropou
 INLINE void pair_tokens(const bf16 *h, long h_step, long rows, int rank, bf16 *pairs) {
     const __m128i zeros = _mm_setzero_si128();
     for (long row = 0; row < rows; row += 2)
-        for (int first = 0; first < rank; first += RANKS) {
+        for (int first = 0; first < rank; first += BLOCK) {
             __m128i even = _mm_loadu_si128((const __m128i *)(h + row * h_step + first)), odd = zeros;
             if (row + 1 < rows) odd = _mm_loadu_si128((const __m128i *)(h + (row + 1) * h_step + first));
             __m128i *to = (__m128i *)(pairs + row * rank + 2 * first);
@@ -279,12 +292,13 @@ INLINE void add_outer(const bf16 *x, long x_step, const bf16 *h_pairs, const __m
         }
         interleave(even, odd, panel + row);
     }
-    multiply_panel(rank, h_pairs, 1, rank, panel, (rows + 1) / 2, (Target){.wide = of_matrix, .step = width, .adds = 1});
+    Target target = {.wide = of_matrix, .step = width, .adds = 1};
+    multiply_panel(rank, h_pairs, 1, rank, panel, (rows + 1) / 2, target);
 }
 
-/* Rows of a matrix in segments, and modules that read one input: a stack [modules, segments, rank, width] has a matrix for
-   each, where `adapts` [modules, segments] is not 0; all else of a module and segment is left as it is. `ends`: where each
-   segment ends. h: [n, modules, rank]. */
+/* Rows of a matrix in segments, and modules that read one input: a stack [modules, segments, rank, width] has a matrix
+   for each where `adapts` [modules, segments] is not 0; all else of a module and segment is left as it is. `ends`:
+   where each segment ends. h: [n, modules, rank]. */
 typedef struct {
     int32_t num_modules, num_segments, rank, width;
     const int64_t *ends;
@@ -327,7 +341,8 @@ typedef struct {
 
 INLINE Dropout dropout_of(const Masks *masks, const Group *group) {
     if (!masks->tokens || !masks->drops[group->segment]) return (Dropout){0};
-    return (Dropout){masks->tokens + group->start, masks->bounds + group->start, masks->pairs, masks->salts[group->module]};
+    const int32_t *tokens = masks->tokens + group->start;
+    return (Dropout){tokens, masks->bounds + group->start, masks->pairs, masks->salts[group->module]};
 }
 
 /* h = drop(x) aᵀ */
@@ -365,13 +380,14 @@ int lora_up(bf16 *out, int64_t out_step, const bf16 *h, const bf16 *b, const Gro
     if (!room.panels) return 1;
     EACH(groups, &group) {
         pack_matrix(b + group.stack, groups, room.panels);
-        for (int64_t row = 0; row < group.rows; row += RANKS) /* rows in full, which the CPU reads ahead */
+        for (int64_t row = 0; row < group.rows; row += BLOCK) /* rows in full, which the CPU reads ahead */
             for (int column = 0; column < groups->width; column += STRIP)
-                multiply_panel(MIN(RANKS, group.rows - row), h + group.h + row * h_step, h_step / 2, 1,
+                multiply_panel(MIN(BLOCK, group.rows - row), h + group.h + row * h_step, h_step / 2, 1,
                                room.panels + column / STRIP * groups->rank, groups->rank / 2,
                                (Target){.narrow = out + (group.start + row) * out_step + group.columns + column,
                                         .step = out_step,
-                                        .adds = 1});
+                                        .adds = 1,
+                                        .ahead = BLOCK * out_step});
     }
     free(room.panels);
     return 0;
@@ -428,6 +444,7 @@ int lora_down_gradients(bf16 *of_x, int64_t of_x_step, const bf16 *of_h, const b
                                    (Target){.narrow = of_x + (group.start + start) * of_x_step + column,
                                             .step = of_x_step,
                                             .adds = 1,
+                                            .ahead = STRIP,
                                             .changes = changes});
             }
         }
@@ -438,10 +455,10 @@ int lora_down_gradients(bf16 *of_x, int64_t of_x_step, const bf16 *of_h, const b
 
 /* ---- GELU ------------------------------------------------------------------------------------------------------- */
 
-/* 2^y for y <= 0: 2^k 2^f with k the nearest integer, and for |f| <= 1/2 the polynomial of degree 4 whose largest relative
-   error is least (3e-6, a thousandth of what is rounded away in bf16). */
+/* 2^y for y <= 0: 2^k 2^f with k the nearest integer, and for |f| <= 1/2 the polynomial of degree 4 whose largest
+   relative error is least (3e-6, a thousandth of what bf16 rounds away). */
 INLINE __m512 power_of_two(__m512 y) {
-    y = _mm512_max_ps(y, _mm512_set1_ps(-150.0f)); /* 0 there, and infinity would become no number */
+    y = _mm512_max_ps(_mm512_set1_ps(-150.0f), y); /* 0 there; infinity would become NaN, and NaN stays */
     __m512 k = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(y, k);
     __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.00957010221f), f, _mm512_set1_ps(0.0559178628f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.240247443f));
@@ -483,8 +500,8 @@ void multiply(bf16 *g, const bf16 *slope, int64_t size) {
 
 /* normal = (s - mean) rstd of each row of s = x + y, rstd = 1 / √(variance + epsilon); out = normal weight + bias.
    normal and rstd, which the backward pass reads, may be null. Matrices without gaps. */
-void add_norm(const bf16 *x, const bf16 *y, const float *weight, const float *bias, float epsilon, bf16 *out, bf16 *normal,
-              float *rstd, int64_t rows, int width) {
+void add_norm(const bf16 *x, const bf16 *y, const float *weight, const float *bias, float epsilon, bf16 *out,
+              bf16 *normal, float *rstd, int64_t rows, int width) {
     float sum[width];
     for (int64_t row = 0; row < rows; row++, x += width, y += width, out += width) {
         __m512 total = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
@@ -548,9 +565,10 @@ INLINE long queries_of(const Rows *rows, int row, long *start) {
     return rows->first_only ? 1 : rows->offsets[row + 1] - rows->offsets[row];
 }
 
-/* shares [keys] = softmax(scale scores), with zeros beyond up to a multiple of 32; scale times log2(e), for powers of two. */
+/* shares [keys] = softmax(scale scores), with zeros beyond, up to a multiple of 32. */
 INLINE void softmax(float *scores, bf16 *shares, long keys, float scale) {
-    __m512 highest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps(), factor = _mm512_set1_ps(scale);
+    __m512 highest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    __m512 factor = _mm512_set1_ps(1.44269504f * scale); /* log2(e): for powers of two */
     for (long i = 0; i < keys; i += 16) {
         __mmask16 there = keys - i >= 16 ? 0xFFFF : (1u << (keys - i)) - 1;
         highest = _mm512_mask_max_ps(highest, there, highest, _mm512_loadu_ps(scores + i));
@@ -568,11 +586,25 @@ INLINE void softmax(float *scores, bf16 *shares, long keys, float scale) {
         store16(shares + i, i < keys ? _mm512_mul_ps(_mm512_loadu_ps(scores + i), share) : _mm512_setzero_ps());
 }
 
-/* context = softmax(scale q kᵀ) v. shares [queries, heads, UP(longest, 32)] keeps the softmax; null: not kept. Returns 0,
-   or 1 without memory. */
+/* The panel of 32 columns from `column` on, of a matrix of `pairs` pairs of rows. */
+INLINE __m512i *panel_of(__m512i *panels, long column, long pairs) { return panels + column / STRIP * 2 * pairs; }
+
+/* Pack Bᵀ of all rows of x [rows, size]. */
+INLINE void pack_all_columns(const bf16 *x, long step, long rows, long size, __m512i *panels) {
+    for (long row = 0; row < rows; row += STRIP)
+        pack_columns(x + row * step, step, MIN(STRIP, rows - row), size, panel_of(panels, row, size / 2));
+}
+
+/* Pack B = x [rows, size]. */
+INLINE void pack_all_rows(const bf16 *x, long step, long rows, long size, __m512i *panels) {
+    for (long column = 0; column < size; column += STRIP)
+        pack_rows(x + column, step, rows, panel_of(panels, column, UP(rows, 2) / 2));
+}
+
+/* context = softmax(scale q kᵀ) v. shares [queries, heads, UP(longest, 32)] keeps the softmax; null: not kept.
+   Returns 0, or 1 without memory. */
 int attention(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t *steps, const Rows *rows, bf16 *context,
               bf16 *shares) {
-    enum { BLOCK = 8 };
     const long size = rows->size, room = UP(rows->longest, STRIP), heads = rows->num_heads;
     char *memory = aligned_alloc(64, 2 * room * size * sizeof(bf16) + BLOCK * room * (sizeof(float) + sizeof(bf16)));
     if (!memory) return 1;
@@ -583,22 +615,23 @@ int attention(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t *steps,
         long from, keys_from = rows->offsets[row], keys = rows->offsets[row + 1] - keys_from;
         long queries = queries_of(rows, row, &from), pairs = UP(keys, 2) / 2;
         for (long head = 0; head < heads; head++) {
-            const bf16 *own_k = k + keys_from * steps[1] + head * size, *own_v = v + keys_from * steps[2] + head * size;
-            for (long key = 0; key < keys; key += STRIP)
-                pack_columns(own_k + key * steps[1], steps[1], MIN(STRIP, keys - key), size, k_panels + key / STRIP * size);
-            for (long column = 0; column < size; column += STRIP)
-                pack_rows(own_v + column, steps[2], keys, v_panels + column / STRIP * 2 * pairs);
-            for (long query = 0; query < queries; query += BLOCK) {
-                long count = MIN(BLOCK, queries - query), at = from + query;
-                for (long key = 0; key < keys; key += STRIP)
-                    multiply_panel(count, q + at * steps[0] + head * size, steps[0] / 2, 1, k_panels + key / STRIP * size,
-                                   size / 2, (Target){.wide = scores + key, .step = room});
-                bf16 *to = shares ? shares + (at * heads + head) * room : own_shares;
-                long to_step = shares ? heads * room : room;
-                for (long i = 0; i < count; i++) softmax(scores + i * room, to + i * to_step, keys, 1.44269504f * rows->scale);
-                for (long column = 0; column < size; column += STRIP)
-                    multiply_panel(count, to, to_step / 2, 1, v_panels + column / STRIP * 2 * pairs, pairs,
-                                   (Target){.narrow = context + at * steps[3] + head * size + column, .step = steps[3]});
+            pack_all_columns(k + keys_from * steps[1] + head * size, steps[1], keys, size, k_panels);
+            pack_all_rows(v + keys_from * steps[2] + head * size, steps[2], keys, size, v_panels);
+            for (long query = from; query < from + queries; query += BLOCK) {
+                long count = MIN(BLOCK, from + queries - query), to_step = shares ? heads * room : room;
+                const bf16 *own_q = q + query * steps[0] + head * size;
+                for (long i = 0; i < count; i++) read_ahead(own_q + i * steps[0] + size - STRIP); /* the next head's */
+                bf16 *to = shares ? shares + (query * heads + head) * room : own_shares;
+                bf16 *own_context = context + query * steps[3] + head * size;
+                for (long key = 0; key < keys; key += STRIP) {
+                    Target target = {.wide = scores + key, .step = room};
+                    multiply_panel(count, own_q, steps[0] / 2, 1, panel_of(k_panels, key, size / 2), size / 2, target);
+                }
+                for (long i = 0; i < count; i++) softmax(scores + i * room, to + i * to_step, keys, rows->scale);
+                for (long column = 0; column < size; column += STRIP) {
+                    Target target = {.narrow = own_context + column, .step = steps[3]};
+                    multiply_panel(count, to, to_step / 2, 1, panel_of(v_panels, column, pairs), pairs, target);
+                }
             }
         }
     }
@@ -606,7 +639,7 @@ int attention(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t *steps,
     return 0;
 }
 
-/* of_scores = scale shares (of_shares - sum(shares of_shares)) of each of `count` queries, in place in bf16. */
+/* of_scores [keys] = scale shares (of_shares - sum(shares of_shares)) of one query. */
 INLINE void softmax_gradient(const float *of_shares, const bf16 *shares, bf16 *of_scores, long keys, float scale) {
     __m512 total = _mm512_setzero_ps();
     for (long i = 0; i < keys; i += STRIP) read_ahead(shares + i + UP(keys, STRIP) - STRIP); /* the next head's */
@@ -621,14 +654,14 @@ INLINE void softmax_gradient(const float *of_shares, const bf16 *shares, bf16 *o
 
 /* Gradients of q, k and v, of the gradient g of the context; steps of q, k, v, g, of_q, of_k, of_v. Returns 0, or 1
    without memory.
-   With P the shares: of_v = Pᵀ g, of_P = g vᵀ, of_S = scale P (of_P - rowsum(P of_P)), of_q = of_S k, of_k = of_Sᵀ q. */
+   With P the shares and S the scores: of_v = Pᵀ g, of_P = g vᵀ, of_S = scale P (of_P - rowsum(P of_P)),
+   of_q = of_S k, of_k = of_Sᵀ q. */
 int attention_gradients(const bf16 *g, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *shares,
                         const int64_t *steps, const Rows *rows, bf16 *of_q, bf16 *of_k, bf16 *of_v) {
-    enum { BLOCK = 8 };
     const long size = rows->size, room = UP(rows->longest, STRIP), heads = rows->num_heads;
     const long panels = room * size / STRIP, queries_room = rows->first_only ? BLOCK : room;
-    char *memory = aligned_alloc(
-        64, 4 * room * size * sizeof(bf16) + 2 * queries_room * room * sizeof(bf16) + BLOCK * room * (sizeof(float) + sizeof(bf16)));
+    const long of_block = BLOCK * room * (sizeof(float) + sizeof(bf16));
+    char *memory = aligned_alloc(64, (4 * size + 2 * queries_room) * room * sizeof(bf16) + of_block);
     if (!memory) return 1;
     __m512i *v_panels = (__m512i *)memory, *k_panels = v_panels + panels, *q_panels = k_panels + panels;
     __m512i *g_panels = q_panels + panels;
@@ -639,47 +672,93 @@ int attention_gradients(const bf16 *g, const bf16 *q, const bf16 *k, const bf16 
         long from, keys_from = rows->offsets[row], keys = rows->offsets[row + 1] - keys_from;
         long queries = queries_of(rows, row, &from), pairs = UP(keys, 2) / 2, query_pairs = UP(queries, 2) / 2;
         for (long head = 0; head < heads; head++) {
-            const bf16 *own_q = q + from * steps[0] + head * size, *own_g = g + from * steps[3] + head * size;
-            const bf16 *own_k = k + keys_from * steps[1] + head * size, *own_v = v + keys_from * steps[2] + head * size;
-            for (long key = 0; key < keys; key += STRIP)
-                pack_columns(own_v + key * steps[2], steps[2], MIN(STRIP, keys - key), size, v_panels + key / STRIP * size);
-            for (long column = 0; column < size; column += STRIP) {
-                pack_rows(own_k + column, steps[1], keys, k_panels + column / STRIP * 2 * pairs);
-                pack_rows(own_q + column, steps[0], queries, q_panels + column / STRIP * 2 * query_pairs);
-                pack_rows(own_g + column, steps[3], queries, g_panels + column / STRIP * 2 * query_pairs);
-            }
+            const bf16 *own_g = g + from * steps[3] + head * size;
+            bf16 *own_of_q = of_q + from * steps[4] + head * size;
+            bf16 *own_of_k = of_k + keys_from * steps[5] + head * size;
+            bf16 *own_of_v = of_v + keys_from * steps[6] + head * size;
+            pack_all_rows(q + from * steps[0] + head * size, steps[0], queries, size, q_panels);
+            pack_all_rows(k + keys_from * steps[1] + head * size, steps[1], keys, size, k_panels);
+            pack_all_columns(v + keys_from * steps[2] + head * size, steps[2], keys, size, v_panels);
+            pack_all_rows(own_g, steps[3], queries, size, g_panels);
             for (long query = 0; query < queries; query += BLOCK) {
-                long count = MIN(BLOCK, queries - query);
-                for (long key = 0; key < keys; key += STRIP)
-                    multiply_panel(count, own_g + query * steps[3], steps[3] / 2, 1, v_panels + key / STRIP * size,
-                                   size / 2, (Target){.wide = of_shares + key, .step = room});
-                const bf16 *own_shares = shares + ((from + query) * heads + head) * room;
+                long count = MIN(BLOCK, queries - query), share_step = heads * room;
+                const bf16 *own = shares + ((from + query) * heads + head) * room, *block_g = own_g + query * steps[3];
+                for (long key = 0; key < keys; key += STRIP) {
+                    Target target = {.wide = of_shares + key, .step = room};
+                    __m512i *panel = panel_of(v_panels, key, size / 2);
+                    multiply_panel(count, block_g, steps[3] / 2, 1, panel, size / 2, target);
+                }
                 for (long i = 0; i < count; i++)
-                    softmax_gradient(of_shares + i * room, own_shares + i * heads * room, of_scores + i * room, keys,
+                    softmax_gradient(of_shares + i * room, own + i * share_step, of_scores + i * room, keys,
                                      rows->scale);
-                for (long column = 0; column < size; column += STRIP)
-                    multiply_panel(count, of_scores, room / 2, 1, k_panels + column / STRIP * 2 * pairs, pairs,
-                                   (Target){.narrow = of_q + (from + query) * steps[4] + head * size + column, .step = steps[4]});
-                for (long key = 0; key < keys; key += STRIP) /* pairs of queries, for the sums over queries */
-                    for (long i = 0; i < count; i += 2) {
-                        __m512i none = _mm512_setzero_si512(), odd = none, odd_scores = none;
-                        if (i + 1 < count) {
-                            odd = _mm512_loadu_si512(own_shares + (i + 1) * heads * room + key);
-                            odd_scores = _mm512_loadu_si512(of_scores + (i + 1) * room + key);
-                        }
+                for (long column = 0; column < size; column += STRIP) {
+                    Target target = {.narrow = own_of_q + query * steps[4] + column, .step = steps[4]};
+                    multiply_panel(count, of_scores, room / 2, 1, panel_of(k_panels, column, pairs), pairs, target);
+                }
+                for (long i = 0; i < count; i += 2) /* of two queries, for the sums over queries */
+                    for (long key = 0; key < keys; key += STRIP) {
                         long to = ((query + i) / 2 * room + key) * 2;
-                        interleave(_mm512_loadu_si512(own_shares + i * heads * room + key), odd, (__m512i *)(share_pairs + to));
-                        interleave(_mm512_loadu_si512(of_scores + i * room + key), odd_scores, (__m512i *)(score_pairs + to));
+                        pair_up(own + i * share_step + key, share_step, count - i, share_pairs + to);
+                        pair_up(of_scores + i * room + key, room, count - i, score_pairs + to);
                     }
             }
             for (long column = 0; column < size; column += STRIP) {
-                multiply_panel(keys, score_pairs, 1, room, q_panels + column / STRIP * 2 * query_pairs, query_pairs,
-                               (Target){.narrow = of_k + keys_from * steps[5] + head * size + column, .step = steps[5]});
-                multiply_panel(keys, share_pairs, 1, room, g_panels + column / STRIP * 2 * query_pairs, query_pairs,
-                               (Target){.narrow = of_v + keys_from * steps[6] + head * size + column, .step = steps[6]});
+                Target to_k = {.narrow = own_of_k + column, .step = steps[5]};
+                Target to_v = {.narrow = own_of_v + column, .step = steps[6]};
+                __m512i *panel = panel_of(q_panels, column, query_pairs);
+                multiply_panel(keys, score_pairs, 1, room, panel, query_pairs, to_k);
+                panel = panel_of(g_panels, column, query_pairs);
+                multiply_panel(keys, share_pairs, 1, room, panel, query_pairs, to_v);
             }
         }
     }
     free(memory);
     return 0;
+}
+
+/* ---- AdamW ------------------------------------------------------------------------------------------------------ */
+
+INLINE double square_sum(const float *x, int64_t size) {
+    double total = 0.0;
+    for (int64_t start = 0; start < size; start += 1024) { /* few in fp32, where sums would lose digits */
+        float sums[16] = {0};
+        int64_t count = MIN(1024, size - start), whole = count / 16 * 16;
+        for (int64_t i = 0; i < whole; i += 16)
+            for (int lane = 0; lane < 16; lane++) sums[lane] += x[start + i + lane] * x[start + i + lane];
+        for (int64_t i = whole; i < count; i++) sums[i - whole] += x[start + i] * x[start + i];
+        for (int lane = 0; lane < 16; lane++) total += sums[lane];
+    }
+    return total;
+}
+
+/* A step of all slots by decoupled AdamW (Loshchilov & Hutter 2019), their gradients clipped; see `optimizer.py`. The
+   columns from `frozen_start` to `frozen_stop` have no gradient where a slot is `frozen`. corrections: 1 - beta^step.
+   */
+void adamw(float *weights, float *first, float *second, const float *gradients, const float *decays, int64_t slots,
+           int64_t columns, const uint8_t *frozen, int64_t frozen_start, int64_t frozen_stop, const float *rates,
+           const float *first_corrections, const float *second_corrections, float first_beta, float second_beta,
+           float epsilon, float weight_decay, float max_norm, float *norms) {
+    const int64_t ends[] = {0, frozen_start, frozen_stop, columns};
+    for (int64_t slot = 0; slot < slots; slot++) {
+        float *restrict w = weights + slot * columns, *restrict m = first + slot * columns;
+        float *restrict v = second + slot * columns;
+        const float *restrict g = gradients + slot * columns;
+        double squares = 0.0;
+        for (int part = 0; part < 3; part++)
+            if (part != 1 || !frozen[slot]) squares += square_sum(g + ends[part], ends[part + 1] - ends[part]);
+        float norm = sqrtf((float)squares), kept = max_norm > 0 ? fminf(max_norm / (norm + 1e-6f), 1.0f) : 1.0f;
+        float by_first = 1.0f / first_corrections[slot], by_second = 1.0f / second_corrections[slot];
+        norms[slot] = norm;
+        for (int part = 0; part < 3; part++) {
+            int trains = part != 1 || !frozen[slot];
+            float scale = trains ? kept : 0.0f, rate = trains ? rates[slot] : 0.0f;
+            for (int64_t i = ends[part]; i < ends[part + 1]; i++) {
+                float own = g[i] * scale;
+                m[i] += (1.0f - first_beta) * (own - m[i]);
+                v[i] = second_beta * v[i] + (1.0f - second_beta) * own * own;
+                float change = m[i] * by_first / (sqrtf(v[i] * by_second) + epsilon);
+                w[i] -= rate * (change + weight_decay * decays[i] * w[i]);
+            }
+        }
+    }
 }

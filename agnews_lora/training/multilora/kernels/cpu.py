@@ -27,7 +27,9 @@ from agnews_lora.training.multilora.dropout import Mask, mixed
 from agnews_lora.training.multilora.encoder import Affine, Layer, Norm
 from agnews_lora.training.multilora.kernels import UnsuitableError
 from agnews_lora.training.multilora.kernels.reference import Kernels, Lora, Saved
+from agnews_lora.training.multilora.optimizer import BETAS, EPSILON, SlotSteps
 from agnews_lora.training.multilora.packing import Rows, Segments
+from agnews_lora.training.multilora.slots import Slots
 
 SOURCE = Path(__file__).with_name("cpu.c")
 INSTRUCTIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
@@ -80,7 +82,10 @@ def compiler() -> list[str]:
     if missing := [name for name in INSTRUCTIONS if name not in flags]:
         raise UnsuitableError(f"the CPU has no {missing[0]}")
     if chosen := os.environ.get("CC"):
-        return shlex.split(chosen)
+        try:
+            return shlex.split(chosen)
+        except ValueError as error:
+            raise UnsuitableError(f"CC={chosen} is no command ({error})") from error
     if found := next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None):
         return [found]
     raise UnsuitableError("there is no C compiler (cc, gcc or clang)")
@@ -144,6 +149,7 @@ def load(path: Path) -> ctypes.CDLL:
         "multiply": [c_void_p, c_void_p, c_int64],
         "add_norm": [*[c_void_p] * 4, c_float, *[c_void_p] * 3, c_int64, c_int32],
         "add_norm_gradient": [*[c_void_p] * 6, c_int64, c_int32],
+        "adamw": [*[c_void_p] * 5, *[c_int64] * 2, c_void_p, *[c_int64] * 2, *[c_void_p] * 3, *[c_float] * 5, c_void_p],
         "attention": [*[c_void_p] * 3, steps, rows, c_void_p, c_void_p],
         "attention_gradients": [*[c_void_p] * 5, steps, rows, *[c_void_p] * 3],
     }
@@ -357,6 +363,18 @@ class CpuKernels(Kernels):
         g = g.contiguous()
         self.library.multiply(_at(g), _at(saved.slope), g.numel())
         return g
+
+    def adamw(self, slots: Slots, gradients: Tensor, steps: SlotSteps, weight_decay: float, max_norm: float) -> Tensor:
+        state = slots.weights, slots.first_moment, slots.second_moment
+        assert all(each.is_contiguous() for each in (*state, gradients))
+        norms = gradients.new_empty(len(slots))
+        self.library.adamw(
+            *map(_at, (*state, gradients, slots.decays)), *gradients.shape,
+            _at(slots.frozen), slots.freezable.start, slots.freezable.stop,
+            *map(_at, (steps.learning_rates, steps.first_corrections, steps.second_corrections)),
+            *BETAS, EPSILON, weight_decay, max_norm, _at(norms),
+        )  # fmt: skip
+        return norms
 
     def _masks(self, lora: Lora, mask: Mask | None) -> _Masks:
         if mask is None:

@@ -1,6 +1,7 @@
 """The kernels that are used, and training that outlives their failure."""
 
 import logging
+import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ class Fast(Kernels):
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_makers", lambda _: [Fast])
+    monkeypatch.setattr(kernels, "_fastest", lambda _: Fast)
     for name in ("fault", "unbuilt"):
         monkeypatch.setattr(Fast, name, None)
     monkeypatch.setattr(Fast, "passes", 0)
@@ -101,3 +102,10 @@ def test_a_fault_that_is_not_theirs_is_raised(roberta: TinySetup, fault: Excepti
     with pytest.raises(type(fault)):
         choice.run(failing)
     assert choice.kernels.name == ("fast" if isinstance(fault, torch.OutOfMemoryError) else "torch")
+
+
+def test_it_is_said_what_would_compute_or_what_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the real ones
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    assert "torch alone" in kernels.described(CPU) and "riscv64" in kernels.described(CPU)
+    assert "torch alone" in kernels.described(torch.device("mps"))

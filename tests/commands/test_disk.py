@@ -58,7 +58,7 @@ def require_going_on(folder: Path) -> str:
 
 
 def test_a_full_disk(small_disk: Path) -> None:
-    folder = write_project(small_disk)
+    folder = write_project(small_disk, sweep={"slots": 1})
 
     def fill() -> None:
         with (folder / "fill").open("wb", buffering=0) as file:
@@ -75,7 +75,7 @@ def test_a_full_disk(small_disk: Path) -> None:
 
 
 def test_artifacts_that_cannot_be_written(tmp_path: Path) -> None:
-    folder = write_project(tmp_path)
+    folder = write_project(tmp_path, sweep={"slots": 1})
     artifacts, aside = folder / "mlruns" / "artifacts", folder / "mlruns" / "aside"
 
     def replace() -> None:

@@ -63,7 +63,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     With it, the JSON of the last start.
     """
     folder = write_project(
-        tmp_path_factory.mktemp("project"), sweep={"trials": 2, "confirmation": {"trials": 2, "seeds": 2}}
+        tmp_path_factory.mktemp("project"), sweep={"trials": 2, "slots": 1, "confirmation": {"trials": 2, "seeds": 2}}
     )
     with Running(folder, "sweep", "small") as first:
         first.wait_for("t0001 step")  # the second trial has been evaluated once

@@ -1,5 +1,6 @@
 """The fleet over workers that are threads: they die, fall silent, join late, and nothing is lost or told twice."""
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -261,18 +262,23 @@ def test_a_worker_that_never_got_its_place_is_dropped_with_it(setting: Callable[
 
 
 def test_a_stop_checkpoints_what_trains(setting: Callable[..., Setting]) -> None:
-    each = setting(8, 2, lambda: ScriptedEngine(2))
-    known: dict[str, int] = {}
+    stopped = threading.Event()  # before it, no trial gets beyond its first evaluation
+
+    def hold() -> None:
+        stopped.wait(30)
+
+    script = dict.fromkeys([(f"t{number:04d}", 15) for number in range(4)], hold)
+    each = setting(8, 2, lambda: ScriptedEngine(2, script))
 
     def stop(trial: str, step: int) -> None:
-        known[trial] = step
-        each.driver.stop = each.driver.stop or (step == 20 and len(each.driver.running) == 4)
+        if len(each.driver.running) == 4:
+            each.driver.stop = True
+            stopped.set()
 
     each.driver.on_checkpoint = stop
     each.run()
     assert each.driver.closed and len(each.driver.running) == 4  # a real one has returned them to the queue
     assert all(checkpoints.newest(each.driver.folder / trial) for trial in each.driver.running)
-    assert len(known) >= 4
 
 
 def test_a_worker_that_trains_nothing_takes_over_from_one_that_died(setting: Callable[..., Setting]) -> None:

@@ -22,7 +22,7 @@ typedef uint16_t bf16;
 #define UP(n, step) (((n) + (step) - 1) / (step) * (step))
 
 /* bf16 in a register; rows whose sums over 32 columns fill 16 registers; tokens that stay in the nearest cache. */
-enum { STRIP = 32, BLOCK = 8, TILE = 128 };
+enum { STRIP = 32, BLOCK = 8, TILE = 64 };
 
 typedef int32_t pair __attribute__((may_alias)); /* two neighbouring bf16 */
 
@@ -152,6 +152,7 @@ typedef struct {
     float *wide;  /* fp32, or null */
     long step;
     int adds;                 /* whether they are added to what is there */
+    long ahead;               /* from there, what will be added to soon */
     const __mmask32 *changes; /* of each row, the columns of `narrow` to write; null: all */
 } Target;
 
@@ -172,6 +173,7 @@ INLINE void finish_row(const Target *target, long row, __m512 sums[2]) {
         return;
     }
     __m512i before = _mm512_loadu_si512(to);
+    _mm_prefetch(to + target->ahead, _MM_HINT_T0);
     __m512i after = narrowed(_mm512_add_ps(sums[0], low_half(before)), _mm512_add_ps(sums[1], high_half(before)));
     if (target->changes) after = _mm512_mask_mov_epi16(before, target->changes[row], after);
     _mm512_storeu_si512(to, after);
@@ -231,6 +233,8 @@ INLINE void project_loop(const bf16 *x, long x_step, const bf16 *matrix, const D
             for (int column = 0; column < width; column += STRIP) {
                 __m512i a = _mm512_loadu_si512(x + row * x_step + column);
                 __m512i b = _mm512_loadu_si512(x + next * x_step + column);
+                _mm_prefetch(x + (row + 2) * x_step + column, _MM_HINT_T0);
+                _mm_prefetch(x + (row + 3) * x_step + column, _MM_HINT_T0);
                 if (drops) {
                     a = _mm512_maskz_mov_epi16(kept(dropout, key, dropout->bounds[row], column), a);
                     b = _mm512_maskz_mov_epi16(kept(dropout, next_key, dropout->bounds[next], column), b);
@@ -382,7 +386,8 @@ int lora_up(bf16 *out, int64_t out_step, const bf16 *h, const bf16 *b, const Gro
                                room.panels + column / STRIP * groups->rank, groups->rank / 2,
                                (Target){.narrow = out + (group.start + row) * out_step + group.columns + column,
                                         .step = out_step,
-                                        .adds = 1});
+                                        .adds = 1,
+                                        .ahead = BLOCK * out_step});
     }
     free(room.panels);
     return 0;
@@ -439,6 +444,7 @@ int lora_down_gradients(bf16 *of_x, int64_t of_x_step, const bf16 *of_h, const b
                                    (Target){.narrow = of_x + (group.start + start) * of_x_step + column,
                                             .step = of_x_step,
                                             .adds = 1,
+                                            .ahead = STRIP,
                                             .changes = changes});
             }
         }

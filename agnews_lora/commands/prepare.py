@@ -32,7 +32,7 @@ class EngineFactory:
 
     Args:
         name: `multilora` or `trainer`.
-        slots: trials at once, with multilora; None: as many as fit a GPU, or as a CPU has threads.
+        slots: trials at once, with multilora; None: as many as fit a GPU, or as a CPU has threads (4 at most).
     """
 
     name: str

@@ -144,7 +144,7 @@ class Sweep(Document):
     """Engine: multilora trains many trials at once through one base; trainer is Hugging Face Trainer and PEFT, one
     trial after another; auto is multilora where it can train the experiment, else trainer."""
     slots: Count | None = Field(default=None, validate_default=True)
-    """Trials at once, with multilora; as many as fit a GPU, or as a CPU has threads, unless given."""
+    """Trials at once, with multilora; as many as fit a GPU, or as a CPU has threads (4 at most), unless given."""
     confirmation: Confirmation | None = Confirmation()
     """The round after the search; null for none: the winner is then the best single run."""
 

@@ -50,6 +50,7 @@ from agnews_lora.training.multilora.trial_state import (
 TRIAL_FAULTS = (TrainingError, BudgetError, AdapterError)
 
 MAX_SLOTS = 32
+MAX_SLOTS_CPU = 4  # more threads share the batches; a trial that ends sooner teaches the search sooner
 HEADROOM = 0.8  # share of the free memory that slots may fill: batches differ, and the allocator leaves gaps
 HEAVIEST = TrialSpec("all-linear", rank=32, alpha=1, dropout=0.1, learning_rate=1.0)  # adapts and drops everywhere
 
@@ -93,12 +94,9 @@ class MultiLoraEngine:
 
 
 def choose_slots(model: MultiLoraModel, tokens: DeviceTokens, batch_size: int) -> int:
-    """Count the slots that fit a CUDA device, by the measured peak memory of one slot's step; on a CPU, its threads.
-
-    A CPU is busy with one trial a thread, and trials that end sooner teach the search sooner.
-    """
+    """Count the slots that fit a CUDA device, by the measured peak memory of one slot's step; a CPU's threads, to 4."""
     if model.threads is not None:
-        return min(MAX_SLOTS, model.threads.number)
+        return min(MAX_SLOTS_CPU, model.threads.number)
     place_heaviest(model)
     heaviest_step(model, tokens, batch_size)  # the first one compiles kernels, which takes memory of its own
     torch.cuda.empty_cache()

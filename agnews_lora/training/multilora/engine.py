@@ -94,7 +94,7 @@ class MultiLoraEngine:
 
 
 def choose_slots(model: MultiLoraModel, tokens: DeviceTokens, batch_size: int) -> int:
-    """Count the slots that fit a CUDA device, by the measured peak memory of one slot's step; a CPU's threads, to 4."""
+    """Count the slots that fit a CUDA device, by the measured peak memory of one slot's step; on a CPU, its threads."""
     if model.threads is not None:
         return min(MAX_SLOTS_CPU, model.threads.number)
     place_heaviest(model)

@@ -22,6 +22,7 @@ from agnews_lora.training.metrics import predict_logits
 from agnews_lora.training.multilora.encoder import Encoder
 from agnews_lora.training.multilora.engine import (
     MAX_SLOTS,
+    MAX_SLOTS_CPU,
     MultiLoraEngine,
     _Run,
     choose_slots,
@@ -445,7 +446,7 @@ def test_a_fault_of_the_program_is_reported_for_all_and_raised(
 
 def test_on_a_cpu_there_is_a_slot_a_thread(roberta: TinySetup) -> None:
     engine = MultiLoraEngine(roberta.base, roberta.corpus, SETTINGS)
-    assert len(engine.model.slots) == min(MAX_SLOTS, torch.get_num_threads())
+    assert len(engine.model.slots) == min(MAX_SLOTS_CPU, torch.get_num_threads())
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ class Load:
     def __str__(self) -> str:
         share = self.others / self.cores if self.cores else 0.0
         found = f"load average {self.average:.2f} before; others used {share:.1%} of the cores while it ran."
-        if max(share, self.average / (os.cpu_count() or 1)) > BUSY:
+        if share > BUSY:
             return f"**A busy machine: {found}** Its wall-clock figures prove nothing; CPU time says more."
         return f"A quiet machine: {found}"
 

@@ -218,7 +218,7 @@ def test_a_failure_is_a_column_and_ends_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("average", "others", "said"), [(0.0, 0.01, "A quiet"), (0.0, 0.2, "A busy"), (9e9, 0, "A busy")]
+    ("average", "others", "said"), [(0.0, 0.01, "A quiet"), (0.0, 0.2, "A busy"), (9e9, 0, "A quiet")]
 )
 def test_a_busy_machine_is_marked(average: float, others: float, said: str) -> None:
     load = Load()

@@ -47,7 +47,7 @@ def run(experiment: Experiment, texts: list[str], file: Path | None, as_json: bo
             asked[index] = os.fsencode(text).decode() if any("\ud800" <= each <= "\udfff" for each in text) else text
         except UnicodeError as error:
             raise DataError(f"Cannot read text {one_line(text)!r}: it is not UTF-8. Convert it.") from error
-    classifier = Classifier.load(_champion(experiment, tracking))
+    classifier = Classifier.load(registered(experiment, tracking))
     predictions = classifier.predict(asked)
     if as_json:
         for text, prediction in zip(asked, predictions, strict=True):
@@ -79,7 +79,7 @@ def champion(sweep: Sweep | str | Path, *, tracking: str | None = None) -> "Text
         RegistryError: the sweep has no champion yet, or its files changed.
         AgnewsLoraError: anything else that the user can fix.
     """
-    return pipeline(_champion(load_sweep(sweep).experiment, tracking))
+    return pipeline(registered(load_sweep(sweep).experiment, tracking))
 
 
 @temporary_files()
@@ -105,11 +105,12 @@ def export(experiment: Experiment, to: Path, merged: bool, tracking: str | None,
     return 0
 
 
-def _champion(experiment: Experiment, tracking: str | None) -> Package:
+def registered(experiment: Experiment, tracking: str | None, version: int | None = None) -> Package:
+    """Download a version, or the champion, whose files are still those that were registered."""
     client = open_client(tracking or STORES, read=True)
     with reaching(client):
         registry = Registry(client, experiment.name)
-        return Package.verified(registry, registry.champion())
+        return Package.verified(registry, registry.champion() if version is None else registry.version(version))
 
 
 def _lines(file: Path) -> list[str]:

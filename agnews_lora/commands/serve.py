@@ -9,7 +9,7 @@ from typing import Final
 
 from agnews_lora.config.experiment import Experiment
 from agnews_lora.errors import StorageError
-from agnews_lora.paths import STORES, temporary_files
+from agnews_lora.paths import temporary_files
 
 HOST: Final = "127.0.0.1"
 EXAMPLE: Final = """-H 'Content-Type: application/json' -d '{"inputs": ["Oil prices rose to a record."]}'"""
@@ -23,32 +23,27 @@ def run(experiment: Experiment, version: int | None, merged: bool, port: int, tr
         RegistryError: there is no champion or no such version, or its files changed.
         PromotionError: it answers otherwise than when it was registered.
     """
+    from agnews_lora.commands.predict import registered
     from agnews_lora.serving import server
-    from agnews_lora.serving.model_package import Package, ReferenceAnswers
+    from agnews_lora.serving.model_package import ReferenceAnswers
     from agnews_lora.serving.predict import Classifier
-    from agnews_lora.tracking.registry import Registry
-    from agnews_lora.tracking.store import open_client, reaching
 
     with bound(port) as listener:
         with temporary_files():
-            client = open_client(tracking or STORES, read=True)
-            registry = Registry(client, experiment.name)
-            with reaching(client):
-                chosen = registry.champion() if version is None else registry.version(version)
-                package = Package.verified(registry, chosen)
+            package = registered(experiment, tracking, version)
             classifier = Classifier.load(package, merged)
             answers = ReferenceAnswers.read(package.reference)
-        difference = server.largest_difference(classifier, answers, str(chosen), merged)
+        difference = server.largest_difference(classifier, answers, str(package.version), merged)
         way = "the adapter merged into its base" if merged else "the adapter on its base"
         print(
-            f"Checked: {chosen}, {way}, gives the labels and logits of its registration on {len(answers.rows)} rows "
-            f"(largest difference {difference:.1g})"
+            f"Checked: {package.version}, {way}, gives the labels and logits of its registration on "
+            f"{len(answers.rows)} rows (largest difference {difference:.1g})"
         )
         signal.signal(signal.SIGINT, _leave)
         listener.listen()
         address = f"http://{HOST}:{listener.getsockname()[1]}{server.INVOCATIONS}"
         print(f"Serving {address}  (Ctrl-C ends it)\n  curl {address} {EXAMPLE}", flush=True)
-        server.run(server.application(classifier, chosen), listener)
+        server.run(server.application(classifier, package.version), listener)
     return 0
 
 

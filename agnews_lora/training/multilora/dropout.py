@@ -75,9 +75,9 @@ class Mask:
         """Give the mask of some tokens alone."""
         return Mask(self.tokens[tokens], self.bounds[tokens], self.salt, self.drops)
 
-    def keys(self, module: int) -> Tensor:
-        """Give the key [n] of each token in a module, that of its number."""
-        return mixed(self.tokens ^ (self.salt + module))
+    def keys(self, module: int, part: slice = slice(None)) -> Tensor:
+        """Give the key [of part] of each token in a module, that of its number."""
+        return mixed(self.tokens[part] ^ (self.salt + module))
 
     def apply(self, x: Tensor, part: slice, module: int) -> Tensor:
         """Copy `x` [of part, features] with the features zeroed that the module drops. part: of the tokens.
@@ -87,8 +87,7 @@ class Mask:
         """
         place = (part.start, part.stop, module)
         if place not in self._kept:
-            keys = mixed(self.tokens[part] ^ (self.salt + module))
-            self._kept[place] = kept_bits(keys, self.bounds[part], x.shape[1], x.dtype)
+            self._kept[place] = kept_bits(self.keys(module, part), self.bounds[part], x.shape[1], x.dtype)
         kept = self._kept[place]
         return (x.view(kept.dtype) & kept).view(x.dtype)
 

@@ -12,20 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from agnews_lora.adapters.adapter_files import tensor_shapes
 from agnews_lora.adapters.families import Family
-from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.paths import COMPILED
 from agnews_lora.training.multilora.dropout import Mask, kept_bits
 from agnews_lora.training.multilora.encoder import Affine, Layer, Norm
 from agnews_lora.training.multilora.kernels import KernelChoice, UnsuitableError, cpu
 from agnews_lora.training.multilora.kernels.cpu import CpuKernels
 from agnews_lora.training.multilora.kernels.reference import Kernels, Lora
-from agnews_lora.training.multilora.optimizer import SlotSteps
 from agnews_lora.training.multilora.packing import Segments
-from agnews_lora.training.multilora.slots import Slots, SlotState
-from tests.tiny import tiny_shape
-from tests.training.multilora.kernels.test_reference import rows_of
+from tests.training.multilora.kernels.test_reference import assert_adamw_equal, rows_of
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 # Hidden size, heads and intermediate size: heads of 32, of 64, and widths that are no power of 2.
@@ -270,24 +265,7 @@ def test_frozen_products(compared: Compared, name: str) -> None:
 
 @pytest.mark.parametrize(("family", "max_norm"), [("bert", 0.0), ("roberta", 1.0)])
 def test_adamw_with_clipping(compared: Compared, family: Family, max_norm: float) -> None:
-    """A slot whose head is frozen in part, one without a step, an empty one, and one that is not clipped."""
-    specs = [TrialSpec("qv", 3, 6, 0.0, 1e-3, "out_proj"), TrialSpec("all-linear", 9, 6, 0.0, 1e-3), None]
-    slots = [Slots(4, tiny_shape(family), CPU) for _ in range(2)]
-    for slot, spec in enumerate([*specs, specs[0]]):
-        if spec is not None:
-            shapes = tensor_shapes(spec, tiny_shape(family))
-            state = SlotState(*({name: torch.rand(shape) for name, shape in shapes.items()} for _ in range(3)))
-            for each in slots:
-                each.place(slot, spec, state)
-    gradients = torch.randn(slots[0].weights.shape) * torch.tensor([1.0, 1.0, 0.0, 1e-5])[:, None]
-    steps = SlotSteps.of([0.1, 0.0, 0.0, 0.2], [1, 5, 1, 1000], CPU)
-    norms = [
-        kernels.adamw(own, gradients.clone(), steps, 0.3, max_norm)
-        for kernels, own in zip(compared.kernels[:2], slots, strict=True)
-    ]
-    torch.testing.assert_close(*norms)
-    for name in ("weights", "first_moment", "second_moment"):
-        torch.testing.assert_close(*(getattr(each, name) for each in slots), rtol=1e-5, atol=1e-5)
+    assert_adamw_equal(*compared.kernels[:2], family, max_norm, CPU, atol=1e-5)
 
 
 # Where they are used --------------------------------------------------------------------------------------------------

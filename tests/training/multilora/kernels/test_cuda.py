@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agnews_lora.adapters.adapter_files import load_base, tensor_shapes
+from agnews_lora.adapters.adapter_files import load_base
 from agnews_lora.adapters.families import Family
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.training.multilora.dropout import DropoutKey, Mask
@@ -25,9 +25,9 @@ from agnews_lora.training.multilora.layer import LayerPass, LayerUpdates
 from agnews_lora.training.multilora.model import MultiLoraModel
 from agnews_lora.training.multilora.optimizer import SlotSteps
 from agnews_lora.training.multilora.packing import DeviceTokens, PackedBatch, Rows, Segments, tables_of
-from agnews_lora.training.multilora.slots import Slots, SlotState
-from tests.tiny import tiny_shape
+from agnews_lora.training.multilora.slots import Slots
 from tests.training.conftest import TinySetup
+from tests.training.multilora.kernels.test_reference import assert_adamw_equal
 from tests.training.multilora.test_model import state_of, trained_model
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -204,25 +204,7 @@ def test_gradients_of_a_whole_pass(case: Case, roberta: TinySetup) -> None:
 
 @pytest.mark.parametrize(("family", "max_norm"), [("bert", 0.0), ("roberta", 1.0)])
 def test_adamw_with_clipping(case: Case, family: Family, max_norm: float) -> None:
-    """A slot whose head is frozen in part, one without a step, an empty one, and one that is not clipped."""
-    specs = [TrialSpec("qv", 3, 6, 0.0, 1e-3, "out_proj"), TrialSpec("all-linear", 9, 6, 0.0, 1e-3), None]
-    slots = [Slots(4, tiny_shape(family), case.device) for _ in range(2)]
-    for slot, spec in enumerate([*specs, specs[0]]):
-        if spec is not None:
-            shapes = tensor_shapes(spec, tiny_shape(family))
-            state = SlotState(*({name: torch.rand(shape) for name, shape in shapes.items()} for _ in range(3)))
-            for each in slots:
-                each.place(slot, spec, state)
-    gradients = torch.randn(slots[0].weights.shape) * torch.tensor([1.0, 1.0, 0.0, 1e-5])[:, None]
-    gradients = gradients.to(case.device)
-    steps = SlotSteps.of([0.1, 0.0, 0.0, 0.2], [1, 5, 1, 1000], case.device)
-    norms = [
-        kernels.adamw(own, gradients.clone(), steps, 0.3, max_norm)
-        for kernels, own in zip((case.triton, case.torch), slots, strict=True)
-    ]
-    torch.testing.assert_close(*norms)
-    for name in ("weights", "first_moment", "second_moment"):
-        torch.testing.assert_close(*(getattr(each, name) for each in slots), rtol=1e-5, atol=1e-6)
+    assert_adamw_equal(case.triton, case.torch, family, max_norm, case.device, atol=1e-6)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="it starts itself")

@@ -7,10 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from agnews_lora.adapters.adapter_files import tensor_shapes
+from agnews_lora.adapters.families import Family
+from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.training.multilora.dropout import Mask
 from agnews_lora.training.multilora.encoder import Affine, Layer, Norm
 from agnews_lora.training.multilora.kernels.reference import Kernels, Lora
+from agnews_lora.training.multilora.optimizer import SlotSteps
 from agnews_lora.training.multilora.packing import Rows, Segments
+from agnews_lora.training.multilora.slots import Slots, SlotState
+from tests.tiny import tiny_shape
 
 HEADS, HIDDEN, RANK = 2, 16, 8
 
@@ -184,3 +190,28 @@ def test_some_of_the_modules_write_into_the_same_gradients() -> None:
     h = kernels_of().lora_down(x, own, segments, None)
     kernels_of().lora_up_gradients(torch.randn(7, 24), h, own, segments)
     assert lora.of_b is not None and lora.of_b[2].all() and not lora.of_b[:2].any()
+
+
+def assert_adamw_equal(
+    own: Kernels, in_torch: Kernels, family: Family, max_norm: float, device: torch.device, atol: float
+) -> None:
+    """Update a slot whose head is frozen in part, one without a step, an empty one, and one that is not clipped."""
+    shape = tiny_shape(family)
+    specs = [TrialSpec("qv", 3, 6, 0.0, 1e-3, "out_proj"), TrialSpec("all-linear", 9, 6, 0.0, 1e-3), None]
+    slots = [Slots(4, shape, device) for _ in range(2)]
+    for slot, spec in enumerate([*specs, specs[0]]):
+        if spec is not None:
+            shapes = tensor_shapes(spec, shape)
+            state = SlotState(*({name: torch.rand(size) for name, size in shapes.items()} for _ in range(3)))
+            for each in slots:
+                each.place(slot, spec, state)
+    gradients = torch.randn(slots[0].weights.shape) * torch.tensor([1.0, 1.0, 0.0, 1e-5])[:, None]
+    gradients = gradients.to(device)
+    steps = SlotSteps.of([0.1, 0.0, 0.0, 0.2], [1, 5, 1, 1000], device)
+    norms = [
+        kernels.adamw(each, gradients.clone(), steps, 0.3, max_norm)
+        for kernels, each in zip((own, in_torch), slots, strict=True)
+    ]
+    torch.testing.assert_close(*norms)
+    for name in ("weights", "first_moment", "second_moment"):
+        torch.testing.assert_close(*(getattr(each, name) for each in slots), rtol=1e-5, atol=atol)

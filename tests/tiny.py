@@ -70,17 +70,24 @@ def tiny_base(folder: Path, family: Family, seed: int = 0, **changes: Any) -> Pa
 
 
 def _write_tokenizer(folder: Path, family: Family) -> int:
-    """Train the family's kind of tokenizer on `SENTENCES` and write its files; the size of its vocabulary."""
+    """Make the family's kind of tokenizer from `SENTENCES` and write its files; the size of its vocabulary.
+
+    WordPiece's trainer numbers the pieces in another order in every process, so its vocabulary is made here.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     if family not in LIKE_ROBERTA:
         special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        normalizer, words = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+        text = normalizer.normalize_str(" ".join(SENTENCES))
+        letters = sorted(set(text) - {" "})
+        pieces = [*letters, *(f"##{letter}" for letter in letters)]
+        pieces += sorted({word for word, _ in words.pre_tokenize_str(text)} - set(letters))
+        vocabulary = {piece: number for number, piece in enumerate([*special.values(), *pieces])}
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, words
         tokenizer.decoder = decoders.WordPiece()
-        trainer: trainers.Trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=list(special.values()))
         processor = processors.BertProcessing
     else:
         special = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
@@ -92,8 +99,8 @@ def _write_tokenizer(folder: Path, family: Family) -> int:
             special_tokens=list(special.values()),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )
+        tokenizer.train_from_iterator(SENTENCES, trainer)
         processor = processors.RobertaProcessing
-    tokenizer.train_from_iterator(SENTENCES, trainer)
     ends = [(special[name], tokenizer.token_to_id(special[name])) for name in ("sep", "cls")]
     tokenizer.post_processor = processor(*ends)
     wrapped = PreTrainedTokenizerFast(

@@ -233,6 +233,11 @@ def _train(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     loaded = _loaded_sweep(options)
+    if not (options.new or options.storage or options.tracking):
+        from agnews_lora.commands import reprint
+
+        if result := reprint.standing(loaded, options.trials):
+            return reprint.show(result, options.json)
     from agnews_lora.commands import sweep
 
     names = ("trials", "timeout", "new", "workers", "address", "storage", "tracking", "patience")

@@ -18,13 +18,13 @@ from agnews_lora.adapters.spec import ModelShape
 from agnews_lora.commands.finish import facts_of, finish, opening
 from agnews_lora.commands.interrupts import StopRequest, orderly_stop
 from agnews_lora.commands.prepare import Prepared, prepare
+from agnews_lora.commands.reprint import show
 from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.data.sources import label_names
 from agnews_lora.errors import BudgetError
 from agnews_lora.paths import STORES, WORK, temporary_files
 from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.reporting.progress import Progress
-from agnews_lora.reporting.summary import print_summary
 from agnews_lora.search import space as search_space
 from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing, open_confirmation
@@ -68,11 +68,7 @@ def run(sweep: Sweep, as_json: bool, quiet: bool, **options: Any) -> int:
     if result.state == INTERRUPTED:
         _print_unfinished(result, options["trials"], as_json)
         return stopped
-    if as_json:
-        print(json.dumps(result.as_dict()))
-    else:
-        print_summary(Console(highlight=False), result)
-    return 0 if result.winner else 1
+    return show(result, as_json)
 
 
 def run_sweep(
@@ -193,10 +189,7 @@ class _Start:
                     "base_revision": base.revision,
                     "data_digest": self.prepared.corpus.digest,
                 },
-                texts={
-                    f"{sweep.name}.yaml": sweep.source_text,
-                    f"experiment-{sweep.experiment.name}.yaml": sweep.experiment.source_text,
-                },
+                texts=sweep.texts,
             )
             self.prepared.log_data(self.runs)
             self.runs.page().describe(opening(sweep, self.prepared))

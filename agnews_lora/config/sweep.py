@@ -170,6 +170,14 @@ class Sweep(Document):
         return slots
 
     @property
+    def texts(self) -> dict[str, str]:
+        """The YAML files of sweep and experiment, word for word, by the names of their copies."""
+        return {
+            f"{self.name}.yaml": self.source_text,
+            f"experiment-{self.experiment.name}.yaml": self.experiment.source_text,
+        }
+
+    @property
     def startup_trials(self) -> int:
         """Trials drawn at random before the sampler learns from them."""
         return self.sampler.startup_trials or _third(self.trials)

@@ -10,6 +10,8 @@ import pytest
 from agnews_lora import promote, run_sweep
 from agnews_lora.adapters.families import LAYOUTS, Family
 from agnews_lora.cli import main
+from agnews_lora.commands.reprint import standing
+from agnews_lora.config.sweep import load_sweep
 from tests.project import write_project
 from tests.tiny import SENTENCES, tiny_base
 
@@ -78,6 +80,10 @@ def test_a_sweep_over_rows_of_ones_own(
     assert main(["predict", "--sweep", "small", "--json", "The striker scored twice."]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert sorted(answer["probabilities"]) == sorted(labels)
+    assert standing(load_sweep("small"), None) is not None
+    train = tmp_path / data["train"]
+    train.write_bytes(train.read_bytes() + b"\n")
+    assert standing(load_sweep("small"), None) is None, "its data has changed"
 
 
 @pytest.mark.proof

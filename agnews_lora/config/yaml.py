@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args
+from unicodedata import east_asian_width
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
-from rich.cells import cell_len
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -172,7 +172,8 @@ def _located(path: Path, text: str, place: tuple[int, int], message: str) -> str
     if line < len(lines := text.splitlines()):
         start = max(0, column - MAX_SHOWN // 2)
         part = "".join(char if char.isprintable() else " " for char in lines[line][start : start + MAX_SHOWN])
-        shown_lines += [f"      {part.rstrip()}", " " * (6 + cell_len(part[: column - start])) + "^"]
+        width = sum(2 if east_asian_width(char) in "WF" else 1 for char in part[: column - start])
+        shown_lines += [f"      {part.rstrip()}", " " * (6 + width) + "^"]
     return "\n".join([*shown_lines, *(f"  {each}" for each in more)])
 
 

@@ -7,17 +7,18 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from rich.console import Console
+from rich.markup import escape
 
 from agnews_lora.adapters.base_models import resolve
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
 from agnews_lora.errors import AgnewsLoraError
 from agnews_lora.paths import RESULTS, STORES
-from agnews_lora.reporting.summary import print_summary
+from agnews_lora.reporting.summary import print_summary, typed
 from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing
 from agnews_lora.search.driver import num_left
-from agnews_lora.search.results import SweepResult, confirmed, summaries
+from agnews_lora.search.results import SweepFacts, SweepResult, confirmed, summaries
 
 
 def show(result: SweepResult, as_json: bool) -> int:
@@ -27,6 +28,17 @@ def show(result: SweepResult, as_json: bool) -> int:
     else:
         print_summary(Console(highlight=False), result)
     return 0 if result.winner else 1
+
+
+def print_reached(facts: SweepFacts, trials: int | None, ended: int) -> None:
+    """Say that nothing is left to train where `--trials` asks for no more than the trials that have ended."""
+    if trials and trials <= ended:
+        more = typed(facts.command("sweep", "--trials", str(ended + trials)))
+        Console(highlight=False).print(
+            f"Nothing to train: --trials {trials} counts all trials of the study, and {ended} have ended. "
+            f"[bold]{escape(more)}[/] trains {trials} more.",
+            soft_wrap=True,
+        )
 
 
 def standing(sweep: Sweep, trials: int | None) -> SweepResult | None:
@@ -56,7 +68,8 @@ def standing(sweep: Sweep, trials: int | None) -> SweepResult | None:
 
 def _inputs_are_same(result: SweepResult, sweep: Sweep) -> bool:
     facts, experiment = result.facts, sweep.experiment
-    if facts.texts != sweep.texts or facts.files != sources.file_hashes(experiment.data_settings):
+    read = facts.file, facts.texts, facts.files
+    if read != (sweep.reference, sweep.texts, sources.file_hashes(experiment.data_settings)):
         return False
     base = resolve(experiment.base, num_labels=len(facts.labels))
     found = base.hub_id, base.revision, base.shape, sources.describe(experiment.data_settings)
@@ -64,7 +77,8 @@ def _inputs_are_same(result: SweepResult, sweep: Sweep) -> bool:
 
 
 def _trials_are_same(result: SweepResult, sweep: Sweep, study: keys.SweepStudy, trials: int | None) -> bool:
-    wanted, settings = trials or sweep.trials, sweep.confirmation
+    settings = sweep.confirmation
+    wanted = trials or max(sweep.trials, study.user_attrs.get(keys.TARGET, 0))
     if num_left(study, wanted) or (settings and num_missing(study, settings.trials, settings.seeds)):
         return False
     rounds = find_confirmation(study) if settings else None

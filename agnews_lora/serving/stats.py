@@ -1,4 +1,4 @@
-"""Intervals and exact tests: how much a finite number of rows says of an accuracy, and of the difference of two."""
+"""Exact test and interval of the difference of two accuracies on the same rows."""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -6,14 +6,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-
-
-def accuracy_interval(num_right: int, num_rows: int, confidence: float = 0.95) -> tuple[float, float]:
-    """(low, high): Wilson score interval of an accuracy (Wilson 1927)."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(num_right, num_rows).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def test_the_first_page_has_all_that_a_decision_needs() -> None:
         "7 min 30 s on the clock, over all starts",
         "score_against_parameters.png",
         "1 trial failed.",
-        "agnews-lora serve small",
+        "agnews-lora predict --sweep small",
     ):
         assert words in page, words
 

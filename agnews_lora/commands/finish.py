@@ -309,7 +309,7 @@ def _answer(
 
 
 def predictions_of(probabilities: npt.NDArray[np.float64], corpus: Corpus) -> pd.DataFrame:
-    """One row a validation row: its label, the answer and its confidence, and with few classes all probabilities.
+    """One row per validation row: its label, the answer and its confidence, and with few classes all probabilities.
 
     probabilities: [validation rows, classes].
     """

@@ -4,9 +4,9 @@ Drawn with matplotlib's objects alone: pyplot's global figures are neither threa
 matplotlib's default, whatever a `matplotlibrc` of the working folder or of the user says.
 
 Data frames that the functions read:
-    trials: one row a trial, as `trials_frame` gives them. `score` is the objective, a share (NaN: none was reported; of
-        a pruned trial the last reported one), `state` is Optuna's.
-    points: one row a (trial, step) with the columns `trial`, `step`, `train/loss`, `eval/accuracy`, `eval/macro_f1`,
+    trials: one row per trial, as `trials_frame` gives them. `score` is the objective, a share (NaN: none was reported;
+        of a pruned trial the last reported one), `state` is Optuna's.
+    points: one row per (trial, step) with the columns `trial`, `step`, `train/loss`, `eval/accuracy`, `eval/macro_f1`,
         `eval/loss` and `eval/rows` (more are ignored); NaN where a metric was not measured.
 """
 
@@ -155,7 +155,7 @@ def draw(
 
 
 def trials_frame(result: SweepResult) -> pd.DataFrame:
-    """One row a trial of the search, by number: the fields of its summary and configuration, and `winner`."""
+    """One row per trial of the search, by number: the fields of its summary and configuration, and `winner`."""
     winner = result.winner.trial if result.winner else None
     rows = [
         {
@@ -349,9 +349,9 @@ def parameter_importance(importances: Mapping[str, float], word: str, title: str
 
 
 def parallel_coordinates(trials: pd.DataFrame, word: str, title: str, path: Path) -> None:
-    """Draw one line a trial through `DIMENSIONS` and its score: pruned ones pale, of the others the better half darker.
+    """Draw one line per trial through `DIMENSIONS` and its score.
 
-    Each axis is a pair of rules with its tick labels between them, so that no line crosses a label.
+    Pruned trials are pale; of the others, the better half is darker. Each axis is a pair of rules with its tick labels between them, so that no line crosses a label.
     """
     figure, axes = _new_figure(title, "", "")
     axes.grid(visible=False)
@@ -673,7 +673,7 @@ def _shown_scores(scored: pd.DataFrame) -> pd.Series:
 
 
 def _legend(axes: Axes, *, upwards: bool = False, **place: Any) -> Legend:
-    """Put the legend to the right of the axes, where it covers nothing, or in a given place; one entry a label."""
+    """Put the legend to the right of the axes, where it covers nothing, or in a given place; one entry per label."""
     handles, labels = axes.get_legend_handles_labels()
     shown = dict(zip(labels, handles, strict=True))
     names = list(reversed(shown)) if upwards else list(shown)

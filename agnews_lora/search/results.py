@@ -216,9 +216,9 @@ class Answers:
     """How the winner answers on the validation split.
 
     confusion: `(label, predicted, rows)` of every pair that occurs, by index. calibration: bins
-    `{low, count, confidence, accuracy}`. mistakes: `{row, label, predicted, confidence, text}`, the surest first.
-    against_baseline: rows by who answers them rightly, `{both, only_winner, only_baseline, neither}`; None without a
-    baseline. tfidf_accuracy, tfidf_macro_f1: of TF-IDF and logistic regression on the same training rows; None where
+    `{low, count, confidence, accuracy}`. mistakes: `{row, label, predicted, confidence, text}`, by confidence.
+    against_baseline: rows by which of the two answers them correctly, `{both, only_winner, only_baseline, neither}`;
+    None without a baseline. tfidf_accuracy, tfidf_macro_f1: of TF-IDF and logistic regression on the same training rows; None where
     they were not computed.
     """
 
@@ -345,7 +345,7 @@ class SweepResult:
         return {word: sum(row.state == state for row in self.trials) for word, state in ENDED_STATES.items()}
 
     def frame(self) -> pd.DataFrame:
-        """One row a trial, the best first."""
+        """One row per trial, the best first."""
         scores = ("trial", "state", *SCORES, "loss", "trainable_parameters")
         return pd.DataFrame(
             [

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows by which of two classifiers answers them rightly: both, only the first, only the second, neither."""
+    """Rows by which of two classifiers answers them correctly: both, only the first, only the second, neither."""
 
     both: int
     only_first: int
@@ -31,7 +31,7 @@ def count_pairs(first_right: npt.NDArray[np.bool_], second_right: npt.NDArray[np
     """Count the rows.
 
     Args:
-        first_right: [rows], whether the first classifier answers a row rightly; second_right likewise.
+        first_right: [rows], whether the first classifier answers a row correctly; second_right likewise.
     """
     return Pairs(
         both=int(np.sum(first_right & second_right)),
@@ -42,7 +42,7 @@ def count_pairs(first_right: npt.NDArray[np.bool_], second_right: npt.NDArray[np
 
 
 def mcnemar_p_value(pairs: Pairs, alternative: Literal["less", "two-sided"]) -> float:
-    """Exact McNemar test (McNemar 1947), on the rows that one of the two alone answers rightly; 1 without any.
+    """Exact McNemar test (McNemar 1947), on the rows that one of the two alone answers correctly; 1 without any.
 
     Args:
         alternative: `less`: how likely the first loses so many rows if it is not worse. `two-sided`: how likely so

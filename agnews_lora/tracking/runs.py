@@ -79,7 +79,7 @@ def points_of(client: MlflowClient, run: Run) -> Points:
 
 
 def curve_of(points: Points, trial: str) -> pd.DataFrame:
-    """One row a step, ascending, with columns `trial`, `step` and those of `METRICS`; NaN: not measured."""
+    """One row per step, ascending, with columns `trial`, `step` and those of `METRICS`; NaN: not measured."""
     steps = sorted({step for key, step in points if key in METRICS})
     columns = {
         key: [points[key, step].value if (key, step) in points else float("nan") for step in steps] for key in METRICS

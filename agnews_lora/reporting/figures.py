@@ -351,7 +351,8 @@ def parameter_importance(importances: Mapping[str, float], word: str, title: str
 def parallel_coordinates(trials: pd.DataFrame, word: str, title: str, path: Path) -> None:
     """Draw one line per trial through `DIMENSIONS` and its score.
 
-    Pruned trials are pale; of the others, the better half is darker. Each axis is a pair of rules with its tick labels between them, so that no line crosses a label.
+    Pruned trials are pale; of the others, the better half is darker. Each axis is a pair of rules with its tick
+    labels between them, so that no line crosses a label.
     """
     figure, axes = _new_figure(title, "", "")
     axes.grid(visible=False)

@@ -218,8 +218,8 @@ class Answers:
     confusion: `(label, predicted, rows)` of every pair that occurs, by index. calibration: bins
     `{low, count, confidence, accuracy}`. mistakes: `{row, label, predicted, confidence, text}`, by confidence.
     against_baseline: rows by which of the two answers them correctly, `{both, only_winner, only_baseline, neither}`;
-    None without a baseline. tfidf_accuracy, tfidf_macro_f1: of TF-IDF and logistic regression on the same training rows; None where
-    they were not computed.
+    None without a baseline. tfidf_accuracy, tfidf_macro_f1: of TF-IDF and logistic regression on the same training
+    rows; None where they were not computed.
     """
 
     confusion: tuple[tuple[int, int, int], ...]

@@ -90,7 +90,6 @@ BOX: Final = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 LOG_SPAN: Final = 10.0  # a positive dimension whose values span more than this gets a logarithmic axis
 NUM_TICKS: Final = 6
 LABEL_ROOM: Final = 0.26  # between an axis of parallel coordinates and its lines, on both sides: for its tick labels
-CALIBRATED: Final = ("accuracy", "confidence")
 FEW: Final = 10  # answers below which a bin's accuracy is noise: its bar is pale
 PALE_OPACITY: Final = 0.35
 # A trial reports at least every few seconds; one that reported nothing for longer was stopped meanwhile.
@@ -373,7 +372,7 @@ def parallel_coordinates(trials: pd.DataFrame, word: str, title: str, path: Path
     for line in heights[~complete]:
         plot(line, color=PALE, linewidth=1.5, zorder=1, label="pruned")
     for line, shade in zip(heights[complete], shades, strict=True):
-        plot(line, color=colormaps["viridis_r"](0.1 + 0.9 * shade), linewidth=2.5, zorder=2)
+        plot(line, color=colormaps["viridis_r"](0.1 + 0.9 * shade), linewidth=1.5 + 1.5 * shade, zorder=2)
     for line, name in zip(heights[winner], scored["trial"][winner], strict=True):
         plot(line, color=ORANGE, linewidth=5, zorder=3, label=f"winner: {name}")
     if complete.any():
@@ -389,13 +388,10 @@ def parallel_coordinates(trials: pd.DataFrame, word: str, title: str, path: Path
 
 
 def slot_occupancy(intervals: pd.DataFrame, title: str, path: Path) -> None:
-    """Draw a Gantt chart of trials by slot, coloured by how they ended, and the number of trials at once below it.
-
-    intervals: as `stretches` gives them.
-    """
-    figure, axes = _new_figure(title, "", "slot")
+    """Draw a Gantt chart of trials by slot, coloured by how they ended. intervals: as `stretches` gives them."""
     shown, cuts = without_pauses(intervals)
     unit, name = (60.0, "minutes") if shown["ended"].max() >= 120 else (1.0, "seconds")
+    figure, axes = _new_figure(title, f"{name} of training", "slot")
     shown = shown.assign(began=shown["began"] / unit, ended=shown["ended"] / unit, slot=assign_slots(shown))
     end, num_slots = shown["ended"].max() or 1.0, shown["slot"].max() + 1
     for row in shown.itertuples():
@@ -411,22 +407,10 @@ def slot_occupancy(intervals: pd.DataFrame, title: str, path: Path) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     axes.yaxis.set_major_formatter(lambda slot, _: f"{slot + 1:.0f}")
     axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, end)
+    for cut in cuts:
+        axes.axvline(cut / unit, color=BLACK, linewidth=2, linestyle=":", zorder=5, label="a pause, cut out")
     _legend(axes)
-    grid = figure.add_gridspec(2, 1, height_ratios=(3, 1))
-    axes.set_subplotspec(grid[0])
-    axes.tick_params(labelbottom=False)
-    below = figure.add_subplot(grid[1])
-    _dress(below, f"{name} of training", "at once")
-    figure.align_ylabels([axes, below])
-    busy = at_once(shown)
-    below.fill_between(busy["time"], busy["count"], step="post", color=BLUE, alpha=0.3, linewidth=0)
-    below.step(busy["time"], busy["count"], where="post", color=BLUE, linewidth=3)
-    below.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4, min_n_ticks=1))
-    below.set_ylim(0, num_slots + 0.5)
-    for each in (axes, below):
-        each.set_xlim(0, end)
-        for cut in cuts:
-            each.axvline(cut / unit, color=BLACK, linewidth=2, linestyle=":", zorder=5)
     _save(figure, path)
 
 
@@ -619,8 +603,8 @@ def confidence_in_words(bins: Sequence[Mapping[str, Any]]) -> str:
     """Say whether the answers are over- or under-confident: whether their accuracy's interval leaves out their mean
     confidence.
     """
-    counts = [each["count"] for each in bins]
-    share, confidence = (float(np.average([each[name] for each in bins], weights=counts)) for name in CALIBRATED)
+    counts, names = [each["count"] for each in bins], ("accuracy", "confidence")
+    share, confidence = (float(np.average([each[name] for each in bins], weights=counts)) for name in names)
     low, high = accuracy_interval(share, sum(counts))
     if low <= confidence <= high:
         return "neither over- nor under-confident"

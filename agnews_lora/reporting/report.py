@@ -180,7 +180,7 @@ def _decision(result: SweepResult) -> Block:
         note = f"{share:.1%} of {facts.budget:,}: head {head:,} + rank {spec.rank} × {step:,}"
         rows.append(("Trainable parameters", f"{winner.trainable_parameters:,}", note))
     rows.append(("Trials", str(len(result.trials)), _ends(result)))
-    rows.append(("Cost", *_cost(result)))
+    rows.append(_cost(result))
     return {"kind": "facts", "rows": [{"name": name, "value": value, "note": note} for name, value, note in rows]}
 
 
@@ -201,19 +201,18 @@ def _ends(result: SweepResult) -> str:
     return ", ".join(words) + (f"; {planned} planned" if planned != len(result.trials) else "")
 
 
-def _cost(result: SweepResult) -> tuple[str, str]:
+def _cost(result: SweepResult) -> tuple[str, str, str]:
+    """The time that the sweep took, as on the screen, and of all its runs together."""
     repeats = [row for each in result.confirmed for row in each.repeats]
     ran = [*result.trials, *repeats]
     train, evaluate = (sum(getattr(row, name) or 0.0 for row in ran) for name in ("train_seconds", "eval_seconds"))
     memory = max((row.peak_memory_bytes or 0 for row in ran), default=0)
     notes = [f"summed over {counted(len(ran), 'run')}: training {duration(train)}, evaluation {duration(evaluate)}"]
-    if result.facts.engine == "multilora":
-        notes.append("trials that train at once each count the same second")
-    if result.wall_seconds is not None:
-        notes.append(f"{duration(result.wall_seconds)} on the clock, over all starts")
     if memory:
         notes.append(f"peak memory {memory / 2**30:.1f} GiB")
-    return duration(train + evaluate), "; ".join(notes)
+    if result.wall_seconds is None:
+        return "Run time", duration(train + evaluate), "; ".join(notes)
+    return "Wall time", duration(result.wall_seconds), "; ".join(["of training and evaluation, over all starts", *notes])
 
 
 def _risks(result: SweepResult) -> list[str]:

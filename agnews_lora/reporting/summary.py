@@ -119,7 +119,7 @@ def _rows(result: SweepResult) -> Iterator[tuple[str, str, str]]:
         yield "parameters", f"{count:,} trainable, {share}", ""
     yield "trials", ", ".join(f"{count} {word}" for word, count in result.counts.items()), ""
     if result.wall_seconds is not None:
-        yield "wall time", f"{duration(result.wall_seconds)} of training, over all starts", ""
+        yield "wall time", f"{duration(result.wall_seconds)} of training and evaluation, over all starts", ""
     if (version := result.registration) is not None:
         aliases = ", ".join(version.aliases) or "a version"
         yield "registered", f"version {version.version} of {version.model} as {aliases}", ""

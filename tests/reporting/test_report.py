@@ -87,7 +87,7 @@ def test_the_first_page_has_all_that_a_decision_needs() -> None:
         "93,700\n93.7% of 100,000: head 1,540 + rank 10 × 9,216",
         "5 complete, 2 pruned, 1 failed",
         "training 2 min 24 s, evaluation 36 s",
-        "7 min 30 s on the clock, over all starts",
+        "Wall time\n7 min 30 s\nof training and evaluation, over all starts; summed over 12 runs",
         "score_against_parameters.png",
         "1 trial failed.",
         "agnews-lora predict --sweep small",

@@ -35,7 +35,7 @@ def test_summary_holds_the_result_and_the_next_commands() -> None:
         "winner": "t0001 qv r=10 alpha=20 dropout=0.05 lr=0.003",
         "parameters": "93,700 trainable, 93.7% of the budget of 100,000",
         "trials": "5 complete, 2 pruned, 1 failed",
-        "wall time": "7 min 30 s of training, over all starts",
+        "wall time": "7 min 30 s of training and evaluation, over all starts",
         "registered": "version 3 of small as candidate",
         "250 validation rows": "accuracy macro-F1",
         "winner t0001": "90.00% 89.00% 95% interval 85.65% to 93.13%",

@@ -212,7 +212,8 @@ def _cost(result: SweepResult) -> tuple[str, str, str]:
         notes.append(f"peak memory {memory / 2**30:.1f} GiB")
     if result.wall_seconds is None:
         return "Run time", duration(train + evaluate), "; ".join(notes)
-    return "Wall time", duration(result.wall_seconds), "; ".join(["of training and evaluation, over all starts", *notes])
+    notes.insert(0, "of training and evaluation, over all starts")
+    return "Wall time", duration(result.wall_seconds), "; ".join(notes)
 
 
 def _risks(result: SweepResult) -> list[str]:

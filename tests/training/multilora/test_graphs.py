@@ -1,4 +1,4 @@
-"""Which steps are captured, and what happens where that fails; captured steps themselves are in the tests of the kernels."""
+"""Which steps are captured, and what happens where that fails. The tests of the kernels capture real ones."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -4,7 +4,7 @@ Finishing again changes nothing but what is new.
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, astuple, replace
 from functools import cache, partial
 from pathlib import Path
@@ -93,6 +93,7 @@ def finish(
         replace(facts_of(sweep, prepared), planned_trials=len(study.get_trials(deepcopy=False))),
         state="COMPLETE",
         run_id=parent.run_id,
+        links=runs.links,
         record_seconds=record_seconds,
     )
     winner, version = result.winner, None
@@ -147,9 +148,9 @@ def refresh(client: MlflowClient, version: Version) -> None:
         report.write(client, parent.run_id, result, Path(folder))
 
 
-def opening(sweep: Sweep, prepared: Prepared) -> str:
-    """The description of the parent run while the sweep is under way."""
-    return opening_description(facts_of(sweep, prepared))
+def opening(sweep: Sweep, prepared: Prepared, links: Mapping[str, str]) -> str:
+    """The description of the parent run while the sweep is under way. links: of the study's pages."""
+    return opening_description(facts_of(sweep, prepared), links)
 
 
 def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
@@ -192,17 +193,19 @@ def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
 
 
 def metrics_of(result: SweepResult) -> dict[str, float]:
-    """What the parent run says in numbers: trials by how they ended, scores of winner and baseline, costs."""
+    """What the parent run says in numbers, in the order in which the UI shows them: the winner's accuracy first."""
     winner, baseline, mean = result.winner, result.baseline, result.confirmation
-    found: dict[str, float | None] = {f"trials/{word}": count for word, count in result.counts.items()}
-    found |= {"record_seconds": result.record_seconds, "best/gain": result.gain}
+    found: dict[str, float | None] = {}
     if winner is not None:
         found |= {f"best/{name}": getattr(winner, name) for name in (*SCORES, "loss", "trainable_parameters")}
+        found |= {"best/gain": result.gain}
         found |= {f"baseline/{name}": baseline.score(name) if baseline else None for name in SCORES}
     if mean is not None:
         shown = mean.as_dict(result.objective)
         found |= {f"confirmation/{name}": shown[name] for name in shown if name not in ("seeds", "failed")}
     found |= {f"majority/{name}": getattr(result.facts, f"majority_{name}") for name in SCORES}
+    found |= {f"trials/{word}": count for word, count in result.counts.items()}
+    found |= {"record_seconds": result.record_seconds}
     return {name: value for name, value in found.items() if value is not None}
 
 

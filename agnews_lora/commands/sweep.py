@@ -199,7 +199,7 @@ class _Start:
                 },
             )
             self.prepared.log_data(self.runs)
-            self.runs.page().describe(opening(sweep, self.prepared))
+            self.runs.page().describe(opening(sweep, self.prepared, self.runs.links))
         try:
             yield lambda: ended.append(True)
         finally:

@@ -228,7 +228,8 @@ class SweepResult:
     study's identity. run_id: of the parent run. trials: by number.
     confirmed: the best first. importances: by parameter; empty where too few trials tell. wall_seconds,
     record_seconds: of this start of the sweep, the latter spent in study, tracker and screen. ended_at: when the last
-    trial ended, in seconds since 1970; None before the first has.
+    trial ended, in seconds since 1970; None before the first has. links: of the study's pages, relative to MLflow's UI:
+    `sweep`, `trials`, `charts`; empty where another release wrote the result.
     """
 
     facts: SweepFacts
@@ -245,6 +246,7 @@ class SweepResult:
     answers: Answers | None = None
     ended_at: float | None = None
     trials_left: int | None = 0
+    links: Mapping[str, str] = field(default_factory=dict)
     format: int = field(default=FORMAT)
 
     @classmethod

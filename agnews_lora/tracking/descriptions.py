@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from agnews_lora.adapters.budget import head_parameters, max_rank, parameters_per_rank
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
+from agnews_lora.tracking.views import address
 from agnews_lora.training.interface import SCORES, Objective
 
 if TYPE_CHECKING:
@@ -64,9 +65,14 @@ def beside_notes(markdown: str, present: str | None, longest: int | None = None)
     return f"{before}{MARK}{markdown}\n\n{MARK}{after}"
 
 
-def opening_description(facts: Any) -> str:
-    """Describe a sweep that is under way, or stopped. facts: `SweepFacts`."""
-    return _render("sweep", facts=facts, result=None, highest=_highest_rank(facts))
+def opening_description(facts: Any, links: Mapping[str, str]) -> str:
+    """Describe a sweep that is under way, or stopped.
+
+    Args:
+        facts: `SweepFacts`.
+        links: of the study's pages, as `share_view` gives them.
+    """
+    return _render("sweep", facts=facts, result=None, links=links, highest=_highest_rank(facts))
 
 
 def sweep_description(result: Any, pages: Pages, figures: Mapping[str, str]) -> str:
@@ -80,6 +86,7 @@ def sweep_description(result: Any, pages: Pages, figures: Mapping[str, str]) -> 
         "sweep",
         facts=result.facts,
         result=result,
+        links=result.links,
         means={row.own.trial: row for row in result.confirmed},
         gallery=gallery(pages(result.run_id), figures),
         highest=_highest_rank(result.facts),
@@ -226,12 +233,11 @@ def _links(result: Any, pages: Pages) -> dict[str, Any]:
         "url": lambda row: pages(row.run_id).url if row.run_id else None,
         "parent": parent.url,
         "leaderboard": parent.artifact_url("leaderboard.json"),
-        "charts": parent.children_url(f"eval/{result.objective}"),
-        "comparison": f"#/compare-runs?runs={quote(run_ids)}&experiments={quote(json.dumps([parent.experiment_id]))}",
+        "comparison": address("compare-runs", runs=run_ids, experiments=json.dumps([parent.experiment_id])),
         "version": registered
         and link(
             f"version {registered.version} of {registered.model}",
-            f"#/models/{quote(registered.model, safe='')}/versions/{registered.version}",
+            address(f"models/{quote(registered.model, safe='')}/versions/{registered.version}"),
         ),
     }
 

@@ -5,14 +5,16 @@ charts. A link with its key opens it. Every study has its own view.
 """
 
 import json
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, urlencode
-
-from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from agnews_lora.training.interface import SCORES, Objective
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+UI: Final = "http://127.0.0.1:5000"  # of `agnews-lora ui`, unless it is told otherwise
 LAYOUT: Final = "machine_learning"  # of the UI, which else shows what language-model applications need
 VIEW: Final = "sweep"  # key of the first study's view, and stem of the next ones'
 NUMBER: Final = "number"  # tag of a parent run: the sweep's first, second, … study
@@ -20,7 +22,7 @@ TAG: Final = "mlflow.sharedViewState."  # before a view's key
 PARAMS: Final = ("targets", "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "trainable_parameters")
 # In pixels: all columns fit a window of 1,440, and those before the parameters fit beside the UI's assistant, too.
 WIDTHS: Final = {
-    "attributes.`Run Name`": 165,
+    "attributes.`Run Name`": 160,
     "runDateAndNestInfo": 125,
     "tags.`state`": 90,
     "metrics.`eval/accuracy`": 105,
@@ -30,7 +32,7 @@ WIDTHS: Final = {
     "params.`lora_alpha`": 85,
     "params.`lora_dropout`": 100,
     "params.`learning_rate`": 105,
-    "params.`trainable_parameters`": 150,
+    "params.`trainable_parameters`": 155,
 }
 
 
@@ -39,7 +41,7 @@ def address(path: str, **query: str) -> str:
     return f"#/{path}?{urlencode({'workflowType': LAYOUT, **query}, quote_via=quote)}"
 
 
-def share_view(client: MlflowClient, parent: Run, objective: Objective) -> dict[str, str]:
+def share_view(client: "MlflowClient", parent: "Run", objective: Objective) -> dict[str, str]:
     """Write the view of a study, and return the addresses of the pages that show the study.
 
     Args:
@@ -79,7 +81,7 @@ def view_state(run_id: str, objective: Objective) -> dict[str, Any]:
         "runsHiddenMode": "SHOW_ALL",
         "runListHidden": True,  # beside the charts, which need the width
         "isAccordionReordered": True,  # else the UI puts its own sections before this one
-        "compareRunSections": [{"uuid": VIEW, "name": "Sweep", "display": True, "columns": 1, "cardHeight": 270}],
+        "compareRunSections": [{"uuid": VIEW, "name": "Sweep", "display": True, "columns": 1, "cardHeight": 262}],
         "compareRunCharts": [
             {
                 **chart,

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 # Figures of a trial's run, with their captions.
 TRIAL_FIGURES: Final = {"accuracy_curve.png": "Accuracy and macro-F1", "loss_curve.png": "Loss"}
 THUMBNAILS: Final = "thumbnails"  # artifact folder of a run: its figures, small enough to stand side by side
-MAX_COMPARED: Final = 60  # run ids that the link to the comparison can name
 
 # An underscore inside a word is no markup.
 _MARKUP: Final = re.compile(r"[\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
@@ -231,12 +230,10 @@ def gallery(page: "RunPage", figures: Mapping[str, str]) -> Markdown:
 def _links(result: Any, pages: Pages) -> dict[str, Any]:
     """Where a template's links lead."""
     parent, registered = pages(result.run_id), result.registration
-    run_ids = json.dumps([row.run_id for row in result.trials if row.run_id is not None][:MAX_COMPARED])
     return {
         "url": lambda row: pages(row.run_id).url if row.run_id else None,
         "parent": parent.url,
         "leaderboard": parent.artifact_url("leaderboard.json"),
-        "comparison": address("compare-runs", runs=run_ids, experiments=json.dumps([parent.experiment_id])),
         "version": registered
         and link(
             f"version {registered.version} of {registered.model}",

@@ -56,8 +56,9 @@ def test_the_parent_run_tells_the_story_and_every_link_of_it_leads_on(printed: s
     parent = tour.parent()
     require(
         parent,
-        re.compile(r"\d\d\.\d\d\s%\s±\s\d+\.\d\d over 2 seeds by t\d{4}-\S+-r\d+, baseline \d\d"),
-        re.compile(r"Budget: 1,540 head \+ \d+ · [\d,]+ adapter .* = [\d,]+ of 100,000 trainable parameters"),
+        re.compile(r"over 2 seeds by t\d{4}-\S+-r\d+, baseline \d\d"),
+        re.compile(r"Budget: [\d,]+ of 100,000 trainable parameters"),
+        re.compile(r"Value\s+best/accuracy\s"),
         "baseline/accuracy",
         "confirmation/mean_accuracy",
         "newswire-training",
@@ -88,12 +89,17 @@ def test_the_printed_views_show_the_trials_of_their_study_as_a_table_and_as_char
     table = tour.trials()
     visitor.photograph(table, "trials")
     columns = ["state", "eval/accuracy", "targets", "lora_r", "lora_alpha", "lora_dropout", "learning_rate"]
-    heads = table.locator(".ag-header-cell").all_inner_texts()
-    assert [head for head in heads if head.strip()][:10] == ["Run Name", "Created", *columns, "trainable_parameters"]
-    shown = [
-        float(cell) for cell in table.locator("[role=gridcell][col-id='metrics.`eval/accuracy`']").all_inner_texts()
-    ]
-    assert len(shown) == 3 and shown == sorted(shown, reverse=True)
+    # The grid places its cells, whatever their order in the document.
+    heads = table.locator(".ag-header-cell").evaluate_all(
+        "cells => cells.map(cell => [cell.getBoundingClientRect().left, cell.innerText.trim()])"
+    )
+    shown = [head for _, head in sorted(heads) if head]
+    assert shown[:10] == ["Run Name", "Created", *columns, "trainable_parameters"]
+    scores = table.locator("[role=gridcell][col-id='metrics.`eval/accuracy`']").evaluate_all(
+        "cells => cells.map(cell => [cell.getBoundingClientRect().top, Number(cell.innerText.replace('…', ''))])"
+    )
+    ordered = [score for _, score in sorted(scores)]
+    assert len(ordered) == 3 and ordered == sorted(ordered, reverse=True)
     assert set(table.locator("[role=gridcell][col-id='tags.`state`']").all_inner_texts()) <= {"COMPLETE", "PRUNED"}
 
     charts = tour.charts()

@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
@@ -104,11 +105,35 @@ def _lasting(name: str) -> Iterator[_Lasting]:
         setattr(sys, name, given)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that suggests the nearest command or option for an unknown one, under the usage of its command."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [word for word in unknown if word.startswith("-")]
+            hint = next((hint for word in options if (hint := _nearest(word, self._option_string_actions))), "")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            names = ", ".join(action.choices)
+            hint = _nearest(value, action.choices) or "."
+            raise argparse.ArgumentError(None, f"unknown command {value!r}{hint} There are: {names}")
+
+
+def _nearest(given: str, known: Iterable[str]) -> str:
+    close = get_close_matches(given.partition("=")[0], known, n=1)
+    return f". Did you mean {close[0]}?" if close else ""
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(prog="agnews-lora", description=SUMMARY)
+    top = _Parser(prog="agnews-lora", description=SUMMARY)
+    top.set_defaults(command=_help)
     top.add_argument("--version", action="version", version=agnews_lora.__version__)
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND")
 
     def add(run: Run, summary: str, example: str) -> argparse.ArgumentParser:
         command = commands.add_parser(
@@ -132,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
         "--workers", type=_count, metavar="N", help="train in N processes (Ray actors): one a GPU, or N on the CPU"
     )
     sweep.add_argument(
-        "--address", metavar="ADDRESS", help="train on a running Ray cluster, one worker a GPU: auto, or HOST:PORT"
+        "--address", metavar="ADDRESS", help="train on a running Ray cluster, one worker per GPU: auto, or HOST:PORT"
     )
     sweep.add_argument(
         "--storage", metavar="URL", help="the study's database, sqlite:///… or postgresql://… (mlruns/optuna.db)"
@@ -158,7 +183,9 @@ def parser() -> argparse.ArgumentParser:
     serve = add(_serve, "answer over HTTP with the champion", "serve --merged")
     serve.add_argument("--version", type=_count, metavar="N", help="this version instead of the champion")
     serve.add_argument("--merged", action="store_true", help="with the adapter merged into the base's weights: faster")
-    serve.add_argument("--port", type=_port, default=5001, metavar="PORT", help="on loopback (5001)")
+    serve.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (127.0.0.1)")
+    serve.add_argument("--port", type=_port, default=5001, metavar="PORT", help="port to listen on (5001)")
+    serve.add_argument("--verbose", action="store_true", help="print a line each request")
 
     export = add(_export, "write the champion as a PEFT folder, or as a whole model", "export --to exported")
     export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
@@ -222,6 +249,11 @@ def _loaded_sweep(options: argparse.Namespace) -> "Sweep":
     return load_sweep(options.sweep)
 
 
+def _help(options: argparse.Namespace) -> int:
+    parser().print_help()
+    return 0
+
+
 def _train(options: argparse.Namespace) -> int:
     from agnews_lora.config.experiment import load_experiment
 
@@ -259,7 +291,8 @@ def _serve(options: argparse.Namespace) -> int:
     experiment = _loaded_sweep(options).experiment
     from agnews_lora.commands import serve
 
-    return serve.run(experiment, options.version, options.merged, options.port, options.tracking)
+    names = ("version", "merged", "host", "port", "verbose", "tracking")
+    return serve.run(experiment, **{name: getattr(options, name) for name in names})
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -56,7 +56,7 @@ def test_the_parent_run_tells_the_story_and_every_link_of_it_leads_on(printed: s
     parent = tour.parent()
     require(
         parent,
-        re.compile(r"over 2 seeds by t\d{4}-\S+-r\d+, baseline \d\d"),
+        re.compile(r"accuracy \d\d\.\d\d\s% on 60 rows by t\d{4}-\S+-r\d+, baseline \d\d"),
         re.compile(r"Budget: [\d,]+ of 100,000 trainable parameters"),
         re.compile(r"Value\s+best/accuracy\s"),
         "baseline/accuracy",

@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
@@ -104,11 +105,35 @@ def _lasting(name: str) -> Iterator[_Lasting]:
         setattr(sys, name, given)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that suggests the nearest command or option for an unknown one, under the usage of its command."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [word for word in unknown if word.startswith("-")]
+            hint = next((hint for word in options if (hint := _nearest(word, self._option_string_actions))), "")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            names = ", ".join(action.choices)
+            hint = _nearest(value, action.choices) or "."
+            raise argparse.ArgumentError(None, f"unknown command {value!r}{hint} There are: {names}")
+
+
+def _nearest(given: str, known: Iterable[str]) -> str:
+    close = get_close_matches(given.partition("=")[0], known, n=1)
+    return f". Did you mean {close[0]}?" if close else ""
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(prog="agnews-lora", description=SUMMARY)
+    top = _Parser(prog="agnews-lora", description=SUMMARY)
+    top.set_defaults(command=_help)
     top.add_argument("--version", action="version", version=agnews_lora.__version__)
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND")
 
     def add(run: Run, summary: str, example: str) -> argparse.ArgumentParser:
         command = commands.add_parser(
@@ -240,6 +265,11 @@ def _loaded_sweep(options: argparse.Namespace) -> "Sweep":
     from agnews_lora.config.sweep import load_sweep
 
     return load_sweep(options.sweep)
+
+
+def _help(options: argparse.Namespace) -> int:
+    parser().print_help()
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:

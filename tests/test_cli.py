@@ -94,7 +94,6 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["sweeep"],
         ["sweep", "--trials", "0"],
         ["sweep", "--trials", "many"],
@@ -113,6 +112,25 @@ def test_a_wrong_call_ends_with_usage(arguments: list[str], capsys: pytest.Captu
         main(arguments)
     assert ended.value.code == 2
     assert "usage: agnews-lora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "nearest"),
+    [("sweeep", "sweep"), ("sweep small --trails=3", "--trials"), ("promote --rolback", "--rollback")],
+)
+def test_a_mistyped_word_meets_its_nearest_under_the_usage_of_its_command(
+    line: str, nearest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(line.split())
+    said = capsys.readouterr().err
+    assert f"Did you mean {nearest}?" in said
+    assert "usage: agnews-lora" in said and (" " not in line or line.partition(" ")[0] in said.splitlines()[0])
+
+
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "search for the best adapter" in capsys.readouterr().out
 
 
 def test_budget_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ Finishing again changes nothing but what is new.
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, astuple, replace
 from functools import cache, partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from agnews_lora.data.sources import Corpus
 from agnews_lora.errors import RunDeleted
 from agnews_lora.paths import STORES
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, draw, thumbnails
+from agnews_lora.reporting.summary import next_steps
 from agnews_lora.search import space
 from agnews_lora.search.results import Answers, SweepFacts, SweepResult
 from agnews_lora.serving import reload
@@ -38,7 +39,6 @@ from agnews_lora.serving.stats import count_pairs
 from agnews_lora.tracking.descriptions import (
     Pages,
     model_description,
-    opening_description,
     sweep_description,
     version_description,
     winner_description,
@@ -74,12 +74,14 @@ def finish(
     study: optuna.Study,
     rounds: optuna.Study | None,
     runs: SweepRuns,
+    options: Mapping[str, str],
     wall_seconds: float,
     record_seconds: float,
 ) -> SweepResult:
     """Register the winner and publish the result of a study whose trials have all ended.
 
     Args:
+        options: see `SweepFacts`.
         rounds: the study of the confirmation, where there is one.
         wall_seconds, record_seconds: of this start of the sweep so far, see `SweepResult`.
 
@@ -90,7 +92,7 @@ def finish(
     result = SweepResult.from_study(
         study,
         rounds,
-        replace(facts_of(sweep, prepared), planned_trials=len(study.get_trials(deepcopy=False))),
+        facts_of(sweep, prepared, len(study.get_trials(deepcopy=False)), options),
         state="COMPLETE",
         run_id=parent.run_id,
         record_seconds=record_seconds,
@@ -147,13 +149,8 @@ def refresh(client: MlflowClient, version: Version) -> None:
         report.write(client, parent.run_id, result, Path(folder))
 
 
-def opening(sweep: Sweep, prepared: Prepared) -> str:
-    """The description of the parent run while the sweep is under way."""
-    return opening_description(facts_of(sweep, prepared))
-
-
-def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
-    """What a result says of its sweep beside the trials."""
+def facts_of(sweep: Sweep, prepared: Prepared, num_trials: int, options: Mapping[str, str]) -> SweepFacts:
+    """What a result says of its sweep beside the trials. options: see `SweepFacts`."""
     experiment, base, corpus = sweep.experiment, prepared.base, prepared.corpus
     labels = np.asarray(corpus.validation.labels)
     majority = np.full_like(labels, np.bincount(corpus.train.labels).argmax())
@@ -166,7 +163,7 @@ def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
         budget=sweep.budget,
         engine=prepared.engine_name,
         seed=sweep.seed,
-        planned_trials=sweep.trials,
+        planned_trials=num_trials,
         total_steps=prepared.total_steps,
         num_train_rows=len(corpus.train),
         num_validation_rows=len(corpus.validation),
@@ -188,6 +185,8 @@ def facts_of(sweep: Sweep, prepared: Prepared) -> SweepFacts:
         adapter=experiment.spec,
         confirmation=sweep.confirmation.model_dump() if sweep.confirmation else None,
         profile=corpus.profile,
+        file=sweep.reference,
+        options=options,
     )
 
 
@@ -404,11 +403,11 @@ def _describe(
 ) -> None:
     """Describe the parent run, the winner's run, the model and the version. drawn: figures that the parent run has."""
     parent, figures = pages(str(result.run_id)), {name: FIGURES[name] for name in FIGURES if name in drawn}
-    parent.describe(sweep_description(result, pages, figures))
+    parent.describe(sweep_description(result, pages, figures, next_steps(result)))
     if version is not None:
         own = pages(version.run_id)
         own.describe(winner_description(result, pages, ANSWER_FIGURES))
-        registry.introduce(model_description(version.model, result.facts.sweep))
+        registry.introduce(model_description(version.model, result.facts))
         registry.describe(version, version_description(version, own, parent))
 
 

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import optuna
 from optuna.storages import RDBStorage
 from rich.console import Console
+from rich.markup import escape
 
 from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import feasible_ranks, require_within_budget
 from agnews_lora.adapters.spec import ModelShape
-from agnews_lora.commands.finish import facts_of, finish, opening
+from agnews_lora.commands.finish import facts_of, finish
 from agnews_lora.commands.interrupts import StopRequest, orderly_stop
 from agnews_lora.commands.prepare import Prepared, prepare
 from agnews_lora.config.sweep import Sweep, load_sweep
@@ -24,7 +25,7 @@ from agnews_lora.errors import BudgetError
 from agnews_lora.paths import STORES, WORK, temporary_files
 from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.reporting.progress import Progress
-from agnews_lora.reporting.summary import print_summary
+from agnews_lora.reporting.summary import next_steps, print_summary, typed
 from agnews_lora.search import space as search_space
 from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing, open_confirmation
@@ -33,6 +34,7 @@ from agnews_lora.search.pruner import PeerMedianPruner
 from agnews_lora.search.results import ENDED_STATES, INTERRUPTED, SweepResult, TrialSummary, best_first, summaries
 from agnews_lora.search.retry import Retry
 from agnews_lora.search.sampler import TrialSeededTPE
+from agnews_lora.tracking.descriptions import opening_description
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
@@ -66,7 +68,7 @@ def run(sweep: Sweep, as_json: bool, quiet: bool, **options: Any) -> int:
     except Stopped as stop:
         result, stopped = stop.result, stop.exit_code
     if result.state == INTERRUPTED:
-        _print_unfinished(result, options["trials"], as_json)
+        _print_unfinished(result, as_json)
         return stopped
     if as_json:
         print(json.dumps(result.as_dict()))
@@ -92,7 +94,8 @@ def run_sweep(
 
     Args:
         sweep: what `load_sweep` gave, or the name or path of the file.
-        trials: how many are to have ended in all, instead of the file's number.
+        trials: how many are to have ended in all, instead of the file's number. The study keeps it: a call without it
+            goes on to the larger of both.
         timeout: seconds of training after which running trials are requeued for the next call.
         new: start another study.
         workers, address: train in Ray actors, of a local Ray or of a running cluster.
@@ -126,7 +129,11 @@ def run_sweep(
             database = keys.open_storage(storage or STORES)
             with keys.sole_driver_of(database, sweep.name):
                 study = open_study(sweep, prepared, database, new)
-                return _Start(sweep, prepared, study, runs, trials, timeout, workers, address, patience, quiet).run()
+                given = {"--storage": storage, "--tracking": tracking, "--workers": workers, "--address": address}
+                options = {name: str(value) for name, value in given.items() if value is not None}
+                return _Start(
+                    sweep, prepared, study, runs, options, trials, timeout, workers, address, patience, quiet
+                ).run()
 
 
 @dataclass
@@ -137,6 +144,7 @@ class _Start:
     prepared: Prepared
     study: keys.SweepStudy
     runs: SweepRuns
+    options: dict[str, str]
     trials: int | None
     timeout: float | None
     workers: int | None
@@ -146,7 +154,12 @@ class _Start:
     record_seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self.num_trials = self.trials or self.sweep.trials
+        self.num_trials = self.trials or max(self.sweep.trials, self.study.user_attrs.get(keys.TARGET, 0))
+        if self.trials:
+            self.study.set_user_attr(keys.TARGET, self.trials)
+        if self.num_trials != self.sweep.trials:
+            self.options["--trials"] = str(self.num_trials)
+        self.facts = facts_of(self.sweep, self.prepared, self.num_trials, self.options)
         self.folder = keys.work_folder(self.study, WORK / self.sweep.name)
 
     def run(self) -> SweepResult:
@@ -156,6 +169,7 @@ class _Start:
                 Console(highlight=False, markup=False).print(
                     f"Engine {self.prepared.engine_name}: {self.prepared.engine_reason}.", soft_wrap=True
                 )
+                self._print_reached()
             self._train(request)
             if request:
                 raise Stopped(self._interrupted(), request.exit_code)
@@ -164,6 +178,17 @@ class _Start:
             result = self._insist(lambda: self._finish(time.perf_counter() - began), request)
             complete()
         return result
+
+    def _print_reached(self) -> None:
+        """Say so where `--trials` asks for no more than there are."""
+        ended = sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
+        if self.trials and self.trials <= ended and not self._num_left():
+            more = typed(self.facts.command("sweep", "--trials", str(ended + self.trials)))
+            Console(highlight=False).print(
+                f"Nothing to train: --trials {self.trials} counts all trials of the study, and {ended} have ended. "
+                f"[bold]{escape(more)}[/] trains {self.trials} more.",
+                soft_wrap=True,
+            )
 
     @contextmanager
     def _parent_run(self) -> Iterator[Callable[[], None]]:
@@ -199,7 +224,7 @@ class _Start:
                 },
             )
             self.prepared.log_data(self.runs)
-            self.runs.page().describe(opening(sweep, self.prepared))
+            self.runs.page().describe(opening_description(self.facts, next_steps(self._unread())))
         try:
             yield lambda: ended.append(True)
         finally:
@@ -300,29 +325,36 @@ class _Start:
 
     def _finish(self, wall_seconds: float) -> SweepResult:
         rounds = find_confirmation(self.study) if self.sweep.confirmation else None
-        return finish(self.sweep, self.prepared, self.study, rounds, self.runs, wall_seconds, self.record_seconds)
+        return finish(
+            self.sweep, self.prepared, self.study, rounds, self.runs, self.options, wall_seconds, self.record_seconds
+        )
 
     def _interrupted(self) -> SweepResult:
         """What the study holds so far; nothing of its trials where the storage is away."""
-        facts, run_id = facts_of(self.sweep, self.prepared), self.runs.page().run_id
+        run_id = self.runs.page().run_id
 
         def read() -> SweepResult:
             rounds, left = find_confirmation(self.study) if self.sweep.confirmation else None, self._num_left()
-            return SweepResult.from_study(self.study, rounds, facts, state=INTERRUPTED, run_id=run_id, trials_left=left)
+            return SweepResult.from_study(
+                self.study, rounds, self.facts, state=INTERRUPTED, run_id=run_id, trials_left=left
+            )
 
-        nothing = SweepResult(facts, self.study.study_name, "", INTERRUPTED, (), (), {}, run_id, trials_left=None)
-        return Retry("the study's storage").call(read, nothing)
+        return Retry("the study's storage").call(read, self._unread())
+
+    def _unread(self) -> SweepResult:
+        """An unfinished result, without trials."""
+        run_id = self.runs.page().run_id
+        return SweepResult(self.facts, self.study.study_name, "", INTERRUPTED, (), (), {}, run_id, trials_left=None)
 
 
-def _print_unfinished(result: SweepResult, target: int | None, as_json: bool) -> None:
-    left = result.trials_left
+def _print_unfinished(result: SweepResult, as_json: bool) -> None:
+    left, command = result.trials_left, next_steps(result)[0].command
     if as_json:
-        print(json.dumps({"study": result.study, "state": result.state, "trials_left": left}))
+        print(json.dumps({"study": result.study, "state": result.state, "trials_left": left, "resume": command}))
         return
     trials = "trials" if left is None else f"{left} trial{'' if left == 1 else 's'}"
-    command = f"agnews-lora sweep {result.facts.sweep}" + (f" --trials {target}" if target else "")
     Console(highlight=False).print(
-        f"Stopped with {trials} to go; nothing is lost. [bold]{command}[/] resumes it.", soft_wrap=True
+        f"Stopped with {trials} to go; nothing is lost. [bold]{escape(typed(command))}[/] resumes it.", soft_wrap=True
     )
 
 

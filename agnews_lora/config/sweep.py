@@ -170,6 +170,11 @@ class Sweep(Document):
         return slots
 
     @property
+    def reference(self) -> str:
+        """What the command line finds the file by: its name, or its path where it lies outside `sweeps/`."""
+        return self.name if self._path == FOLDER / f"{self.name}.yaml" else str(self._path)
+
+    @property
     def startup_trials(self) -> int:
         """Trials drawn at random before the sampler learns from them."""
         return self.sampler.startup_trials or _third(self.trials)

@@ -1,17 +1,17 @@
 """From a YAML file to a frozen, strict model, with every fault of the file reported at once.
 
-Accepts YAML 1.2 with plain values only. A fault is reported with its line, its path in the file, pydantic's message,
-the value that was met, and the nearest accepted word.
+Accepts YAML 1.2 with plain values only. A fault is reported as `FILE:LINE:COLUMN: KEY: MESSAGE`, with pydantic's
+message, the value that was met and the nearest accepted word, above the line of the file and a caret.
 """
 
 import os.path
 import re
 import reprlib
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args
+from unicodedata import east_asian_width
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
@@ -19,12 +19,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
-from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, SequenceNode
 
 from agnews_lora.errors import ConfigError
 
 MAX_BYTES: Final = 64 * 1024  # far above any real file, and still parsed within seconds
 MAX_TEXT: Final = 4_096  # characters; Linux knows no longer path
+MAX_SHOWN: Final = 100  # characters of a line of the file
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHORT: Final = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong = 1, 60, 60
@@ -85,12 +86,12 @@ def load(model: type[DocumentT], path: Path) -> DocumentT:
         root = reader.compose(text)
         faults = sorted((_fault(model, root, details) for details in error.errors()), key=lambda fault: fault[0])
         heading = f"Cannot read {path}: {len(faults)} fault{'s' if len(faults) > 1 else ''}"
-        raise ConfigError("\n".join([heading, *(textwrap.indent(fault, "  ") for _, fault in faults)])) from error
+        raise ConfigError("\n".join([heading, *(_located(path, text, *fault) for fault in faults)])) from error
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         reason = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"Cannot read {path}: not valid YAML{place}: {reason}") from error
+        fault = _located(path, text, (mark.line, mark.column), reason) if mark else f"  {reason}"
+        raise ConfigError(f"Cannot read {path}: not valid YAML\n{fault}") from error
     except YAMLError as error:
         raise ConfigError(f"Cannot read {path}: not valid YAML: {' '.join(str(error).split())}") from error
     except (ValueError, LookupError, ArithmeticError) as error:  # a tag, a date or an escape that does not fit its text
@@ -159,8 +160,25 @@ def shown(value: object) -> str:
         return "a very large number"
 
 
-def _fault(model: type[BaseModel], root: Node | None, details: ErrorDetails) -> tuple[int, str]:
-    """(line in the file, the fault in words)."""
+def _located(path: Path, text: str, place: tuple[int, int], message: str) -> str:
+    """A fault with its place, and the line of the file with a caret under it.
+
+    Args:
+        place: line and column, from 0.
+    """
+    line, column = place
+    first, *more = message.splitlines()
+    shown_lines = [f"  {path}:{line + 1}:{column + 1}: {first}"]
+    if line < len(lines := text.splitlines()):
+        start = max(0, column - MAX_SHOWN // 2)
+        part = "".join(char if char.isprintable() else " " for char in lines[line][start : start + MAX_SHOWN])
+        width = sum(2 if east_asian_width(char) in "WF" else 1 for char in part[: column - start])
+        shown_lines += [f"      {part.rstrip()}", " " * (6 + width) + "^"]
+    return "\n".join([*shown_lines, *(f"  {each}" for each in more)])
+
+
+def _fault(model: type[BaseModel], root: Node | None, details: ErrorDetails) -> tuple[tuple[int, int], str]:
+    """(line and column in the file, the fault in words)."""
     kind, location, value, context = details["type"], details["loc"], details["input"], details.get("ctx", {})
     message = details["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list").replace("Tuple", "List")
     if kind.startswith("union_tag"):  # about the key that tells alternatives apart, which pydantic does not locate
@@ -169,7 +187,12 @@ def _fault(model: type[BaseModel], root: Node | None, details: ErrorDetails) -> 
         location, value = (*location, tag), value.get(tag)
         kind, context = "literal_error", {"expected": str(names)}
         message = f"Input should be one of {', '.join(names)}"
-    line, path = _place(root, location, keep_last=kind == "missing" or details["type"].startswith("union_tag"))
+    place, path = _place(
+        root,
+        location,
+        keep_last=kind == "missing" or details["type"].startswith("union_tag"),
+        of_key=kind in ("extra_forbidden", "invalid_key"),
+    )
     if kind in ("extra_forbidden", "invalid_key"):
         keys = _keys(model, location[:-1])
         message = f"Unknown key{_nearest(location[-1], keys) or '.'} The keys here are {', '.join(keys)}"
@@ -181,32 +204,41 @@ def _fault(model: type[BaseModel], root: Node | None, details: ErrorDetails) -> 
     elif kind not in ("value_error", "too_short"):  # the models' own messages show the value where that helps
         accepted = re.findall(r"'([^']+)'", context.get("expected", "")) if kind == "literal_error" else []
         message += f", but got {shown(value)}{_nearest(value, accepted)}"
-    return line, f"line {line}{', ' if path else ''}{path}: {message}"
+    return place, f"{path}{': ' if path else ''}{message}"
 
 
-def _place(node: Node | None, location: Sequence[int | str], keep_last: bool) -> tuple[int, str]:
-    """(line, path in the file) of a pydantic location.
+def _place(
+    node: Node | None, location: Sequence[int | str], keep_last: bool, of_key: bool
+) -> tuple[tuple[int, int], str]:
+    """(line and column, path in the file) of a pydantic location.
 
     A part that the file does not have is left out, such as the tag of an alternative.
 
     Args:
         keep_last: name the last part even so, since it is a key that is missing.
+        of_key: the place is the last key's, not that of its value. So is that of a block, which begins a line later.
     """
-    line, path = node.start_mark.line if node else 0, ""
+    place, path = _start(node) if node else (0, 0), ""
     for number, part in enumerate(location, 1):
-        entries: Iterable[tuple[Any, int, Node]] = []
+        entries: list[tuple[Any, Node, Node]] = []
         if isinstance(node, MappingNode):
-            entries = ((key.value, key.start_mark.line, inner) for key, inner in node.value)
+            entries = [(key.value, key, inner) for key, inner in node.value]
         elif isinstance(node, SequenceNode):
-            entries = ((index, inner.start_mark.line, inner) for index, inner in enumerate(node.value))
+            entries = [(index, inner, inner) for index, inner in enumerate(node.value)]
         in_list = isinstance(node, SequenceNode)
         found = next((entry for entry in entries if str(entry[0]) == str(part)), None)
         if found is not None:
-            _, line, node = found
+            _, key, node = found
+            below = _start(key)[0] != _start(node)[0] or (isinstance(node, CollectionNode) and not node.flow_style)
+            place = _start(key if below or (of_key and number == len(location)) else node)
         elif not keep_last or number < len(location):
             continue
         path += f"[{part}]" if in_list else f"{'.' if path else ''}{_printable(str(part))}"
-    return line + 1, path
+    return place, path
+
+
+def _start(node: Node) -> tuple[int, int]:
+    return node.start_mark.line, node.start_mark.column
 
 
 def _blocks(model: type[BaseModel], location: Sequence[int | str]) -> list[type[BaseModel]]:

@@ -20,6 +20,7 @@ from agnews_lora.errors import StorageError
 from agnews_lora.paths import write_whole
 from agnews_lora.reporting.figures import MAX_MATRIX, expected_calibration_error, short
 from agnews_lora.reporting.progress import duration
+from agnews_lora.reporting.summary import next_steps
 from agnews_lora.search.results import Confirmed, SweepFacts, SweepResult
 from agnews_lora.serving.stats import Pairs, accuracy_interval, difference_interval, mcnemar_p_value
 from agnews_lora.training.interface import SCORES, Objective
@@ -109,8 +110,9 @@ def _first_page(result: SweepResult, pictures: set[str]) -> list[Block]:
         blocks.append(_figure(SIZE))
     risks = _risks(result)
     blocks.append({"kind": "list", "title": "Risks", "items": risks or ["None is known."]})
-    purpose, command = _next_step(result)
-    return [*blocks, {"kind": "next", "title": "Next step", "text": purpose, "command": command}]
+    step = next_steps(result)[0]
+    text = f"{step.purpose[0].upper()}{step.purpose[1:]}:"
+    return [*blocks, {"kind": "next", "title": "Next step", "text": text, "command": step.command}]
 
 
 def _verdict(result: SweepResult) -> str:
@@ -270,19 +272,6 @@ def _pairs(result: SweepResult) -> Pairs | None:
     if not counts or result.winner == result.baseline or not sum(counts.values()):
         return None
     return Pairs(counts["both"], counts["only_winner"], counts["only_baseline"], counts["neither"])
-
-
-def _next_step(result: SweepResult) -> tuple[str, str]:
-    """(what for, command)."""
-    sweep, registration = result.facts.sweep, result.registration
-    if result.winner is None:
-        return "Remove the cause of the failures, then start another study:", f"agnews-lora sweep {sweep} --new"
-    if registration and "champion" in registration.aliases:
-        return "Serve the champion over HTTP:", f"agnews-lora serve {sweep}"
-    if registration and any(not check["passed"] for check in registration.checks):
-        more = result.facts.planned_trials + FEW_TRIALS
-        return "Search for a version that passes its checks:", f"agnews-lora sweep {sweep} --trials {more}"
-    return "Run the promotion checks and score the test split:", f"agnews-lora promote {sweep}"
 
 
 # The sections ---------------------------------------------------------------------------------------------------------

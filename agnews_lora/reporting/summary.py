@@ -1,6 +1,12 @@
-"""The last screen of a sweep: its result, and the next commands."""
+"""The last screen of a sweep, and what can be done with its study next."""
 
+import os
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -8,25 +14,91 @@ from rich.table import Table
 from rich.text import Text
 
 from agnews_lora.reporting.progress import duration
-from agnews_lora.search.results import SweepResult
+from agnews_lora.search.results import INTERRUPTED, SweepFacts, SweepResult
 from agnews_lora.training.interface import SCORES, Objective
+
+MORE: Final = 10  # trials that a finished study may be extended by
+PURPOSE_WIDTH: Final = 24  # columns beside a command, below which its purpose stands above it
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to do now. command: to be copied. purpose: an imperative."""
+
+    command: str
+    purpose: str
+
+
+def next_steps(result: SweepResult) -> list[Step]:
+    """Advise what to do with a study, the most useful step first.
+
+    It follows the state of the study and of its registered version. Screen, MLflow's page and report all show this.
+    """
+    facts, version = result.facts, result.registration
+    if result.state == INTERRUPTED:
+        target = facts.options.get("--trials")
+        return [Step(facts.command("sweep", *(["--trials", target] if target else [])), "resume it")]
+    browse = Step(facts.options.get("--tracking") or facts.command("ui"), "browse the runs")
+    if result.winner is None:
+        cure = "start another study, once the cause of the failures is removed"
+        return [Step(facts.command("sweep", "--new"), cure), browse]
+    write = Step(facts.command("report"), "write the result as a page and a PDF")
+    more = Step(
+        facts.command("sweep", "--trials", str(sum(result.counts.values()) + MORE)), f"train {MORE} more trials"
+    )
+    aliases = version.aliases if version else ("candidate",)
+    if "champion" in aliases:
+        return [*champion_steps(facts), write, browse, more]
+    if "previous" in aliases:
+        back = Step(facts.command("promote", "--rollback"), "make this version champion again")
+        return [back, write, browse, more]
+    words = ["--version", str(version.version)] if version and "candidate" not in aliases else []
+    check = Step(facts.command("promote", *words), "check the winner, and make it champion")
+    if version and any(not found["passed"] for found in version.checks):
+        again = Step(check.command, "check it again, where the cause is removed")
+        return [Step(more.command, "search for a version that passes its checks"), again, write, browse]
+    return [check, write, browse, more]
+
+
+def champion_steps(facts: SweepFacts) -> list[Step]:
+    """Advise what to do with a champion."""
+    return [
+        Step(facts.command("predict", "Oil rose."), "ask the champion"),
+        Step(facts.command("serve"), "answer over HTTP with it"),
+        Step(facts.command("export", "--to", "exported"), "write it as a PEFT folder"),
+    ]
+
+
+def typed(command: str) -> str:
+    """A command as the user's shell finds the program: by its path where it is not on PATH, as after `make`."""
+    started = Path(sys.argv[0])
+    if started.name != "agnews-lora" or shutil.which("agnews-lora"):
+        return command
+    return command.replace("agnews-lora", os.path.relpath(started), 1)
 
 
 def print_summary(console: Console, result: SweepResult) -> None:
     """Print the result as a panel. An unknown value has no line."""
-    found, commands = _grid(), _grid()
+    found = _grid()
     for name, value, style in _rows(result):
         found.add_row(Text(name, style="dim"), Text(value, style=style))
-    sweep = result.facts.sweep
-    variable = "" if sweep == "embedded" else f" SWEEP={sweep}"
-    for command, purpose in (
-        ("make ui", "browse the runs"),
-        (f"make promote{variable}", "check the winner, and make it champion"),
-        (f"make report{variable}", "write the result as a page and a PDF"),
-    ):
-        commands.add_row(Text(command, style="bold cyan"), Text(purpose))
-    content = Group(found, Text("\nNext", style="bold"), commands)
+    content = Group(found, Text("\nNext", style="bold"), steps_table(next_steps(result), console.width - 4))
     console.print(Panel(content, title=Text(f"study {result.study}"), title_align="left", expand=False))
+
+
+def steps_table(steps: list[Step], width: int) -> Table:
+    """Show steps: purposes beside the commands, or above them where width, in columns, is too small for both."""
+    commands = [Text(typed(step.command), style="bold cyan", overflow="fold") for step in steps]
+    if max(map(len, commands)) + 3 + PURPOSE_WIDTH <= width:
+        grid = _grid()
+        for step, command in zip(steps, commands, strict=True):
+            grid.add_row(command, Text(step.purpose))
+    else:
+        grid = Table.grid()
+        for step, command in zip(steps, commands, strict=True):
+            grid.add_row(Text(step.purpose, style="dim"))
+            grid.add_row(command)
+    return grid
 
 
 def _rows(result: SweepResult) -> Iterator[tuple[str, str, str]]:
@@ -65,6 +137,13 @@ def _rows(result: SweepResult) -> Iterator[tuple[str, str, str]]:
     if (version := result.registration) is not None:
         aliases = ", ".join(version.aliases) or "a version"
         yield "registered", f"version {version.version} of {version.model} as {aliases}", ""
+        if test := version.test:
+            scores: dict[Objective, str] = {name: _percent(test[name]) for name in SCORES}
+            interval = f"95% interval {_percent(test['low'])} to {_percent(test['high'])}"
+            note = f"{test['rows']:,} test rows, scored once" + (
+                f"; {interval}" if result.objective == "accuracy" else ""
+            )
+            yield f"test {SCORES[result.objective]}", told(scores, note), "bold green"
 
 
 def _percent(share: float | None) -> str:

@@ -5,6 +5,7 @@ It is computed from the study once, written as `result.json`, and read back from
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -146,7 +147,9 @@ class SweepFacts:
     `search.space.describe` gives it. data: the source in words. texts: the YAML files, word for word, by file name.
     provenance: code, versions and device. heads: those that are searched. adapter: the baseline's configuration.
     confirmation: `{trials, seeds}`; None without one. profile: of the rows, as `data.profile.profile` gives it; empty
-    where another release wrote the result.
+    where another release wrote the result. file: what the command line knows the sweep by, its name or its path; empty
+    where it is the name. options: of the command line that started it last, as far as the study is found and goes on by
+    them (`--storage`, `--tracking`, `--workers`, `--address`, `--trials`).
     """
 
     sweep: str
@@ -176,6 +179,15 @@ class SweepFacts:
     majority_accuracy: float | None = None
     majority_macro_f1: float | None = None
     profile: Mapping[str, Any] = field(default_factory=dict)
+    file: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def command(self, verb: str, *words: str) -> str:
+        """A command line for this sweep, with the options of its start that the command has."""
+        known = {"sweep": ("--storage", "--tracking", "--workers", "--address"), "ui": ()}.get(verb, ("--tracking",))
+        found = [word for option in known if option in self.options for word in (option, self.options[option])]
+        of = {"predict": ["--sweep", self.file or self.sweep], "ui": []}.get(verb, [self.file or self.sweep])
+        return shlex.join(["agnews-lora", verb, *of, *words, *found])
 
 
 @dataclass(frozen=True)

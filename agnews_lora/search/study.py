@@ -41,6 +41,7 @@ FINGERPRINT = "fingerprint"
 BASELINE = "baseline"
 NAME = "name"  # of a trial that was enqueued with its configuration and seed
 CONFIRMS = "confirms"
+TARGET = "target_trials"  # of a study: the number that `--trials` gave last
 SEED = "seed"
 SPEC = "spec"
 RUN_ID = "run_id"

@@ -7,7 +7,7 @@ description and hides the rest behind a click.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import isnan
 from typing import TYPE_CHECKING, Any, Final
@@ -64,22 +64,24 @@ def beside_notes(markdown: str, present: str | None, longest: int | None = None)
     return f"{before}{MARK}{markdown}\n\n{MARK}{after}"
 
 
-def opening_description(facts: Any) -> str:
-    """Describe a sweep that is under way, or stopped. facts: `SweepFacts`."""
-    return _render("sweep", facts=facts, result=None, highest=_highest_rank(facts))
+def opening_description(facts: Any, steps: Sequence[Any]) -> str:
+    """Describe a sweep that is under way, or stopped. facts: `SweepFacts`. steps: what to do next, a `Step` each."""
+    return _render("sweep", facts=facts, result=None, steps=steps, highest=_highest_rank(facts))
 
 
-def sweep_description(result: Any, pages: Pages, figures: Mapping[str, str]) -> str:
+def sweep_description(result: Any, pages: Pages, figures: Mapping[str, str], steps: Sequence[Any]) -> str:
     """Describe a sweep that has ended.
 
     Args:
         result: `SweepResult`.
+        steps: what to do next, a `Step` each.
         figures: that its parent run has: captions by artifact name.
     """
     return _render(
         "sweep",
         facts=result.facts,
         result=result,
+        steps=steps,
         means={row.own.trial: row for row in result.confirmed},
         gallery=gallery(pages(result.run_id), figures),
         highest=_highest_rank(result.facts),
@@ -119,9 +121,9 @@ def winner_description(result: Any, pages: Pages, figures: Mapping[str, str], ro
     )
 
 
-def model_description(name: str, sweep_name: str) -> str:
-    """Describe a registered model."""
-    return _render("model", model=name, sweep=sweep_name)
+def model_description(name: str, facts: Any) -> str:
+    """Describe a registered model. facts: `SweepFacts` of the sweep that found its last version."""
+    return _render("model", model=name, facts=facts)
 
 
 def version_description(registered: "Version", run: "RunPage", parent: "RunPage | None") -> str:

@@ -170,7 +170,14 @@ def test_every_complete_run_keeps_its_adapter_and_curves(finished_once: Path) ->
 
 def test_the_last_screen_says_what_was_found(finished_once: Path) -> None:
     output = finished_once.with_name("finished.built").read_text(encoding="utf-8")
-    for word in ("winner", "baseline", "best possible", "of the budget of 100,000", "candidate", "make promote"):
+    for word in (
+        "winner",
+        "baseline",
+        "best possible",
+        "of the budget of 100,000",
+        "candidate",
+        "agnews-lora promote small",
+    ):
         assert word in output
 
 

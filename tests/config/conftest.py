@@ -1,11 +1,18 @@
 """A working directory with the folders of a project."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 Write = Callable[[str, str], Path]
+
+
+def lines_and_faults(message: str) -> list[str]:
+    """`LINE: KEY: MESSAGE` of every fault in an error."""
+    found = re.findall(r"^ +\S+\.yaml:(\d+):\d+: (.*)$", message, flags=re.MULTILINE)
+    return [f"{line}: {fault}" for line, fault in found]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from agnews_lora.config.experiment import Experiment, load_experiment
 from agnews_lora.data.sources import DataSettings
 from agnews_lora.errors import ConfigError
 from agnews_lora.training.interface import TrainSettings
-from tests.config.conftest import Write
+from tests.config.conftest import Write, lines_and_faults
 
 ADAPTER = "adapter: {targets: qv, rank: 8, alpha: 16, learning_rate: 1e-3}"
 HUB = "data: {source: hub, dataset: a/b, text: text, label: label}"
@@ -23,9 +23,10 @@ def faults(write: Write, content: str) -> list[str]:
     write("experiments/mine", content)
     with pytest.raises(ConfigError) as caught:
         load_experiment("mine")
-    heading, *lines = str(caught.value).splitlines()
-    assert heading == f"Cannot read experiments/mine.yaml: {len(lines)} fault{'s' if len(lines) > 1 else ''}"
-    return [line.strip().partition(", ")[2] for line in lines]
+    found = lines_and_faults(str(caught.value))
+    heading = f"Cannot read experiments/mine.yaml: {len(found)} fault{'s' if len(found) > 1 else ''}\n"
+    assert str(caught.value).startswith(heading)
+    return [fault.partition(": ")[2] for fault in found]
 
 
 def test_defaults_make_a_whole_experiment(write: Write) -> None:

@@ -7,7 +7,7 @@ import pytest
 from agnews_lora.adapters.spec import PRESETS
 from agnews_lora.config.sweep import Confirmation, Range, Space, Sweep, load_sweep
 from agnews_lora.errors import ConfigError
-from tests.config.conftest import Write
+from tests.config.conftest import Write, lines_and_faults
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT = (
@@ -28,9 +28,8 @@ def faults(write: Write, content: str) -> list[str]:
     write("sweeps/wide", content)
     with pytest.raises(ConfigError) as caught:
         load_sweep("wide")
-    heading, *lines = str(caught.value).splitlines()
-    assert heading.startswith("Cannot read sweeps/wide.yaml: ")
-    return [line.strip() for line in lines]
+    assert str(caught.value).startswith("Cannot read sweeps/wide.yaml: ")
+    return lines_and_faults(str(caught.value))
 
 
 def test_defaults_make_a_whole_sweep(write: Write) -> None:
@@ -71,9 +70,9 @@ def test_a_confirmation_is_made_smaller_or_left_out(write: Write) -> None:
     assert load_sweep("wide").confirmation is None
     for value, rule in (("1", "or equal to 2"), ("101", "or equal to 100"), ("two", "a valid integer")):
         [fault] = faults(write, SMALLEST + f"confirmation: {{seeds: {value}}}\n")
-        assert fault.startswith("line 4, confirmation.seeds: Input should be ") and rule in fault
+        assert fault.startswith("4: confirmation.seeds: Input should be ") and rule in fault
     [fault] = faults(write, SMALLEST + "confirmation: off\n")
-    assert fault == "line 4, confirmation: Input should be a block with the keys trials, seeds, but got 'off'"
+    assert fault == "4: confirmation: Input should be a block with the keys trials, seeds, but got 'off'"
 
 
 @pytest.mark.parametrize(("trials", "startup"), [(1, 1), (2, 1), (5, 1), (6, 2), (48, 16)])
@@ -86,7 +85,7 @@ def test_start_up_trials_are_at_most_a_third(write: Write) -> None:
     write("sweeps/wide", SMALLEST + "sampler: {startup_trials: 4}\n")
     assert load_sweep("wide").startup_trials == 4
     assert faults(write, SMALLEST + "sampler: {startup_trials: 5}\n") == [
-        "line 3, trials: sampler.startup_trials should be at most a third of trials, but got 5 of 12. "
+        "3: trials: sampler.startup_trials should be at most a third of trials, but got 5 of 12. "
         "Take 4 at most, or at least 15 trials"
     ]
 
@@ -98,23 +97,23 @@ def test_every_fault_is_reported_at_once(write: Write) -> None:
         "  dropout: {low: 0.3, high: 0.1}\n  learning_rate: {low: 0, hihg: 1}\n"
         "sampler: {startup_trials: 9}\npruner: median\ntrials: 12\nseed: -1\nengine: multi\ntrails: 3\n",
     ) == [
-        "line 1, experiment: Cannot find experiment 'mien': there is no experiments/mien.yaml. Did you mean mine? "
+        "1: experiment: Cannot find experiment 'mien': there is no experiments/mien.yaml. Did you mean mine? "
         "There are: mine.",
-        "line 2, budget: Input should be greater than or equal to 1, but got 0",
-        f"line 4, space.targets[1]: Input should be {PRESET_NAMES}, but got 'qkvv'. Did you mean qkv?",
-        f"line 4, space.targets[2]: Input should be {PRESET_NAMES}, but got 3",
-        "line 5, space.heads: List should have at least 1 item after validation, not 0",
-        "line 6, space.alpha_ratio[1]: Input should be a valid integer, but got '2'",
-        "line 7, space.dropout: low should be at most high, but got low 0.3 and high 0.1",
-        "line 8, space.learning_rate.low: Input should be greater than 0, but got 0",
-        "line 8, space.learning_rate.high: Missing key. Largest value.",
-        "line 8, space.learning_rate.hihg: Unknown key. Did you mean high? The keys here are low, high",
-        "line 10, pruner: Input should be a block with the keys startup_trials, warmup_steps, but got 'median'",
-        "line 11, trials: sampler.startup_trials should be at most a third of trials, but got 9 of 12. "
+        "2: budget: Input should be greater than or equal to 1, but got 0",
+        f"4: space.targets[1]: Input should be {PRESET_NAMES}, but got 'qkvv'. Did you mean qkv?",
+        f"4: space.targets[2]: Input should be {PRESET_NAMES}, but got 3",
+        "5: space.heads: List should have at least 1 item after validation, not 0",
+        "6: space.alpha_ratio[1]: Input should be a valid integer, but got '2'",
+        "7: space.dropout: low should be at most high, but got low 0.3 and high 0.1",
+        "8: space.learning_rate.high: Missing key. Largest value.",
+        "8: space.learning_rate.low: Input should be greater than 0, but got 0",
+        "8: space.learning_rate.hihg: Unknown key. Did you mean high? The keys here are low, high",
+        "10: pruner: Input should be a block with the keys startup_trials, warmup_steps, but got 'median'",
+        "11: trials: sampler.startup_trials should be at most a third of trials, but got 9 of 12. "
         "Take 4 at most, or at least 27 trials",
-        "line 12, seed: Input should be greater than or equal to 0, but got -1",
-        "line 13, engine: Input should be 'auto', 'multilora' or 'trainer', but got 'multi'. Did you mean multilora?",
-        "line 14, trails: Unknown key. Did you mean trials? The keys here are experiment, budget, space, sampler, "
+        "12: seed: Input should be greater than or equal to 0, but got -1",
+        "13: engine: Input should be 'auto', 'multilora' or 'trainer', but got 'multi'. Did you mean multilora?",
+        "14: trails: Unknown key. Did you mean trials? The keys here are experiment, budget, space, sampler, "
         "pruner, trials, objective, seed, engine, slots, confirmation",
     ]
 
@@ -129,30 +128,30 @@ def test_every_fault_is_reported_at_once(write: Write) -> None:
 )
 def test_a_list_of_choices_has_each_once(write: Write, targets: str, fault: str) -> None:
     space = f"space: {{targets: {targets}, learning_rate: {{low: 1e-4, high: 1e-3}}}}\n"
-    assert faults(write, f"experiment: mine\n{space}trials: 12\n") == [f"line 2, space.targets: {fault}"]
+    assert faults(write, f"experiment: mine\n{space}trials: 12\n") == [f"2: space.targets: {fault}"]
 
 
 def test_a_range_may_be_one_number_and_no_list(write: Write) -> None:
     write("sweeps/wide", "experiment: mine\nspace: {learning_rate: {low: 1e-3, high: 1e-3}}\ntrials: 3\n")
     assert load_sweep("wide").space.learning_rate.low == 1e-3
     assert faults(write, "experiment: mine\nspace: {learning_rate: [1e-4, 1e-3]}\ntrials: 3\n") == [
-        "line 2, space.learning_rate: Input should be a block with the keys low, high, but got [0.0001, 0.001]"
+        "2: space.learning_rate: Input should be a block with the keys low, high, but got [0.0001, 0.001]"
     ]
 
 
 def test_the_faults_of_its_experiment_are_reported_with_its_own(write: Write) -> None:
     write("experiments/mine", EXPERIMENT.replace("rank: 8", "rank: x") + "seeed: 3\n")
     assert faults(write, SMALLEST + "budget: none\n") == [
-        "line 1, experiment: Cannot read experiments/mine.yaml: 2 faults",
-        "line 3, adapter.rank: Input should be a valid integer, but got 'x'",
-        "line 4, seeed: Unknown key. Did you mean seed? The keys here are base, data, adapter, training, seed",
-        "line 4, budget: Input should be a valid integer, but got 'none'",
+        "1: experiment: Cannot read experiments/mine.yaml: 2 faults",
+        "3: adapter.rank: Input should be a valid integer, but got 'x'",
+        "4: seeed: Unknown key. Did you mean seed? The keys here are base, data, adapter, training, seed",
+        "4: budget: Input should be a valid integer, but got 'none'",
     ]
 
 
 def test_an_experiment_is_named_not_nested(write: Write) -> None:
     assert faults(write, SMALLEST.replace("mine", "{base: b}")) == [
-        "line 1, experiment: Input should be the name of an experiment or the path of its file, but got {'base': 'b'}"
+        "1: experiment: Input should be the name of an experiment or the path of its file, but got {'base': 'b'}"
     ]
 
 

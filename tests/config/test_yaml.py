@@ -11,6 +11,7 @@ from pydantic import Field
 
 from agnews_lora.config.yaml import MAX_BYTES, Document, Settings, load, locate
 from agnews_lora.errors import ConfigError
+from tests.config.conftest import lines_and_faults
 
 
 class Wool(Settings):
@@ -39,14 +40,19 @@ def write(folder: Path, content: str | bytes, name: str = "scarf") -> Path:
     return path
 
 
-def faults(folder: Path, content: str | bytes) -> list[str]:
-    """The lines of the message, without its beginning."""
+def message(folder: Path, content: str | bytes) -> str:
+    """The error, without its beginning."""
     path = write(folder, content)
     with pytest.raises(ConfigError) as caught:
         load(Pattern, path)
-    message = str(caught.value)
-    assert message.startswith(f"Cannot read {path}: ")
-    return [line.strip() for line in message.removeprefix(f"Cannot read {path}: ").splitlines()]
+    assert str(caught.value).startswith(f"Cannot read {path}: ")
+    return str(caught.value).removeprefix(f"Cannot read {path}: ")
+
+
+def faults(folder: Path, content: str | bytes) -> list[str]:
+    """The first line of the message, and its faults."""
+    said = message(folder, content)
+    return [said.splitlines()[0], *lines_and_faults(said)]
 
 
 def test_a_file_becomes_a_frozen_document_that_knows_its_name_and_text(tmp_path: Path) -> None:
@@ -63,12 +69,12 @@ def test_every_fault_is_reported_at_once_with_line_path_and_value(tmp_path: Path
     content = "rows: 0\ntension: 0\n\nstitch: perl\nyarn:\n  kind: wool\n  ply: two\ncolour: red\n"
     assert faults(tmp_path, content) == [
         "6 faults",
-        "line 1, title: Missing key. What it is called.",
-        "line 1, rows: Input should be greater than or equal to 1, but got 0",
-        "line 2, tension: Input should be greater than 0, but got 0",
-        "line 4, stitch: Input should be 'knit' or 'purl', but got 'perl'. Did you mean purl?",
-        "line 7, yarn.ply: Input should be a valid integer, but got 'two'",
-        "line 8, colour: Unknown key. The keys here are title, rows, tension, stitch, yarn",
+        "1: title: Missing key. What it is called.",
+        "1: rows: Input should be greater than or equal to 1, but got 0",
+        "2: tension: Input should be greater than 0, but got 0",
+        "4: stitch: Input should be 'knit' or 'purl', but got 'perl'. Did you mean purl?",
+        "7: yarn.ply: Input should be a valid integer, but got 'two'",
+        "8: colour: Unknown key. The keys here are title, rows, tension, stitch, yarn",
     ]
 
 
@@ -76,13 +82,13 @@ def test_every_fault_is_reported_at_once_with_line_path_and_value(tmp_path: Path
 def test_a_whole_number_is_nothing_else(tmp_path: Path, value: str) -> None:
     [heading, fault] = faults(tmp_path, f"title: a\nrows: {value}\n")
     assert heading == "1 fault"
-    assert fault.startswith("line 2, rows: Input should be a valid integer, but got ")
+    assert fault.startswith("2: rows: Input should be a valid integer, but got ")
 
 
 @pytest.mark.parametrize("value", ['"0.5"', "true", ".nan", ".inf", "-.inf", "1e999", "~"])
 def test_a_number_is_finite_and_no_text(tmp_path: Path, value: str) -> None:
     [_, fault] = faults(tmp_path, f"title: a\ntension: {value}\n")
-    assert re.match(r"line 2, tension: Input should be a (valid|finite) number, but got ", fault)
+    assert re.match(r"2: tension: Input should be a (valid|finite) number, but got ", fault)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +96,7 @@ def test_a_number_is_finite_and_no_text(tmp_path: Path, value: str) -> None:
 )
 def test_an_unknown_key_meets_its_nearest_neighbour(tmp_path: Path, key: str, hint: str) -> None:
     [_, fault] = faults(tmp_path, f"title: a\n{key}: 3\n")
-    assert fault == f"line 2, {key}: Unknown key.{hint} The keys here are title, rows, tension, stitch, yarn"
+    assert fault == f"2: {key}: Unknown key.{hint} The keys here are title, rows, tension, stitch, yarn"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,7 @@ def test_an_unknown_key_meets_its_nearest_neighbour(tmp_path: Path, key: str, hi
     ],
 )
 def test_alternatives_are_told_apart_by_their_kind(tmp_path: Path, yarn: str, fault: str) -> None:
-    assert faults(tmp_path, f"title: a\nyarn: {yarn}\n") == ["1 fault", f"line 2, {fault}"]
+    assert faults(tmp_path, f"title: a\nyarn: {yarn}\n") == ["1 fault", f"2: {fault}"]
 
 
 @pytest.mark.parametrize(
@@ -111,23 +117,41 @@ def test_alternatives_are_told_apart_by_their_kind(tmp_path: Path, yarn: str, fa
 )
 def test_a_file_is_a_block(tmp_path: Path, content: str, got: str) -> None:
     rule = "Input should be a block with the keys title, rows, tension, stitch, yarn"
-    assert faults(tmp_path, content) == ["1 fault", f"line 1: {rule}, but got {got}"]
+    assert faults(tmp_path, content) == ["1 fault", f"1: {rule}, but got {got}"]
 
 
 @pytest.mark.parametrize(
     ("content", "place", "reason"),
     [
-        ("title: a\n rows: 3\n", "line 2, column 6", "mapping values are not allowed here"),
-        ("title: a\nrows: 1\nrows: 2\n", "line 3, column 1", 'found duplicate key "rows"'),
-        ("title: [a\n", "line 2, column 1", "but got '<stream end>'"),
-        ("title: !!python/object/apply:os.getcwd []\n", "line 1, column 8", "could not determine a constructor"),
-        ("title: a\n---\ntitle: b\n", "line 2, column 1", "expected a single document"),
+        ("title: a\n rows: 3\n", "2:6", "mapping values are not allowed here"),
+        ("title: a\nrows: 1\nrows: 2\n", "3:1", 'found duplicate key "rows"'),
+        ("title: [a\n", "2:1", "but got '<stream end>'"),
+        ("title: !!python/object/apply:os.getcwd []\n", "1:8", "could not determine a constructor"),
+        ("title: a\n---\ntitle: b\n", "2:1", "expected a single document"),
     ],
 )
 def test_broken_yaml_is_named_by_line_and_column(tmp_path: Path, content: str, place: str, reason: str) -> None:
-    [message] = faults(tmp_path, content)
-    assert message.startswith(f"not valid YAML at {place}: ")
-    assert reason in message
+    assert re.match(rf"not valid YAML\n  \S+:{place}: .*{re.escape(reason)}", message(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("line", "shown", "marked"),
+    [
+        ("rows: 0  # few", "rows: 0  # few", "0  # few"),
+        ("title: a\ncolour: red", "colour: red", "colour: red"),
+        ("yarn:\n  kind: wool\n  ply: [1]", "  ply: [1]", "[1]"),
+        (f"{{title: {'a' * 3_000}, rows: x}}", f"{'a' * 40}, rows: x}}", "x}"),
+    ],
+)
+def test_the_place_of_a_fault_is_marked_under_its_line(tmp_path: Path, line: str, shown: str, marked: str) -> None:
+    *_, excerpt, caret = message(tmp_path, f"{line}\n").splitlines()
+    assert excerpt.endswith(shown) and len(excerpt) < 120
+    assert caret.strip() == "^" and excerpt[caret.index("^") :] == marked
+
+
+def test_a_caret_stands_under_its_column_behind_wide_characters(tmp_path: Path) -> None:
+    *_, excerpt, caret = message(tmp_path, "{title: '東京', rows: x}\n").splitlines()
+    assert len(caret) - 1 == excerpt.index("x") + 2  # each of the two takes two columns
 
 
 @pytest.mark.parametrize(
@@ -144,7 +168,7 @@ def test_broken_yaml_is_named_by_line_and_column(tmp_path: Path, content: str, p
     ],
 )
 def test_what_is_no_yaml_at_all_is_said_so(tmp_path: Path, content: bytes, reason: str) -> None:
-    assert reason in "\n".join(faults(tmp_path, content))
+    assert reason in message(tmp_path, content)
 
 
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
@@ -155,8 +179,8 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]
     "content", ["title: &self [*self, *self]\n", "title: &title a\nstitch: *title\n", BOMB + "stitch: *a11\n"]
 )
 def test_an_alias_is_refused_before_anything_is_made_of_it(tmp_path: Path, content: str) -> None:
-    [message] = faults(tmp_path, content)
-    assert re.match(r"not valid YAML at line \d+, column \d+: an alias \(\*\w+\) is not accepted", message)
+    [_, fault] = faults(tmp_path, content)
+    assert re.match(r"\d+: an alias \(\*\w+\) is not accepted", fault)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +194,7 @@ def test_an_alias_is_refused_before_anything_is_made_of_it(tmp_path: Path, conte
 )
 def test_a_value_is_shown_shortly(tmp_path: Path, value: str, got: str) -> None:
     [_, fault] = faults(tmp_path, f"title: {value}\n")
-    assert fault == f"line 1, title: Input should be a valid string, but got {got}"
+    assert fault == f"1: title: Input should be a valid string, but got {got}"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +208,7 @@ def test_a_value_is_shown_shortly(tmp_path: Path, value: str, got: str) -> None:
 )
 def test_a_key_is_shown_on_one_line_and_steers_no_terminal(tmp_path: Path, key: str, shown: str) -> None:
     [_, fault] = faults(tmp_path, f"title: a\n{key}: 3\n")
-    assert fault.startswith(f"line 2, {shown}: Unknown key. ")
+    assert fault.startswith(f"2: {shown}: Unknown key. ")
 
 
 def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:

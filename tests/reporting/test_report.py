@@ -90,7 +90,7 @@ def test_the_first_page_has_all_that_a_decision_needs() -> None:
         "the last start took 7 min 30 s",
         "score_against_parameters.png",
         "1 trial failed.",
-        "agnews-lora serve small",
+        "agnews-lora predict --sweep small",
     ):
         assert words in page, words
 

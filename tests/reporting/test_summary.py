@@ -4,7 +4,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from agnews_lora.reporting.summary import print_summary
+from agnews_lora.reporting.summary import next_steps, print_summary
 from agnews_lora.search.results import Confirmed, Registration, SweepResult
 from tests.reporting.results import TRIALS, bare, facts, result
 
@@ -20,7 +20,7 @@ def rows(shown: SweepResult) -> dict[str, str]:
     """What the panel says, by the name of the row, without the next commands."""
     lines = [line.strip("│ ") for line in printed(shown).splitlines()[1:-1]]
     found = {name.strip(): value.strip() for name, _, value in (line.partition("  ") for line in lines) if value}
-    return {name: value for name, value in found.items() if not name.startswith("make ")}
+    return {name: value for name, value in found.items() if not name.startswith("agnews-lora ")}
 
 
 def test_summary_holds_the_result_and_the_next_commands() -> None:
@@ -39,9 +39,64 @@ def test_summary_holds_the_result_and_the_next_commands() -> None:
         "wall time": "7 min 30 s",
         "registered": "version 3 of small as candidate",
     }
-    for command in ("make ui", "make promote SWEEP=small", "make report SWEEP=small"):
-        assert command in printed(candidate)
-    assert "SWEEP=" not in printed(result(facts=facts(sweep="embedded")))
+    for step in next_steps(candidate):
+        assert step.command in printed(candidate)
+    promoted = rows(result())
+    assert promoted["registered"] == "version 3 of small as champion"
+    assert promoted["test accuracy"].startswith("88.75%  (400 test rows, scored once; 95% interval 85.28% to 91.49%")
+
+
+FAILED = ({"rule": "the data must be the champion's", "found": "digest 1", "passed": False},)
+PLACES = {"--storage": "sqlite:///a b.db", "--tracking": "http://host:5000", "--workers": "2"}
+STATES: dict[str, tuple[SweepResult, list[str]]] = {
+    "unfinished": (bare(state="INTERRUPTED"), ["sweep small"]),
+    "unfinished, of another size": (
+        bare(state="INTERRUPTED", facts=facts(options={"--trials": "4"})),
+        ["sweep small --trials 4"],
+    ),
+    "unfinished, elsewhere": (
+        bare(state="INTERRUPTED", facts=facts(file="my sweeps/small.yaml", options=PLACES)),
+        ["sweep 'my sweeps/small.yaml' --storage 'sqlite:///a b.db' --tracking http://host:5000 --workers 2"],
+    ),
+    "without a winner": (bare(trials=TRIALS[2:4]), ["sweep small --new", "ui"]),
+    "a candidate": (
+        result(registration=Registration("small", 3, ("candidate",))),
+        ["promote small", "report small", "ui", "sweep small --trials 18"],
+    ),
+    "a candidate that was replaced by another": (
+        result(registration=Registration("small", 3, ())),
+        ["promote small --version 3", "report small", "ui", "sweep small --trials 18"],
+    ),
+    "a candidate that failed": (
+        result(registration=Registration("small", 3, ("candidate",), FAILED)),
+        ["sweep small --trials 18", "promote small", "report small", "ui"],
+    ),
+    "a champion": (
+        result(),
+        [
+            "predict --sweep small 'Oil rose.'",
+            "serve small",
+            "export small --to exported",
+            *("report small", "ui", "sweep small --trials 18"),
+        ],
+    ),
+    "the champion before": (
+        result(registration=Registration("small", 3, ("previous",))),
+        ["promote small --rollback", "report small", "ui", "sweep small --trials 18"],
+    ),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_next_steps_follow_the_state_of_the_study(state: str) -> None:
+    shown, commands = STATES[state]
+    assert [step.command for step in next_steps(shown)] == [f"agnews-lora {command}" for command in commands]
+
+
+def test_of_a_tracking_server_the_steps_name_it() -> None:
+    commands = [step.command for step in next_steps(result(facts=facts(options=PLACES)))]
+    assert commands[4] == "http://host:5000"
+    assert all("--tracking http://host:5000" in command for command in commands[:4])
 
 
 def test_summary_leaves_out_what_is_not_known() -> None:

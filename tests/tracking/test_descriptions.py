@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES
+from agnews_lora.reporting.summary import next_steps
 from agnews_lora.search.results import Registration, SweepResult
 from agnews_lora.tracking.descriptions import (
     code,
@@ -38,6 +39,7 @@ from tests.reporting.results import HOSTILE, TRIALS, bare, facts, result
 SPEC = TrialSpec("ffn", 4, 4.0, 0.142, 0.00356)
 NBSP = "\N{NO-BREAK SPACE}"
 CANDIDATE = Registration("small", 3, ("candidate",))
+STEPS = next_steps(bare(state="INTERRUPTED"))
 
 
 def page(run_id: str) -> RunPage:
@@ -45,7 +47,7 @@ def page(run_id: str) -> RunPage:
 
 
 def told(shown: SweepResult) -> str:
-    return sweep_description(shown, page, FIGURES)
+    return sweep_description(shown, page, FIGURES, next_steps(shown))
 
 
 # A sweep -------------------------------------------------------------------------------------------------------------
@@ -60,8 +62,9 @@ def test_the_first_three_lines_hold_result_budget_and_next_step() -> None:
         f"best possible 94.00{NBSP}%"
     )
     assert second.startswith("**Budget:** 1,540 head + 10 · 9,216 adapter (rank · qv) = 93,700 of 100,000")
-    assert third.startswith(
-        "**Next:** `agnews-lora promote small` checks [version 3 of small](#/models/small/versions/3)"
+    assert third == (
+        "**Next:** `agnews-lora promote small`: check the winner, and make it champion "
+        "([version 3 of small](#/models/small/versions/3), candidate)"
     )
 
 
@@ -71,28 +74,16 @@ def test_an_unconfirmed_winner_is_told_by_its_own_accuracy() -> None:
         shown.startswith(f"**accuracy 90.00{NBSP}%, macro-F1 89.00{NBSP}% by [t0001-qv-r10]")
         and "best possible" not in shown
     )
-    assert "mean over seeds" not in shown and "`agnews-lora promote small` checks the winner" in shown
+    assert "mean over seeds" not in shown and "`agnews-lora promote small`: check the winner" in shown
 
 
 def test_after_a_promotion_nothing_speaks_of_the_candidate() -> None:
     shown = told(result())
-    assert shown.splitlines()[2].startswith("**Next:** `agnews-lora serve small` serves [version 3 of small]")
+    third = shown.splitlines()[2]
+    assert third.startswith("**Next:** `agnews-lora predict --sweep small 'Oil rose.'`: ask the champion ([version 3")
+    assert f"champion, test accuracy 88.75{NBSP}%" in third
     assert f"On the test split, scored once: accuracy 88.75{NBSP}% (95&nbsp;% interval" in shown
     assert "candidate" not in shown and "promote" not in shown
-
-
-@pytest.mark.parametrize(
-    ("registration", "next_step"),
-    [
-        (Registration("small", 3, ("previous",)), "`agnews-lora promote small --rollback` makes [version 3 of small]"),
-        (replace(CANDIDATE, checks=({"passed": False},)), "`agnews-lora promote small` checks [version 3 of small]"),
-        (Registration("small", 3, ()), "`agnews-lora promote small` checks [version 3 of small]"),
-    ],
-)
-def test_the_next_step_follows_the_version(registration: Registration, next_step: str) -> None:
-    line = told(result(registration=registration)).splitlines()[2]
-    assert line.startswith(f"**Next:** {next_step}")
-    assert line.endswith("it has failed once") == bool(registration.checks)
 
 
 def test_a_sweep_shows_its_best_trials_counts_figures_and_links() -> None:
@@ -111,12 +102,14 @@ def test_a_sweep_shows_its_best_trials_counts_figures_and_links() -> None:
     ):
         assert url in shown
     assert len(shown) <= MAX_DESCRIPTION
-    assert all(f"thumbnails%2F{name}" not in sweep_description(result(), page, {}) for name in FIGURES)
+    assert all(
+        f"thumbnails%2F{name}" not in sweep_description(result(), page, {}, next_steps(result())) for name in FIGURES
+    )
 
 
 def test_a_sweep_says_what_it_searches() -> None:
     searched = facts(adapter=SPEC, heads=("full", "out_proj"), confirmation={"trials": 3, "seeds": 2})
-    for shown in (opening_description(searched), told(result(facts=searched))):
+    for shown in (opening_description(searched, STEPS), told(result(facts=searched))):
         assert "with the best accuracy and at most 100,000 trainable parameters, in 8 trials of 60 steps" in shown
         assert "the best 3 confirmed over 2 seeds: experiment small, 960 training and 250 validation rows." in shown
         assert f"the experiment's own configuration, `{SPEC}`" in shown
@@ -131,8 +124,8 @@ def test_a_sweep_says_what_it_searches() -> None:
 
 
 def test_a_sweep_under_way_says_how_to_resume_it() -> None:
-    shown = opening_description(facts())
-    assert shown.startswith("**Under way") and "`agnews-lora sweep small` resumes it" in shown
+    shown = opening_description(facts(), STEPS)
+    assert shown.startswith("**Under way") and "**Next:** `agnews-lora sweep small`: resume it" in shown
     assert "### Result" not in shown
 
 
@@ -244,7 +237,7 @@ def test_a_version_shows_its_confirmation() -> None:
 
 
 def test_a_model_says_what_its_aliases_are_for() -> None:
-    shown = model_description("small", "small")
+    shown = model_description("small", facts())
     assert all(f"- `{alias}`" in shown for alias in ("champion", "candidate", "previous"))
 
 
@@ -265,9 +258,9 @@ def test_no_description_lets_a_text_from_data_through() -> None:
     spoiled = facts(base=HOSTILE, sweep=HOSTILE, experiment=HOSTILE)
     shown = [
         told(result(facts=spoiled, trials=tuple(replace(row, trial=HOSTILE) for row in TRIALS))),
-        opening_description(spoiled),
+        opening_description(spoiled, STEPS),
         winner_description(result(registration=Registration(HOSTILE, 1, ())), page, {}),
-        model_description(HOSTILE, HOSTILE),
+        model_description(HOSTILE, spoiled),
         version_description(version(**tags, data=data), page("run"), page("parent")),
         trial_description(SPEC, {"confirms": HOSTILE}, None, ended("FAILED", reason=HOSTILE)),
     ]

@@ -150,7 +150,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("experiment", nargs="?", default="seed", metavar="EXPERIMENT", help="name or path (seed)")
 
     sweep = add(_sweep, "search for the best adapter; resumes where it stopped", "sweep embedded --trials 20")
-    sweep.add_argument("--trials", type=_count, metavar="N", help="trials that are to have ended, in all")
+    sweep.add_argument(
+        "--trials", type=_count, metavar="N", help="trials that are to have ended, beside those of `enqueue`"
+    )
     sweep.add_argument("--timeout", type=_seconds, metavar="S", help="stop after S seconds; the next start resumes")
     sweep.add_argument("--new", action="store_true", help="start another study")
     sweep.add_argument(

@@ -72,7 +72,8 @@ def status(sweep: Sweep, storage: str | None, as_json: bool) -> int:
 
 def _status(sweep: Sweep, study: keys.SweepStudy, rounds: keys.SweepStudy | None, is_driven: bool) -> dict[str, Any]:
     objective, settings, trials = keys.objective_of(study), sweep.confirmation, study.get_trials(deepcopy=False)
-    left = num_left(study, sweep.trials)
+    planned = int(study.user_attrs.get(keys.PLANNED, sweep.trials))
+    left = num_left(study, planned)
     if settings and not study.num_unmarked:
         left = left or num_missing(study, settings.trials, settings.seeds)
     own = [TrialSummary.from_trial(trial, objective) for trial in trials if study.owns(trial)]
@@ -84,7 +85,7 @@ def _status(sweep: Sweep, study: keys.SweepStudy, rounds: keys.SweepStudy | None
         "state": "RUNNING" if is_driven else "INTERRUPTED" if left else "COMPLETE",
         "objective": objective,
         "budget": study.user_attrs[keys.FINGERPRINT].get("budget"),
-        "planned": sweep.trials + keys.num_enqueued(trials),
+        "planned": planned + keys.num_enqueued(trials),
         "trials": {word: sum(row["state"] == state for row in rows) for state, word in STATES.items()},
         "best": next((row for row in rows if best and row["trial"] == best.trial), None),
         "rows": rows,

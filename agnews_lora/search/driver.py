@@ -353,6 +353,7 @@ class Driver:
             trials = study.get_trials(deepcopy=False)
             planned = num_trials + keys.num_enqueued(trials)
             if study is self._study and planned != self._planned:
+                study.set_user_attr(keys.PLANNED, num_trials)
                 self._planned = planned
                 self._screen.planned(planned)
             for trial in trials:

@@ -38,6 +38,7 @@ SWEEP = "sweep"
 IDENTITY = "identity"  # a random id of the study; of a trial: its study's, and its own number
 BOUND = "bound"  # [the study's own name, the number of trials from before trials had an identity]
 FINGERPRINT = "fingerprint"
+PLANNED = "planned_trials"  # of a study: those that its last driver was to end, beside those enqueued on top
 BASELINE = "baseline"
 NAME = "name"  # of a trial that was enqueued with its configuration and seed
 CONFIRMS = "confirms"

@@ -205,14 +205,8 @@ def parser() -> argparse.ArgumentParser:
 
     doctor = add(_doctor, "show device, versions, stores, and what can be reached", "doctor")
 
-    for command in (sweep, status, enqueue, promote, serve, export, budget, report):
+    for command in (sweep, status, promote, serve, export, budget, report):
         command.add_argument("sweep", nargs="?", default="embedded", metavar="SWEEP", help="name or path (embedded)")
-    enqueue.add_argument(
-        "values",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="targets, rank, alpha, dropout, learning_rate, head (or rank_share, alpha_ratio); the rest is drawn",
-    )
     for command in (sweep, promote, predict, serve, export, report):
         command.add_argument("--tracking", metavar="URL", help="the MLflow server, http://… (mlruns/)")
     for command in (status, promote, predict, export, budget, data, report, doctor):
@@ -236,6 +230,13 @@ def _add_control(add: Callable[[Run, str, str], argparse.ArgumentParser]) -> tup
     stop.add_argument("--sweep", default="embedded", metavar="SWEEP", help="whose trial (embedded)")
     summary = "train a configuration next; it counts on top of the sweep's own trials"
     enqueue = add(_enqueue, summary, "enqueue embedded targets=qv rank=4 alpha=8 dropout=0.1 learning_rate=1e-3")
+    enqueue.add_argument("sweep", nargs="?", default="embedded", metavar="SWEEP", help="name or path (embedded)")
+    enqueue.add_argument(
+        "values",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="targets, rank, alpha, dropout, learning_rate, head (or rank_share, alpha_ratio); the rest is drawn",
+    )
     return status, stop, enqueue
 
 

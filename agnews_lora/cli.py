@@ -159,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
         "--workers", type=_count, metavar="N", help="train in N processes (Ray actors): one a GPU, or N on the CPU"
     )
     sweep.add_argument(
-        "--address", metavar="ADDRESS", help="train on a running Ray cluster, one worker a GPU: auto, or HOST:PORT"
+        "--address", metavar="ADDRESS", help="train on a running Ray cluster, one worker per GPU: auto, or HOST:PORT"
     )
     sweep.add_argument(
         "--patience",

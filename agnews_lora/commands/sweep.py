@@ -163,7 +163,6 @@ class _Start:
         self.folder = keys.work_folder(self.study, WORK / self.sweep.name)
 
     def run(self) -> SweepResult:
-        began = time.perf_counter()
         with orderly_stop() as request, self._parent_run() as complete:
             if not self.quiet:
                 Console(highlight=False, markup=False).print(
@@ -175,7 +174,7 @@ class _Start:
                 raise Stopped(self._interrupted(), request.exit_code)
             if self._num_left():
                 return self._interrupted()
-            result = self._insist(lambda: self._finish(time.perf_counter() - began), request)
+            result = self._insist(self._finish, request)
             complete()
         return result
 
@@ -324,11 +323,9 @@ class _Start:
         left = num_left(self.study, self.num_trials)
         return left or (num_missing(self.study, settings.trials, settings.seeds) if settings else 0)
 
-    def _finish(self, wall_seconds: float) -> SweepResult:
+    def _finish(self) -> SweepResult:
         rounds = find_confirmation(self.study) if self.sweep.confirmation else None
-        return finish(
-            self.sweep, self.prepared, self.study, rounds, self.runs, self.options, wall_seconds, self.record_seconds
-        )
+        return finish(self.sweep, self.prepared, self.study, rounds, self.runs, self.options, self.record_seconds)
 
     def _interrupted(self) -> SweepResult:
         """What the study holds so far; nothing of its trials where the storage is away."""

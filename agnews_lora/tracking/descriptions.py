@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from agnews_lora.adapters.budget import head_parameters, max_rank, parameters_per_rank
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
-from agnews_lora.training.interface import SCORES, Objective
+from agnews_lora.training.interface import SCORES
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -187,12 +187,9 @@ def number(value: float | None, form: str = ",") -> Markdown:
     return Markdown("–" if value is None else format(value, form))
 
 
-def mean(confirmed: Any, name: Objective) -> Markdown:
-    """Mean and spread of a score over seeds. confirmed: `Confirmed`, or None."""
-    if not confirmed:
-        return Markdown("–")
-    spread = confirmed.std(name)
-    return Markdown(percent(confirmed.mean(name)) + ("" if spread is None else f"{_NBSP}±{_NBSP}{100 * spread:.2f}"))
+def interval(ends: tuple[float, float] | None) -> Markdown:
+    """`87.88 % to 91.61 %`, or a dash where it is unknown."""
+    return Markdown(f"{percent(ends[0])} to {percent(ends[1])}" if ends else "–")
 
 
 def arithmetic(spec: TrialSpec, shape: ModelShape, budget: int) -> Markdown:
@@ -255,7 +252,7 @@ def _templates() -> "Environment":
         lstrip_blocks=True,
         autoescape=False,  # `finalize` escapes, for Markdown
     )
-    for helper in (code, link, percent, number, mean, arithmetic):
+    for helper in (code, link, percent, number, interval, arithmetic):
         templates.globals[helper.__name__] = helper
     templates.globals["scores"] = SCORES
     return templates

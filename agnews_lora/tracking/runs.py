@@ -36,7 +36,7 @@ from agnews_lora.training.interface import COSTS, EvalPoint, RunState, TrainPoin
 
 MAX_DIGEST_LENGTH: Final = 36  # MLflow's limit
 COLUMNS: Final = {"text": "string", "label": "long"}  # of a data set, with MLflow's types
-METRICS: Final = ("train/loss", "train/learning_rate", "eval/accuracy", "eval/macro_f1", "eval/loss")
+METRICS: Final = ("train/loss", "train/learning_rate", "eval/accuracy", "eval/macro_f1", "eval/loss", "eval/rows")
 
 
 Points = dict[tuple[str, int], Metric]  # of a run, by metric and step
@@ -79,7 +79,7 @@ def points_of(client: MlflowClient, run: Run) -> Points:
 
 
 def curve_of(points: Points, trial: str) -> pd.DataFrame:
-    """One row a step, ascending, with columns `trial`, `step` and those of `METRICS`; NaN: not measured."""
+    """One row per step, ascending, with columns `trial`, `step` and those of `METRICS`; NaN: not measured."""
     steps = sorted({step for key, step in points if key in METRICS})
     columns = {
         key: [points[key, step].value if (key, step) in points else float("nan") for step in steps] for key in METRICS
@@ -90,7 +90,8 @@ def curve_of(points: Points, trial: str) -> pd.DataFrame:
 def metrics_of(point: TrainPoint | EvalPoint) -> dict[str, float]:
     """What a point measured, by MLflow's names."""
     if isinstance(point, EvalPoint):
-        return {"eval/accuracy": point.accuracy, "eval/macro_f1": point.macro_f1, "eval/loss": point.loss}
+        scores = {"eval/accuracy": point.accuracy, "eval/macro_f1": point.macro_f1, "eval/loss": point.loss}
+        return scores | {"eval/rows": point.rows}
     return {"train/loss": point.loss, "train/learning_rate": point.learning_rate}
 
 

@@ -57,9 +57,8 @@ def test_the_first_three_lines_hold_result_budget_and_next_step() -> None:
     first, second, third, *_ = told(result(registration=CANDIDATE)).splitlines()
     run = page("run1").url
     assert first == (
-        f"**accuracy 89.33{NBSP}%{NBSP}±{NBSP}0.61, macro-F1 89.00{NBSP}%{NBSP}±{NBSP}0.20 "
-        f"over 3 seeds by [t0001-qv-r10]({run})**, baseline 55.20{NBSP}%, "
-        f"best possible 94.00{NBSP}%"
+        f"**accuracy 90.00{NBSP}%, macro-F1 89.00{NBSP}% on 250 rows by [t0001-qv-r10]({run})**, "
+        f"baseline 55.20{NBSP}%, TF-IDF 81.25{NBSP}%, best possible 94.00{NBSP}%"
     )
     assert second.startswith("**Budget:** 1,540 head + 10 · 9,216 adapter (rank · qv) = 93,700 of 100,000")
     assert third == (
@@ -68,13 +67,13 @@ def test_the_first_three_lines_hold_result_budget_and_next_step() -> None:
     )
 
 
-def test_an_unconfirmed_winner_is_told_by_its_own_accuracy() -> None:
+def test_an_unconfirmed_winner_has_no_mean() -> None:
     shown = told(bare(facts=facts(bound=None)))
     assert (
-        shown.startswith(f"**accuracy 90.00{NBSP}%, macro-F1 89.00{NBSP}% by [t0001-qv-r10]")
+        shown.startswith(f"**accuracy 90.00{NBSP}%, macro-F1 89.00{NBSP}% on 250 rows by [t0001-qv-r10]")
         and "best possible" not in shown
     )
-    assert "mean over seeds" not in shown and "`agnews-lora promote small`: check the winner" in shown
+    assert "mean of" not in shown and "`agnews-lora promote small`: check the winner" in shown
 
 
 def test_after_a_promotion_nothing_speaks_of_the_candidate() -> None:
@@ -231,9 +230,10 @@ def test_a_version_says_how_it_was_judged_and_where_it_comes_from(
 
 
 def test_a_version_shows_its_confirmation() -> None:
-    tags = {"confirmation_seeds": "3", "confirmation_mean_accuracy": "0.9", "confirmation_std_accuracy": "0.0061"}
+    tags = {"confirmation_seeds": "3", "confirmation_mean_accuracy": "0.9", "confirmation_low_accuracy": "0.88"}
+    tags["confirmation_high_accuracy"] = "0.92"
     shown = version_description(version(**tags), page("run"), None)
-    assert f"mean accuracy 90.00{NBSP}% over 3 seeds (standard deviation 0.61 points)" in shown
+    assert f"mean accuracy 90.00{NBSP}% over 3 seeds (95&nbsp;% interval 88.00{NBSP}% to 92.00{NBSP}%)" in shown
 
 
 def test_a_model_says_what_its_aliases_are_for() -> None:

@@ -180,7 +180,8 @@ class _Start:
 
     def _print_reached(self) -> None:
         """Say so where `--trials` asks for no more than there are."""
-        ended = sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
+        trials = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        ended = len(trials) - keys.num_enqueued(trials)
         if self.trials and self.trials <= ended and not self._num_left():
             more = typed(self.facts.command("sweep", "--trials", str(ended + self.trials)))
             Console(highlight=False).print(

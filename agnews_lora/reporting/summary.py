@@ -44,9 +44,8 @@ def next_steps(result: SweepResult) -> list[Step]:
         cure = "start another study, once the cause of the failures is removed"
         return [Step(facts.command("sweep", "--new"), cure), browse]
     write = Step(facts.command("report"), "write the result as a page and a PDF")
-    more = Step(
-        facts.command("sweep", "--trials", str(sum(result.counts.values()) + MORE)), f"train {MORE} more trials"
-    )
+    own = sum(result.counts.values()) - sum(row.enqueued for row in result.trials)  # as `--trials` counts
+    more = Step(facts.command("sweep", "--trials", str(own + MORE)), f"train {MORE} more trials")
     aliases = version.aliases if version else ("candidate",)
     if "champion" in aliases:
         return [*champion_steps(facts), write, browse, more]

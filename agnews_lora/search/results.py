@@ -40,7 +40,8 @@ class TrialSummary:
 
     state: Optuna's; `FAIL` of a trial that somebody else ended, whatever they told the study. accuracy, macro_f1, loss:
     final, or the last ones of a trial that ended before. steps: the last one that was evaluated. rows_seen,
-    train_seconds, eval_seconds, peak_memory_bytes: its costs; None until it has ended.
+    train_seconds, eval_seconds, peak_memory_bytes: its costs; None until it has ended. enqueued: on top of the
+    sweep's own.
     """
 
     trial: str
@@ -60,6 +61,7 @@ class TrialSummary:
     train_seconds: float | None = None
     eval_seconds: float | None = None
     peak_memory_bytes: int | None = None
+    enqueued: bool = False
 
     @classmethod
     def from_trial(cls, trial: FrozenTrial, objective: Objective = "accuracy") -> Self:
@@ -90,6 +92,7 @@ class TrialSummary:
             run_id=attributes.get(study_keys.RUN_ID),
             reason=attributes.get(study_keys.REASON, ENDED_BY_OTHERS if by_others else None),
             steps=max(reported, default=0),
+            enqueued=study_keys.ENQUEUED in attributes,
             **attributes.get(study_keys.COSTS, {}),
         )
 

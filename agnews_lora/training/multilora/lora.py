@@ -1,4 +1,4 @@
-"""The slots' part of a pass: the low-rank updates of all layers, one head a slot, and the gradients of both."""
+"""The slots' part of a pass: the low-rank updates of all layers, one head per slot, and the gradients of both."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

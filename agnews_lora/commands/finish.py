@@ -94,6 +94,7 @@ def finish(
         facts_of(sweep, prepared, len(study.get_trials(deepcopy=False)), options),
         state="COMPLETE",
         run_id=parent.run_id,
+        links=runs.links,
         record_seconds=record_seconds,
     )
     winner, version = result.winner, None
@@ -200,17 +201,19 @@ def facts_of(sweep: Sweep, prepared: Prepared, num_trials: int, options: Mapping
 
 
 def metrics_of(result: SweepResult) -> dict[str, float]:
-    """What the parent run says in numbers: trials by how they ended, scores of winner and baseline, costs."""
+    """What the parent run says in numbers, in the order in which the UI shows them: the winner's accuracy first."""
     winner, baseline, mean = result.winner, result.baseline, result.confirmation
-    found: dict[str, float | None] = {f"trials/{word}": count for word, count in result.counts.items()}
-    found |= {"record_seconds": result.record_seconds, "best/gain": result.gain}
+    found: dict[str, float | None] = {}
     if winner is not None:
         found |= {f"best/{name}": getattr(winner, name) for name in (*SCORES, "loss", "trainable_parameters")}
+        found |= {"best/gain": result.gain}
         found |= {f"baseline/{name}": baseline.score(name) if baseline else None for name in SCORES}
     if mean is not None:
         shown = mean.as_dict(result.objective, result.facts.num_validation_rows)
         found |= {f"confirmation/{name}": shown[name] for name in shown if name not in ("seeds", "failed")}
     found |= {f"{peer.key}/{name}": peer.scores[name] for peer in result.peers for name in SCORES}
+    found |= {f"trials/{word}": count for word, count in result.counts.items()}
+    found |= {"record_seconds": result.record_seconds}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -86,12 +86,14 @@ def finish(
         PromotionError, BudgetError, AdapterError: the winner cannot be registered; the parent run stays open.
     """
     parent, registry = runs.page(), Registry(runs.client, sweep.experiment.name)
+    aliases = registry.aliases()
     result = SweepResult.from_study(
         study,
         rounds,
         facts_of(sweep, prepared, len(study.get_trials(deepcopy=False)), options),
         state="COMPLETE",
         run_id=parent.run_id,
+        links=runs.links,
         record_seconds=record_seconds,
     )
     winner, version = result.winner, None
@@ -122,7 +124,16 @@ def finish(
             artifacts={**drawn, **thumbnails(drawn, folder), RESULT: write(result)},
         )
         report.write(runs.client, parent.run_id, result, folder, drawn)
+    refresh_changed(runs.client, registry, aliases, {version.number} if version else set())
     return result
+
+
+def refresh_changed(client: MlflowClient, registry: Registry, before: Mapping[str, str], done: Collection[int]) -> None:
+    """Refresh the versions that have won or lost an alias. before: numbers by alias. done: versions to leave out."""
+    after = registry.aliases()
+    moved = {int(number) for alias, number in before.items() ^ after.items()}
+    for number in sorted(moved.difference(done)):
+        refresh(client, registry.version(number))
 
 
 def refresh(client: MlflowClient, version: Version) -> None:
@@ -187,17 +198,19 @@ def facts_of(sweep: Sweep, prepared: Prepared, num_trials: int, options: Mapping
 
 
 def metrics_of(result: SweepResult) -> dict[str, float]:
-    """What the parent run says in numbers: trials by how they ended, scores of winner and baseline, costs."""
+    """What the parent run says in numbers, in the order in which the UI shows them: the winner's accuracy first."""
     winner, baseline, mean = result.winner, result.baseline, result.confirmation
-    found: dict[str, float | None] = {f"trials/{word}": count for word, count in result.counts.items()}
-    found |= {"record_seconds": result.record_seconds, "best/gain": result.gain}
+    found: dict[str, float | None] = {}
     if winner is not None:
         found |= {f"best/{name}": getattr(winner, name) for name in (*SCORES, "loss", "trainable_parameters")}
+        found |= {"best/gain": result.gain}
         found |= {f"baseline/{name}": baseline.score(name) if baseline else None for name in SCORES}
     if mean is not None:
         shown = mean.as_dict(result.objective, result.facts.num_validation_rows)
         found |= {f"confirmation/{name}": shown[name] for name in shown if name not in ("seeds", "failed")}
     found |= {f"{peer.key}/{name}": peer.scores[name] for peer in result.peers for name in SCORES}
+    found |= {f"trials/{word}": count for word, count in result.counts.items()}
+    found |= {"record_seconds": result.record_seconds}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -268,10 +281,15 @@ def _register(
     return registry.version(version.number)
 
 
+def known_result(study: str) -> SweepResult | None:
+    """The result that a study of the project had at its last end; None where it has left none."""
+    path = RESULTS / f"{study}.json"
+    return _stored(path.read_text(encoding="utf-8") if path.is_file() else None)
+
+
 def _known_answers(result: SweepResult) -> Answers | None:
     """From an earlier end of the same study with the same winner and baseline."""
-    path = RESULTS / f"{result.study}.json"
-    found = _stored(path.read_text(encoding="utf-8") if path.is_file() else None)
+    found = known_result(result.study)
     if found is None:
         return None
     old, new = (

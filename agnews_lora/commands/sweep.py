@@ -26,7 +26,7 @@ from agnews_lora.errors import BudgetError
 from agnews_lora.paths import STORES, WORK, temporary_files
 from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.reporting.progress import Progress
-from agnews_lora.reporting.summary import next_steps, typed
+from agnews_lora.reporting.summary import next_steps, print_pages, typed
 from agnews_lora.search import space as search_space
 from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing, open_confirmation
@@ -151,7 +151,7 @@ class _Start:
     record_seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self.num_trials = self.trials or max(self.sweep.trials, self.study.user_attrs.get(keys.TARGET, 0))
+        self.num_trials = keys.target(self.study, self.trials, self.sweep.trials)
         if self.trials:
             self.study.set_user_attr(keys.TARGET, self.trials)
         if self.num_trials != self.sweep.trials:
@@ -166,8 +166,7 @@ class _Start:
                     f"Engine {self.prepared.engine_name}: {self.prepared.engine_reason}.", soft_wrap=True
                 )
                 if not self._num_left():
-                    ended = sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
-                    print_reached(self.facts, self.trials, ended)
+                    print_reached(self.facts, self.trials, self.study)
             self._train(request)
             if request:
                 raise Stopped(self._interrupted(), request.exit_code)
@@ -208,7 +207,7 @@ class _Start:
                 texts=sweep.texts,
             )
             self.prepared.log_data(self.runs)
-            self.runs.page().describe(opening_description(self.facts, next_steps(self._unread())))
+            self.runs.page().describe(opening_description(self.facts, next_steps(self._unread()), self.runs.links))
         try:
             yield lambda: ended.append(True)
         finally:
@@ -318,7 +317,13 @@ class _Start:
         def read() -> SweepResult:
             rounds, left = find_confirmation(self.study) if self.sweep.confirmation else None, self._num_left()
             return SweepResult.from_study(
-                self.study, rounds, self.facts, state=INTERRUPTED, run_id=run_id, trials_left=left
+                self.study,
+                rounds,
+                self.facts,
+                state=INTERRUPTED,
+                run_id=run_id,
+                trials_left=left,
+                links=self.runs.links,
             )
 
         return Retry("the study's storage").call(read, self._unread())
@@ -326,7 +331,18 @@ class _Start:
     def _unread(self) -> SweepResult:
         """An unfinished result, without trials."""
         run_id = self.runs.page().run_id
-        return SweepResult(self.facts, self.study.study_name, "", INTERRUPTED, (), (), {}, run_id, trials_left=None)
+        return SweepResult(
+            self.facts,
+            self.study.study_name,
+            "",
+            INTERRUPTED,
+            (),
+            (),
+            {},
+            run_id,
+            trials_left=None,
+            links=self.runs.links,
+        )
 
 
 def _print_unfinished(result: SweepResult, as_json: bool) -> None:
@@ -335,9 +351,11 @@ def _print_unfinished(result: SweepResult, as_json: bool) -> None:
         print(json.dumps({"study": result.study, "state": result.state, "trials_left": left, "resume": command}))
         return
     trials = "trials" if left is None else f"{left} trial{'' if left == 1 else 's'}"
-    Console(highlight=False).print(
+    console = Console(highlight=False)
+    console.print(
         f"Stopped with {trials} to go; nothing is lost. [bold]{escape(typed(command))}[/] resumes it.", soft_wrap=True
     )
+    print_pages(console, result)
 
 
 def open_study(sweep: Sweep, prepared: Prepared, storage: RDBStorage, new: bool) -> keys.SweepStudy:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from agnews_lora.reporting.progress import duration
 from agnews_lora.search.results import INTERRUPTED, SweepFacts, SweepResult
+from agnews_lora.tracking.views import UI
 from agnews_lora.training.interface import SCORES, Objective
 
 MORE: Final = 10  # trials that a finished study may be extended by
@@ -43,9 +44,8 @@ def next_steps(result: SweepResult) -> list[Step]:
         cure = "start another study, once the cause of the failures is removed"
         return [Step(facts.command("sweep", "--new"), cure), browse]
     write = Step(facts.command("report"), "write the result as a page and a PDF")
-    more = Step(
-        facts.command("sweep", "--trials", str(sum(result.counts.values()) + MORE)), f"train {MORE} more trials"
-    )
+    own = sum(result.counts.values()) - sum(row.enqueued for row in result.trials)  # as `--trials` counts
+    more = Step(facts.command("sweep", "--trials", str(own + MORE)), f"train {MORE} more trials")
     aliases = version.aliases if version else ("candidate",)
     if "champion" in aliases:
         return [*champion_steps(facts), write, browse, more]
@@ -90,6 +90,16 @@ def print_summary(console: Console, result: SweepResult) -> None:
         steps_table(next_steps(result), console.width - 4),
     )
     console.print(Panel(content, title=Text(f"study {result.study}"), title_align="left", expand=False))
+    print_pages(console, result)
+
+
+def print_pages(console: Console, result: SweepResult) -> None:
+    """Print where MLflow's UI shows the trials."""
+    server = result.facts.options.get("--tracking")
+    for page in ("trials", "charts") if result.links else ():
+        while_up = "" if server else f"  (while {typed('agnews-lora ui')} runs)"
+        url = f"{(server or UI).rstrip('/')}/{result.links[page]}"
+        console.print(f"{page}: {url}{while_up}", soft_wrap=True, markup=False)
 
 
 def steps_table(steps: list[Step], width: int) -> Table:

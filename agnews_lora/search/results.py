@@ -42,7 +42,8 @@ class TrialSummary:
 
     state: Optuna's; `FAIL` of a trial that somebody else ended, whatever they told the study. accuracy, macro_f1, loss:
     final, or the last ones of a trial that ended before. steps: the last one that was evaluated. rows_seen,
-    train_seconds, eval_seconds, peak_memory_bytes: its costs; None until it has ended.
+    train_seconds, eval_seconds, peak_memory_bytes: its costs; None until it has ended. enqueued: on top of the
+    sweep's own.
     """
 
     trial: str
@@ -62,6 +63,7 @@ class TrialSummary:
     train_seconds: float | None = None
     eval_seconds: float | None = None
     peak_memory_bytes: int | None = None
+    enqueued: bool = False
 
     @classmethod
     def from_trial(cls, trial: FrozenTrial, objective: Objective = "accuracy") -> Self:
@@ -92,6 +94,7 @@ class TrialSummary:
             run_id=attributes.get(study_keys.RUN_ID),
             reason=attributes.get(study_keys.REASON, ENDED_BY_OTHERS if by_others else None),
             steps=max(reported, default=0),
+            enqueued=study_keys.ENQUEUED in attributes,
             **attributes.get(study_keys.COSTS, {}),
         )
 
@@ -256,7 +259,8 @@ class SweepResult:
     study's identity. run_id: of the parent run. trials: by number.
     confirmed: the best first. importances: by parameter; empty where too few trials tell. wall_seconds: in which
     trials trained, over all starts of the sweep. record_seconds: of the last start, spent in study, tracker and screen.
-    ended_at: when the last trial ended, in seconds since 1970; None before the first has.
+    ended_at: when the last trial ended, in seconds since 1970; None before the first has. links: of the study's pages,
+    relative to MLflow's UI: `sweep`, `trials`, `charts`; empty where another release wrote the result.
     """
 
     facts: SweepFacts
@@ -273,6 +277,7 @@ class SweepResult:
     answers: Answers | None = None
     ended_at: float | None = None
     trials_left: int | None = 0
+    links: Mapping[str, str] = field(default_factory=dict)
     format: int = field(default=FORMAT)
 
     @classmethod

@@ -8,16 +8,24 @@ import pandas as pd
 import pytest
 
 from agnews_lora import promote, run_sweep
+from agnews_lora.adapters.base_models import resolve
 from agnews_lora.adapters.families import LAYOUTS, Family
 from agnews_lora.cli import main
 from agnews_lora.commands.reprint import standing
 from agnews_lora.config.sweep import load_sweep
+from agnews_lora.serving import reload
 from tests.project import write_project
 from tests.tiny import SENTENCES, tiny_base
 
 NUM_ROWS = 168
 COLUMNS = {"source": "files", "text": "text", "label": "label"}
 AG_NEWS = ["World", "Sports", "Business", "Sci/Tech"]
+
+
+def reload_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reload adapters in this process: the new one, which takes seconds to import its libraries, is seen elsewhere."""
+    here = lambda adapter, base, table: reload.logits(adapter, resolve(base), table)  # noqa: E731
+    monkeypatch.setattr(reload, "reload", here)
 
 
 def row(number: int, labels: list[str]) -> tuple[str, str]:
@@ -68,6 +76,7 @@ def test_a_sweep_over_rows_of_ones_own(
     form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    reload_here(monkeypatch)
     tiny_base(tmp_path / "base", "bert")
     data, labels, num_test_rows = form(tmp_path)
     write_project(tmp_path, {"base": "base", "data": data}, {"budget": 10_000, "trials": 2})
@@ -80,10 +89,10 @@ def test_a_sweep_over_rows_of_ones_own(
     assert main(["predict", "--sweep", "small", "--json", "The striker scored twice."]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert sorted(answer["probabilities"]) == sorted(labels)
-    assert standing(load_sweep("small"), None) is not None
+    assert standing(load_sweep("small"), None)
     train = tmp_path / data["train"]
     train.write_bytes(train.read_bytes() + b"\n")
-    assert standing(load_sweep("small"), None) is None, "its data has changed"
+    assert not standing(load_sweep("small"), None), "its data has changed"
 
 
 @pytest.mark.proof
@@ -98,4 +107,5 @@ def test_a_sweep_over_a_base_of_ones_own(family: Family, tmp_path: Path, monkeyp
     result = run_sweep("small", quiet=True)
     assert result.state == "COMPLETE" and list(result.facts.labels) == labels
     assert result.facts.engine == ("multilora" if LAYOUTS[family].multilora else "trainer")
+    reload_here(monkeypatch)
     assert result.registration is not None and promote("small").passed

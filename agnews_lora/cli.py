@@ -291,10 +291,10 @@ def _sweep(options: argparse.Namespace) -> int:
     if not any((options.new, options.storage, options.tracking, options.workers, options.address)):
         from agnews_lora.commands import reprint
 
-        if result := reprint.standing(loaded, options.trials):
-            if not (options.json or options.quiet):
-                reprint.print_reached(result.facts, options.trials, len(result.trials))
-            return reprint.show(result, options.json)
+        if (code := reprint.run(loaded, options.trials, options.json, options.quiet)) is not None:
+            return code
+    if not (options.json or options.quiet):
+        print(f"Loading torch, MLflow, base {loaded.experiment.base} and its data ...", flush=True)
     from agnews_lora.commands import sweep
 
     names = ("trials", "timeout", "new", "workers", "address", "storage", "tracking", "patience")

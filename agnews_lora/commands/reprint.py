@@ -30,8 +30,21 @@ def show(result: SweepResult, as_json: bool) -> int:
     return 0 if result.winner else 1
 
 
-def print_reached(facts: SweepFacts, trials: int | None, ended: int) -> None:
+def run(sweep: Sweep, trials: int | None, as_json: bool, quiet: bool) -> int | None:
+    """Print a result that stands, and return the exit code; None where none does. trials: as of `run_sweep`."""
+    found = standing(sweep, trials)
+    if found is None:
+        return None
+    result, study = found
+    if not (as_json or quiet):
+        print_reached(result.facts, trials, study)
+    return show(result, as_json)
+
+
+def print_reached(facts: SweepFacts, trials: int | None, study: keys.SweepStudy) -> None:
     """Say that nothing is left to train where `--trials` asks for no more than the trials that have ended."""
+    finished = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+    ended = len(finished) - keys.num_enqueued(finished)
     if trials and trials <= ended:
         more = typed(facts.command("sweep", "--trials", str(ended + trials)))
         Console(highlight=False).print(
@@ -41,8 +54,8 @@ def print_reached(facts: SweepFacts, trials: int | None, ended: int) -> None:
         )
 
 
-def standing(sweep: Sweep, trials: int | None) -> SweepResult | None:
-    """Read the result of the newest study in the project's own stores; None where the sweep has anything to do.
+def standing(sweep: Sweep, trials: int | None) -> tuple[SweepResult, keys.SweepStudy] | None:
+    """Read the newest study in the project's own stores, and its result; None where the sweep has anything to do.
 
     It stands where files, base, data, trials, runs and registered version are those that it was made from.
 
@@ -57,12 +70,8 @@ def standing(sweep: Sweep, trials: int | None) -> SweepResult | None:
             return None
         study = keys.SweepStudy(name, database)
         result = SweepResult.from_json((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        if (
-            _inputs_are_same(result, sweep)
-            and _trials_are_same(result, sweep, study, trials)
-            and _runs_are_there(result)
-        ):
-            return result
+        same = _inputs_are_same(result, sweep) and _trials_are_same(result, sweep, study, trials)
+        return (result, study) if same and _runs_are_there(result) else None
     return None
 
 

@@ -183,7 +183,9 @@ def parser() -> argparse.ArgumentParser:
     serve = add(_serve, "answer over HTTP with the champion", "serve --merged")
     serve.add_argument("--version", type=_count, metavar="N", help="this version instead of the champion")
     serve.add_argument("--merged", action="store_true", help="with the adapter merged into the base's weights: faster")
-    serve.add_argument("--port", type=_port, default=5001, metavar="PORT", help="on loopback (5001)")
+    serve.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (127.0.0.1)")
+    serve.add_argument("--port", type=_port, default=5001, metavar="PORT", help="port to listen on (5001)")
+    serve.add_argument("--verbose", action="store_true", help="print a line each request")
 
     export = add(_export, "write the champion as a PEFT folder, or as a whole model", "export --to exported")
     export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
@@ -289,7 +291,8 @@ def _serve(options: argparse.Namespace) -> int:
     experiment = _loaded_sweep(options).experiment
     from agnews_lora.commands import serve
 
-    return serve.run(experiment, options.version, options.merged, options.port, options.tracking)
+    names = ("version", "merged", "host", "port", "verbose", "tracking")
+    return serve.run(experiment, **{name: getattr(options, name) for name in names})
 
 
 def _export(options: argparse.Namespace) -> int:

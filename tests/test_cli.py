@@ -68,7 +68,7 @@ def test_the_command_line_is_the_designs() -> None:
         "data": ["--json", "experiment"],
         "promote": ["--json", "--rollback", "--tracking", "--version", "sweep"],
         "predict": ["--file", "--json", "--sweep", "--tracking", "texts"],
-        "serve": ["--merged", "--port", "--tracking", "--version", "sweep"],
+        "serve": ["--host", "--merged", "--port", "--tracking", "--verbose", "--version", "sweep"],
         "export": ["--json", "--merged", "--to", "--tracking", "sweep"],
         "report": ["--json", "--to", "--tracking", "sweep"],
         "ui": ["--port"],

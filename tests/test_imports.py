@@ -48,6 +48,8 @@ HOMES = {
     "ray": {"search.ray_cluster"},
     "mlflow": {"tracking", "serving", "commands"},
     "fastapi": {"serving.server"},
+    "fastapi_offline": {"serving.server"},
+    "prometheus_client": {"serving.server"},
     "starlette": {"serving.server"},
     "uvicorn": {"serving.server"},
     "matplotlib": {"reporting"},

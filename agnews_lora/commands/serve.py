@@ -1,5 +1,7 @@
-"""`agnews-lora serve`: a registered version over HTTP, on loopback."""
+"""`agnews-lora serve`: a registered version over HTTP, on loopback or the host's address that is named."""
 
+import errno
+import ipaddress
 import os
 import signal
 import socket
@@ -15,11 +17,23 @@ HOST: Final = "127.0.0.1"
 EXAMPLE: Final = """-H 'Content-Type: application/json' -d '{"inputs": ["Oil prices rose to a record."]}'"""
 
 
-def run(experiment: Experiment, version: int | None, merged: bool, port: int, tracking: str | None) -> int:
-    """Serve the experiment's champion, or a version, until Ctrl-C. merged: with the adapter in the base's weights.
+def run(
+    experiment: Experiment,
+    version: int | None,
+    merged: bool,
+    host: str,
+    port: int,
+    verbose: bool,
+    tracking: str | None,
+) -> int:
+    """Serve the experiment's champion, or a version, until Ctrl-C.
+
+    Args:
+        merged: with the adapter in the base's weights.
+        verbose: print a line each request.
 
     Raises:
-        StorageError: the port is taken.
+        StorageError: the port is taken, or the host is no address of this machine.
         RegistryError: there is no champion or no such version, or its files changed.
         PromotionError: it answers otherwise than when it was registered.
     """
@@ -27,8 +41,12 @@ def run(experiment: Experiment, version: int | None, merged: bool, port: int, tr
     from agnews_lora.serving import server
     from agnews_lora.serving.model_package import ReferenceAnswers
     from agnews_lora.serving.predict import Classifier
+    from agnews_lora.serving.reload import full_precision
 
-    with bound(port) as listener:
+    # The precision is the whole process's: held here, it is not changed while requests overlap.
+    with bound(port, host) as listener, full_precision():
+        address, port = listener.getsockname()[:2]
+        loopback = ipaddress.ip_address(address).is_loopback
         with temporary_files():
             package = registered(experiment, tracking, version)
             classifier = Classifier.load(package, merged)
@@ -41,26 +59,43 @@ def run(experiment: Experiment, version: int | None, merged: bool, port: int, tr
         )
         signal.signal(signal.SIGINT, _leave)
         listener.listen()
-        address = f"http://{HOST}:{listener.getsockname()[1]}{server.INVOCATIONS}"
-        print(f"Serving {address}  (Ctrl-C ends it)\n  curl {address} {EXAMPLE}", flush=True)
-        server.run(server.application(classifier, package.version), listener)
+        if not loopback:
+            print(
+                f"Warning: {host} is not loopback. The server has no password and no encryption: everyone who reaches "
+                f"port {port} of this machine can ask it.",
+                file=sys.stderr,
+            )
+        root = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        url = f"{root}{server.INVOCATIONS}"
+        print(f"Serving {url}  (Ctrl-C ends it)\nTry it: {root}/docs\n  curl {url} {EXAMPLE}", flush=True)
+        server.run(server.application(classifier, package.version, loopback), listener, verbose)
     return 0
 
 
-def bound(port: int) -> socket.socket:
-    """The port of this machine alone, taken but not answering yet: a connection before it listens is refused at once.
+def bound(port: int, host: str = HOST) -> socket.socket:
+    """A port of this machine, taken but not answering yet: a connection before it listens is refused at once.
 
     Raises:
-        StorageError: it is taken.
+        StorageError: it is taken, or the host is no address of this machine.
     """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise StorageError(
+            f"Cannot serve on {host}: no such host. Name an address of this machine with --host."
+        ) from error
     # With its protocol named, asyncio sends an answer's parts at once; else each waits 40 ms for the one before.
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((HOST, port))
+        listener.bind(address)
     except OSError as error:
         listener.close()
-        raise StorageError(f"Cannot use port {port}: {error.strerror}. Take another with --port.") from error
+        if error.errno == errno.EADDRNOTAVAIL:
+            reason = f"Cannot serve on {host}: it is no address of this machine. Name another with --host."
+        else:
+            reason = f"Cannot use port {port}: {error.strerror}. Take another with --port."
+        raise StorageError(reason) from error
     return listener
 
 

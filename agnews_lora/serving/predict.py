@@ -50,7 +50,7 @@ def free_name(name: str, labels: Container[str]) -> str:
 class Classifier:
     """An adapter on its base, with the tokenizer it was trained with: fp32, on CUDA where there is one.
 
-    Threads may share it; they take turns.
+    Threads may share it. Where the process allows TF32, they hold `full_precision` around their calls.
 
     Args:
         adapter: folder with PEFT's files and the adapter's record.
@@ -73,14 +73,13 @@ class Classifier:
         return cls(package.adapter, package.tokenizer, resolve(package.version.tags["base"]), merged)
 
     def __init__(self, adapter: Path, tokenizer: Path, base: BaseModel, merged: bool = False) -> None:
-        record = read_record(adapter)
-        self.labels = record.labels
-        self._max_length, self._cleaning = record.max_length, record.clean
+        self.record = read_record(adapter)
+        self.labels = self.record.labels
         self._tokenizer = load_tokenizer(tokenizer)
         self._device = training_device()
         model = load_with_peft(adapter, base)
         self._model = (model.merge_and_unload() if merged else model).to(self._device)
-        # The tokenizer is set up by its first call, the precision is the whole process's: not for two threads at once.
+        # The tokenizer is set up anew by its calls: not for two threads at once.
         self._turn = threading.Lock()
 
     def predict(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> list[Prediction]:
@@ -101,7 +100,7 @@ class Classifier:
 
     def logits(self, table: TokenTable, batch_size: int = BATCH_SIZE) -> npt.NDArray[np.float32]:
         """Logits [rows, classes] on all rows of a table that this tokenizer made."""
-        with self._turn, full_precision():
+        with full_precision():
             return predict_logits(self._model, table, range(len(table)), batch_size, self._device)
 
     def _tokenise(self, texts: Sequence[str]) -> TokenTable:
@@ -109,7 +108,7 @@ class Classifier:
         faults: list[str] = []
         for index, text in enumerate(texts):
             try:
-                usable.append(usable_text(text, self._cleaning))
+                usable.append(usable_text(text, self.record.clean))
             except TextFault as fault:
                 faults.append(f"text {index} {fault}")
         if faults:
@@ -119,4 +118,4 @@ class Classifier:
             raise DataError(f"Cannot label these texts (counted from 0): {named}. Leave them out, or cut them.")
         rows = Rows(tuple(usable), (0,) * len(usable))  # the labels are unknown, and not read
         with self._turn:
-            return encode(rows, self._tokenizer, self._max_length)
+            return encode(rows, self._tokenizer, self.record.max_length)

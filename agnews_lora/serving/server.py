@@ -1,42 +1,55 @@
-"""The HTTP server on loopback: labels for texts, in the forms that MLflow's scoring server takes and gives.
+"""The HTTP server: labels for texts, in the forms that MLflow's scoring server takes and gives.
 
 Requests are read strictly: a client gets labels, or one sentence that names the fault, never a traceback or a path.
 """
 
 import asyncio
+import copy
 import csv
 import io
 import json
 import socket
-from html import escape
+import time
 from typing import Any, Final
 
 import numpy as np
 import uvicorn
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi_offline import FastAPIOffline
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    Info,
+    ProcessCollector,
+    generate_latest,
+)
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.config import LOGGING_CONFIG
 
 import agnews_lora
-from agnews_lora.data.rows import MAX_CHARACTERS
 from agnews_lora.errors import DataError, PromotionError
 from agnews_lora.serving.model_package import LARGEST_DIFFERENCE, ReferenceAnswers
 from agnews_lora.serving.predict import Classifier
-from agnews_lora.tracking.descriptions import one_line
+from agnews_lora.tracking.descriptions import code, one_line
 from agnews_lora.tracking.registry import Version
 
 INVOCATIONS: Final = "/invocations"
-HOSTS: Final = ("127.0.0.1", "localhost")
+LOOPBACK_NAMES: Final = ("127.0.0.1", "localhost", "[::1]")
 
 # Together they bound the cost of a request: on two CPU cores, seconds for MiniLM and half a minute for `roberta-base`.
 MAX_BODY_BYTES: Final = 2 * 1024 * 1024  # the longest text that may be has half of it, as JSON escapes it
 MAX_TEXTS: Final = 256
 BODY_SECONDS: Final = 10.0  # for a whole request to arrive
 TURN_SECONDS: Final = 30.0  # for the requests before it to be answered
-MAX_CONNECTIONS: Final = 256
+MAX_REQUESTS: Final = 256  # that arrive, wait or are computed
+MAX_COMPUTED: Final = 4  # at the same time: a short request does not wait for a long one
 IDLE_SECONDS: Final = 60  # a client that asks again after a while finds its connection still open
 SHUTDOWN_SECONDS: Final = 2
 
@@ -56,18 +69,6 @@ _ERROR_CODES: Final = {
     500: "INTERNAL_ERROR",
     503: "TEMPORARILY_UNAVAILABLE",
 }
-_DOCS: Final = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{name}</title></head><body>
-<h1>{name}</h1>
-<p><code>POST /invocations</code> labels texts:</p>
-<pre>curl {address}invocations -H 'Content-Type: application/json' -d '{{"inputs": ["Oil prices rose."]}}'</pre>
-<p>It also takes <code>instances</code>, <code>dataframe_records</code>, <code>dataframe_split</code>, a list of texts,
-and <code>text/csv</code> with a column <code>text</code>: at most {texts} texts of {characters:,} characters.</p>
-<p><code>GET /health</code> and <code>/ping</code> answer while it serves; <code>GET /version</code> names
-the model.</p>
-<p>The schema: <a href="/openapi.json">/openapi.json</a></p>
-</body></html>
-"""
 _REQUEST_SCHEMA: Final = {
     "requestBody": {
         "required": True,
@@ -118,52 +119,102 @@ def largest_difference(classifier: Classifier, answers: ReferenceAnswers, name: 
     return difference
 
 
-def run(application: FastAPI, listener: socket.socket) -> None:
-    """Answer on a bound socket until SIGINT or SIGTERM."""
+def run(application: FastAPI, listener: socket.socket, verbose: bool) -> None:
+    """Answer on a bound socket until SIGINT or SIGTERM. verbose: a line each request on standard output."""
+    logging = copy.deepcopy(LOGGING_CONFIG)
+    logging["formatters"]["access"]["fmt"] = '%(asctime)s %(client_addr)s "%(request_line)s" %(status_code)s'
+    logging["loggers"]["uvicorn"]["level"] = "ERROR"
     config = uvicorn.Config(
         application,
         lifespan="off",
         ws="none",
-        log_level="error",
+        log_config=logging,
+        access_log=verbose,
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def application(classifier: Classifier, version: Version) -> FastAPI:
-    """The server's endpoints. Texts are labelled one request after the other: one uses all cores already."""
-    app = FastAPI(
-        title=f"{version.model}, version {version.number}",
+class Measured:
+    """Count and time the requests to an application, by endpoint and status."""
+
+    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
+        self._app = app
+        self._seconds = Histogram(
+            "http_request_duration_seconds",
+            "Time from a request's first line to the end of its answer",
+            ("path", "status"),
+            registry=registry,
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began, status = time.perf_counter(), 500
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sending)
+        finally:
+            path = getattr(scope.get("route"), "path", "other")  # a path that no endpoint has is a client's own word
+            self._seconds.labels(path, status).observe(time.perf_counter() - began)
+
+
+def application(classifier: Classifier, version: Version, loopback: bool = True) -> FastAPI:
+    """The server's endpoints.
+
+    Args:
+        loopback: refuse names of other hosts. A page from elsewhere can let its own name point to this machine and
+            read the answers; it cannot hide that name.
+    """
+    record, registry = classifier.record, CollectorRegistry()
+    app = FastAPIOffline(
+        title="agnews-lora",
+        description=f"Labels for texts, by {code(version)}.",
         version=agnews_lora.__version__,
-        docs_url=None,  # FastAPI's own page loads its scripts from a foreign host
         redoc_url=None,
         redirect_slashes=False,
     )
-    # A page from elsewhere can let its own name point here and read the answers; it cannot hide that name.
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)
-    turn = asyncio.Semaphore(1)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_NAMES if loopback else ["*"])
+    app.add_middleware(Measured, registry=registry)
+    ProcessCollector(registry=registry)
+    Info("agnews_lora_model", "The version that is served", registry=registry).info(
+        {"model": version.model, "version": str(version.number), "base": record.hub_id, "trial": record.trial}
+    )
+    labelled = Counter("agnews_lora_texts", "Texts answered, by their label", ("label",), registry=registry)
+    places, turns = asyncio.Semaphore(MAX_REQUESTS), asyncio.Semaphore(MAX_COMPUTED)
 
-    @app.post(INVOCATIONS, openapi_extra=_REQUEST_SCHEMA)
+    shown = {"predictions": [{"label": record.labels[0], **dict.fromkeys(record.labels, 0.0), record.labels[0]: 1.0}]}
+
+    @app.post(INVOCATIONS, openapi_extra=_REQUEST_SCHEMA, responses={200: {"content": {JSON: {"example": shown}}}})
     async def invocations(request: Request) -> JSONResponse:
-        content_type = read_content_type(*map(request.headers.get, ("content-type", "content-encoding")))
-        texts = read_texts(await _read_body(request), content_type)
-        try:
-            async with asyncio.timeout(TURN_SECONDS):
-                await turn.acquire()
-        except TimeoutError as error:
-            reason = f"the requests before this one must be answered in {TURN_SECONDS:g} s, but were not; send it again"
-            raise Refusal(503, reason, {"Retry-After": "1"}) from error
-        try:
-            if await request.is_disconnected():
-                raise ClientDisconnect
-            predictions = await run_in_threadpool(classifier.predict, texts)
-        except DataError as error:
-            raise Refusal(400, str(error)) from error
-        finally:
-            turn.release()
+        """Label texts, in order: a label each, and the probability of every label."""
+        if places.locked():
+            raise _busy(f"at most {MAX_REQUESTS} requests are taken at the same time")
+        async with places:
+            content_type = read_content_type(*map(request.headers.get, ("content-type", "content-encoding")))
+            texts = read_texts(await _read_body(request), content_type)
+            try:
+                async with asyncio.timeout(TURN_SECONDS):
+                    await turns.acquire()
+            except TimeoutError as error:
+                reason = f"the requests before this one must be answered in {TURN_SECONDS:g} s, but were not"
+                raise _busy(reason) from error
+            try:
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+                predictions = await run_in_threadpool(classifier.predict, texts)
+            except DataError as error:
+                raise Refusal(400, str(error)) from error
+            finally:
+                turns.release()
+        for each in predictions:
+            labelled.labels(each.label).inc()
         return JSONResponse({"predictions": [each.row() for each in predictions]})
 
     @app.get("/ping")
@@ -172,14 +223,22 @@ def application(classifier: Classifier, version: Version) -> FastAPI:
         return {"status": "ok"}
 
     @app.get("/version")
-    async def served() -> dict[str, str | int]:
-        return {"model": version.model, "version": version.number, "agnews_lora": agnews_lora.__version__}
+    async def served() -> dict[str, Any]:
+        return {
+            "model": version.model,
+            "version": version.number,
+            "adapter": {
+                "trial": record.trial,
+                **record.spec.as_dict(),
+                "trainable_parameters": record.trainable_parameters,
+            },
+            "base": {"name": record.hub_id, "revision": record.revision},
+            "agnews_lora": agnews_lora.__version__,
+        }
 
-    @app.get("/docs", include_in_schema=False)
-    async def docs(request: Request) -> HTMLResponse:
-        name, address = escape(app.title), escape(str(request.base_url))
-        page = _DOCS.format(name=name, address=address, texts=MAX_TEXTS, characters=MAX_CHARACTERS)
-        return HTMLResponse(page, headers={"Content-Security-Policy": "default-src 'none'"})
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> JSONResponse:
@@ -199,6 +258,10 @@ def application(classifier: Classifier, version: Version) -> FastAPI:
         return JSONResponse(Refusal(500, "the model could not answer; the server's output has the reason").body, 500)
 
     return app
+
+
+def _busy(reason: str) -> Refusal:
+    return Refusal(503, f"{reason}; send it again", {"Retry-After": "1"})
 
 
 async def _read_body(request: Request) -> bytes:

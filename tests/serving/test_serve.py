@@ -21,6 +21,7 @@ import agnews_lora
 from agnews_lora.cli import main
 from agnews_lora.data.newswire import LABELS
 from agnews_lora.data.rows import MAX_CHARACTERS
+from agnews_lora.serving import server as module
 from agnews_lora.serving.model_package import ANSWERS, Package
 from agnews_lora.serving.predict import Classifier
 from agnews_lora.serving.server import MAX_TEXTS
@@ -67,10 +68,10 @@ def server(project: Path, small: Registry) -> Iterator[Server]:
         pytest.skip("make is not installed")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    make = ["make", "-s", "-f", str(ROOT / "Makefile"), "-o", ".venv/.agnews-lora-installed", "serve", "SWEEP=small"]
+    make = ["make", "-s", "-f", str(ROOT / "Makefile"), "-o", ".venv/.agnews-lora-installed", "serve"]
     with (project / "serve.err").open("w") as errors:
         process = subprocess.Popen(
-            [*make, f"PORT={port}", f"AGNEWS={sys.executable} -m agnews_lora"],
+            [*make, "SWEEP=small --verbose", f"PORT={port}", f"AGNEWS={sys.executable} -m agnews_lora"],
             cwd=project,
             env=environment() | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
@@ -172,7 +173,15 @@ def test_wrong_input_is_refused_with_a_reason(server: Server) -> None:
 def test_health_and_version_are_told(server: Server) -> None:
     assert [server.ask(None, None, "GET", path).status_code for path in ("/ping", "/health", "/docs")] == [200] * 3
     told = server.ask(None, None, "GET", "/version").json()
-    assert told == {"model": "small", "version": 1, "agnews_lora": agnews_lora.__version__}
+    assert told.items() >= {"model": "small", "version": 1, "agnews_lora": agnews_lora.__version__}.items()
+    assert "tmp" not in json.dumps(told), "no path of this machine"
+
+
+def test_each_request_is_a_line_with_verbose(server: Server) -> None:
+    server.ask(None, None, "GET", "/version?of=this")
+    assert server.process.stdout is not None
+    line = next(line for line in server.process.stdout if "/version?of=this" in line)
+    assert re.fullmatch(r'\d{4}-\d\d-\d\d \S+ 127\.0\.0\.1:\d+ "GET /version\?of=this HTTP/1\.1" 200 OK\n', line)
 
 
 def test_a_page_from_elsewhere_gets_nothing(server: Server) -> None:
@@ -238,6 +247,15 @@ def test_only_a_sound_version_is_served_on_a_free_port(
         port = str(probe.getsockname()[1])
     assert main(["serve", "small", "--version", "7", "--port", port]) == 2
     assert "Cannot use version 7 of small: it is not registered" in capsys.readouterr().err
+    assert main(["serve", "small", "--host", "192.0.2.1", "--port", port]) == 2
+    assert "Cannot serve on 192.0.2.1: it is no address of this machine" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "run", lambda application, listener, verbose: None)
+        for host, warned in (("0.0.0.0", True), ("localhost", False)):
+            assert main(["serve", "small", "--host", host, "--port", port]) == 0
+            said = capsys.readouterr()
+            assert f"Serving http://{host}:{port}/invocations" in said.out
+            assert (f"Warning: {host} is not loopback" in said.err) == warned
     rows = package.reference / ANSWERS
     rows.write_bytes(rows.read_bytes() + b" ")
     assert main(["serve", "small", "--port", port]) == 2

@@ -6,9 +6,12 @@ Requests to a real model are in `tests/commands/test_serve.py`.
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,29 +20,51 @@ import requests
 import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
+from agnews_lora.adapters.adapter_files import AdapterRecord
+from agnews_lora.adapters.base_models import KNOWN
+from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.errors import PromotionError
 from agnews_lora.serving import server
 from agnews_lora.serving.model_package import Package, ReferenceAnswers
 from agnews_lora.serving.predict import Classifier, Prediction
 from agnews_lora.serving.server import CSV, JSON, Refusal, read_content_type, read_texts
 from agnews_lora.tracking.registry import Registry, Version
+from tests.browser.mlflow_ui import missing, require, visiting
 
 BODY = {"inputs": ["Oil rose."]}
+ROBERTA = KNOWN["roberta-base"]
+RECORD = AdapterRecord(
+    trial="t0007",
+    spec=TrialSpec("qv", rank=8, alpha=16, dropout=0.1, learning_rate=1e-3),
+    shape=ROBERTA.shape,
+    base="roberta-base",
+    hub_id=ROBERTA.hub_id,
+    revision=ROBERTA.revision,
+    weights_sha256=ROBERTA.weights_sha256,
+    labels=("World",),
+    max_length=64,
+    trainable_parameters=888_580,
+)
 
 
 @dataclass
 class Model:
-    """Answers when it is told to, or fails; keeps the texts it was asked."""
+    """Answers when it is told to, or fails; keeps the texts it was asked.
+
+    started: released once a request.
+    """
 
     fault: Exception | None = None
+    record: AdapterRecord = RECORD
     asked: list[list[str]] = field(default_factory=list)
-    started: threading.Event = field(default_factory=threading.Event)
+    started: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     go_on: threading.Event = field(default_factory=threading.Event)
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         self.asked.append(list(texts))
-        self.started.set()
+        self.started.release()
         assert self.go_on.wait(30)
         if self.fault:
             raise self.fault
@@ -47,9 +72,10 @@ class Model:
 
 
 @contextmanager
-def serving(model: Model) -> Iterator[tuple[str, int]]:
+def serving(model: Model, loopback: bool = True) -> Iterator[tuple[str, int]]:
     """(host, port) of a server in this process."""
-    application = server.application(model, Version("a <model>", 3, "0" * 32, {}, ()))  # type: ignore[arg-type]
+    version = Version("a <model>", 3, "0" * 32, {}, ())
+    application = server.application(model, version, loopback)  # type: ignore[arg-type]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         running = uvicorn.Server(uvicorn.Config(application, lifespan="off", log_level="error"))
         thread = threading.Thread(target=running.run, args=([listener],))
@@ -66,6 +92,10 @@ def post(address: tuple[str, int], body: Any = BODY) -> requests.Response:
     return requests.post(f"http://127.0.0.1:{address[1]}/invocations", json=body, timeout=30)
 
 
+def get(address: tuple[str, int], path: str, **headers: str) -> requests.Response:
+    return requests.get(f"http://127.0.0.1:{address[1]}{path}", headers=headers, timeout=30)
+
+
 def send(address: tuple[str, int], body: bytes, announced: int) -> socket.socket:
     connection = socket.create_connection(address, timeout=30)
     head = (
@@ -75,35 +105,84 @@ def send(address: tuple[str, int], body: bytes, announced: int) -> socket.socket
     return connection
 
 
-def test_one_request_is_answered_after_the_other_and_health_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def is_busy(answer: requests.Response) -> bool:
+    retry = answer.headers.get("retry-after")
+    return (answer.status_code, retry, answer.json()["error_code"]) == (503, "1", "TEMPORARILY_UNAVAILABLE")
+
+
+def test_requests_are_answered_at_the_same_time_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "TURN_SECONDS", 0.2)
-    model, answers = Model(), []
-    with serving(model) as address:
-        first = threading.Thread(target=lambda: answers.append(post(address)))
-        first.start()
-        assert model.started.wait(30)
-        assert requests.get(f"http://127.0.0.1:{address[1]}/health", timeout=30).json() == {"status": "ok"}
-        second = post(address)
-        assert second.status_code == 503 and second.headers["retry-after"] == "1"
-        assert second.json()["error_code"] == "TEMPORARILY_UNAVAILABLE"
+    monkeypatch.setattr(server, "MAX_COMPUTED", 2)
+    monkeypatch.setattr(server, "MAX_REQUESTS", 3)
+    model = Model()
+    with serving(model) as address, ThreadPoolExecutor(2) as clients:
+        both = [clients.submit(post, address) for _ in range(2)]
+        for _ in both:
+            assert model.started.acquire(timeout=30), "neither waits for the other"
+        assert get(address, "/health").json() == {"status": "ok"}
+        assert is_busy(post(address)), "its turn does not come"
+        body = json.dumps(BODY).encode()
+        with send(address, body[:5], len(body)):
+            until = time.monotonic() + 30
+            while not (beyond := post(address)).text.count("at most 3 requests"):
+                assert is_busy(beyond) and time.monotonic() < until
+            assert is_busy(beyond), "all places are taken"
         model.go_on.set()
-        first.join(30)
-        assert answers[0].json() == {"predictions": [{"label": "World", "World": 1.0}]}
+        assert [each.result().json() for each in both] == [{"predictions": [{"label": "World", "World": 1.0}]}] * 2
         assert post(address).status_code == 200, "the place of each is free again"
-    assert model.asked == [["Oil rose."]] * 2
+    assert model.asked == [["Oil rose."]] * 3
 
 
-def test_a_client_that_leaves_is_not_answered() -> None:
+def test_metrics_count_requests_and_labels() -> None:
+    model = Model()
+    model.go_on.set()
+    with serving(model) as address:
+        post(address, {"inputs": ["Oil rose.", "Oil fell."]})
+        post(address, {"inputs": []})
+        get(address, "/of/a/client")
+        answer = get(address, "/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    samples = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+    counted = {key[1:]: value for key, value in samples.items() if key[0] == "http_request_duration_seconds_count"}
+    assert counted == {("/invocations", "200"): 1, ("/invocations", "400"): 1, ("404", "other"): 1}
+    assert samples["agnews_lora_texts_total", "World"] == 2
+    assert any(key[0] == "agnews_lora_model_info" and "a <model>" in key for key in samples)
+
+
+def test_version_names_adapter_and_base() -> None:
+    with serving(Model()) as address:
+        told = get(address, "/version").json()
+    assert (told["model"], told["version"]) == ("a <model>", 3)
+    assert (
+        told["adapter"].items()
+        >= {"trial": "t0007", "targets": "qv", "rank": 8, "trainable_parameters": 888_580}.items()
+    )
+    assert told["base"] == {"name": "FacebookAI/roberta-base", "revision": ROBERTA.revision}
+
+
+@pytest.mark.parametrize("loopback", [True, False])
+def test_other_names_of_this_machine_are_for_servers_beyond_loopback(loopback: bool) -> None:
+    with serving(Model(), loopback) as address:
+        assert get(address, "/health", Host="box.example:5001").ok != loopback
+        assert get(address, "/health", Host="localhost").ok and get(address, "/health", Host="[::1]:80").ok
+
+
+def test_a_client_that_leaves_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_COMPUTED", 1)
     model = Model()
     body = json.dumps(BODY).encode()
     with serving(model) as address:
         first = threading.Thread(target=post, args=(address,))
         first.start()
-        assert model.started.wait(30)
+        assert model.started.acquire(timeout=30)
         send(address, body, len(body)).close()  # leaves while it waits
         send(address, body[:5], len(body)).close()  # leaves before all of it is sent
         for _ in range(2):  # the server has seen both leave when it has answered these
-            requests.get(f"http://127.0.0.1:{address[1]}/health", timeout=30)
+            get(address, "/health")
         model.go_on.set()
         first.join(30)
         assert post(address, {"inputs": ["Last."]}).status_code == 200
@@ -127,15 +206,18 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(monkeypatch: pytest.Monke
     assert answer.startswith(b"HTTP/1.1 408 ") and b"REQUEST_TIMEOUT" in answer
 
 
-def test_the_pages_of_documentation_load_nothing_from_elsewhere() -> None:
-    with serving(Model()) as (_, port):
-        page = requests.get(f"http://127.0.0.1:{port}/docs", timeout=30)
-        schema = requests.get(f"http://127.0.0.1:{port}/openapi.json", timeout=30).json()
-    assert page.headers["content-security-policy"] == "default-src 'none'"
-    assert f"curl http://127.0.0.1:{port}/invocations" in page.text and "/openapi.json" in page.text
-    assert "a &lt;model&gt;, version 3" in page.text and "src=" not in page.text
-    assert schema["info"]["title"] == "a <model>, version 3"
-    assert set(schema["paths"]) == {"/invocations", "/ping", "/health", "/version"}
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_the_example_of_the_documentation_works_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    model = Model()
+    model.go_on.set()
+    with serving(model) as (_, port), visiting(tmp_path) as visitor:
+        page = visitor.open(f"http://127.0.0.1:{port}/docs", ["a <model>", "/invocations", "/metrics", "/version"])
+        page.get_by_text("/invocations", exact=True).click()
+        page.get_by_role("button", name="Try it out").click()
+        page.get_by_role("button", name="Execute").click()
+        require(page, '"label": "World"')
+        assert visitor.strangers == visitor.faults == []
+    assert model.asked == [["Oil prices rose to a record."]]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from rich.markup import escape
 from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import feasible_ranks, require_within_budget
 from agnews_lora.adapters.spec import ModelShape
-from agnews_lora.commands.finish import facts_of, finish
+from agnews_lora.commands.finish import facts_of, finish, show_study
 from agnews_lora.commands.interrupts import StopRequest, orderly_stop
 from agnews_lora.commands.prepare import Prepared, prepare
 from agnews_lora.config.sweep import Sweep, load_sweep
@@ -257,6 +257,7 @@ class _Start:
             return bool(request) or time.monotonic() > deadline
 
         storage = Retry("the study's storage", self.patience)
+        storage.succeeds(lambda: show_study(self.study, self._unread()))
         try:
             if (before := storage.wait(self._ended, stop)) is not None:
                 self._drive(stop, *before)

@@ -40,7 +40,7 @@ COLUMNS: Final = {
     "macro-F1": 106,
 }
 WIDE: Final = 100  # columns of a terminal: from then on its lines name every score, and columns stand apart
-LINES_BESIDE: Final = 5  # of a terminal's height: the three headers, how many more there are, and the cursor
+LINES_BESIDE: Final = 6  # of a terminal's height: a blank one, three headers, how many more there are, the cursor
 LEAST_SHARE: Final = 0.05  # of the work: before that, an estimate of the time left would jump about
 # What the end of a trial is called, and its style, by state.
 ENDS: Final = {
@@ -259,7 +259,8 @@ class Progress:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         now, running = self._clock(), list(self._running.values())  # the drawing thread is another one
-        yield from self._header(now, running)
+        yield Text()
+        yield from self._header(now, running, options.max_width)
         room = max(1, options.size.height - LINES_BESIDE)
         num_extra = (1 + len(self._best) if self._best else 0) + (2 if self._link else 0)
         extra = room > 2 * num_extra or room >= num_extra + len(running)
@@ -295,16 +296,19 @@ class Progress:
             table.add_row(*(cells.get(column, "") for column in columns))
         if running and best:
             table.add_row("best so far", style="dim")
-        for trial in best:
+        for place, trial in enumerate(best):
             cells = trial.cells(runs=False)
-            table.add_row(*(cells.get(column, "") for column in columns))
+            table.add_row(*(cells.get(column, "") for column in columns), style="" if place else "bold green")
         return table
 
-    def _header(self, now: float, running: Sequence[_Trial]) -> Sequence[Text]:
-        counts = ", ".join(f"{count} {ENDS[state][0]}" for state, count in self._counts.items())
-        trials = f"trials {self._ended}/{self._total_trials}: {counts}"
+    def _header(self, now: float, running: Sequence[_Trial], width: int) -> Sequence[Text]:
+        trials = Text(f"trials {self._ended}/{self._total_trials}: ")
+        counts = [
+            Text(f"{count} {ENDS[state][0]}", ENDS[state][1] if count else "") for state, count in self._counts.items()
+        ]
+        trials.append(Text(", ").join(counts))
         if self._confirms:
-            trials += f"  confirmation {self._repeated}/{self._repetitions}"
+            trials.append(f"  confirmation {self._repeated}/{self._repetitions}")
         times = f"elapsed {duration(now - self._began)}"
         # The pace of this process: trials that ended in it, and what it did of those that run. None ends sooner than
         # by its own pace: at the end of a study slots idle.
@@ -314,7 +318,11 @@ class Progress:
             left = max(0.0, total - ended - sum(trial.step / trial.total_steps for trial in running))
             seconds = max(left * (now - self._trained_since) / done, *(each.seconds_left(now) for each in running), 0.0)
             times += f", {_left(seconds)}"
-        return [Text(line, style="bold", overflow="ellipsis", no_wrap=True) for line in (trials, times)]
+        lines = [trials, Text(times)]
+        for line in lines:
+            line.stylize("bold")
+            line.truncate(width, overflow="ellipsis")
+        return lines
 
     @property
     def _ended(self) -> int:

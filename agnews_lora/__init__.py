@@ -5,7 +5,7 @@ From Python, in a project's folder:
     from agnews_lora import champion, promote, run_sweep
 
     result = run_sweep("embedded")
-    result.frame()  # a row a trial
+    result.frame()  # a row per trial
     promote("embedded")
     champion("embedded")("Shares of the chip maker rose.")
 """

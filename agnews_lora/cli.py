@@ -150,17 +150,16 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("experiment", nargs="?", default="seed", metavar="EXPERIMENT", help="name or path (seed)")
 
     sweep = add(_sweep, "search for the best adapter; resumes where it stopped", "sweep embedded --trials 20")
-    sweep.add_argument("--trials", type=_count, metavar="N", help="trials that are to have ended, in all")
+    sweep.add_argument(
+        "--trials", type=_count, metavar="N", help="trials that are to have ended, beside those of `enqueue`"
+    )
     sweep.add_argument("--timeout", type=_seconds, metavar="S", help="stop after S seconds; the next start resumes")
     sweep.add_argument("--new", action="store_true", help="start another study")
     sweep.add_argument(
         "--workers", type=_count, metavar="N", help="train in N processes (Ray actors): one a GPU, or N on the CPU"
     )
     sweep.add_argument(
-        "--address", metavar="ADDRESS", help="train on a running Ray cluster, one worker a GPU: auto, or HOST:PORT"
-    )
-    sweep.add_argument(
-        "--storage", metavar="URL", help="the study's database, sqlite:///… or postgresql://… (mlruns/optuna.db)"
+        "--address", metavar="ADDRESS", help="train on a running Ray cluster, one worker per GPU: auto, or HOST:PORT"
     )
     sweep.add_argument(
         "--patience",
@@ -169,6 +168,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds that a store may be away before the sweep ends (300)",
     )
+
+    status, stop, enqueue = _add_control(add)
 
     promote = add(_promote, "make the candidate champion, if it passes its checks", "promote embedded")
     which = promote.add_mutually_exclusive_group()
@@ -204,17 +205,39 @@ def parser() -> argparse.ArgumentParser:
 
     doctor = add(_doctor, "show device, versions, stores, and what can be reached", "doctor")
 
-    for command in (sweep, promote, serve, export, budget, report):
+    for command in (sweep, status, promote, serve, export, budget, report):
         command.add_argument("sweep", nargs="?", default="embedded", metavar="SWEEP", help="name or path (embedded)")
     for command in (sweep, promote, predict, serve, export, report):
         command.add_argument("--tracking", metavar="URL", help="the MLflow server, http://… (mlruns/)")
-    for command in (promote, predict, export, budget, data, report, doctor):
+    for command in (status, promote, predict, export, budget, data, report, doctor):
         command.add_argument("--json", action="store_true", help="as JSON")
+    for command in (sweep, status, stop, enqueue):
+        command.add_argument(
+            "--storage", metavar="URL", help="the study's database, sqlite:///… or postgresql://… (mlruns/optuna.db)"
+        )
     for command in (train, sweep):
         how = command.add_mutually_exclusive_group()
         how.add_argument("--quiet", action="store_true", help="show the result alone, without the progress")
         how.add_argument("--json", action="store_true", help="show the result alone, as JSON")
     return top
+
+
+def _add_control(add: Callable[[Run, str, str], argparse.ArgumentParser]) -> tuple[argparse.ArgumentParser, ...]:
+    """The commands that look at a study and steer it."""
+    status = add(_status, "show the trials of a sweep, running or not", "status embedded --json")
+    stop = add(_stop, "end a trial as pruned, for good; the sweep goes on", "stop t0007 --sweep embedded")
+    stop.add_argument("trial", metavar="TRIAL", help="its name or number; it ends at its next evaluation")
+    stop.add_argument("--sweep", default="embedded", metavar="SWEEP", help="whose trial (embedded)")
+    summary = "train a configuration next; it counts on top of the sweep's own trials"
+    enqueue = add(_enqueue, summary, "enqueue embedded targets=qv rank=4 alpha=8 dropout=0.1 learning_rate=1e-3")
+    enqueue.add_argument("sweep", nargs="?", default="embedded", metavar="SWEEP", help="name or path (embedded)")
+    enqueue.add_argument(
+        "values",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="targets, rank, alpha, dropout, learning_rate, head (or rank_share, alpha_ratio); the rest is drawn",
+    )
+    return status, stop, enqueue
 
 
 def _count(text: str) -> int:
@@ -269,6 +292,29 @@ def _sweep(options: argparse.Namespace) -> int:
 
     names = ("trials", "timeout", "new", "workers", "address", "storage", "tracking", "patience")
     return sweep.run(loaded, options.json, options.quiet, **{name: getattr(options, name) for name in names})
+
+
+def _status(options: argparse.Namespace) -> int:
+    sweep = _loaded_sweep(options)
+    from agnews_lora.commands import control
+
+    return control.status(sweep, options.storage, options.json)
+
+
+def _stop(options: argparse.Namespace) -> int:
+    sweep = _loaded_sweep(options)
+    from agnews_lora.commands import control
+
+    return control.stop(sweep, options.trial, options.storage)
+
+
+def _enqueue(options: argparse.Namespace) -> int:
+    if "=" in options.sweep:  # without a name
+        options.sweep, options.values = "embedded", [options.sweep, *options.values]
+    sweep = _loaded_sweep(options)
+    from agnews_lora.commands import control
+
+    return control.enqueue(sweep, options.values, options.storage)
 
 
 def _promote(options: argparse.Namespace) -> int:
@@ -337,4 +383,4 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 # Commands that do more than print.
-WORKING: Final = (_train, _sweep, _promote, _serve, _export, _ui)
+WORKING: Final = (_train, _sweep, _stop, _enqueue, _promote, _serve, _export, _ui)

@@ -203,7 +203,7 @@ def _cached_commit(kind: Kind, repository: str, revision: str | None) -> str | N
 
 
 def check_dataset(dataset: str, config: str | None, revision: str | None, remedy: str) -> str:
-    """Check within seconds that a data set can be had: nothing of it is downloaded.
+    """Check within seconds that a data set is available: nothing of it is downloaded.
 
     Returns:
         the commit, as of `commit_of`.

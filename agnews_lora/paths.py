@@ -80,6 +80,16 @@ def lock_file(path: Path) -> Iterator[Callable[[], bool]]:
         yield acquire
 
 
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock of a file, asked without writing or making it; no where it cannot be told."""
+    with suppress(OSError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a network disk gives it to who only reads, too
+        except BlockingIOError:
+            return True
+    return False
+
+
 _TEMPORARY: Final = "temporary-"
 _ROOM: Final = 2**20  # bytes
 

@@ -51,6 +51,9 @@ def test_the_command_line_is_the_designs() -> None:
     words = {name: [word for word in given if word not in ("-h", "--help")] for name, given in words.items()}
     assert words == {
         "train": ["--json", "--quiet", "experiment"],
+        "status": ["--json", "--storage", "sweep"],
+        "stop": ["--storage", "--sweep", "trial"],
+        "enqueue": ["--storage", "sweep", "values"],
         "sweep": [
             "--address",
             "--json",

@@ -3,7 +3,6 @@
 Finishing again changes nothing but what is new.
 """
 
-import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, astuple, replace
 from functools import cache, partial
@@ -28,7 +27,7 @@ from agnews_lora.data.rows import Rows
 from agnews_lora.data.sources import Corpus
 from agnews_lora.errors import RunDeleted
 from agnews_lora.paths import STORES
-from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, draw, thumbnails
+from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, busy_seconds, draw, stretches, thumbnails
 from agnews_lora.reporting.summary import next_steps
 from agnews_lora.search import space
 from agnews_lora.search import study as keys
@@ -76,7 +75,6 @@ def finish(
     rounds: optuna.Study | None,
     runs: SweepRuns,
     options: Mapping[str, str],
-    wall_seconds: float,
     record_seconds: float,
 ) -> SweepResult:
     """Register the winner and publish the result of a study whose trials have all ended.
@@ -84,18 +82,19 @@ def finish(
     Args:
         options: see `SweepFacts`.
         rounds: the study of the confirmation, where there is one.
-        wall_seconds, record_seconds: of this start of the sweep so far, see `SweepResult`.
+        record_seconds: see `SweepResult`.
 
     Raises:
         PromotionError, BudgetError, AdapterError: the winner cannot be registered; the parent run stays open.
     """
-    began, parent, registry = time.perf_counter(), runs.page(), Registry(runs.client, sweep.experiment.name)
+    parent, registry = runs.page(), Registry(runs.client, sweep.experiment.name)
     result = SweepResult.from_study(
         study,
         rounds,
         facts_of(sweep, prepared, len(study.get_trials(deepcopy=False)), options),
         state="COMPLETE",
         run_id=parent.run_id,
+        links=runs.links,
         record_seconds=record_seconds,
     )
     winner, version = result.winner, None
@@ -108,10 +107,11 @@ def finish(
             version = _register(result, sweep, prepared, runs, registry, adapter, logits)
             answers = _known_answers(result) or _answer(result, prepared, runs, folder, logits)
             result = replace(result, answers=answers, registration=registration_of(registry, version))
-        result = replace(result, wall_seconds=wall_seconds + time.perf_counter() - began)
         curves = {row.trial: runs.curve(row.trial) for row in result.trials}
         rows = (*result.trials, *(row for each in result.confirmed for row in each.repeats))
-        drawn = draw(result, curves, folder, {row.trial: runs.times(row.trial) for row in rows})
+        worked = stretches({row.trial: runs.times(row.trial) for row in rows}, {row.trial: row.state for row in rows})
+        result = replace(result, wall_seconds=busy_seconds(worked))
+        drawn = draw(result, curves, folder, worked)
         if winner is not None:
             answered = {name: drawn[name] for name in ANSWER_FIGURES}
             runs.page(winner.run_id).log_files(answered | thumbnails(answered, folder))
@@ -193,17 +193,19 @@ def facts_of(sweep: Sweep, prepared: Prepared, num_trials: int, options: Mapping
 
 
 def metrics_of(result: SweepResult) -> dict[str, float]:
-    """What the parent run says in numbers: trials by how they ended, scores of winner and baseline, costs."""
+    """What the parent run says in numbers, in the order in which the UI shows them: the winner's accuracy first."""
     winner, baseline, mean = result.winner, result.baseline, result.confirmation
-    found: dict[str, float | None] = {f"trials/{word}": count for word, count in result.counts.items()}
-    found |= {"record_seconds": result.record_seconds, "best/gain": result.gain}
+    found: dict[str, float | None] = {}
     if winner is not None:
         found |= {f"best/{name}": getattr(winner, name) for name in (*SCORES, "loss", "trainable_parameters")}
+        found |= {"best/gain": result.gain}
         found |= {f"baseline/{name}": baseline.score(name) if baseline else None for name in SCORES}
     if mean is not None:
-        shown = mean.as_dict(result.objective)
+        shown = mean.as_dict(result.objective, result.facts.num_validation_rows)
         found |= {f"confirmation/{name}": shown[name] for name in shown if name not in ("seeds", "failed")}
-    found |= {f"majority/{name}": getattr(result.facts, f"majority_{name}") for name in SCORES}
+    found |= {f"{peer.key}/{name}": peer.scores[name] for peer in result.peers for name in SCORES}
+    found |= {f"trials/{word}": count for word, count in result.counts.items()}
+    found |= {"record_seconds": result.record_seconds}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -265,7 +267,7 @@ def _register(
         logits,
     )
     if mean is not None:
-        tags = mean.as_dict(result.objective)
+        tags = mean.as_dict(result.objective, result.facts.num_validation_rows)
         registry.set_tags(
             version, {f"confirmation_{name}": str(value) for name, value in tags.items() if value is not None}
         )
@@ -312,7 +314,7 @@ def _answer(
 
 
 def predictions_of(probabilities: npt.NDArray[np.float64], corpus: Corpus) -> pd.DataFrame:
-    """One row a validation row: its label, the answer and its confidence, and with few classes all probabilities.
+    """One row per validation row: its label, the answer and its confidence, and with few classes all probabilities.
 
     probabilities: [validation rows, classes].
     """

@@ -6,9 +6,13 @@
 import json
 import os
 import platform
+import signal
+import socket
 import sqlite3
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import closing
 from importlib.metadata import version
@@ -31,7 +35,6 @@ from agnews_lora.errors import AgnewsLoraError, BudgetError, NetworkError
 from agnews_lora.paths import STORES, TOKENS, WORK
 
 LIBRARIES: Final = ("torch", "transformers", "peft", "datasets", "evaluate", "optuna", "mlflow", "pandas")
-LAYOUT: Final = "workflowType=machine_learning"  # without it the UI shows what language-model applications need
 
 
 def budget(sweep: Sweep, as_json: bool) -> int:
@@ -190,22 +193,55 @@ def _reach(path: Path) -> str:
 
 
 def ui(port: int) -> int:
-    """Become MLflow's server; Ctrl-C ends it.
+    """Run MLflow's server until Ctrl-C or SIGTERM, and print the addresses of every sweep's pages once it answers.
 
     Raises:
         StorageError: the run store cannot be opened, or the port is taken.
     """
     from agnews_lora.commands.serve import HOST, bound
-    from agnews_lora.tracking.runs import newest_parent, page_of
+    from agnews_lora.tracking.runs import newest_parent
     from agnews_lora.tracking.store import open_client, tracking_uri
+    from agnews_lora.tracking.views import address, share_view
 
     client = open_client(STORES)
-    sweeps = [newest_parent(client, experiment.name) for experiment in client.search_experiments()]
-    bound(port).close()  # MLflow would say that it is taken in a traceback
-    print(f"Runs: http://{HOST}:{port}/#/experiments?{LAYOUT}  (Ctrl-C ends it)", flush=True)
+    sweeps = [newest_parent(client, experiment.name) for experiment in reversed(client.search_experiments())]
+    links = {"Runs": address("experiments")}
     for run in filter(None, sweeps):
-        print(f"{run.info.run_name}: http://{HOST}:{port}/{page_of(client, run.info.run_id).url}?{LAYOUT}", flush=True)
-    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # its processes end in tracebacks at Ctrl-C
+        # Written again for studies of older releases, which have no view.
+        pages = share_view(client, run, run.data.params.get("objective", "accuracy"))
+        links |= {f"{run.info.run_name}, {page}": link for page, link in pages.items()}
+    bound(port).close()  # MLflow would say that it is taken in a traceback
     command = ["mlflow", "server", "--backend-store-uri", tracking_uri(STORES), "--host", HOST, "--port", str(port)]
-    os.environ |= {"PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore"}  # for the server's own processes, too
-    os.execv(sys.executable, [sys.executable, "-m", *command, "--workers", "1"])
+    command += ["--workers", "1", "--uvicorn-opts", "--log-level warning --no-access-log"]
+    environment = {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its processes end in tracebacks at Ctrl-C
+        **os.environ,
+        "PYTHONSAFEPATH": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    print("Starting MLflow's server …", flush=True)
+    # A session of its own: Ctrl-C is for this process, which ends the server with its workers.
+    server = subprocess.Popen(
+        [sys.executable, "-m", *command], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        while server.poll() is None and not _answers(HOST, port):
+            time.sleep(0.1)
+        if server.returncode is None:
+            for name, link in links.items():
+                print(f"{name}: http://{HOST}:{port}/{link}")
+            print("Ctrl-C ends it.", flush=True)
+        return server.wait()
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait()
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except OSError:
+        return False
+    return True

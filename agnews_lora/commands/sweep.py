@@ -25,7 +25,7 @@ from agnews_lora.errors import BudgetError
 from agnews_lora.paths import STORES, WORK, temporary_files
 from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.reporting.progress import Progress
-from agnews_lora.reporting.summary import next_steps, print_summary, typed
+from agnews_lora.reporting.summary import next_steps, print_pages, print_summary, typed
 from agnews_lora.search import space as search_space
 from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing, open_confirmation
@@ -163,7 +163,6 @@ class _Start:
         self.folder = keys.work_folder(self.study, WORK / self.sweep.name)
 
     def run(self) -> SweepResult:
-        began = time.perf_counter()
         with orderly_stop() as request, self._parent_run() as complete:
             if not self.quiet:
                 Console(highlight=False, markup=False).print(
@@ -175,13 +174,14 @@ class _Start:
                 raise Stopped(self._interrupted(), request.exit_code)
             if self._num_left():
                 return self._interrupted()
-            result = self._insist(lambda: self._finish(time.perf_counter() - began), request)
+            result = self._insist(self._finish, request)
             complete()
         return result
 
     def _print_reached(self) -> None:
         """Say so where `--trials` asks for no more than there are."""
-        ended = sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
+        trials = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        ended = len(trials) - keys.num_enqueued(trials)
         if self.trials and self.trials <= ended and not self._num_left():
             more = typed(self.facts.command("sweep", "--trials", str(ended + self.trials)))
             Console(highlight=False).print(
@@ -224,7 +224,7 @@ class _Start:
                 },
             )
             self.prepared.log_data(self.runs)
-            self.runs.page().describe(opening_description(self.facts, next_steps(self._unread())))
+            self.runs.page().describe(opening_description(self.facts, next_steps(self._unread()), self.runs.links))
         try:
             yield lambda: ended.append(True)
         finally:
@@ -328,11 +328,9 @@ class _Start:
         left = num_left(self.study, self.num_trials)
         return left or (num_missing(self.study, settings.trials, settings.seeds) if settings else 0)
 
-    def _finish(self, wall_seconds: float) -> SweepResult:
+    def _finish(self) -> SweepResult:
         rounds = find_confirmation(self.study) if self.sweep.confirmation else None
-        return finish(
-            self.sweep, self.prepared, self.study, rounds, self.runs, self.options, wall_seconds, self.record_seconds
-        )
+        return finish(self.sweep, self.prepared, self.study, rounds, self.runs, self.options, self.record_seconds)
 
     def _interrupted(self) -> SweepResult:
         """What the study holds so far; nothing of its trials where the storage is away."""
@@ -341,7 +339,13 @@ class _Start:
         def read() -> SweepResult:
             rounds, left = find_confirmation(self.study) if self.sweep.confirmation else None, self._num_left()
             return SweepResult.from_study(
-                self.study, rounds, self.facts, state=INTERRUPTED, run_id=run_id, trials_left=left
+                self.study,
+                rounds,
+                self.facts,
+                state=INTERRUPTED,
+                run_id=run_id,
+                trials_left=left,
+                links=self.runs.links,
             )
 
         return Retry("the study's storage").call(read, self._unread())
@@ -349,7 +353,18 @@ class _Start:
     def _unread(self) -> SweepResult:
         """An unfinished result, without trials."""
         run_id = self.runs.page().run_id
-        return SweepResult(self.facts, self.study.study_name, "", INTERRUPTED, (), (), {}, run_id, trials_left=None)
+        return SweepResult(
+            self.facts,
+            self.study.study_name,
+            "",
+            INTERRUPTED,
+            (),
+            (),
+            {},
+            run_id,
+            trials_left=None,
+            links=self.runs.links,
+        )
 
 
 def _print_unfinished(result: SweepResult, as_json: bool) -> None:
@@ -358,9 +373,11 @@ def _print_unfinished(result: SweepResult, as_json: bool) -> None:
         print(json.dumps({"study": result.study, "state": result.state, "trials_left": left, "resume": command}))
         return
     trials = "trials" if left is None else f"{left} trial{'' if left == 1 else 's'}"
-    Console(highlight=False).print(
+    console = Console(highlight=False)
+    console.print(
         f"Stopped with {trials} to go; nothing is lost. [bold]{escape(typed(command))}[/] resumes it.", soft_wrap=True
     )
+    print_pages(console, result)
 
 
 def open_study(sweep: Sweep, prepared: Prepared, storage: RDBStorage, new: bool) -> keys.SweepStudy:

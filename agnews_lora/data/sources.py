@@ -214,7 +214,7 @@ def require_apart(settings: DataSettings, splits: Splits) -> None:
 
 
 def check(settings: DataSettings) -> None:
-    """Check within seconds that all splits can be had: no row is read and nothing is downloaded.
+    """Check within seconds that all splits are available: no row is read and nothing is downloaded.
 
     Raises:
         DataError: a file that is not there or not readable, or no such data set.

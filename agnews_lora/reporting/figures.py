@@ -4,10 +4,10 @@ Drawn with matplotlib's objects alone: pyplot's global figures are neither threa
 matplotlib's default, whatever a `matplotlibrc` of the working folder or of the user says.
 
 Data frames that the functions read:
-    trials: one row a trial, as `trials_frame` gives them. `score` is the objective, a share (NaN: none was reported; of
-        a pruned trial the last reported one), `state` is Optuna's.
-    points: one row a (trial, step) with the columns `trial`, `step`, `train/loss`, `eval/accuracy`, `eval/macro_f1` and
-        `eval/loss` (more are ignored); NaN where a metric was not measured.
+    trials: one row per trial, as `trials_frame` gives them. `score` is the objective, a share (NaN: none was reported;
+        of a pruned trial the last reported one), `state` is Optuna's.
+    points: one row per (trial, step) with the columns `trial`, `step`, `train/loss`, `eval/accuracy`, `eval/macro_f1`,
+        `eval/loss` and `eval/rows` (more are ignored); NaN where a metric was not measured.
 """
 
 import re
@@ -29,16 +29,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ft2font import FT2Font
+from matplotlib.legend import Legend
 from matplotlib.style import context as in_style
-from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, PercentFormatter
 from PIL import Image  # matplotlib's own reader of pictures
 
-from agnews_lora.adapters.budget import max_rank
-from agnews_lora.adapters.spec import PRESETS, TrialSpec
+from agnews_lora.adapters.spec import PRESETS
 from agnews_lora.paths import write_whole
-from agnews_lora.search.results import SweepFacts, SweepResult
+from agnews_lora.search.results import SweepResult
 from agnews_lora.tracking.descriptions import THUMBNAILS, one_line
 from agnews_lora.training.interface import SCORES, Objective
+from agnews_lora.training.metrics import accuracy_interval
 
 # Figures of a sweep by file name, with their titles, in the order to show them.
 FIGURES: Final = {
@@ -52,7 +53,7 @@ FIGURES: Final = {
     "calibration.png": "Calibration of the winner",
 }
 ANSWER_FIGURES: Final = {name: FIGURES[name] for name in ("confusion_matrix.png", "calibration.png")}  # of the winner
-DIMENSIONS: Final = ("targets", "rank_share", "alpha", "dropout", "learning_rate")
+DIMENSIONS: Final = ("targets", "rank", "alpha", "dropout", "learning_rate")
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE: Final = "#0072B2"
@@ -83,11 +84,12 @@ TITLE_SIZE: Final = 22
 LABEL_SIZE: Final = 18
 TICK_SIZE: Final = 16
 SMALL_SIZE: Final = 15
+WHOLE_STYLE: Final[dict[str, Any]] = {"marker": "D", "markersize": 9, "markeredgecolor": "white", "linestyle": "none"}
 BOX: Final = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}  # behind texts on lines
 
-LOG_SPAN: Final = 20.0  # a positive dimension whose values span more than this gets a logarithmic axis
-NUM_TICKS: Final = 4
-TICK_SPACING: Final = 0.06  # share of an axis' height below which two tick labels would overlap
+LOG_SPAN: Final = 10.0  # a positive dimension whose values span more than this gets a logarithmic axis
+NUM_TICKS: Final = 6
+LABEL_ROOM: Final = 0.26  # between an axis of parallel coordinates and its lines, on both sides: for its tick labels
 FEW: Final = 10  # answers below which a bin's accuracy is noise: its bar is pale
 PALE_OPACITY: Final = 0.35
 # A trial reports at least every few seconds; one that reported nothing for longer was stopped meanwhile.
@@ -108,7 +110,7 @@ def draw(
     result: SweepResult,
     curves: Mapping[str, pd.DataFrame],
     folder: Path,
-    times: Mapping[str, Sequence[float]] | None = None,
+    worked: pd.DataFrame | None = None,
 ) -> dict[str, Path]:
     """Draw the figures of `FIGURES` that there is data for.
 
@@ -116,8 +118,8 @@ def draw(
         result: the sweep's.
         curves: points by trial of the search.
         folder: for the files; created.
-        times: moments by trial at which it reported, ascending, in seconds since 1970, repetitions of the confirmation
-            included; without them, there is no `slot_occupancy.png`.
+        worked: `stretches` of all trials, repetitions of the confirmation included; without them, there is no
+            `slot_occupancy.png`.
 
     Returns:
         The files by name.
@@ -131,18 +133,17 @@ def draw(
     trials, facts, objective, word = trials_frame(result), result.facts, result.objective, SCORES[result.objective]
     if not _scored(trials).empty:
         bound = facts.bound if objective == "accuracy" else None
-        optimization_history(trials, word, bound, *new("optimization_history.png"))
-        score_against_parameters(trials, word, facts.budget, *new("score_against_parameters.png"))
+        on_rows = f"validation {word}, {facts.num_validation_rows:,} rows"
+        optimization_history(trials, on_rows, bound, *new("optimization_history.png"))
+        score_against_parameters(trials, on_rows, facts.budget, *new("score_against_parameters.png"))
         parallel_coordinates(trials, word, *new("parallel_coordinates.png"))
     measured = [points for points in (_measured(each, f"eval/{objective}") for each in curves.values()) if len(points)]
     if measured:
         learning_curves(pd.concat(measured, ignore_index=True), trials, objective, *new("learning_curves.png"))
     if result.importances:
         parameter_importance(result.importances, word, *new("parameter_importance.png"))
-    if times and any(times.values()):
-        repeats = [row for each in result.confirmed for row in each.repeats]
-        states = {row.trial: row.state for row in (*result.trials, *repeats)}
-        slot_occupancy(stretches(times, states), *new("slot_occupancy.png"))
+    if worked is not None and not worked.empty:
+        slot_occupancy(worked, *new("slot_occupancy.png"))
     if result.answers and result.winner:
         _, path = new("confusion_matrix.png")
         title = f"{result.winner.trial} on {facts.num_validation_rows:,} validation rows"
@@ -153,7 +154,7 @@ def draw(
 
 
 def trials_frame(result: SweepResult) -> pd.DataFrame:
-    """One row a trial of the search, by number: the fields of its summary and configuration, and `winner`."""
+    """One row per trial of the search, by number: the fields of its summary and configuration, and `winner`."""
     winner = result.winner.trial if result.winner else None
     rows = [
         {
@@ -165,18 +166,11 @@ def trials_frame(result: SweepResult) -> pd.DataFrame:
             "score": float("nan") if (score := row.score(result.objective)) is None else score,
             "trainable_parameters": row.trainable_parameters or 0,
             **{name: getattr(row.spec, name, None) for name in DIMENSIONS},
-            "rank_share": _rank_share(row.spec, result.facts),
         }
         for row in result.trials
     ]
     names = ["trial", "number", "state", "baseline", "winner", "score", "trainable_parameters"]
     return pd.DataFrame(rows, columns=[*names, *DIMENSIONS]).astype({"baseline": bool, "winner": bool})
-
-
-def _rank_share(spec: TrialSpec | None, facts: SweepFacts) -> float | None:
-    """The rank as a share of the largest that fits the budget: comparable between presets, as the rank is not."""
-    highest = max_rank(spec.targets, spec.head, facts.shape, facts.budget) if spec else 0
-    return spec.rank / highest if spec and highest else None
 
 
 def thumbnails(drawn: Mapping[str, Path], folder: Path) -> dict[str, Path]:
@@ -199,56 +193,67 @@ def trial_curves(points: pd.DataFrame, title: str, folder: Path) -> dict[str, Pa
     if _measured(points, "eval/accuracy").empty:
         return {}
     drawn = {name: folder / name for name in ("accuracy_curve.png", "loss_curve.png")}
-    accuracy_curve(points, title, drawn["accuracy_curve.png"])
-    loss_curve(points, title, drawn["loss_curve.png"])
+    accuracy, loss = drawn.values()
+    _trial_curve(points, {"eval/macro_f1": "macro-F1", "eval/accuracy": "accuracy"}, title, accuracy)
+    _trial_curve(points, {"train/loss": "training", "eval/loss": "validation"}, title, loss)
     return drawn | thumbnails(drawn, folder)
 
 
-def accuracy_curve(points: pd.DataFrame, title: str, path: Path) -> None:
-    """Draw validation accuracy and macro-F1 of one trial by step; the last accuracy is labelled with its value."""
-    figure, axes = _new_figure(title, "step", "validation score")
-    curve, shown = _measured(points, "eval/accuracy"), _measured(points, "eval/macro_f1")
-    axes.plot(shown["step"], shown["eval/macro_f1"], color=SKY, marker="s", markersize=6, linewidth=2, label="macro-F1")
-    axes.plot(
-        curve["step"], curve["eval/accuracy"], color=BLUE, marker="o", markersize=8, linewidth=3, label="accuracy"
-    )
-    step, accuracy = curve["step"].iloc[-1], curve["eval/accuracy"].iloc[-1]
-    _label(axes, step, accuracy, f"{accuracy:.1%}", (12, 0), va="center")
-    _share_axis(axes, [*curve["eval/accuracy"], *shown["eval/macro_f1"]])
+def _trial_curve(points: pd.DataFrame, lines: Mapping[str, str], title: str, path: Path) -> None:
+    """Draw measures of one trial by step. lines: label by metric; the last one's last value is written beside it."""
+    metric, shares = list(lines)[-1], "train/loss" not in lines
+    on_way, split = _num_rows(points)
+    figure, axes = _new_figure(title, "step", f"validation score{on_way}" if shares else "loss")
+    for (name, label), color in zip(lines.items(), (SKY, BLUE) if shares else (GREY, VERMILION), strict=True):
+        curve, whole = _same_rows(points, name)
+        axes.plot(curve["step"], curve[name], color=color, marker="o", markersize=6, linewidth=3, label=label)
+        axes.plot(whole["step"], whole[name], color=color, label=split, **WHOLE_STYLE)
+    last = _measured(points, metric).iloc[-1]
+    _label(axes, last["step"], last[metric], f"{last[metric]:.1%}" if shares else f"{last[metric]:.3f}", (12, 0))
+    if shares:
+        _share_axis(axes, np.concatenate([_measured(points, name)[name] for name in lines]))
+    else:
+        axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
-    axes.legend(fontsize=TICK_SIZE, frameon=False, loc="lower right")
-    _save(figure, path)
-
-
-def loss_curve(points: pd.DataFrame, title: str, path: Path) -> None:
-    """Draw the training and validation loss of one trial by step."""
-    figure, axes = _new_figure(title, "step", "loss")
-    train, evaluation = _measured(points, "train/loss"), _measured(points, "eval/loss")
-    axes.plot(train["step"], train["train/loss"], color=GREY, linewidth=2, marker=".", label="training")
-    style: dict[str, Any] = {"color": VERMILION, "linewidth": 3, "marker": "o", "markersize": 8}
-    axes.plot(evaluation["step"], evaluation["eval/loss"], label="validation", **style)
-    step, loss = evaluation["step"].iloc[-1], evaluation["eval/loss"].iloc[-1]
-    _label(axes, step, loss, f"{loss:.3f}", (12, 0), va="center")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=TICK_SIZE, frameon=False)
+    _legend(axes, loc="lower right" if shares else "upper right")
     _save(figure, path)
 
 
 def learning_curves(points: pd.DataFrame, trials: pd.DataFrame, objective: Objective, title: str, path: Path) -> None:
-    """Draw the objective of all trials by step: winner and baseline stand out, pruned ones end in a cross."""
-    figure, axes = _new_figure(title, "step", f"validation {SCORES[objective]}")
+    """Draw the objective of all trials by step: winner and baseline stand out, pruned ones end in a cross.
+
+    A curve has one set of rows; the score on the whole validation split is a mark of its own. Beside them is the end,
+    for the better half of the trials that got there.
+    """
+    on_way, split = _num_rows(points)
+    figure, axes = _new_figure(title, "step", f"validation {SCORES[objective]}{on_way}")
+    grid = figure.add_gridspec(2, 2, width_ratios=(3, 1))
+    axes.set_subplotspec(grid[:, 0])
+    end = figure.add_subplot(grid[1, 1])
+    _dress(end, "", "")
     name = f"eval/{objective}"
-    curves = {trial: points[points["trial"] == trial] for trial in trials["trial"]}
-    shown = [row for row in trials.itertuples() if not curves[row.trial].empty]
+    curves = {trial: _same_rows(points[points["trial"] == trial], name) for trial in trials["trial"]}
+    shown = [row for row in trials.itertuples() if any(map(len, curves[row.trial]))]
     for row in sorted(shown, key=lambda row: (row.winner, row.baseline, row.state == "COMPLETE")):
-        curve = curves[row.trial]
-        axes.plot(curve["step"], curve[name], marker="o", markersize=4, **_curve_style(row))
-        if row.state == "PRUNED":
-            axes.plot(curve["step"].iloc[-1], curve[name].iloc[-1], "x", color=GREY, markersize=10, mew=2.5)
+        (curve, whole), style = curves[row.trial], _curve_style(row)
+        for each in (axes, end):
+            each.plot(curve["step"], curve[name], marker="o", markersize=4, **style)
+            each.plot(whole["step"], whole[name], color=style["color"], **WHOLE_STYLE)
+            if row.state == "PRUNED":
+                each.plot(curve["step"].iloc[-1], curve[name].iloc[-1], "x", color=GREY, markersize=10, mew=2.5)
+    if any(len(whole) for _, whole in curves.values()):
+        axes.plot([], [], color=GREY, label=split, **WHOLE_STYLE)
     _share_axis(axes, points[name])
     axes.set_xlim(left=0)
-    _legend(axes, upwards=True)  # the winner on top
+    _legend(axes, upwards=True).set_in_layout(False)  # the winner on top; above the panel of the end
+    steps = sorted(points["step"].unique())[-2:]
+    last = points[points["step"] == steps[-1]]
+    best = last["trial"][last[name] >= last[name].median()]
+    _share_axis(end, points[points["trial"].isin(best) & points["step"].isin(steps)][name])
+    room = max(0.15 * (steps[-1] - steps[0]), 0.5)
+    end.set_xlim(steps[0] - room, steps[-1] + room)
+    end.set_xticks(steps)
+    end.set_title("last two evaluations", fontsize=SMALL_SIZE, loc="left")
     _save(figure, path)
 
 
@@ -257,9 +262,10 @@ def optimization_history(trials: pd.DataFrame, word: str, bound: float | None, t
 
     word: what the score is called; so in the figures below.
     """
-    figure, axes = _new_figure(title, "trial", f"validation {word}")
+    figure, axes = _new_figure(title, "trial", word)
     scored = _scored(trials).sort_values("number")
     complete, pruned = scored[scored["state"] == "COMPLETE"], scored[scored["state"] == "PRUNED"]
+    lowest = _share_axis(axes, [*_shown_scores(scored), *([] if bound is None else [bound])])
     first, last = int(trials["number"].min()), int(trials["number"].max())
     if not complete.empty:
         numbers, best_so_far = [*complete["number"], last], [*complete["score"].cummax(), complete["score"].max()]
@@ -268,14 +274,14 @@ def optimization_history(trials: pd.DataFrame, word: str, bound: float | None, t
         best = complete.loc[complete["score"].idxmax()]
         _label(axes, best["number"], best["score"], f"{best['score']:.1%}", (0, 12), ha="center")
     if not pruned.empty:
-        axes.plot(pruned["number"], pruned["score"], "x", color=GREY, markersize=10, mew=2.5, label="pruned")
+        heights = pruned["score"].clip(lower=lowest)
+        axes.plot(pruned["number"], heights, "x", color=GREY, markersize=10, mew=2.5, label="pruned", clip_on=False)
     own = scored[scored["baseline"]]
     axes.plot(own["number"], own["score"], "*", color=BLACK, markersize=19, zorder=4)
     for baseline in own["score"]:
         axes.axhline(baseline, color=BLACK, linewidth=2, linestyle="--", label=f"baseline {baseline:.1%}")
     if bound is not None:
         axes.axhline(bound, color=GREEN, linewidth=2, linestyle=":", label=f"best possible {bound:.1%}")
-    _share_axis(axes, [*scored["score"], *([] if bound is None else [bound])])
     margin = 0.5 + 0.02 * (last - first)
     axes.set_xlim(first - margin, last + margin)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -285,8 +291,9 @@ def optimization_history(trials: pd.DataFrame, word: str, bound: float | None, t
 
 def score_against_parameters(trials: pd.DataFrame, word: str, budget: int, title: str, path: Path) -> None:
     """Draw the score by trainable parameters, coloured by preset, with the Pareto front and the budget."""
-    figure, axes = _new_figure(title, "trainable parameters", f"validation {word}")
+    figure, axes = _new_figure(title, "trainable parameters", word)
     scored = _scored(trials).sort_values("number")
+    lowest = _share_axis(axes, _shown_scores(scored))
     axes.axvline(budget, color=VERMILION, linewidth=2.5, linestyle="--", label=f"budget {budget:,}")
     front = pareto_front(scored[scored["state"] == "COMPLETE"])
     if not front.empty:
@@ -297,7 +304,8 @@ def score_against_parameters(trials: pd.DataFrame, word: str, budget: int, title
         for state, face in (("COMPLETE", color), ("PRUNED", "none")):
             rows = of_preset[of_preset["state"] == state]
             style: dict[str, Any] = {"marker": marker, "edgecolors": color, "facecolors": face, "linewidths": 2}
-            axes.scatter(rows["trainable_parameters"], rows["score"], s=110, zorder=3, **style)
+            heights = rows["score"].clip(lower=lowest)
+            axes.scatter(rows["trainable_parameters"], heights, s=110, zorder=3, clip_on=False, **style)
         if not of_preset.empty:
             axes.scatter([], [], s=110, marker=marker, color=color, label=preset)
     for row in scored[scored["baseline"]].itertuples():
@@ -309,7 +317,6 @@ def score_against_parameters(trials: pd.DataFrame, word: str, budget: int, title
         axes.scatter([], [], label=f"winner: {row.trial}", **ring | {"s": 160})
     if (scored["state"] == "PRUNED").any():
         axes.scatter([], [], s=110, facecolors="none", edgecolors=GREY, linewidths=2, label="hollow: pruned")
-    _share_axis(axes, scored["score"])
     smallest, largest = min(scored["trainable_parameters"]), max(*scored["trainable_parameters"], budget)
     room = 0.08 * max(largest - smallest, 0.1 * budget)
     axes.set_xlim(smallest - room, largest + room)
@@ -330,7 +337,8 @@ def parameter_importance(importances: Mapping[str, float], word: str, title: str
     figure, axes = _new_figure(title, f"share of the variance of {word} explained", "")
     known = sorted((value, name) for name, value in importances.items())
     values = [value for value, _ in known]
-    bars = axes.barh([name.replace("_", " ") for _, name in known], values, color=BLUE, height=0.6)
+    names = [name.replace("rank_share", "rank (share of the largest)").replace("_", " ") for _, name in known]
+    bars = axes.barh([name.replace(" (", "\n(") for name in names], values, color=BLUE, height=0.6)
     axes.bar_label(bars, [f"{value:.0%}" for value in values], padding=6, fontsize=LABEL_SIZE)
     axes.set_xlim(0, max(values[-1], 0.01) * 1.15)
     axes.set_ylim(min(0, len(values) - 3) - 0.6, len(values) - 0.4)
@@ -340,37 +348,50 @@ def parameter_importance(importances: Mapping[str, float], word: str, title: str
 
 
 def parallel_coordinates(trials: pd.DataFrame, word: str, title: str, path: Path) -> None:
-    """Draw one line a trial through `DIMENSIONS` and its score: the darker the better, pruned ones pale."""
+    """Draw one line per trial through `DIMENSIONS` and its score.
+
+    Pruned trials are pale; of the others, the better half is darker. Each axis is a pair of rules with its tick
+    labels between them, so that no line crosses a label.
+    """
     figure, axes = _new_figure(title, "", "")
     axes.grid(visible=False)
     axes.spines[["left", "bottom"]].set_visible(False)
     scored = _scored(trials).sort_values("score", kind="stable")
+    scored["score"] = scored["score"].clip(lower=min(_shown_scores(scored)))
     names = [*DIMENSIONS, "score"]
-    positions = range(len(names))
-    heights = np.column_stack([_dimension(axes, position, scored[names[position]]) for position in positions])
+    heights = np.column_stack([_dimension(axes, position, scored[name]) for position, name in enumerate(names)])
     complete, winner = (scored["state"] == "COMPLETE").to_numpy(), scored["winner"].to_numpy(dtype=bool)
+    shades = np.clip(2 * pd.Series(heights[complete, -1]).rank(pct=True) - 1, 0, 1)
+    gap = np.full(len(names) - 1, np.nan)
+    places = np.arange(len(names) - 1)
+    across = np.column_stack([places + LABEL_ROOM, places + 1 - LABEL_ROOM, gap]).ravel()
+
+    def plot(line: npt.NDArray[np.float64], **style: Any) -> None:
+        axes.plot(across, np.column_stack([line[:-1], line[1:], gap]).ravel(), solid_capstyle="butt", **style)
+
     for line in heights[~complete]:
-        axes.plot(positions, line, color=PALE, linewidth=1.5, zorder=1, label="pruned")
-    for line in heights[complete]:
-        axes.plot(positions, line, color=colormaps["viridis_r"](0.05 + 0.95 * line[-1]), linewidth=2.5, zorder=2)
+        plot(line, color=PALE, linewidth=1.5, zorder=1, label="pruned")
+    for line, shade in zip(heights[complete], shades, strict=True):
+        plot(line, color=colormaps["viridis_r"](0.1 + 0.9 * shade), linewidth=1.5 + 1.5 * shade, zorder=2)
     for line, name in zip(heights[winner], scored["trial"][winner], strict=True):
-        axes.plot(positions, line, color=ORANGE, linewidth=5, zorder=3, label=f"winner: {name}")
-    _legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
-    axes.set_xticks(positions, [*(name.replace("_", " ") for name in DIMENSIONS), word], fontsize=LABEL_SIZE)
+        plot(line, color=ORANGE, linewidth=5, zorder=3, label=f"winner: {name}")
+    if complete.any():
+        for label, shade in (("best", 1.0), ("lower half", 0.1)):
+            axes.plot([], [], color=colormaps["viridis_r"](shade), linewidth=2.5, label=label)
+    _legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4)
+    axes.set_xticks(range(len(names)), [*(name.replace("_", " ") for name in DIMENSIONS), word], fontsize=LABEL_SIZE)
     axes.set_yticks([])
-    axes.set_xlim(-0.3, len(names) - 0.4)
+    axes.tick_params(length=0)
+    axes.set_xlim(-LABEL_ROOM - 0.02, len(names) - 1 + LABEL_ROOM + 0.02)
     axes.set_ylim(-0.05, 1.05)
     _save(figure, path)
 
 
 def slot_occupancy(intervals: pd.DataFrame, title: str, path: Path) -> None:
-    """Draw a Gantt chart of trials by slot, coloured by how they ended, and the number of trials at once below it.
-
-    intervals: as `stretches` gives them.
-    """
-    figure, axes = _new_figure(title, "", "slot")
+    """Draw a Gantt chart of trials by slot, coloured by how they ended. intervals: as `stretches` gives them."""
     shown, cuts = without_pauses(intervals)
     unit, name = (60.0, "minutes") if shown["ended"].max() >= 120 else (1.0, "seconds")
+    figure, axes = _new_figure(title, f"{name} of training", "slot")
     shown = shown.assign(began=shown["began"] / unit, ended=shown["ended"] / unit, slot=assign_slots(shown))
     end, num_slots = shown["ended"].max() or 1.0, shown["slot"].max() + 1
     for row in shown.itertuples():
@@ -386,22 +407,10 @@ def slot_occupancy(intervals: pd.DataFrame, title: str, path: Path) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     axes.yaxis.set_major_formatter(lambda slot, _: f"{slot + 1:.0f}")
     axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, end)
+    for cut in cuts:
+        axes.axvline(cut / unit, color=BLACK, linewidth=2, linestyle=":", zorder=5, label="a pause, cut out")
     _legend(axes)
-    grid = figure.add_gridspec(2, 1, height_ratios=(3, 1))
-    axes.set_subplotspec(grid[0])
-    axes.tick_params(labelbottom=False)
-    below = figure.add_subplot(grid[1])
-    _dress(below, f"{name} of training", "at once")
-    figure.align_ylabels([axes, below])
-    busy = at_once(shown)
-    below.fill_between(busy["time"], busy["count"], step="post", color=BLUE, alpha=0.3, linewidth=0)
-    below.step(busy["time"], busy["count"], where="post", color=BLUE, linewidth=3)
-    below.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4, min_n_ticks=1))
-    below.set_ylim(0, num_slots + 0.5)
-    for each in (axes, below):
-        each.set_xlim(0, end)
-        for cut in cuts:
-            each.axvline(cut / unit, color=BLACK, linewidth=2, linestyle=":", zorder=5)
     _save(figure, path)
 
 
@@ -449,6 +458,12 @@ def at_once(intervals: pd.DataFrame) -> pd.DataFrame:
     changes = pd.concat([pd.Series(1, index=intervals["began"]), pd.Series(-1, index=intervals["ended"])])
     counts = changes.groupby(level=0).sum().sort_index().cumsum()
     return pd.DataFrame({"time": counts.index.to_numpy(dtype=float), "count": counts.to_numpy(dtype=int)})
+
+
+def busy_seconds(intervals: pd.DataFrame) -> float | None:
+    """How long at least one interval was under way; None without any."""
+    busy = at_once(intervals)
+    return float(busy["time"].diff().shift(-1)[busy["count"] > 0].sum()) if len(intervals) else None
 
 
 def without_pauses(intervals: pd.DataFrame) -> tuple[pd.DataFrame, list[float]]:
@@ -553,7 +568,7 @@ def calibration(bins: Sequence[Mapping[str, Any]], name: str, path: Path) -> Non
         bins: `{low, count, confidence, accuracy}` each, a tenth wide, ascending; empty ones may be left out.
         name: the model's.
     """
-    title = f"{name}: expected calibration error {expected_calibration_error(bins):.1%}"
+    title = f"{name}: {confidence_in_words(bins)}"
     figure, axes = _new_figure(title, "confidence of the answer", "share that is correct")
     low, width = bins[0]["low"], 0.1
     axes.plot([low, 1], [low, 1], color=BLACK, linewidth=2.5, linestyle="--", zorder=3, label="perfect calibration")
@@ -584,6 +599,18 @@ def expected_calibration_error(bins: Sequence[Mapping[str, Any]]) -> float:
     return float(gaps / sum(each["count"] for each in bins))
 
 
+def confidence_in_words(bins: Sequence[Mapping[str, Any]]) -> str:
+    """Say whether the answers are over- or under-confident: whether their accuracy's interval leaves out their mean
+    confidence.
+    """
+    counts, names = [each["count"] for each in bins], ("accuracy", "confidence")
+    share, confidence = (float(np.average([each[name] for each in bins], weights=counts)) for name in names)
+    low, high = accuracy_interval(share, sum(counts))
+    if low <= confidence <= high:
+        return "neither over- nor under-confident"
+    return f"{'under' if confidence < low else 'over'}-confident by {100 * abs(share - confidence):.1f} points"
+
+
 def _new_figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
     """An empty figure and its axes."""
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
@@ -610,22 +637,33 @@ def _save(figure: Figure, path: Path) -> None:
     write_whole(path, content.getvalue())
 
 
-def _share_axis(axes: Axes, values: Sequence[float] | pd.Series) -> None:
-    """Set the y axis to percent, with room around `values`: two points or more, so that like values look alike."""
+def _share_axis(axes: Axes, values: Sequence[float] | npt.NDArray[np.float64] | pd.Series) -> float:
+    """Set the y axis to percent, with room around `values`: two points or more, so that like values look alike.
+
+    Returns:
+        The height of values below the axis.
+    """
     low, high = float(min(values)), float(max(values))
     room = max(0.1 * (high - low), 0.01)
     axes.set_ylim(low - room, high + room)
     axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if high - low > 0.05 else 1))
+    return low - 0.7 * room
 
 
-def _legend(axes: Axes, *, upwards: bool = False, **place: Any) -> None:
-    """Put the legend to the right of the axes, where it covers nothing, or in a given place; one entry a label."""
+def _shown_scores(scored: pd.DataFrame) -> pd.Series:
+    """The scores that an axis spans: of complete trials, where there are any. Pruned ones below stand on its edge."""
+    complete = scored["state"] == "COMPLETE"
+    return scored["score"][complete if complete.any() else slice(None)]
+
+
+def _legend(axes: Axes, *, upwards: bool = False, **place: Any) -> Legend:
+    """Put the legend to the right of the axes, where it covers nothing, or in a given place; one entry per label."""
     handles, labels = axes.get_legend_handles_labels()
     shown = dict(zip(labels, handles, strict=True))
     names = list(reversed(shown)) if upwards else list(shown)
     place = place or {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    axes.legend([shown[name] for name in names], names, fontsize=TICK_SIZE, frameon=False, **place)
+    return axes.legend([shown[name] for name in names], names, fontsize=TICK_SIZE, frameon=False, **place)
 
 
 def _dimension(axes: Axes, position: int, values: pd.Series) -> npt.NDArray[np.float64]:
@@ -633,7 +671,7 @@ def _dimension(axes: Axes, position: int, values: pd.Series) -> npt.NDArray[np.f
     if pd.api.types.is_numeric_dtype(values):
         numbers = values.to_numpy(float)
         marks = _ticks(numbers, whole=pd.api.types.is_integer_dtype(values))
-        labels = [f"{mark:.1%}" if values.name == "score" else f"{mark:.2g}" for mark in marks]
+        labels = [f"{100 * mark:.3g}%" if values.name == "score" else f"{mark:.3g}" for mark in marks]
     else:
         kinds = sorted(values.unique(), key=lambda kind: (list(PRESETS).index(kind) if kind in PRESETS else -1, kind))
         numbers = values.map({kind: float(index) for index, kind in enumerate(kinds)}).to_numpy()
@@ -646,23 +684,22 @@ def _dimension(axes: Axes, position: int, values: pd.Series) -> npt.NDArray[np.f
             return np.full(len(number), 0.5)
         return (scale(number) - scale(low)) / (scale(high) - scale(low))
 
-    axes.axvline(position, color=BLACK, linewidth=1.5, zorder=0)
-    below = -1.0
+    for side in (-LABEL_ROOM, LABEL_ROOM):
+        axes.axvline(position + side, color=GREY, linewidth=1, zorder=0)
     for place, label in zip(height(marks), labels, strict=True):
-        if place - below >= TICK_SPACING:
-            axes.text(position + 0.04, place, label, fontsize=TICK_SIZE - 1, va="center", zorder=5, bbox=BOX)
-            below = place
+        axes.text(position, place, label, fontsize=SMALL_SIZE - 1, ha="center", va="center")
     return height(numbers)
 
 
 def _ticks(numbers: npt.NDArray[np.float64], *, whole: bool) -> npt.NDArray[np.float64]:
-    """Every value where they are few whole numbers, else the two ends and values between them."""
+    """Round numbers between the lowest and the highest, or these two where there are not two round ones."""
     low, high = numbers.min(), numbers.max()
-    distinct = np.unique(numbers)
-    if low == high or (whole and len(distinct) <= 2 * NUM_TICKS):
-        return distinct
-    spread = np.geomspace if _is_logarithmic(low, high) else np.linspace
-    return np.unique(spread(low, high, NUM_TICKS).round()) if whole else spread(low, high, NUM_TICKS)
+    if _is_logarithmic(low, high):
+        marks = LogLocator(subs=(1.0, 2.0, 5.0)).tick_values(low, high)
+    else:
+        marks = MaxNLocator(NUM_TICKS, integer=whole, steps=[1, 2, 5, 10]).tick_values(low, high)
+    inside = marks[(low <= marks) & (marks <= high)]
+    return inside if len(inside) > 1 else np.unique([low, high])
 
 
 def _is_logarithmic(low: float, high: float) -> bool:
@@ -682,6 +719,19 @@ def _curve_style(row: Any) -> dict[str, Any]:
 def _measured(points: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The points at which a metric was measured and is finite, by step."""
     return points[np.isfinite(points[metric].astype(float))].sort_values("step", kind="stable")
+
+
+def _same_rows(points: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The points of a trial at which a metric was measured on the fewest rows, and those on more: the whole split."""
+    measured = _measured(points, metric)
+    whole = (measured["eval/rows"] > measured["eval/rows"].min()) & (not metric.startswith("train/"))
+    return measured[~whole], measured[whole]
+
+
+def _num_rows(points: pd.DataFrame) -> tuple[str, str]:
+    """The number of rows that scores on the way are of, behind a comma, and of those at the end: in words."""
+    low, high = points["eval/rows"].min(), points["eval/rows"].max()
+    return ("", "whole split") if np.isnan(low) else (f", {low:,.0f} rows", f"all {high:,.0f} rows")
 
 
 def _scored(trials: pd.DataFrame) -> pd.DataFrame:

@@ -250,6 +250,10 @@ class Progress:
         if self.mode != "quiet":
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def planned(self, total_trials: int) -> None:
+        """Count to another total: a person enqueued trials on top."""
+        self._total_trials = total_trials
+
     def message(self, text: str) -> None:
         """Print a warning; a quiet screen passes it on to the standard error."""
         if self.mode == "quiet":

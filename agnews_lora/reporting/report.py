@@ -18,12 +18,12 @@ from agnews_lora.adapters.budget import head_parameters, parameters_per_rank
 from agnews_lora.data.profile import TOTAL, profile_sentence, profile_table
 from agnews_lora.errors import StorageError
 from agnews_lora.paths import write_whole
-from agnews_lora.reporting.figures import MAX_MATRIX, expected_calibration_error, short
+from agnews_lora.reporting.figures import MAX_MATRIX, confidence_in_words, expected_calibration_error, short
 from agnews_lora.reporting.progress import duration
-from agnews_lora.reporting.summary import next_steps
-from agnews_lora.search.results import Confirmed, SweepFacts, SweepResult
-from agnews_lora.serving.stats import Pairs, accuracy_interval, difference_interval, mcnemar_p_value
-from agnews_lora.training.interface import SCORES, Objective
+from agnews_lora.reporting.summary import counted, next_steps
+from agnews_lora.search.results import SweepFacts, SweepResult
+from agnews_lora.serving.stats import Pairs, difference_interval, mcnemar_p_value
+from agnews_lora.training.interface import SCORES
 
 TEMPLATES: Final = Path(__file__).parent
 TOP: Final = 10  # trials of the leaderboard
@@ -119,14 +119,12 @@ def _verdict(result: SweepResult) -> str:
     winner, test = result.winner, result.registration and result.registration.test
     if winner is None:
         ended = sum(result.counts.values())
-        return f"No winner: {_counted(ended, 'trial')} ended, and none of them completed its training."
+        return f"No winner: {counted(ended, 'trial')} ended, and none of them completed its training."
     if test:
-        accuracy, macro_f1, split = test["accuracy"], test["macro_f1"], "test split"
-    elif mean := result.confirmation:
-        accuracy, macro_f1 = mean.mean("accuracy"), mean.mean("macro_f1")
-        split = f"validation split (mean over {len(mean.runs)} seeds)"
+        accuracy, macro_f1, split = test["accuracy"], test["macro_f1"], f"{test['rows']:,} test rows"
     else:
-        accuracy, macro_f1, split = winner.accuracy, winner.macro_f1, "validation split"
+        rows = f"{result.facts.num_validation_rows:,} validation rows"
+        accuracy, macro_f1, split = winner.accuracy, winner.macro_f1, rows
     return (
         f"Trial {winner.trial} is the winner by {SCORES[result.objective]}: its adapter ({winner.spec}) labels "
         f"{_percent(accuracy)} of the {split} correctly, with a macro-F1 of {_percent(macro_f1)}."
@@ -138,38 +136,42 @@ def _decision(result: SweepResult) -> Block:
     facts, winner, baseline = result.facts, result.winner, result.baseline
     word, rows = SCORES[result.objective], list[tuple[str, str, str]]()
 
-    def add(name: str, accuracy: str, macro_f1: str, *notes: str, interval: str = "") -> None:
+    def add(
+        name: str,
+        accuracy: float | None,
+        macro_f1: float | None,
+        *notes: str,
+        interval: tuple[float, float] | None = None,
+        num_rows: int = facts.num_validation_rows,
+    ) -> None:
         """A row with the objective's score. interval: the accuracy's."""
+        within = f"95% interval {_range(*interval)}" if interval else ""
+        on_rows = f"{num_rows:,} rows"
         if result.objective == "accuracy":
-            rows.append((name, accuracy, "; ".join(filter(None, (interval, *notes, f"macro-F1 {macro_f1}")))))
+            notes = (on_rows, within, *notes, f"macro-F1 {_percent(macro_f1)}")
+            rows.append((name, _percent(accuracy), "; ".join(filter(None, notes))))
         else:
-            beside = f"accuracy {accuracy}{interval and f' ({interval})'}"
-            rows.append((name, macro_f1, "; ".join((beside, *notes))))
+            beside = f"accuracy {_percent(accuracy)}{within and f' ({within})'}"
+            rows.append((name, _percent(macro_f1), "; ".join((on_rows, beside, *notes))))
 
     if result.registration and (test := result.registration.test):
-        interval = f"95% interval {_range(test['low'], test['high'])}"
-        scores = _percent(test["accuracy"]), _percent(test["macro_f1"])
-        add(f"Test {word}", *scores, f"{test['rows']:,} rows, scored once after the choice", interval=interval)
+        scores, ends = (test["accuracy"], test["macro_f1"]), (test["low"], test["high"])
+        add(f"Test {word}", *scores, "scored once, after the choice", interval=ends, num_rows=test["rows"])
     if winner is not None:
-        interval = f"95% interval {_interval(winner.accuracy, facts)}"
-        scores = _percent(winner.accuracy), _percent(winner.macro_f1)
-        add(f"Validation {word}", *scores, f"{facts.num_validation_rows:,} rows", interval=interval)
+        add(f"Validation {word}", winner.accuracy, winner.macro_f1, interval=result.interval(winner))
     if mean := result.confirmation:
-        add("Mean over seeds", _mean(mean, "accuracy"), _mean(mean, "macro_f1"), _counted(len(mean.runs), "run"))
+        interval = mean.interval(facts.num_validation_rows)
+        seeds = f"the winner's configuration, {counted(len(mean.runs), 'run')}"
+        add("Mean over seeds", mean.mean("accuracy"), mean.mean("macro_f1"), seeds, interval=interval)
     if baseline is not None:
         notes = ["the experiment's own configuration"]
         if result.gain is not None and winner != baseline:
             notes.append(f"the winner gains {_gain(result)}")
-        add("Baseline", _percent(baseline.accuracy), _percent(baseline.macro_f1), *notes)
+        add("Baseline", baseline.accuracy, baseline.macro_f1, *notes)
     for peer in result.peers:
-        add(
-            peer.name[0].upper() + peer.name[1:],
-            _percent(peer.scores["accuracy"]),
-            _percent(peer.scores["macro_f1"]),
-            peer.note,
-        )
+        add(peer.name[0].upper() + peer.name[1:], peer.scores["accuracy"], peer.scores["macro_f1"], peer.note)
     if facts.bound is not None:
-        note = "accuracy: the data's own ceiling, since some rows fit two labels"
+        note = "the accuracy of the best possible classifier: some rows fit two labels"
         rows.append(("Best possible", _percent(facts.bound), note))
     if winner is not None and winner.spec is not None and winner.trainable_parameters:
         spec, shape = winner.spec, facts.shape
@@ -178,20 +180,17 @@ def _decision(result: SweepResult) -> Block:
         note = f"{share:.1%} of {facts.budget:,}: head {head:,} + rank {spec.rank} × {step:,}"
         rows.append(("Trainable parameters", f"{winner.trainable_parameters:,}", note))
     rows.append(("Trials", str(len(result.trials)), _ends(result)))
-    rows.append(("Cost", *_cost(result)))
+    rows.append(_cost(result))
     return {"kind": "facts", "rows": [{"name": name, "value": value, "note": note} for name, value, note in rows]}
 
 
 def _gain(result: SweepResult) -> str:
-    """The winner's score less the baseline's; of accuracies with its interval where both answered the same rows."""
-    pairs = _pairs(result)
+    """The winner's score less the baseline's; of accuracies with its interval, from the answers of both adapters."""
+    gain, pairs = f"{_points(result.gain, signed=True)} of {SCORES[result.objective]}", _pairs(result)
     if pairs is None or result.objective != "accuracy":
-        return f"{_points(result.gain, signed=True)} of {SCORES[result.objective]}"
-    low, high = difference_interval(pairs)
-    return (
-        f"{_points(pairs.difference, signed=True)} (95% interval {_signed(low)} to {_signed(high)}; McNemar "
-        f"{_p_value(mcnemar_p_value(pairs, 'two-sided'))})"
-    )
+        return gain
+    low, high = map(_signed, difference_interval(pairs))
+    return f"{gain} (95% interval {low} to {high}; McNemar {_p_value(mcnemar_p_value(pairs, 'two-sided'))})"
 
 
 def _ends(result: SweepResult) -> str:
@@ -202,19 +201,19 @@ def _ends(result: SweepResult) -> str:
     return ", ".join(words) + (f"; {planned} planned" if planned != len(result.trials) else "")
 
 
-def _cost(result: SweepResult) -> tuple[str, str]:
+def _cost(result: SweepResult) -> tuple[str, str, str]:
+    """The time that the sweep took, as on the screen, and of all its runs together."""
     repeats = [row for each in result.confirmed for row in each.repeats]
     ran = [*result.trials, *repeats]
     train, evaluate = (sum(getattr(row, name) or 0.0 for row in ran) for name in ("train_seconds", "eval_seconds"))
     memory = max((row.peak_memory_bytes or 0 for row in ran), default=0)
-    notes = [f"summed over {_counted(len(ran), 'run')}: training {duration(train)}, evaluation {duration(evaluate)}"]
-    if result.facts.engine == "multilora":
-        notes.append("trials that train at once each count the same second")
-    if result.wall_seconds is not None:
-        notes.append(f"the last start took {duration(result.wall_seconds)}")
+    notes = [f"summed over {counted(len(ran), 'run')}: training {duration(train)}, evaluation {duration(evaluate)}"]
     if memory:
         notes.append(f"peak memory {memory / 2**30:.1f} GiB")
-    return duration(train + evaluate), "; ".join(notes)
+    if result.wall_seconds is None:
+        return "Run time", duration(train + evaluate), "; ".join(notes)
+    notes.insert(0, "of training and evaluation, over all starts")
+    return "Wall time", duration(result.wall_seconds), "; ".join(notes)
 
 
 def _risks(result: SweepResult) -> list[str]:
@@ -222,8 +221,8 @@ def _risks(result: SweepResult) -> list[str]:
     winner, baseline, counts = result.winner, result.baseline, result.counts
     registration, mean, found = result.registration, result.confirmation, []
     if 0 < counts["complete"] < FEW_TRIALS:
-        completed = _counted(counts["complete"], "trial")
-        found.append(f"Few trials: {completed} completed, so the space is hardly explored.")
+        completed = counted(counts["complete"], "trial")
+        found.append(f"Few trials: only {completed} completed, so most of the space is unexplored.")
     if winner is not None and winner == baseline:
         found.append("No trial beats the baseline: the winner is the experiment's own configuration.")
     elif noise := _noise(result):
@@ -235,15 +234,15 @@ def _risks(result: SweepResult) -> list[str]:
         if score is not None and score <= (peer.scores[result.objective] or 0.0)
     ]
     if winner is not None and mean is None:
-        found.append("Not confirmed over other seeds: the best of several trials on the same rows owes a part to luck.")
+        found.append("Not confirmed over other seeds: the best of several trials on the same rows is partly luck.")
     elif mean is not None and mean.num_failed:
-        found.append(f"{_counted(mean.num_failed, 'repetition')} of the winner failed; the mean is over the others.")
+        found.append(f"{counted(mean.num_failed, 'repetition')} of the winner failed; the mean is over the others.")
     if registration and any(not check["passed"] for check in registration.checks):
         found.append("The version failed a promotion check.")
     elif winner is not None and not (registration and registration.test):
         found.append("Not promoted: the test split has not been scored, and the validation accuracy is optimistic.")
     if counts["failed"]:
-        found.append(f"{_counted(counts['failed'], 'trial')} failed.")
+        found.append(f"{counted(counts['failed'], 'trial')} failed.")
     found.extend(result.facts.profile.get("warnings", ()))
     if result.facts.provenance.get("git.dirty") == "true":
         found.append("The code had uncommitted changes: its commit does not say all of it.")
@@ -252,7 +251,7 @@ def _risks(result: SweepResult) -> list[str]:
 
 def _noise(result: SweepResult) -> str | None:
     """A warning where the gain over the baseline may be chance."""
-    winner, baseline, rows = result.winner, result.baseline, result.facts.num_validation_rows
+    winner, baseline = result.winner, result.baseline
     if winner is None or baseline is None or baseline.accuracy is None or winner.accuracy is None:
         return None
     if result.objective != "accuracy":  # neither test says anything of macro-F1
@@ -262,8 +261,8 @@ def _noise(result: SweepResult) -> str | None:
         p = mcnemar_p_value(pairs, "two-sided")
         within = f"McNemar {_p_value(p)}" if p >= SIGNIFICANT or pairs.difference <= 0 else None
     else:
-        low, _ = accuracy_interval(round(winner.accuracy * rows), rows)
-        within = "it lies within the winner's 95% interval" if baseline.accuracy >= low else None
+        low, _ = result.interval(winner) or (0.0, 1.0)
+        within = "the baseline lies within the winner's 95% interval" if baseline.accuracy >= low else None
     return f"The gain over the baseline may be chance ({within})." if within else None
 
 
@@ -306,7 +305,8 @@ def _leaderboard(result: SweepResult) -> list[Block]:
     if rows:
         shown = f"The best {TOP} of {len(ranked)} completed trials" if len(ranked) > TOP else "All completed trials"
         word = SCORES[result.objective]
-        order = f"{'by their mean over seeds, then ' if means else ''}by validation {word}; ties go to the lower loss"
+        order = f"{'by their mean over seeds, then ' if means else ''}by {word}; ties go to the lower loss"
+        order += f". Scores are of {result.facts.num_validation_rows:,} validation rows"
         blocks.append(_table(f"{shown}, {order}.", columns, rows, right=(0, *range(3, len(columns))), strong=(0,)))
     failed = [row for row in result.trials if row.state == "FAIL"]
     if failed:
@@ -320,7 +320,7 @@ def _leaderboard(result: SweepResult) -> list[Block]:
 def _confirmation(result: SweepResult) -> list[Block]:
     if not result.confirmed:
         return []
-    objective, rows = result.objective, []
+    objective, num_rows, rows = result.objective, result.facts.num_validation_rows, []
     for each in result.confirmed:
         own, *others = each.scores(objective)
         drop = each.drop(objective)
@@ -330,18 +330,19 @@ def _confirmation(result: SweepResult) -> list[Block]:
                 _percent(own),
                 ", ".join(map(_percent, others)) or "–",
                 str(each.num_failed),
-                _mean(each, "accuracy"),
-                _mean(each, "macro_f1"),
+                _percent(each.mean("accuracy")),
+                _range(*(each.interval(num_rows) or (0.0, 1.0))),
+                _percent(each.mean("macro_f1")),
                 _points(None if drop is None else -drop, signed=True),
             ]
         )
-    columns = ["trial", "search", "other seeds", "failed", "mean accuracy", "mean macro-F1", "change"]
+    columns = ["trial", "search", "other seeds", "failed", "mean accuracy", "95% interval", "mean macro-F1", "change"]
     caption = (
         f"The best trials of the search, trained again with other seeds; the winner has the best mean "
-        f"{SCORES[objective]}. Search, other seeds, change from the search to the mean: of {SCORES[objective]}. "
-        "After ±: the standard deviation."
+        f"{SCORES[objective]}. Search, other seeds, change from the search to the mean: of {SCORES[objective]}, on "
+        f"{num_rows:,} validation rows. The interval of the mean accuracy counts these rows and the spread over seeds."
     )
-    return [_table(caption, columns, rows, right=(1, 3, 4, 5, 6), wide=(2,), strong=(0,))]
+    return [_table(caption, columns, rows, right=(1, 3, 4, 5, 6, 7), wide=(2,), strong=(0,))]
 
 
 def _checks(result: SweepResult) -> list[Block]:
@@ -378,8 +379,8 @@ def _mistakes(result: SweepResult, pictures: set[str]) -> list[Block]:
     blocks = [
         _text(
             f"The exported adapter, loaded in a new process in fp32, is wrong on {wrong:,} of {total:,} validation "
-            f"rows. Its confidence is {error:.1%} from its accuracy, on average over ten bins (expected "
-            "calibration error)."
+            f"rows. It is {confidence_in_words(answers.calibration)}, with an expected calibration error of "
+            f"{error:.1%} over ten bins."
         )
     ]
     if CONFUSION in pictures:
@@ -441,7 +442,7 @@ def _provenance(result: SweepResult) -> list[Block]:
 CAPTIONS: Final[dict[str, tuple[str, str, float]]] = {
     SIZE: (
         "Score against size: each mark is a trial, coloured by the matrices that it adapts, hollow where it was "
-        "pruned. The grey line is the best score for a size.",
+        "pruned; pruned trials below the axis are drawn on its edge. The grey line is the best score for a size.",
         "Validation score of each trial by its number of trainable parameters, with the budget as a line.",
         0.74,
     ),
@@ -452,13 +453,14 @@ CAPTIONS: Final[dict[str, tuple[str, str, float]]] = {
         0.62,
     ),
     "learning_curves.png": (
-        "Learning curves: a fixed subset of the validation split is scored on the way, the whole split at the end, so "
-        "that a small step at the end may come from the rows alone.",
+        "Learning curves, on a fixed subset of the validation split. Diamonds: the score on the whole split at the "
+        "last step, by which trials are ranked.",
         "Validation score of all trials by training step.",
         0.62,
     ),
     "parallel_coordinates.png": (
-        "Configurations: one line a trial through the parameters of the space, darker where its score is higher.",
+        "Configurations: one line for each trial through its parameters. The better half of the completed trials is "
+        "darker, the best darkest.",
         "Parallel coordinates of all trials through the searched parameters and their score.",
         0.62,
     ),
@@ -469,13 +471,13 @@ CAPTIONS: Final[dict[str, tuple[str, str, float]]] = {
         0.62,
     ),
     PAIRS: (
-        "What the winner confuses most on the validation split: label, wrong answer, and how many rows of the "
+        "What the winner confuses most among the validation rows: label, wrong answer, and how many rows of the "
         "label got it.",
         "Bars of the pairs of a label and a wrong answer with the most rows.",
         0.66,
     ),
     CONFUSION: (
-        "Confusion matrix of the winner on the validation split: rows of each label by answer, the darker the larger "
+        "Confusion matrix of the winner on the validation rows: rows of each label by answer, the darker the larger "
         "their share of the label's rows.",
         "A matrix of counts, labels against predictions.",
         0.66,
@@ -515,12 +517,6 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.2%}"
 
 
-def _mean(of: Confirmed, name: Objective) -> str:
-    """Mean and standard deviation over seeds."""
-    spread = of.std(name)
-    return _percent(of.mean(name)) + ("" if spread is None else f" ± {100 * spread:.2f}")
-
-
 def _range(low: float, high: float) -> str:
     return f"{_percent(low)} to {_percent(high)}"
 
@@ -536,17 +532,8 @@ def _points(share: float | None, *, signed: bool = False) -> str:
     return f"{_signed(share) if signed else f'{100 * share:.2f}'} points"
 
 
-def _interval(accuracy: float | None, facts: SweepFacts) -> str:
-    rows = facts.num_validation_rows
-    return "–" if accuracy is None else _range(*accuracy_interval(round(accuracy * rows), rows))
-
-
 def _p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from agnews_lora.reporting.progress import duration
 from agnews_lora.search.results import INTERRUPTED, SweepFacts, SweepResult
+from agnews_lora.tracking.views import UI
 from agnews_lora.training.interface import SCORES, Objective
 
 MORE: Final = 10  # trials that a finished study may be extended by
@@ -43,9 +44,8 @@ def next_steps(result: SweepResult) -> list[Step]:
         cure = "start another study, once the cause of the failures is removed"
         return [Step(facts.command("sweep", "--new"), cure), browse]
     write = Step(facts.command("report"), "write the result as a page and a PDF")
-    more = Step(
-        facts.command("sweep", "--trials", str(sum(result.counts.values()) + MORE)), f"train {MORE} more trials"
-    )
+    own = sum(result.counts.values()) - sum(row.enqueued for row in result.trials)  # as `--trials` counts
+    more = Step(facts.command("sweep", "--trials", str(own + MORE)), f"train {MORE} more trials")
     aliases = version.aliases if version else ("candidate",)
     if "champion" in aliases:
         return [*champion_steps(facts), write, browse, more]
@@ -82,8 +82,24 @@ def print_summary(console: Console, result: SweepResult) -> None:
     found = _grid()
     for name, value, style in _rows(result):
         found.add_row(Text(name, style="dim"), Text(value, style=style))
-    content = Group(found, Text("\nNext", style="bold"), steps_table(next_steps(result), console.width - 4))
+    content = Group(
+        found,
+        Text(),
+        _scores(result),
+        Text("\nNext", style="bold"),
+        steps_table(next_steps(result), console.width - 4),
+    )
     console.print(Panel(content, title=Text(f"study {result.study}"), title_align="left", expand=False))
+    print_pages(console, result)
+
+
+def print_pages(console: Console, result: SweepResult) -> None:
+    """Print where MLflow's UI shows the trials."""
+    server = result.facts.options.get("--tracking")
+    for page in ("trials", "charts") if result.links else ():
+        while_up = "" if server else f"  (while {typed('agnews-lora ui')} runs)"
+        url = f"{(server or UI).rstrip('/')}/{result.links[page]}"
+        console.print(f"{page}: {url}{while_up}", soft_wrap=True, markup=False)
 
 
 def steps_table(steps: list[Step], width: int) -> Table:
@@ -102,48 +118,68 @@ def steps_table(steps: list[Step], width: int) -> Table:
 
 
 def _rows(result: SweepResult) -> Iterator[tuple[str, str, str]]:
-    """(name, value, style) of every line."""
-    winner, baseline, mean, facts = result.winner, result.baseline, result.confirmation, result.facts
-
-    def told(shown: Mapping[Objective, str], *notes: str) -> str:
-        """The objective's score, then notes and the other scores in brackets."""
-        others = [f"{SCORES[name]} {score}" for name, score in shown.items() if name != result.objective]
-        return f"{shown[result.objective]}  ({'; '.join([*notes, *others])})"
-
+    """(name, value, style) of every line but the scores."""
+    winner, facts = result.winner, result.facts
     if winner is None:
         yield "winner", "none: no trial was completed", "bold red"
     else:
         yield "winner", f"{winner.trial}  {winner.spec or ''}".rstrip(), "bold"
-        yield SCORES[result.objective], told({name: _percent(winner.score(name)) for name in SCORES}), "bold green"
-    if mean is not None:
-        means = {name: _percent(mean.mean(name)) for name in SCORES}
-        for name in SCORES:
-            means[name] += "" if (std := mean.std(name)) is None else f" ± {100 * std:.2f}"
-        seeds = f"{len(mean.runs)} seed{'s' if len(mean.runs) != 1 else ''}"
-        yield "confirmed", told(means, f"mean of {seeds}"), ""
-    if baseline is not None:
-        gain = [] if result.gain is None else [f"gain {100 * result.gain:+.2f} points"]
-        yield "baseline", told({name: _percent(baseline.score(name)) for name in SCORES}, *gain), ""
-    for peer in result.peers:
-        yield peer.name, told({name: _percent(peer.scores[name]) for name in SCORES}, peer.note), ""
-    if facts.bound is not None:
-        yield "best possible", f"{facts.bound:.2%}  (accuracy)", ""
     if winner is not None and (count := winner.trainable_parameters) is not None:
         share = f"{count / facts.budget:.1%} of the budget of {facts.budget:,}"
         yield "parameters", f"{count:,} trainable, {share}", ""
     yield "trials", ", ".join(f"{count} {word}" for word, count in result.counts.items()), ""
     if result.wall_seconds is not None:
-        yield "wall time", duration(result.wall_seconds), ""
+        yield "wall time", f"{duration(result.wall_seconds)} of training and evaluation, over all starts", ""
     if (version := result.registration) is not None:
         aliases = ", ".join(version.aliases) or "a version"
         yield "registered", f"version {version.version} of {version.model} as {aliases}", ""
-        if test := version.test:
-            scores: dict[Objective, str] = {name: _percent(test[name]) for name in SCORES}
-            interval = f"95% interval {_percent(test['low'])} to {_percent(test['high'])}"
-            note = f"{test['rows']:,} test rows, scored once" + (
-                f"; {interval}" if result.objective == "accuracy" else ""
-            )
-            yield f"test {SCORES[result.objective]}", told(scores, note), "bold green"
+
+
+def _scores(result: SweepResult) -> Table:
+    """The scores of the winner and of its peers, with the number of rows that they are of; the objective's first."""
+    facts, winner, mean = result.facts, result.winner, result.confirmation
+    names: list[Objective] = sorted(SCORES, key=lambda name: name != result.objective)
+    table = Table.grid(padding=(0, 3, 0, 0))
+    for justify in ("left", "right", "right"):
+        table.add_column(no_wrap=True, justify=justify)
+    table.add_column()
+
+    def add(name: str, scores: Mapping[Any, float | None], note: str = "", style: str = "") -> None:
+        cells = [Text(_percent(scores.get(each)), style=style) for each in names]
+        table.add_row(Text(name, style="dim"), *cells, Text(note))
+
+    of = "" if result.objective == "accuracy" else "accuracy: "
+
+    def interval(ends: tuple[float, float] | None) -> str:
+        return f"{of}95% interval {ends[0]:.2%} to {ends[1]:.2%}" if ends else ""
+
+    rows = f"{facts.num_validation_rows:,} validation rows"
+    table.add_row(Text(rows), *(Text(SCORES[name], style="dim") for name in names))
+    if winner is not None:
+        add(
+            f"winner {winner.trial}",
+            {name: winner.score(name) for name in SCORES},
+            interval(result.interval(winner)),
+            "bold green",
+        )
+    if mean is not None:
+        note = interval(mean.interval(facts.num_validation_rows))
+        add(f"mean of {counted(len(mean.runs), 'seed')}", {name: mean.mean(name) for name in SCORES}, note)
+    if (baseline := result.baseline) is not None:
+        gain = "" if result.gain is None else f"gain {100 * result.gain:+.2f} points"
+        add("baseline", {name: baseline.score(name) for name in SCORES}, gain)
+    for peer in result.peers:
+        add(peer.name, peer.scores, peer.note)
+    if facts.bound is not None:
+        add("best possible", {"accuracy": facts.bound})
+    if result.registration and (test := result.registration.test):
+        add(f"test, {test['rows']:,} rows", test, interval((test["low"], test["high"])), "bold green")
+    return table
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _percent(share: float | None) -> str:

@@ -1,7 +1,7 @@
 """The confirmation: the best trials trained again over more seeds, so that the winner is chosen by mean.
 
-The best of many trials owes a part of its accuracy to luck: it was chosen for it. Its mean over further seeds owes it
-less. The repetitions (`t0007-s2`: trial 7 with its second seed) are trials of a study of their own,
+The accuracy of the best of many trials is partly luck: the trial was chosen for it. Its mean over further seeds is
+less so. The repetitions (`t0007-s2`: trial 7 with its second seed) are trials of a study of their own,
 `<study>/confirmation`, so that neither sampler nor pruner learns from them. The same driver trains them, in slots that
 the search leaves free: a trial is repeated once it is sure to be among the best, however the running ones end. Each of
 those can push it down by one place at most. So the same trials are repeated, with the same seeds, as after the search.

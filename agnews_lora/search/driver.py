@@ -74,6 +74,8 @@ class Screen(Protocol):
 
     def trial_ended(self, trial: str, state: str, scores: EvalPoint | None, reason: str | None) -> None: ...
 
+    def planned(self, total_trials: int) -> None: ...
+
     def message(self, text: str) -> None: ...
 
 
@@ -84,7 +86,7 @@ class Search:
     Args:
         baseline_seed: the experiment's own seed, so that the baseline is the very run that `train` makes.
         total_steps: of a trial that is not pruned.
-        num_trials: how many are to end in all.
+        num_trials: how many are to end in all, beside those that a person enqueued on top (`keys.ENQUEUED`).
         objective: the score that is the study's value.
     """
 
@@ -130,7 +132,7 @@ class ActiveTrial:
 
     spec: None where it has no configuration that could train. fault: why it cannot train. attempts: begun since its
     last new checkpoint, this one included. logged, reported: points of the log that the run and the study have.
-    opened, closed: its run. detached: somebody else has ended it in the study.
+    opened, closed: its run. detached: somebody else has ended it in the study. stopped: a person has asked for its end.
     """
 
     name: str
@@ -148,7 +150,13 @@ class ActiveTrial:
     opened: bool = False
     closed: bool = False
     detached: bool = False
+    stopped: bool = False
     log: TrialLog = field(init=False)
+
+    def read_stop(self) -> None:
+        """Learn from the study whether a person has asked for its end."""
+        trial = self.trial.storage.get_trial(self.trial._trial_id)
+        self.stopped = self.stopped or keys.is_stopped(trial)
 
     @property
     def run_is_behind(self) -> bool:
@@ -266,6 +274,7 @@ class Driver:
         self._confirm = confirm
         self._rounds: optuna.Study | None = None
         self._rounds_left: int | None = None  # what the search had left when those were opened
+        self._planned: int | None = None  # trials of the search in all, as the screen knows
         self._storage = Retry("the study's storage", patience)
         self._runs = Retry("the run store", patience)
 
@@ -344,12 +353,17 @@ class Driver:
             return None
         for study, num_trials in self._studies():
             trials = study.get_trials(deepcopy=False)
+            planned = num_trials + keys.num_enqueued(trials)
+            if study is self._study and planned != self._planned:
+                study.set_user_attr(keys.PLANNED, num_trials)
+                self._planned = planned
+                self._screen.planned(planned)
             for trial in trials:
                 lost = trial.state is TrialState.RUNNING and trial_name(trial) not in self.active
                 if lost and not (mine and _is_suspect(trial)):
                     return self._configured(keys.running(study, trial), worker)
             waiting = [trial for trial in trials if trial.state is TrialState.WAITING]
-            if len(trials) - len(waiting) < num_trials:
+            if len(trials) - len(waiting) < planned:
                 alone = mine and waiting and _is_suspect(waiting[0])
                 return None if alone else self._configured(study.ask(), worker)
         return None
@@ -360,13 +374,15 @@ class Driver:
         attempts = int(attributes.get(keys.ATTEMPTS) or 0)
         name, checkpoint_step = trial_name(trial), int(attributes.get(keys.CHECKPOINT) or 0)
         active = ActiveTrial(name, trial, worker, search.objective, attempts + 1, checkpoint_step)
+        active.read_stop()
         try:
             active.spec = search.configuration(trial)
         except ValueError as error:
             active.fault = f"enqueued with a value that no trial can have: {error}"
             return active
         seed, size = search.seed_of(trial), trainable_parameters(active.spec, search.shape)
-        for key, value in ((keys.SPEC, active.spec.as_dict()), (keys.SEED, seed), (keys.TRAINABLE, size)):
+        described = {keys.SPEC: active.spec.as_dict(), keys.SEED: seed, keys.TRAINABLE: size}
+        for key, value in (described | {keys.TOTAL_STEPS: search.total_steps}).items():
             trial.set_user_attr(key, value)
         active.facts = {"seed": seed, "baseline": bool(attributes.get(keys.BASELINE)), "trainable_parameters": size}
         active.facts |= {"confirms": attributes[keys.CONFIRMS]} if attributes.get(keys.CONFIRMS) else {}
@@ -390,6 +406,9 @@ class Driver:
         self._screen.trial_started(active.name, active.spec, self._search.total_steps, confirms, baseline)
         if active.fault is not None and active.log.end is None:
             active.log.finish(TrialEnd("FAILED", reason=active.fault))
+        elif active.stopped and active.log.end is None:
+            step = active.log.evaluation.step if active.log.evaluation else 0
+            active.log.finish(TrialEnd("PRUNED", reason=_stopped(step, self._search.total_steps)))
         self._sync(active)
         if active.log.end is not None:  # it cannot train, or an earlier process ended it and could not tell the study
             return None
@@ -428,7 +447,8 @@ class Driver:
     def _judge(self, point: EvalPoint) -> Verdict:
         """A trial that the study cannot judge now continues, to be judged at its next evaluation."""
         active = self.active[point.trial]
-        if active.detached:
+        self._storage.succeeds(active.read_stop)
+        if active.detached or active.stopped:
             return Verdict.PRUNE
         if point.final or active.facts["baseline"] or active.study_is_behind:
             return Verdict.CONTINUE
@@ -442,8 +462,10 @@ class Driver:
             self._sync(active)
 
     def finished(self, result: TrialResult) -> None:
-        if self.active[result.trial].detached:
-            self._finish(result.trial, TrialEnd("PRUNED", replace(result, final=None), ENDED_BY_OTHERS))
+        active = self.active[result.trial]
+        if active.detached or active.stopped:
+            reason = ENDED_BY_OTHERS if active.detached else _stopped(result.steps, result.total_steps)
+            self._finish(result.trial, TrialEnd("PRUNED", replace(result, final=None, adapter=None), reason))
         elif result.final is not None:
             self._finish(result.trial, TrialEnd("COMPLETE", result))
         else:
@@ -538,10 +560,11 @@ class Driver:
 
 
 def num_left(study: optuna.Study, num_trials: int) -> int:
-    """How many trials are still to end."""
-    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    """How many trials are still to end. num_trials: in all, beside those that a person enqueued on top."""
+    trials = study.get_trials(deepcopy=False)
+    states = [trial.state for trial in trials]
     ended = sum(state.is_finished() for state in states)
-    return max(num_trials - ended, states.count(TrialState.RUNNING))
+    return max(num_trials + keys.num_enqueued(trials) - ended, states.count(TrialState.RUNNING))
 
 
 def tidy(studies: Iterable[optuna.Study], folder: Path) -> None:
@@ -550,6 +573,10 @@ def tidy(studies: Iterable[optuna.Study], folder: Path) -> None:
         for trial in study.get_trials(deepcopy=False):
             if trial.state.is_finished():
                 shutil.rmtree(folder / trial_name(trial), ignore_errors=True)
+
+
+def _stopped(step: int, total_steps: int) -> str:
+    return f"{keys.STOPPED_BY_PERSON} at step {step} of {total_steps}"
 
 
 def _is_suspect(trial: FrozenTrial) -> bool:

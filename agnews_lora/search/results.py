@@ -20,6 +20,7 @@ from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.paths import write_whole
 from agnews_lora.search import study as study_keys
 from agnews_lora.training.interface import SCORES, Objective
+from agnews_lora.training.metrics import accuracy_interval
 
 INTERRUPTED: Final = "INTERRUPTED"
 FORMAT: Final = 2  # of `result.json`
@@ -39,7 +40,8 @@ class TrialSummary:
 
     state: Optuna's; `FAIL` of a trial that somebody else ended, whatever they told the study. accuracy, macro_f1, loss:
     final, or the last ones of a trial that ended before. steps: the last one that was evaluated. rows_seen,
-    train_seconds, eval_seconds, peak_memory_bytes: its costs; None until it has ended.
+    train_seconds, eval_seconds, peak_memory_bytes: its costs; None until it has ended. enqueued: on top of the
+    sweep's own.
     """
 
     trial: str
@@ -59,6 +61,7 @@ class TrialSummary:
     train_seconds: float | None = None
     eval_seconds: float | None = None
     peak_memory_bytes: int | None = None
+    enqueued: bool = False
 
     @classmethod
     def from_trial(cls, trial: FrozenTrial, objective: Objective = "accuracy") -> Self:
@@ -89,6 +92,7 @@ class TrialSummary:
             run_id=attributes.get(study_keys.RUN_ID),
             reason=attributes.get(study_keys.REASON, ENDED_BY_OTHERS if by_others else None),
             steps=max(reported, default=0),
+            enqueued=study_keys.ENQUEUED in attributes,
             **attributes.get(study_keys.COSTS, {}),
         )
 
@@ -129,12 +133,18 @@ class Confirmed:
         """How far the mean lies below the search's own score."""
         return scores[0] - fmean(scores) if (scores := self.scores(name)) else None
 
-    def as_dict(self, objective: Objective) -> dict[str, float | int | None]:
-        """What it says in numbers. drop: of the objective."""
+    def interval(self, num_rows: int) -> tuple[float, float] | None:
+        """The 95 % interval of the mean accuracy, which counts the validation rows as well as the seeds."""
+        mean, spread = self.mean("accuracy"), self.std("accuracy") or 0.0
+        return None if mean is None else accuracy_interval(mean, num_rows, spread**2 / len(self.runs))
+
+    def as_dict(self, objective: Objective, num_rows: int) -> dict[str, float | int | None]:
+        """Give its numbers. drop: of the objective. num_rows: of the validation split."""
         found: dict[str, float | int | None] = {"seeds": len(self.runs), "failed": self.num_failed}
         for name in SCORES:
             found |= {f"mean_{name}": self.mean(name), f"std_{name}": self.std(name)}
-        return found | {"drop": self.drop(objective)}
+        low, high = self.interval(num_rows) or (None, None)
+        return found | {"low_accuracy": low, "high_accuracy": high, "drop": self.drop(objective)}
 
 
 @dataclass(frozen=True)
@@ -209,10 +219,10 @@ class Answers:
     """How the winner answers on the validation split.
 
     confusion: `(label, predicted, rows)` of every pair that occurs, by index. calibration: bins
-    `{low, count, confidence, accuracy}`. mistakes: `{row, label, predicted, confidence, text}`, the surest first.
-    against_baseline: rows by who answers them rightly, `{both, only_winner, only_baseline, neither}`; None without a
-    baseline. tfidf_accuracy, tfidf_macro_f1: of TF-IDF and logistic regression on the same training rows; None where
-    they were not computed.
+    `{low, count, confidence, accuracy}`. mistakes: `{row, label, predicted, confidence, text}`, by confidence.
+    against_baseline: rows by which of the two answers them correctly, `{both, only_winner, only_baseline, neither}`;
+    None without a baseline. tfidf_accuracy, tfidf_macro_f1: of TF-IDF and logistic regression on the same training
+    rows; None where they were not computed.
     """
 
     confusion: tuple[tuple[int, int, int], ...]
@@ -225,8 +235,9 @@ class Answers:
 
 @dataclass(frozen=True)
 class Peer:
-    """A classifier without an encoder, to judge the winner by. scores: on the validation split."""
+    """A classifier without an encoder, fitted to the same training rows. scores: on the validation split."""
 
+    key: str
     name: str
     scores: Mapping[Objective, float | None]
     note: str
@@ -236,11 +247,16 @@ class Peer:
 class SweepResult:
     """What a sweep found, finished or not.
 
+    A trial's accuracy is its own run's, as the engine measured it at the last step on the whole validation split. The
+    winner's is thus that of the adapter that is registered; the mean over seeds stands beside it, and is never called
+    the winner's accuracy. The gain is the winner's score less the baseline's, both of their own runs.
+
     state: `COMPLETE`, or `INTERRUPTED`; trials_left is then their number, None where it is not known. study_id: the
     study's identity. run_id: of the parent run. trials: by number.
-    confirmed: the best first. importances: by parameter; empty where too few trials tell. wall_seconds,
-    record_seconds: of this start of the sweep, the latter spent in study, tracker and screen. ended_at: when the last
-    trial ended, in seconds since 1970; None before the first has.
+    confirmed: the best first. importances: by parameter; empty where too few trials tell. wall_seconds: in which
+    trials trained, over all starts of the sweep. record_seconds: of the last start, spent in study, tracker and screen.
+    ended_at: when the last trial ended, in seconds since 1970; None before the first has. links: of the study's pages,
+    relative to MLflow's UI: `sweep`, `trials`, `charts`; empty where another release wrote the result.
     """
 
     facts: SweepFacts
@@ -257,6 +273,7 @@ class SweepResult:
     answers: Answers | None = None
     ended_at: float | None = None
     trials_left: int | None = 0
+    links: Mapping[str, str] = field(default_factory=dict)
     format: int = field(default=FORMAT)
 
     @classmethod
@@ -300,17 +317,21 @@ class SweepResult:
         best, own = (row.score(self.objective) if row else None for row in (self.winner, self.baseline))
         return None if best is None or own is None else best - own
 
+    def interval(self, row: TrialSummary) -> tuple[float, float] | None:
+        """The 95 % interval of a trial's accuracy."""
+        return None if row.accuracy is None else accuracy_interval(row.accuracy, self.facts.num_validation_rows)
+
     @property
     def peers(self) -> list[Peer]:
         """The classifiers without an encoder whose scores are known."""
         facts, answers = self.facts, self.answers
         majority: dict[Objective, float | None]
         majority = {"accuracy": facts.majority_accuracy, "macro_f1": facts.majority_macro_f1}
-        found = [Peer("majority class", majority, "always the most common label")]
+        found = [Peer("majority", "majority class", majority, "always the most common label")]
         if answers is not None:
             tfidf: dict[Objective, float | None]
             tfidf = {"accuracy": answers.tfidf_accuracy, "macro_f1": answers.tfidf_macro_f1}
-            found.insert(0, Peer("TF-IDF", tfidf, "with logistic regression, same rows"))
+            found.insert(0, Peer("tfidf", "TF-IDF", tfidf, "with logistic regression"))
         return [peer for peer in found if peer.scores["accuracy"] is not None]
 
     @property
@@ -329,7 +350,7 @@ class SweepResult:
         return {word: sum(row.state == state for row in self.trials) for word, state in ENDED_STATES.items()}
 
     def frame(self) -> pd.DataFrame:
-        """One row a trial, the best first."""
+        """One row per trial, the best first."""
         scores = ("trial", "state", *SCORES, "loss", "trainable_parameters")
         return pd.DataFrame(
             [
@@ -349,7 +370,8 @@ class SweepResult:
 
         `trials` counts them, and `leaderboard` has them all, the best first.
         """
-        winner, baseline, mean = self.winner, self.baseline, self.confirmation
+        winner, baseline, mean, rows = self.winner, self.baseline, self.confirmation, self.facts.num_validation_rows
+        low, high = (winner and self.interval(winner)) or (None, None)
         shown = asdict(self)
         del shown["trials"]
         return {
@@ -363,12 +385,18 @@ class SweepResult:
                 "run_id": winner.run_id,
                 "configuration": winner.spec and winner.spec.as_dict(),
                 "accuracy": winner.accuracy,
+                "accuracy_low": low,
+                "accuracy_high": high,
                 "macro_f1": winner.macro_f1,
                 "trainable_parameters": winner.trainable_parameters,
-                "confirmation": mean and mean.as_dict(self.objective),
+                "confirmation": mean and mean.as_dict(self.objective, rows),
             },
+            "validation_rows": rows,
+            "gain": self.gain,
             "baseline_accuracy": baseline and baseline.accuracy,
             "baseline_macro_f1": baseline and baseline.macro_f1,
+            "tfidf_accuracy": self.answers and self.answers.tfidf_accuracy,
+            "tfidf_macro_f1": self.answers and self.answers.tfidf_macro_f1,
             "majority_accuracy": self.facts.majority_accuracy,
             "majority_macro_f1": self.facts.majority_macro_f1,
             "best_possible_accuracy": self.facts.bound,

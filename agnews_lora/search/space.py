@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.trial import BaseTrial
+from optuna.trial import BaseTrial, FixedTrial
 
 from agnews_lora.adapters.budget import feasible_ranks, max_rank
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
@@ -44,7 +44,7 @@ def distributions(space: Space, shape: ModelShape, budget: int) -> dict[str, _Di
 def shared(space: Space, shape: ModelShape, budget: int) -> dict[str, BaseDistribution]:
     """Those of `distributions` that every trial is asked for, whatever preset it draws."""
     asked = distributions(space, shape, budget)
-    always = all(len(_heads(preset, space, shape, budget)) != 1 for preset in space.targets)
+    always = all(len(heads_that_fit(preset, space, shape, budget)) != 1 for preset in space.targets)
     return {name: given for name, given in asked.items() if name != "head" or always}
 
 
@@ -60,7 +60,7 @@ def suggest(trial: BaseTrial, space: Space, shape: ModelShape, budget: int) -> T
                 return trial.suggest_float(name, low, high, log=log)
 
     targets = ask("targets")
-    heads = _heads(targets, space, shape, budget)
+    heads = heads_that_fit(targets, space, shape, budget)
     head = ask("head") if len(heads) > 1 else heads[0]
     rank = rank_of(ask("rank_share"), max_rank(targets, head, shape, budget))
     return TrialSpec(
@@ -90,6 +90,11 @@ def smallest(space: Space, shape: ModelShape, budget: int) -> dict[str, Any]:
     }
 
 
+def completed(given: Mapping[str, Any], space: Space, shape: ModelShape, budget: int) -> TrialSpec:
+    """The configuration of parameters without `faults`, completed by the smallest values."""
+    return suggest(FixedTrial(smallest(space, shape, budget) | dict(given)), space, shape, budget)
+
+
 def parameters_of(spec: TrialSpec, space: Space, shape: ModelShape, budget: int) -> dict[str, Any]:
     """Parameters to enqueue, with which `suggest` gives exactly this configuration.
 
@@ -99,7 +104,7 @@ def parameters_of(spec: TrialSpec, space: Space, shape: ModelShape, budget: int)
     faults = outside(spec, space, shape, budget)
     if faults:
         raise ValueError(f"{spec} lies outside the space: {'; '.join(faults)}")
-    heads = _heads(spec.targets, space, shape, budget)
+    heads = heads_that_fit(spec.targets, space, shape, budget)
     head = {"head": spec.head} if len(heads) > 1 else {}
     return {
         "targets": spec.targets,
@@ -150,6 +155,9 @@ def faults(given: Mapping[str, Any], space: Space, shape: ModelShape, budget: in
                 highest = _MOST_SHARES if name == "rank_share" else high
                 if not number or not low <= value <= highest:
                     found.append(f"{name} {value!r} is no number within {low:g} to {high:g}")
+    both = not found and {"head", "targets"} <= given.keys()
+    if both and given["head"] not in heads_that_fit(given["targets"], space, shape, budget):
+        found.append(f"head {given['head']!r} does not fit the budget with targets {given['targets']}")
     return found
 
 
@@ -161,6 +169,6 @@ def describe(space: Space, shape: ModelShape, budget: int) -> dict[str, list[Any
     }
 
 
-def _heads(preset: str, space: Space, shape: ModelShape, budget: int) -> list[str]:
+def heads_that_fit(preset: str, space: Space, shape: ModelShape, budget: int) -> list[str]:
     """The searched heads that a preset fits with."""
     return [head for head in space.heads if max_rank(preset, head, shape, budget) > 0]

@@ -5,11 +5,12 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 from uuid import uuid4
 
 import optuna
@@ -19,7 +20,7 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import StudyDirection
-from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import column, func, select, table, update
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -27,7 +28,7 @@ from sqlalchemy.exc import ArgumentError
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.config.sweep import Space
 from agnews_lora.errors import StorageError, StudyError
-from agnews_lora.paths import lock_file
+from agnews_lora.paths import is_locked, lock_file
 from agnews_lora.search import space as search_space
 from agnews_lora.search.retry import STORAGE_FAULTS, brief
 from agnews_lora.training.interface import Objective
@@ -38,6 +39,7 @@ WINNER = "winner"
 IDENTITY = "identity"  # a random id of the study; of a trial: its study's, and its own number
 BOUND = "bound"  # [the study's own name, the number of trials from before trials had an identity]
 FINGERPRINT = "fingerprint"
+PLANNED = "planned_trials"  # of a study: those that its last driver was to end, beside those enqueued on top
 BASELINE = "baseline"
 NAME = "name"  # of a trial that was enqueued with its configuration and seed
 CONFIRMS = "confirms"
@@ -48,12 +50,18 @@ RUN_ID = "run_id"
 CHECKPOINT = "checkpoint_step"
 ATTEMPTS = "attempts"
 TRAINABLE = "trainable_parameters"
+TOTAL_STEPS = "total_steps"
 SCORES = "scores"  # of the last evaluation
 REASON = "reason"
 COSTS = "costs"
-OF_TRIALS: Final = {BASELINE, NAME, CONFIRMS, SEED, SPEC, TRAINABLE} | {
+OF_TRIALS: Final = {BASELINE, NAME, CONFIRMS, SEED, SPEC, TRAINABLE, TOTAL_STEPS} | {
     *(RUN_ID, CHECKPOINT, ATTEMPTS, SCORES, REASON, COSTS),
 }
+
+# What a person asks of a trial while a driver may hold the study: these two come from other processes.
+STOP: Final = "stop"  # end the trial of this number
+ENQUEUED: Final = "enqueued"  # train the trial on top of the sweep's own; a random id, which a copy shares
+STOPPED_BY_PERSON: Final = "stopped by a person"
 
 CONFIRMATION: Final = "/confirmation"  # ends the identity and the name of a confirmation's study
 ENDING_SECONDS: Final = 5.0  # that a driver which was asked to stop, or killed, may take to release a lock
@@ -65,14 +73,38 @@ def open_storage(where: Path | str) -> RDBStorage:
     Raises:
         StorageError: it cannot be made, read or written, is another Optuna's, or the URL is not one to use.
     """
-    quieten()
     url = _url(where)
-    try:
+    with _opening(url):
         if url.database and url.get_backend_name() == "sqlite":
             path = Path(url.database)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("ab").close()
         return RDBStorage(url.render_as_string(), engine_kwargs=_engine_arguments(url))
+
+
+def read_storage(where: Path | str) -> RDBStorage | None:
+    """The same, to be read alone: the database refuses every write. None where there is none.
+
+    Raises:
+        StorageError: it cannot be read, is another Optuna's, or the URL is not one to use.
+    """
+    url = _url(where)
+    arguments = _engine_arguments(url)
+    if url.database and url.get_backend_name() == "sqlite":
+        if not Path(url.database).exists():
+            return None
+        url = url.set(database=f"file:{quote(url.database)}", query={"mode": "ro", "uri": "true"})
+    else:
+        arguments["connect_args"]["options"] = "-c default_transaction_read_only=on"
+    with _opening(url):
+        return RDBStorage(url.render_as_string(), engine_kwargs=arguments, skip_table_creation=True)
+
+
+@contextmanager
+def _opening(url: URL) -> Iterator[None]:
+    quieten()
+    try:
+        yield
     except ImportError as error:
         raise StorageError(
             "Cannot open a study in PostgreSQL: psycopg is not installed. "
@@ -219,6 +251,16 @@ class SweepStudy(optuna.Study):
         return searches and trial.state is TrialState.WAITING and not trial.intermediate_values
 
 
+def is_stopped(trial: FrozenTrial) -> bool:
+    """Whether a person has asked for a trial's end: of this one, not of one that it was copied from."""
+    return bool(trial.user_attrs.get(STOP) == trial.number)
+
+
+def num_enqueued(trials: Sequence[FrozenTrial]) -> int:
+    """How many trials a person enqueued on top of the sweep's own."""
+    return len({str(trial.user_attrs[ENQUEUED]) for trial in trials if ENQUEUED in trial.user_attrs})
+
+
 def running(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial:
     """A trial that is running in the study, to be asked for its parameters."""
     study._thread_local.cached_all_trials = None  # the sampler sees what there is now
@@ -298,10 +340,24 @@ def sole_driver_of(storage: RDBStorage, sweep: str) -> Iterator[None]:
     if storage.engine.dialect.name != "postgresql":
         yield
         return
-    key = int.from_bytes(hashlib.sha256(f"agnews-lora {sweep}".encode()).digest()[:8], "big", signed=True)
+    key = _advisory_key(sweep)
     with storage.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         _wait_for(lambda: connection.execute(select(func.pg_try_advisory_lock(key))).scalar(), sweep)
         yield
+
+
+def is_driven(storage: RDBStorage, folder: Path, sweep: str) -> bool:
+    """Whether a driver holds a sweep, by one lock or the other. Writes nothing."""
+    if is_locked(folder / "lock"):
+        return True
+    if storage.engine.dialect.name != "postgresql":
+        return False
+    with storage.engine.connect() as connection:
+        return not connection.execute(select(func.pg_try_advisory_xact_lock_shared(_advisory_key(sweep)))).scalar()
+
+
+def _advisory_key(sweep: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"agnews-lora {sweep}".encode()).digest()[:8], "big", signed=True)
 
 
 def _wait_for(locked: Callable[[], Any], sweep: str) -> None:
@@ -441,6 +497,14 @@ def enqueue_named(study: optuna.Study, name: str, spec: TrialSpec, seed: int, **
     _enqueue(study, {}, {NAME: name, SPEC: spec.as_dict(), SEED: seed, **attributes})
 
 
+def enqueue_on_top(study: SweepStudy, parameters: dict[str, Any]) -> int:
+    """Enqueue a trial on top of the sweep's own, beside a driver that may run; its number."""
+    mark = uuid4().hex
+    study.enqueue_trial(parameters, user_attrs={ENQUEUED: mark})
+    trials = study.get_trials(deepcopy=False)
+    return next(trial.number for trial in trials if trial.user_attrs.get(ENQUEUED) == mark)
+
+
 def _enqueue(study: optuna.Study, parameters: dict[str, Any], attributes: dict[str, Any]) -> None:
     if isinstance(study, SweepStudy):
         attributes[IDENTITY] = study.mark(study._storage.get_n_trials(study._study_id))
@@ -460,14 +524,13 @@ def enqueued_specs(
 
     One with a value that no trial can have has no configuration; it fails when its turn comes.
     """
-    smallest = search_space.smallest(space, shape, budget)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
         if trial.user_attrs.get(SPEC) or trial.user_attrs.get(BASELINE):  # requeued, or not asked from the space
             continue
         fixed = given(trial)
         if not search_space.faults(fixed, space, shape, budget):
             with suppress(ValueError):
-                yield trial.number, search_space.suggest(FixedTrial(smallest | fixed), space, shape, budget)
+                yield trial.number, search_space.completed(fixed, space, shape, budget)
 
 
 def _require_same(study: optuna.Study, fingerprint: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The trial log: a trial's events, appended and fsynced in its work folder before any store has them.
 
-A line a point, then one for how the trial ended. So nothing is lost, whatever happens to a store or to this process,
+A line per point, then one for how the trial ended. So nothing is lost, whatever happens to a store or to this process,
 and nothing is recorded twice: a point is known by (kind, step), and a trial that resumes from a checkpoint reports the
 steps behind it again.
 """

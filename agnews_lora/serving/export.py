@@ -209,15 +209,15 @@ def _macro_f1(tags: Mapping[str, str], name: str) -> str:
 
 
 def _confirmed_mean(tags: Mapping[str, str]) -> str:
-    """Mean and spread over the seeds that the winner was confirmed with, as a line; empty where it was not."""
+    """Mean over the seeds that the winner was confirmed with, as a line; empty where it was not."""
     if "confirmation_mean_accuracy" not in tags:
         return ""
-    spread = tags.get("confirmation_std_accuracy")
-    deviation = f" (standard deviation {100 * float(spread):.2f} points)" if spread else ""
+    low, high = (tags.get(f"confirmation_{end}_accuracy") for end in ("low", "high"))
+    interval = f" (95% interval {float(low):.2%} to {float(high):.2%})" if low and high else ""
     mean, seeds = float(tags["confirmation_mean_accuracy"]), int(tags["confirmation_seeds"])
     return (
         "- Validation split, the same configuration trained from several seeds: "
-        f"mean accuracy {mean:.2%} over {seeds} seeds{deviation}{_macro_f1(tags, 'confirmation_mean_macro_f1')}.\n"
+        f"mean accuracy {mean:.2%} over {seeds} seeds{interval}{_macro_f1(tags, 'confirmation_mean_macro_f1')}.\n"
     )
 
 

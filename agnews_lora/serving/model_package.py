@@ -281,7 +281,7 @@ def require_reported(
     noise = BF16_NOISE * float(np.sqrt(np.mean(np.square(logits))))
 
     def right(change: float) -> int:
-        """Rows that are answered rightly where the logits of their labels change so."""
+        """Rows that are answered correctly where the logits of their labels change so."""
         changed = logits.copy()
         changed[np.arange(len(labels)), labels] += change
         return int(np.sum(changed.argmax(axis=-1) == labels))

@@ -27,10 +27,10 @@ from agnews_lora.serving.model_package import (
     recorded_score,
     token_digest,
 )
-from agnews_lora.serving.stats import accuracy_interval, count_pairs, mcnemar_p_value
+from agnews_lora.serving.stats import count_pairs, mcnemar_p_value
 from agnews_lora.tracking.descriptions import text
 from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, REPORT, Registry, Version
-from agnews_lora.training.metrics import accuracy, macro_f1
+from agnews_lora.training.metrics import accuracy, accuracy_interval, macro_f1
 
 LEAST_P_VALUE: Final = 0.05
 
@@ -228,9 +228,10 @@ def _not_worse(package: Package, champion: Package, corpus: Corpus) -> Finding:
 
 def _score(package: Package, rows: Rows, table: TokenTable) -> TestScore:
     predicted = reload.logits(package.adapter, resolve(package.version.tags["base"]), table).argmax(axis=-1)
+    share = accuracy(predicted, table.labels)
     return TestScore(
-        accuracy(predicted, table.labels),
-        *accuracy_interval(int((predicted == table.labels).sum()), len(table)),
+        share,
+        *accuracy_interval(share, len(table)),
         macro_f1=macro_f1(predicted, table.labels),
         rows=len(table),
         digest=rows.digest(),

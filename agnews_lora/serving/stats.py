@@ -1,4 +1,4 @@
-"""Intervals and exact tests: how much a finite number of rows says of an accuracy, and of the difference of two."""
+"""Exact test and interval of the difference of two accuracies on the same rows."""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -8,17 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 
-def accuracy_interval(num_right: int, num_rows: int, confidence: float = 0.95) -> tuple[float, float]:
-    """(low, high): Wilson score interval of an accuracy (Wilson 1927)."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(num_right, num_rows).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 @dataclass(frozen=True)
 class Pairs:
-    """Rows by which of two classifiers answers them rightly: both, only the first, only the second, neither."""
+    """Rows by which of two classifiers answers them correctly: both, only the first, only the second, neither."""
 
     both: int
     only_first: int
@@ -39,7 +31,7 @@ def count_pairs(first_right: npt.NDArray[np.bool_], second_right: npt.NDArray[np
     """Count the rows.
 
     Args:
-        first_right: [rows], whether the first classifier answers a row rightly; second_right likewise.
+        first_right: [rows], whether the first classifier answers a row correctly; second_right likewise.
     """
     return Pairs(
         both=int(np.sum(first_right & second_right)),
@@ -50,7 +42,7 @@ def count_pairs(first_right: npt.NDArray[np.bool_], second_right: npt.NDArray[np
 
 
 def mcnemar_p_value(pairs: Pairs, alternative: Literal["less", "two-sided"]) -> float:
-    """Exact McNemar test (McNemar 1947), on the rows that one of the two alone answers rightly; 1 without any.
+    """Exact McNemar test (McNemar 1947), on the rows that one of the two alone answers correctly; 1 without any.
 
     Args:
         alternative: `less`: how likely the first loses so many rows if it is not worse. `two-sided`: how likely so

@@ -15,7 +15,8 @@ from urllib.parse import quote
 
 from agnews_lora.adapters.budget import head_parameters, max_rank, parameters_per_rank
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
-from agnews_lora.training.interface import SCORES, Objective
+from agnews_lora.tracking.views import address
+from agnews_lora.training.interface import SCORES
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 # Figures of a trial's run, with their captions.
 TRIAL_FIGURES: Final = {"accuracy_curve.png": "Accuracy and macro-F1", "loss_curve.png": "Loss"}
 THUMBNAILS: Final = "thumbnails"  # artifact folder of a run: its figures, small enough to stand side by side
-MAX_COMPARED: Final = 60  # run ids that the link to the comparison can name
 
 # An underscore inside a word is no markup.
 _MARKUP: Final = re.compile(r"[\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
@@ -64,9 +64,15 @@ def beside_notes(markdown: str, present: str | None, longest: int | None = None)
     return f"{before}{MARK}{markdown}\n\n{MARK}{after}"
 
 
-def opening_description(facts: Any, steps: Sequence[Any]) -> str:
-    """Describe a sweep that is under way, or stopped. facts: `SweepFacts`. steps: what to do next, a `Step` each."""
-    return _render("sweep", facts=facts, result=None, steps=steps, highest=_highest_rank(facts))
+def opening_description(facts: Any, steps: Sequence[Any], links: Mapping[str, str]) -> str:
+    """Describe a sweep that is under way, or stopped.
+
+    Args:
+        facts: `SweepFacts`.
+        steps: what to do next, a `Step` each.
+        links: of the study's pages, as `share_view` gives them.
+    """
+    return _render("sweep", facts=facts, result=None, steps=steps, links=links, highest=_highest_rank(facts))
 
 
 def sweep_description(result: Any, pages: Pages, figures: Mapping[str, str], steps: Sequence[Any]) -> str:
@@ -82,6 +88,7 @@ def sweep_description(result: Any, pages: Pages, figures: Mapping[str, str], ste
         facts=result.facts,
         result=result,
         steps=steps,
+        links=result.links,
         means={row.own.trial: row for row in result.confirmed},
         gallery=gallery(pages(result.run_id), figures),
         highest=_highest_rank(result.facts),
@@ -187,12 +194,9 @@ def number(value: float | None, form: str = ",") -> Markdown:
     return Markdown("–" if value is None else format(value, form))
 
 
-def mean(confirmed: Any, name: Objective) -> Markdown:
-    """Mean and spread of a score over seeds. confirmed: `Confirmed`, or None."""
-    if not confirmed:
-        return Markdown("–")
-    spread = confirmed.std(name)
-    return Markdown(percent(confirmed.mean(name)) + ("" if spread is None else f"{_NBSP}±{_NBSP}{100 * spread:.2f}"))
+def interval(ends: tuple[float, float] | None) -> Markdown:
+    """`87.88 % to 91.61 %`, or a dash where it is unknown."""
+    return Markdown(f"{percent(ends[0])} to {percent(ends[1])}" if ends else "–")
 
 
 def arithmetic(spec: TrialSpec, shape: ModelShape, budget: int) -> Markdown:
@@ -223,17 +227,14 @@ def gallery(page: "RunPage", figures: Mapping[str, str]) -> Markdown:
 def _links(result: Any, pages: Pages) -> dict[str, Any]:
     """Where a template's links lead."""
     parent, registered = pages(result.run_id), result.registration
-    run_ids = json.dumps([row.run_id for row in result.trials if row.run_id is not None][:MAX_COMPARED])
     return {
         "url": lambda row: pages(row.run_id).url if row.run_id else None,
         "parent": parent.url,
         "leaderboard": parent.artifact_url("leaderboard.json"),
-        "charts": parent.children_url(f"eval/{result.objective}"),
-        "comparison": f"#/compare-runs?runs={quote(run_ids)}&experiments={quote(json.dumps([parent.experiment_id]))}",
         "version": registered
         and link(
             f"version {registered.version} of {registered.model}",
-            f"#/models/{quote(registered.model, safe='')}/versions/{registered.version}",
+            address(f"models/{quote(registered.model, safe='')}/versions/{registered.version}"),
         ),
     }
 
@@ -255,7 +256,7 @@ def _templates() -> "Environment":
         lstrip_blocks=True,
         autoescape=False,  # `finalize` escapes, for Markdown
     )
-    for helper in (code, link, percent, number, mean, arithmetic):
+    for helper in (code, link, percent, number, interval, arithmetic):
         templates.globals[helper.__name__] = helper
     templates.globals["scores"] = SCORES
     return templates

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 import pandas as pd
 from mlflow import MlflowClient
@@ -32,11 +32,12 @@ from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.errors import StorageError
 from agnews_lora.tracking.descriptions import beside_notes, trial_description
 from agnews_lora.tracking.store import experiment_id, name_of, reaching, require_active
+from agnews_lora.tracking.views import NUMBER, address, share_view
 from agnews_lora.training.interface import COSTS, EvalPoint, RunState, TrainPoint, TrialEnd, timestamp
 
 MAX_DIGEST_LENGTH: Final = 36  # MLflow's limit
 COLUMNS: Final = {"text": "string", "label": "long"}  # of a data set, with MLflow's types
-METRICS: Final = ("train/loss", "train/learning_rate", "eval/accuracy", "eval/macro_f1", "eval/loss")
+METRICS: Final = ("train/loss", "train/learning_rate", "eval/accuracy", "eval/macro_f1", "eval/loss", "eval/rows")
 
 
 Points = dict[tuple[str, int], Metric]  # of a run, by metric and step
@@ -79,7 +80,7 @@ def points_of(client: MlflowClient, run: Run) -> Points:
 
 
 def curve_of(points: Points, trial: str) -> pd.DataFrame:
-    """One row a step, ascending, with columns `trial`, `step` and those of `METRICS`; NaN: not measured."""
+    """One row per step, ascending, with columns `trial`, `step` and those of `METRICS`; NaN: not measured."""
     steps = sorted({step for key, step in points if key in METRICS})
     columns = {
         key: [points[key, step].value if (key, step) in points else float("nan") for step in steps] for key in METRICS
@@ -90,7 +91,8 @@ def curve_of(points: Points, trial: str) -> pd.DataFrame:
 def metrics_of(point: TrainPoint | EvalPoint) -> dict[str, float]:
     """What a point measured, by MLflow's names."""
     if isinstance(point, EvalPoint):
-        return {"eval/accuracy": point.accuracy, "eval/macro_f1": point.macro_f1, "eval/loss": point.loss}
+        scores = {"eval/accuracy": point.accuracy, "eval/macro_f1": point.macro_f1, "eval/loss": point.loss}
+        return scores | {"eval/rows": point.rows}
     return {"train/loss": point.loss, "train/learning_rate": point.learning_rate}
 
 
@@ -159,21 +161,15 @@ class RunPage:
     @property
     def url(self) -> str:
         """Of the page, relative to the UI that shows a description."""
-        return f"#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return address(self._path)
 
-    def children_url(self, metric: str) -> str:
-        """Of the runs below this one as charts, the highest value of a metric first."""
-        query = {
-            "searchFilter": f"tags.mlflow.parentRunId = '{self.run_id}'",
-            "orderByKey": f"metrics.`{metric}`",
-            "orderByAsc": "false",
-            "compareRunsMode": "CHART",
-        }
-        return f"#/experiments/{self.experiment_id}/runs?{urlencode(query, quote_via=quote)}"
+    @property
+    def _path(self) -> str:
+        return f"experiments/{self.experiment_id}/runs/{self.run_id}"
 
     def artifact_url(self, name: str) -> str:
         """Of the page that shows an artifact."""
-        return f"{self.url}/artifacts/{quote(name)}"
+        return address(f"{self._path}/artifacts/{quote(name)}")
 
     def image_url(self, name: str) -> str:
         """Of an artifact's bytes, for a picture in a description."""
@@ -189,7 +185,6 @@ RUN_STATUS: Final[dict[RunState, str]] = {
 }
 MAX_METRICS_PER_BATCH: Final = 1000  # MLflow's limit
 ERROR_TAG_LENGTH: Final = 500
-NUMBER: Final = "number"  # tag of a parent run: the sweep's first, second, … study
 
 
 class SweepRuns:
@@ -219,6 +214,7 @@ class SweepRuns:
         self._sweep = sweep
         self._params, self._tags = dict(params or {}), dict(tags or {})
         self._draw = draw
+        self.links: dict[str, str] = {}  # of the study's pages in the UI, as `share_view` gives them
         self._parent: str | None = None
         self._study_name: str | None = None
         self._identity = ""
@@ -258,6 +254,7 @@ class SweepRuns:
             for child in self._children():
                 self.client.set_tag(child.info.run_id, MLFLOW_PARENT_RUN_ID, self._parent, synchronous=True)
         self._start(run, params, tags)
+        self.links = share_view(self.client, run, params.get("objective", "accuracy"))
         for name, text in texts.items():
             self.client.log_text(self._parent, text, name)
         return self._parent

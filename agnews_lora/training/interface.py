@@ -159,7 +159,7 @@ class Observer(Protocol):
     def logged(self, points: Sequence[TrainPoint]) -> None: ...
 
     def evaluated(self, points: Sequence[EvalPoint]) -> Sequence[Verdict]:
-        """Give one verdict a point: all trials due now are judged together. A final point's verdict is not read."""
+        """Give one verdict per point: all trials due now are judged together. A final point's verdict is not read."""
         ...
 
     def checkpointed(self, trial: str, step: int, path: Path) -> None:

@@ -1,7 +1,8 @@
 """Scores of a classifier, and its logits over a token table: one definition for training, promotion and serving."""
 
 from collections.abc import Sequence
-from math import isfinite
+from math import isfinite, sqrt
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +31,27 @@ def macro_f1(predicted: npt.NDArray[np.integer], labels: npt.NDArray[np.integer]
     true_positives = np.bincount(labels[predicted == labels], minlength=num_classes)
     counts = np.bincount(predicted, minlength=num_classes) + np.bincount(labels, minlength=num_classes)
     return float(np.mean(2 * true_positives[counts > 0] / counts[counts > 0]))
+
+
+def accuracy_interval(
+    share: float, num_rows: int, seed_variance: float = 0.0, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Compute (low, high), the Wilson score interval of an accuracy (Wilson 1927).
+
+    The mean of runs over several seeds varies with the rows, by p(1 - p) / n as a single run does, since all runs are
+    scored on the same rows, and with the seeds. Its interval is Wilson's for as many rows as would give the sum of both
+    variances: the effective sample size of Korn and Graubard (Survey Methodology 24(2), 1998).
+
+    Args:
+        share: p, correct answers among `num_rows` rows, n.
+        seed_variance: of the mean over seeds: the sample variance of the runs by their number.
+    """
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    spread = share * (1 - share)
+    rows = spread / (spread / num_rows + seed_variance) if spread else num_rows
+    centre = (share + z**2 / (2 * rows)) / (1 + z**2 / rows)
+    half = z * sqrt(spread / rows + z**2 / (4 * rows**2)) / (1 + z**2 / rows)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def mean_cross_entropy(logits: npt.NDArray[np.floating], labels: npt.NDArray[np.integer]) -> float:

@@ -259,9 +259,11 @@ class MultiLoraTrials:
         return spans
 
     def computed_by(self) -> str:
-        """Say which kernels compute the layers, and why those."""
-        choice = getattr(self.engine.model, "choice", None)  # which an earlier engine does not have
-        return f"{choice.kernels.name} ({choice.reason})" if choice else "torch"
+        """Say which kernels compute the layers and why those, and on a GPU whether steps are replayed."""
+        # An earlier engine has neither.
+        choice, graphs = (getattr(self.engine.model, name, None) for name in ("choice", "graphs"))
+        computed = f"{choice.kernels.name} ({choice.reason})" if choice else "torch"
+        return f"{computed}; {graphs}" if graphs and self.engine.device.type == "cuda" else computed
 
     def _span(self, timed: TimedTrials, plan: TrialPlan) -> Span:
         setup, lengths = self.setup, self.setup.corpus.train.lengths

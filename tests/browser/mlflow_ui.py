@@ -60,7 +60,7 @@ def served(project: Path, log: Path) -> Iterator[str]:
     ):
         try:
             deadline = time.monotonic() + SECONDS_TO_START
-            while "Application startup complete" not in log.read_text(encoding="utf-8"):
+            while "Ctrl-C ends it" not in log.read_text(encoding="utf-8"):
                 assert server.poll() is None and time.monotonic() < deadline, log.read_text(encoding="utf-8")
                 time.sleep(0.2)
             yield log.read_text(encoding="utf-8")

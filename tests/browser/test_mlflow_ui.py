@@ -2,13 +2,18 @@
 
 import importlib.util
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urljoin
 
 import pytest
 
+from agnews_lora.adapters.spec import TrialSpec
+from agnews_lora.tracking.runs import SweepRuns
+from agnews_lora.tracking.store import open_client
+from agnews_lora.training.interface import EvalPoint
 from tests.browser.mlflow_ui import Visitor, missing, missing_pictures, require, served, visiting
-from tests.project import agnews_lora, write_project
 
 pytestmark = [
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
@@ -20,12 +25,18 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """What `agnews-lora ui` printed over a project whose sweep was finished and promoted; the UI is up."""
-    project = write_project(tmp_path_factory.mktemp("project"), sweep={"confirmation": {"trials": 1, "seeds": 2}})
-    for command in ("sweep", "promote"):
-        done = agnews_lora(project, command, "small")
-        assert done.returncode == 0, done.stderr
+def printed(finished_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """What `agnews-lora ui` printed over a project whose sweep was finished and promoted; the UI is up.
+
+    Beside it is a sweep `other` with two studies of one trial each.
+    """
+    project = Path(shutil.copytree(finished_once, tmp_path_factory.mktemp("copy") / "project"))
+    client = open_client(project / "mlruns")
+    for study, targets in (("other", "qv"), ("other-2", "ffn")):
+        runs = SweepRuns(client, "other")
+        runs.open_parent(study, identity=study, params={}, tags={}, texts={})
+        runs.start_trial("t0000", TrialSpec(targets, 3, 6.0, 0.1, 1e-3), {"baseline": False}, None)
+        runs.log_points("t0000", [EvalPoint("t0000", 1, 0.5, 0.5, 1.0, 10, False, 1)])
     with served(project, tmp_path_factory.mktemp("logs") / "ui.log") as lines:
         yield lines
 
@@ -45,8 +56,9 @@ def test_the_parent_run_tells_the_story_and_every_link_of_it_leads_on(printed: s
     parent = tour.parent()
     require(
         parent,
-        re.compile(r"\d\d\.\d\d\s%\s±\s\d+\.\d\d over 2 seeds by t\d{4}-\S+-r\d+, baseline \d\d"),
-        re.compile(r"Budget: 1,540 head \+ \d+ · [\d,]+ adapter .* = [\d,]+ of 100,000 trainable parameters"),
+        re.compile(r"accuracy \d\d\.\d\d\s% on 60 rows by t\d{4}-\S+-r\d+, baseline \d\d"),
+        re.compile(r"Budget: [\d,]+ of 100,000 trainable parameters"),
+        re.compile(r"Value\s+best/accuracy\s"),
         "baseline/accuracy",
         "confirmation/mean_accuracy",
         "newswire-training",
@@ -60,19 +72,53 @@ def test_the_parent_run_tells_the_story_and_every_link_of_it_leads_on(printed: s
     require(story, "Best trials", "What is searched", "Figures", "best possible", "agnews-lora report small")
     require(story, re.compile(r"Trials: \d complete, \d pruned, 0 failed\."))
 
-    comparison = tour.comparison(story)
-    require(comparison, "Comparing 3 Runs from 1 Experiment", "t0000-qk-r4", "t0001-", "t0002-")
-    require(comparison, "learning_rate", "lora_r", "eval/accuracy")
-
-    charts = tour.follow(story, "as charts", ["eval/accuracy", "eval/loss", "train/loss"])
-    require(charts, "t0000-qk-r4")
+    for label, url in (("as a table", tour.address("trials")), ("as charts", tour.address("charts"))):
+        link = story.get_by_role("link", name=label, exact=True).first.get_attribute("href")
+        assert link is not None and urljoin(story.url, link) == url
 
     leaderboard = tour.follow(story, "leaderboard", ["View as table"])
     require(leaderboard, "slot_occupancy.png", "confusion_matrix.png", "learning_curves.png", "t0002", "accuracy")
 
 
+def test_the_printed_views_show_the_trials_of_their_study_as_a_table_and_as_charts(
+    printed: str, visitor: Visitor
+) -> None:
+    from tests.browser.tour import Tour
+
+    tour = Tour(visitor, printed, "small")
+    table = tour.trials()
+    visitor.photograph(table, "trials")
+    columns = ["state", "eval/accuracy", "targets", "lora_r", "lora_alpha", "lora_dropout", "learning_rate"]
+    # The grid places its cells, whatever their order in the document.
+    heads = table.locator(".ag-header-cell").evaluate_all(
+        "cells => cells.map(cell => [cell.getBoundingClientRect().left, cell.innerText.trim()])"
+    )
+    shown = [head for _, head in sorted(heads) if head]
+    assert shown[:10] == ["Run Name", "Created", *columns, "trainable_parameters"]
+    scores = table.locator("[role=gridcell][col-id='metrics.`eval/accuracy`']").evaluate_all(
+        "cells => cells.map(cell => [cell.getBoundingClientRect().top, Number(cell.innerText.replace('…', ''))])"
+    )
+    ordered = [score for _, score in sorted(scores)]
+    assert len(ordered) == 3 and ordered == sorted(ordered, reverse=True)
+    assert set(table.locator("[role=gridcell][col-id='tags.`state`']").all_inner_texts()) <= {"COMPLETE", "PRUNED"}
+
+    charts = tour.charts()
+    visitor.photograph(charts, "charts")
+    axes = charts.locator(".axis .label, .axis-title").all_text_contents()
+    assert {"targets", *columns[3:], "trainable_parameters", "eval/accuracy"} <= set(axes), axes
+    assert charts.locator(".scatterlayer .point").count() == 3
+
+    other = Tour(visitor, printed, "other-2")
+    for page, name, absent in (
+        (other.trials(), "t0000-ffn-r3", "t0000-qv-r3"),
+        (visitor.open(other.address("trials").removesuffix("-2"), ["t0000-"]), "t0000-qv-r3", "t0000-ffn-r3"),
+    ):
+        require(page, name, "1 matching run")
+        assert absent not in page.inner_text("body")
+
+
 def test_the_winner_its_model_and_its_version_know_each_other(printed: str, visitor: Visitor) -> None:
-    from tests.browser.tour import Tour, in_layout
+    from tests.browser.tour import Tour
 
     tour = Tour(visitor, printed, "small")
     story = tour.story()
@@ -89,7 +135,7 @@ def test_the_winner_its_model_and_its_version_know_each_other(printed: str, visi
     require(version, "champion", "test split, scored once", "of 100,000 trainable parameters", "newswire", "digest")
     require(tour.follow(version, "report", ["report.md"]), "passed")
 
-    model = visitor.open(in_layout(version.url.partition("/versions/")[0]), ["Versions"])
+    model = tour.model(version)
     require(model, "Passed the promotion checks", "champion", "found under a hard budget")
 
     logged = tour.follow(winner, "classifier", ["Datasets used"])

@@ -14,7 +14,6 @@ from urllib.parse import urljoin
 
 from playwright.sync_api import Page, expect
 
-from agnews_lora.commands.inspect import LAYOUT
 from tests.browser.mlflow_ui import Visitor, served, visiting
 
 
@@ -26,16 +25,23 @@ class Tour:
     printed: str
     study: str
 
-    @property
-    def start(self) -> str:
-        """Address of the parent run's page, as the command printed it."""
-        found = re.search(rf"^{re.escape(self.study)}: (http://\S+)$", self.printed, re.MULTILINE)
+    def address(self, page: str) -> str:
+        """Address of one of the study's pages, as the command printed it."""
+        found = re.search(rf"^{re.escape(self.study)}, {page}: (http://\S+)$", self.printed, re.MULTILINE)
         assert found, self.printed
         return found[1]
 
     def parent(self) -> Page:
         """The parent run: the story's first lines, metrics, children, tags."""
-        return self.visitor.open(self.start, shows=["Budget:", "best/accuracy"])
+        return self.visitor.open(self.address("sweep"), shows=["Budget:", "best/accuracy"])
+
+    def trials(self) -> Page:
+        """The study's view: its trials as a table."""
+        return self.visitor.open(self.address("trials"), shows=["trainable_parameters"])
+
+    def charts(self) -> Page:
+        """The study's view: its trials as charts."""
+        return self.visitor.open(self.address("charts"), shows=["Parallel Coordinates", "vs. eval/accuracy"])
 
     def story(self) -> Page:
         """The parent run with its whole description."""
@@ -48,18 +54,7 @@ class Tour:
         """Where the first link of that label leads to."""
         link = page.get_by_role("link", name=label).first.get_attribute("href")
         assert link is not None
-        return self.visitor.open(in_layout(urljoin(page.url, link)), shows)
-
-    def comparison(self, story: Page) -> Page:
-        """All trials side by side, their parallel coordinates by accuracy."""
-        page = self.follow(story, "side by side", ["Parallel Coordinates Plot"])
-        page.get_by_role("combobox").nth(1).click(
-            force=True
-        )  # the parameters' list is the first, the metrics' the second
-        page.locator(".du-bois-light-select-item-option", has_text="eval/accuracy").click()
-        page.locator(".du-bois-light-select-item-option", has_text="train/loss").click()
-        page.get_by_text("Parallel Coordinates Plot").click()
-        return page
+        return self.visitor.open(urljoin(page.url, link), shows)
 
     def winner(self, story: Page) -> Page:
         """The winner's run with its whole description."""
@@ -67,10 +62,9 @@ class Tour:
         page.get_by_text("Show more", exact=True).first.click()
         return page
 
-
-def in_layout(url: str) -> str:
-    """The page with the navigation that machine learning needs."""
-    return f"{url}{'&' if '?' in url.partition('#')[2] else '?'}{LAYOUT}"
+    def model(self, version: Page) -> Page:
+        """The registered model of a version."""
+        return self.visitor.open(re.sub(r"/versions/\d+", "", version.url), ["Versions"])
 
 
 def stops(tour: Tour) -> Iterator[tuple[str, Page]]:
@@ -78,13 +72,13 @@ def stops(tour: Tour) -> Iterator[tuple[str, Page]]:
     yield "parent", tour.parent()
     story = tour.story()
     yield "story", story
-    yield "comparison", tour.comparison(story)
-    yield "charts", tour.follow(story, "as charts", ["eval/accuracy"])
+    yield "trials", tour.trials()
+    yield "charts", tour.charts()
     yield "winner", tour.winner(story)
     yield "leaderboard", tour.follow(story, "leaderboard", ["View as table"])
     version = tour.follow(story, re.compile(r"^version \d+ of "), ["validation split", "Passed the promotion checks"])
     yield "version", version
-    yield "model", tour.visitor.open(in_layout(version.url.partition("/versions/")[0]), ["Versions"])
+    yield "model", tour.model(version)
     yield "logged model", tour.follow(tour.winner(story), "classifier", ["Datasets used"])
 
 

@@ -191,7 +191,7 @@ def result(**changes: Any) -> SweepResult:
         state="COMPLETE",
         trials=TRIALS,
         confirmed=confirmed(),
-        importances={"learning_rate": 0.71, "targets": 0.2, "dropout": 0.06, "alpha_ratio": 0.03},
+        importances={"learning_rate": 0.71, "targets": 0.2, "dropout": 0.06, "rank_share": 0.03},
         run_id="parent",
         wall_seconds=450.0,
         record_seconds=3.1,
@@ -224,6 +224,7 @@ def curve(row: TrialSummary) -> pd.DataFrame:
                 "eval/accuracy": accuracy,
                 "eval/macro_f1": accuracy - 0.01,
                 "eval/loss": 1.3 - 0.8 * share,
+                "eval/rows": 250 if step == 60 else 64,
             }
         )
     return pd.DataFrame(found)

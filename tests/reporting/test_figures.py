@@ -21,7 +21,9 @@ from tests.reporting.results import NAN, TRIALS, curve, curves, result
 # A layout that does not fit, or equal limits; what other tests left to be collected is not theirs.
 pytestmark = pytest.mark.filterwarnings("error", "ignore::pytest.PytestUnraisableExceptionWarning")
 
+STATES = {row.trial: row.state for row in TRIALS} | {"t0001-s2": "COMPLETE"}
 TIMES = {row.trial: [10.0 * row.number, 10.0 * row.number + 25] for row in TRIALS} | {"t0001-s2": [5_000.0, 5_030.0]}
+WORKED = figures.stretches(TIMES, STATES)
 
 
 def shows(path: Path, colour: str) -> bool:
@@ -38,7 +40,7 @@ def is_whole(path: Path) -> bool:
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """All figures of a finished sweep."""
-    return figures.draw(result(), curves(result()), tmp_path_factory.mktemp("figures") / "new", TIMES)
+    return figures.draw(result(), curves(result()), tmp_path_factory.mktemp("figures") / "new", WORKED)
 
 
 def test_a_finished_sweep_has_every_figure_and_nothing_beside_them(drawn: dict[str, Path]) -> None:
@@ -252,6 +254,32 @@ def test_a_long_pause_is_cut_and_a_short_one_is_not() -> None:
     shown, cuts = figures.without_pauses(intervals((100, 200), (201, 300), (9_300, 9_400)))
     assert shown["began"].tolist() == [0, 101, 200] and shown["ended"].tolist() == [100, 200, 300]
     assert cuts == [200]
+
+
+def test_the_time_of_a_study_is_that_in_which_something_trained_over_all_its_starts() -> None:
+    assert figures.busy_seconds(WORKED) == pytest.approx(95 + 30)  # trials overlap; the pause is none of it
+    assert figures.busy_seconds(figures.stretches({}, {})) is None
+
+
+def test_a_curve_has_one_set_of_rows_and_the_whole_split_is_a_mark_of_its_own() -> None:
+    on_way, whole = figures._same_rows(curve(TRIALS[1]), "eval/accuracy")
+    assert (on_way["step"].tolist(), whole["step"].tolist()) == ([20, 40], [60])
+    assert len(figures._same_rows(curve(TRIALS[1]), "train/loss")[1]) == 0
+    alike = curve(TRIALS[1]).assign(**{"eval/rows": 250})
+    assert len(figures._same_rows(alike, "eval/accuracy")[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "words"),
+    [
+        (0.96, "under-confident by 6.0 points"),
+        (0.84, "over-confident by 6.0 points"),
+        (0.91, "neither over- nor under-confident"),  # within the interval of the accuracy
+    ],
+)
+def test_confidence_is_judged_by_the_interval_of_the_accuracy(accuracy: float, words: str) -> None:
+    bins = [{"count": 600, "accuracy": accuracy, "confidence": 0.9}]
+    assert figures.confidence_in_words(bins) == words
 
 
 def test_figures_do_without_pyplot() -> None:

@@ -205,6 +205,7 @@ class RecordingScreen:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.running: set[str] = set()
+        self.total_trials = 0
 
     def trial_started(
         self, trial: str, spec: TrialSpec | None, total_steps: int, confirms: bool, baseline: bool
@@ -217,6 +218,9 @@ class RecordingScreen:
 
     def evaluated(self, points: Sequence[EvalPoint]) -> None:
         assert {point.trial for point in points} <= self.running
+
+    def planned(self, total_trials: int) -> None:
+        self.total_trials = total_trials
 
     def message(self, text: str) -> None:
         self.lines.append(text)
@@ -248,7 +252,8 @@ class Session:
     def __post_init__(self) -> None:
         shared = search_space.shared(self.space, SHAPE, BUDGET)
         sampler = TrialSeededTPE(7, STARTUP_TRIALS, shared)
-        fingerprint = {"objective": self.objective}
+        described = search_space.describe(self.space, SHAPE, BUDGET)
+        fingerprint = {"objective": self.objective, "budget": BUDGET, "space": described}
         self.study = open_study(open_storage(self.root), "scripted", fingerprint, sampler, self.pruner, new=False)
         enqueue_baseline(self.study, self.baseline, self.space, SHAPE, BUDGET)
         self.screen = RecordingScreen()

@@ -10,7 +10,6 @@ from scipy.stats import binom, norm
 
 from agnews_lora.serving.stats import (
     Pairs,
-    accuracy_interval,
     count_pairs,
     difference_interval,
     mcnemar_p_value,
@@ -22,13 +21,6 @@ some_pairs = st.builds(Pairs, counts, counts, counts, counts).filter(lambda pair
 
 def swapped(pairs: Pairs) -> Pairs:
     return Pairs(pairs.both, pairs.only_second, pairs.only_first, pairs.neither)
-
-
-def test_the_interval_is_wilsons() -> None:
-    # By hand: (p + z²/2n ± z·√(p(1-p)/n + z²/4n²)) / (1 + z²/n)
-    assert accuracy_interval(8, 10) == (pytest.approx(0.4901625, abs=1e-6), pytest.approx(0.9433178, abs=1e-6))
-    low, high = accuracy_interval(100, 100)
-    assert 0.95 < low < high == 1.0
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))

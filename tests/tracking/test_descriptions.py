@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import parse_qs, unquote
 
 import pytest
 from hypothesis import given
@@ -33,12 +32,15 @@ from agnews_lora.tracking.descriptions import (
 )
 from agnews_lora.tracking.registry import Version
 from agnews_lora.tracking.runs import MAX_DESCRIPTION, RunPage
+from agnews_lora.tracking.views import address
 from agnews_lora.training.interface import EvalPoint, TrialResult
 from tests.reporting.results import HOSTILE, TRIALS, bare, facts, result
 
 SPEC = TrialSpec("ffn", 4, 4.0, 0.142, 0.00356)
 NBSP = "\N{NO-BREAK SPACE}"
 CANDIDATE = Registration("small", 3, ("candidate",))
+VERSION = "#/models/small/versions/3?workflowType=machine_learning"
+LINKS = {page: address("experiments/1/runs", viewStateShareKey=page) for page in ("trials", "charts")}
 STEPS = next_steps(bare(state="INTERRUPTED"))
 
 
@@ -57,37 +59,32 @@ def test_the_first_three_lines_hold_result_budget_and_next_step() -> None:
     first, second, third, *_ = told(result(registration=CANDIDATE)).splitlines()
     run = page("run1").url
     assert first == (
-        f"**accuracy 89.33{NBSP}%{NBSP}±{NBSP}0.61, macro-F1 89.00{NBSP}%{NBSP}±{NBSP}0.20 "
-        f"over 3 seeds by [t0001-qv-r10]({run})**, baseline 55.20{NBSP}%, "
-        f"best possible 94.00{NBSP}%"
+        f"**accuracy 90.00{NBSP}% on 250 rows by [t0001-qv-r10]({run})**, baseline 55.20{NBSP}%, TF-IDF 81.25{NBSP}%"
     )
-    assert second.startswith("**Budget:** 1,540 head + 10 · 9,216 adapter (rank · qv) = 93,700 of 100,000")
+    assert second == "**Budget:** 93,700 of 100,000 trainable parameters"
     assert third == (
         "**Next:** `agnews-lora promote small`: check the winner, and make it champion "
-        "([version 3 of small](#/models/small/versions/3), candidate)"
+        f"([version 3 of small]({VERSION}), candidate)"
     )
 
 
-def test_an_unconfirmed_winner_is_told_by_its_own_accuracy() -> None:
+def test_an_unconfirmed_winner_has_no_mean() -> None:
     shown = told(bare(facts=facts(bound=None)))
-    assert (
-        shown.startswith(f"**accuracy 90.00{NBSP}%, macro-F1 89.00{NBSP}% by [t0001-qv-r10]")
-        and "best possible" not in shown
-    )
-    assert "mean over seeds" not in shown and "`agnews-lora promote small`: check the winner" in shown
+    assert shown.startswith(f"**accuracy 90.00{NBSP}% on 250 rows by [t0001-qv-r10]") and "best possible" not in shown
+    assert "mean of" not in shown and "`agnews-lora promote small`: check the winner" in shown
 
 
 def test_after_a_promotion_nothing_speaks_of_the_candidate() -> None:
     shown = told(result())
-    third = shown.splitlines()[2]
+    first, _, third, *_ = shown.splitlines()
     assert third.startswith("**Next:** `agnews-lora predict --sweep small 'Oil rose.'`: ask the champion ([version 3")
-    assert f"champion, test accuracy 88.75{NBSP}%" in third
+    assert third.endswith("champion)") and first.endswith(f"test accuracy 88.75{NBSP}%")
     assert f"On the test split, scored once: accuracy 88.75{NBSP}% (95&nbsp;% interval" in shown
     assert "candidate" not in shown and "promote" not in shown
 
 
 def test_a_sweep_shows_its_best_trials_counts_figures_and_links() -> None:
-    shown = told(result())
+    shown = told(replace(result(), links=LINKS))
     table = [line for line in shown.splitlines() if re.match(r"\| \d&emsp;", line)]
     assert [re.search(r"t\d{4}", line)[0] for line in table] == ["t0001", "t0007", "t0004", "t0005", "t0000"]  # type: ignore[index]
     assert f"89.33{NBSP}%" in table[0] and "–" in table[2]
@@ -97,10 +94,12 @@ def test_a_sweep_shows_its_best_trials_counts_figures_and_links() -> None:
         assert f"thumbnails%2F{name}" in shown
     for url in (
         page("parent").artifact_url("leaderboard.json"),
-        page("parent").children_url("eval/accuracy"),
-        "#/compare-runs?runs=",
+        f"[as a table]({LINKS['trials']})",
+        f"[as charts]({LINKS['charts']})",
     ):
         assert url in shown
+    links = re.findall(r"\]\((#/[^)]*)\)", shown)
+    assert links and all("?workflowType=machine_learning" in link for link in links)
     assert len(shown) <= MAX_DESCRIPTION
     assert all(
         f"thumbnails%2F{name}" not in sweep_description(result(), page, {}, next_steps(result())) for name in FIGURES
@@ -109,7 +108,7 @@ def test_a_sweep_shows_its_best_trials_counts_figures_and_links() -> None:
 
 def test_a_sweep_says_what_it_searches() -> None:
     searched = facts(adapter=SPEC, heads=("full", "out_proj"), confirmation={"trials": 3, "seeds": 2})
-    for shown in (opening_description(searched, STEPS), told(result(facts=searched))):
+    for shown in (opening_description(searched, STEPS, LINKS), told(result(facts=searched))):
         assert "with the best accuracy and at most 100,000 trainable parameters, in 8 trials of 60 steps" in shown
         assert "the best 3 confirmed over 2 seeds: experiment small, 960 training and 250 validation rows." in shown
         assert f"the experiment's own configuration, `{SPEC}`" in shown
@@ -124,14 +123,14 @@ def test_a_sweep_says_what_it_searches() -> None:
 
 
 def test_a_sweep_under_way_says_how_to_resume_it() -> None:
-    shown = opening_description(facts(), STEPS)
+    shown = opening_description(facts(), STEPS, LINKS)
     assert shown.startswith("**Under way") and "**Next:** `agnews-lora sweep small`: resume it" in shown
     assert "### Result" not in shown
 
 
 def test_a_sweep_without_a_winner_says_so() -> None:
     shown = told(bare(trials=TRIALS[2:4]))
-    assert shown.startswith("**No winner:** no trial was completed, 1 pruned, 1 failed.")
+    assert shown.startswith("**No winner:** no trial was completed, 1 pruned, 1 failed\n**Budget:** 100,000")
     assert "What is searched" in shown and "promote" not in shown
 
 
@@ -231,9 +230,10 @@ def test_a_version_says_how_it_was_judged_and_where_it_comes_from(
 
 
 def test_a_version_shows_its_confirmation() -> None:
-    tags = {"confirmation_seeds": "3", "confirmation_mean_accuracy": "0.9", "confirmation_std_accuracy": "0.0061"}
+    tags = {"confirmation_seeds": "3", "confirmation_mean_accuracy": "0.9", "confirmation_low_accuracy": "0.88"}
+    tags["confirmation_high_accuracy"] = "0.92"
     shown = version_description(version(**tags), page("run"), None)
-    assert f"mean accuracy 90.00{NBSP}% over 3 seeds (standard deviation 0.61 points)" in shown
+    assert f"mean accuracy 90.00{NBSP}% over 3 seeds (95&nbsp;% interval 88.00{NBSP}% to 92.00{NBSP}%)" in shown
 
 
 def test_a_model_says_what_its_aliases_are_for() -> None:
@@ -258,7 +258,7 @@ def test_no_description_lets_a_text_from_data_through() -> None:
     spoiled = facts(base=HOSTILE, sweep=HOSTILE, experiment=HOSTILE)
     shown = [
         told(result(facts=spoiled, trials=tuple(replace(row, trial=HOSTILE) for row in TRIALS))),
-        opening_description(spoiled, STEPS),
+        opening_description(spoiled, STEPS, LINKS),
         winner_description(result(registration=Registration(HOSTILE, 1, ())), page, {}),
         model_description(HOSTILE, spoiled),
         version_description(version(**tags, data=data), page("run"), page("parent")),
@@ -338,16 +338,7 @@ def test_gallery_shows_two_figures_a_row_each_a_link_to_the_whole_one() -> None:
         assert line.count("[![") == len(names)
         for name in names:
             assert f"(get-artifact?path=thumbnails%2F{name}.png&run_uuid=run)" in line
-            assert f"(#/experiments/1/runs/run/artifacts/{name}.png)" in line
-
-
-def test_comparison_names_every_run() -> None:
-    url = re.search(r"#/compare-runs\?(\S*)\)", told(result()))
-    assert url is not None
-    query = parse_qs(url[1])
-    assert json.loads(unquote(query["runs"][0])) == [row.run_id for row in TRIALS]
-    assert json.loads(unquote(query["experiments"][0])) == ["1"]
-    assert not set(url[1]) & set(" ()[]\"'")
+            assert f"(#/experiments/1/runs/run/artifacts/{name}.png?workflowType=machine_learning)" in line
 
 
 def test_link_keeps_its_label_plain() -> None:

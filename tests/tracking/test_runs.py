@@ -282,10 +282,24 @@ def test_files_keep_their_folders_and_an_absent_one_is_none(
 
 def test_addresses_are_relative_to_the_ui(runs: SweepRuns, parent: str) -> None:
     page = runs.page()
-    assert page.url == f"#/experiments/{page.experiment_id}/runs/{parent}"
-    assert page.artifact_url("promotion/v1/a b.md") == f"{page.url}/artifacts/promotion/v1/a%20b.md"
+    assert page.url == f"#/experiments/{page.experiment_id}/runs/{parent}?workflowType=machine_learning"
+    path, _, query = page.url.partition("?")
+    assert page.artifact_url("promotion/v1/a b.md") == f"{path}/artifacts/promotion/v1/a%20b.md?{query}"
     assert page.image_url("thumbnails/a.png") == f"get-artifact?path=thumbnails%2Fa.png&run_uuid={parent}"
-    assert f"parentRunId%20%3D%20%27{parent}%27" in page.children_url("eval/macro_f1")
+
+
+def test_every_study_of_a_sweep_has_a_view_of_its_own(client: MlflowClient, runs: SweepRuns) -> None:
+    found = {}
+    for study in ("embedded-1", "embedded-2", "embedded-1"):
+        parent = runs.open_parent(study, identity=study, params={"objective": "macro_f1"}, tags={}, texts={})
+        [key] = re.findall(r"workflowType=machine_learning&viewStateShareKey=([\w-]+)", runs.links["trials"])
+        assert runs.links["charts"] == f"{runs.links['trials']}&compareRunsMode=CHART"
+        found[parent] = key
+    assert list(found.values()) == ["sweep", "sweep-2"]
+    tags = client.get_experiment(runs.page().experiment_id).tags
+    for parent, key in found.items():
+        state = json.loads(tags[f"mlflow.sharedViewState.{key}"])
+        assert parent in state["searchFilter"] and state["orderByKey"] == "metrics.`eval/macro_f1`"
 
 
 def test_a_child_knows_its_parent_and_is_found_by_its_mark(client: MlflowClient, runs: SweepRuns, parent: str) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
 from agnews_lora.training.hf_trainer import AccuracyAndMacroF1
-from agnews_lora.training.metrics import accuracy, by_length, macro_f1, mean_cross_entropy
+from agnews_lora.training.metrics import accuracy, accuracy_interval, by_length, macro_f1, mean_cross_entropy
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60))
@@ -37,6 +37,15 @@ def test_the_metric_needs_no_hub_and_agrees(monkeypatch: pytest.MonkeyPatch) -> 
     predicted, labels = np.array([0, 1, 2, 2, 1]), np.array([0, 1, 1, 2, 1])
     got = AccuracyAndMacroF1(keep_in_memory=True).compute(predictions=predicted, references=labels)
     assert got == {"accuracy": 0.8, "macro_f1": macro_f1(predicted, labels)}
+
+
+def test_the_interval_is_wilsons_and_seeds_widen_it() -> None:
+    # By hand: (p + z²/2n ± z·√(p(1-p)/n + z²/4n²)) / (1 + z²/n)
+    assert accuracy_interval(0.8, 10) == (pytest.approx(0.4901625, abs=1e-6), pytest.approx(0.9433178, abs=1e-6))
+    low, high = accuracy_interval(1.0, 100)
+    assert 0.95 < low < high == 1.0 and accuracy_interval(0.0, 100) == pytest.approx((0.0, 1 - low))
+    # With as much variance between seeds as between rows, it is that of half as many rows.
+    assert accuracy_interval(0.8, 100, seed_variance=0.16 / 100) == pytest.approx(accuracy_interval(0.8, 50))
 
 
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=99), st.integers(1, 20))

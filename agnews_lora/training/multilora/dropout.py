@@ -6,10 +6,12 @@ is a 32-bit integer finaliser (Wellons 2018, https://nullprogram.com/blog/2018/0
 arithmetic, which wraps around; its two halves decide over two features each.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,6 +32,19 @@ class DropoutKey:
     step: int
 
 
+def key_arrays(slots: Sequence[int], keys: Mapping[int, DropoutKey]) -> list[npt.NDArray[Any]]:
+    """Compute hash and bound [2, K] int32, and factor [K], of the segments of some slots."""
+    own = [keys.get(slot, DropoutKey(0.0, 0, 0)) for slot in slots]
+    hashes = [int(np.random.SeedSequence([key.seed, key.step]).generate_state(1, np.uint32)[0]) for key in own]
+    dropped = [_num_dropped(key) for key in own]
+    described = np.array([hashes, [count - 1 for count in dropped]], dtype=np.int64).astype(np.int32)
+    return [described, np.array([1 / (1 - count / DRAWS) for count in dropped], dtype=np.float32)]
+
+
+def _num_dropped(key: DropoutKey) -> int:
+    return round(key.probability * DRAWS)
+
+
 class Dropout:
     """One pass's masks. Features that stay are not scaled: the caller scales the update by `factors` instead.
 
@@ -37,20 +52,18 @@ class Dropout:
 
     Args:
         keys: {slot: its key}; a slot without one drops nothing.
+        arrays: those of `key_arrays`, if they are on the device already.
     """
 
-    def __init__(self, packed: PackedBatch, keys: Mapping[int, DropoutKey]) -> None:
-        own = [keys.get(slot, DropoutKey(0.0, 0, 0)) for slot in packed.slots]
-        hashes = [int(np.random.SeedSequence([key.seed, key.step]).generate_state(1, np.uint32)[0]) for key in own]
-        dropped = [round(key.probability * DRAWS) for key in own]
-        described = np.array([hashes, [count - 1 for count in dropped]], dtype=np.int64).astype(np.int32)
-        factors = np.array([1 / (1 - count / DRAWS) for count in dropped], dtype=np.float32)
-        by_segment, self.factors = on_device([described, factors], packed.ids.device)
+    def __init__(
+        self, packed: PackedBatch, keys: Mapping[int, DropoutKey], arrays: Sequence[Tensor] | None = None
+    ) -> None:
+        by_segment, self.factors = arrays or on_device(key_arrays(packed.slots, keys), packed.ids.device)
         own_hash, bound = by_segment[:, packed.token_segments]
         # A token is known by its row in the table and its place in the row, wherever it lies in the pass.
         self.tokens = mixed(own_hash ^ mixed(packed.token_rows.int() * _GOLDEN + packed.token_places.int()))
         self.bounds = bound.to(torch.int16)
-        self.drops = tuple(count > 0 for count in dropped)
+        self.drops = tuple(slot in keys and _num_dropped(keys[slot]) > 0 for slot in packed.slots)
 
     def layer(self, number: int) -> "Mask":
         """Give the masks of one layer."""

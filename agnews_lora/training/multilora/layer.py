@@ -77,7 +77,7 @@ class LayerPass:
         is_last: bool,
         training: bool,
     ) -> None:
-        self.kernels, self.layer, self.rows = kernels, layer, packed.rows
+        self.kernels, self.layer, self.rows, self.num_tokens = kernels, layer, packed.rows, len(packed.ids)
         self.is_last, self.training = is_last, training
         mask, segments = updates.mask, packed.tokens
         lora = updates.query_key_value
@@ -117,7 +117,7 @@ class LayerPass:
         context, self.attended = kernels.attention(query, key, value, self.rows, self.is_last, training)
         y = self.attention_output.forward(context)
         x, self.first_norm = kernels.add_norm(read, y, layer.attention_norm, training)
-        inner, self.activated = kernels.gelu(self.ffn_in.forward(x), training)
+        inner, self.activated = self.ffn_in.forward_gelu(x)
         out, self.second_norm = kernels.add_norm(x, self.ffn_out.forward(inner), layer.ffn_norm, training)
         return out
 
@@ -130,10 +130,10 @@ class LayerPass:
         """Write the gradients of the updates, of the output's g + g2; two parts of the input's, or None at the end."""
         kernels, layer = self.kernels, self.layer
         of_second_sum = kernels.add_norm_gradient(g, g2, self.second_norm, layer.ffn_norm)
-        of_inner = self.ffn_out.backward(of_second_sum)
-        if of_inner is None:
+        of_z = self.ffn_out.backward_gelu(of_second_sum, self.activated)
+        if of_z is None:
             return None
-        of_x = self.ffn_in.backward(kernels.gelu_gradient(of_inner, self.activated))
+        of_x = self.ffn_in.backward(of_z)
         if of_x is None:
             return None
         of_first_sum = kernels.add_norm_gradient(of_x, of_second_sum, self.first_norm, layer.attention_norm)
@@ -150,7 +150,7 @@ class LayerPass:
             of_x = self.query_key_value.backward(of_parts)
             return None if of_x is None else (of_x, of_read)
         of_query = torch.empty_like(of_context)
-        of_parts = of_context.new_empty(self.key_value.num_inputs, 2 * hidden)
+        of_parts = of_context.new_empty(self.num_tokens, 2 * hidden)
         self.kernels.attention_gradients(of_context, self.attended, self.rows, of_query, *of_parts.split(hidden, dim=1))
         of_x, of_first = self.key_value.backward(of_parts), self.query.backward(of_query)
         if of_x is None or of_first is None:
@@ -172,24 +172,51 @@ class _Product:
     ) -> None:
         self.kernels, self.affine, self.lora = kernels, affine, lora
         self.segments, self.mask, self.training = segments, mask, training
-        self.num_inputs = sum(segments.sizes)
         self.is_lowest = False
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.kernels.linear(x, self.affine)
+        out, h = self._started(x)
         if self.lora is not None:
-            h = self.kernels.lora_down(x, self.lora, self.segments, self.mask)
             self.kernels.lora_up(out, h, self.lora, self.segments)
-            if self.training:
-                self.x, self.h = x, h
         return out
 
+    def forward_gelu(self, x: Tensor) -> tuple[Tensor, Saved]:
+        """Compute GELU of the output, and what its gradient needs."""
+        out, h = self._started(x)
+        if self.lora is None:
+            return self.kernels.gelu(out, self.training)
+        return self.kernels.lora_up_gelu(out, h, self.lora, self.segments, self.training)
+
     def backward(self, g: Tensor) -> Tensor | None:
-        of_x = None if self.is_lowest else self.kernels.linear_gradient(g, self.affine)
+        of_x, of_h = self._started_back(g)
         if self.lora is not None:
-            of_h = self.kernels.lora_up_gradients(g, self.h, self.lora, self.segments)
             self.kernels.lora_down_gradients(of_x, of_h, self.x, self.lora, self.segments, self.mask)
         return of_x
+
+    def backward_gelu(self, g: Tensor, activated: Saved) -> Tensor | None:
+        """Compute the gradient of what the input is the GELU of."""
+        if self.is_lowest:
+            return self.backward(g)
+        of_x, of_h = self._started_back(g)
+        assert of_x is not None
+        if self.lora is None:
+            return self.kernels.gelu_gradient(of_x, activated)
+        own = self.x, self.lora, self.segments, self.mask
+        return self.kernels.lora_down_gelu_gradients(of_x, of_h, *own, activated)
+
+    def _started(self, x: Tensor) -> tuple[Tensor, Saved]:
+        out, h = self.kernels.linear(x, self.affine), None
+        if self.lora is not None:
+            h = self.kernels.lora_down(x, self.lora, self.segments, self.mask)
+            if self.training:
+                self.x, self.h = x, h
+        return out, h
+
+    def _started_back(self, g: Tensor) -> tuple[Tensor | None, Saved]:
+        of_x = None if self.is_lowest else self.kernels.linear_gradient(g, self.affine)
+        if self.lora is None:
+            return of_x, None
+        return of_x, self.kernels.lora_up_gradients(g, self.h, self.lora, self.segments)
 
 
 def _some(lora: Lora | None, modules: slice) -> Lora | None:

@@ -1,14 +1,16 @@
-"""The slots' part of a pass: the low-rank updates of all layers, one head a slot, and the gradients of both."""
+"""The slots' part of a pass: the low-rank updates of all layers, one head per slot, and the gradients of both."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from agnews_lora.adapters.families import ATTENTION_OUTPUT, FFN_IN, FFN_OUT, KEY, QUERY, VALUE
-from agnews_lora.training.multilora.dropout import Dropout, DropoutKey
+from agnews_lora.training.multilora.dropout import Dropout, DropoutKey, key_arrays
 from agnews_lora.training.multilora.kernels.reference import Lora
 from agnews_lora.training.multilora.layer import LayerUpdates
 from agnews_lora.training.multilora.packing import PackedBatch, on_device
@@ -20,6 +22,17 @@ GROUPS = ((QUERY, KEY, VALUE), (ATTENTION_OUTPUT,), (FFN_IN,), (FFN_OUT,))
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}
 
 
+def slot_arrays(slots: Slots, chosen: Sequence[int], keys: Mapping[int, DropoutKey]) -> list[npt.NDArray[Any]]:
+    """List what a pass over some slots is told of them: their numbers, the modules that they adapt, their dropout."""
+    flags = [np.array(each, dtype=np.int32) for each in _adapts(slots, chosen)]
+    drops = any(slot in keys for slot in chosen)
+    return [np.array(chosen), *flags, *(key_arrays(chosen, keys) if drops else [])]
+
+
+def _adapts(slots: Slots, chosen: Sequence[int]) -> list[list[list[bool]]]:
+    return [[[slots.targets(slot, module) for slot in chosen] for module in modules] for modules in GROUPS]
+
+
 class BatchedLora:
     """The LoRA modules and heads of a pass's slots.
 
@@ -28,18 +41,27 @@ class BatchedLora:
     Args:
         keys: {slot: key of its dropout} of the slots that drop anything.
         training: whether gradients will be written.
+        arrays: those of `slot_arrays`, if they are on the device already.
     """
 
     def __init__(
-        self, slots: Slots, packed: PackedBatch, dtype: torch.dtype, keys: Mapping[int, DropoutKey], training: bool
+        self,
+        slots: Slots,
+        packed: PackedBatch,
+        dtype: torch.dtype,
+        keys: Mapping[int, DropoutKey],
+        training: bool,
+        arrays: Sequence[Tensor] | None = None,
     ) -> None:
         self.slots, self.packed = slots, packed
-        self.chosen = _chosen(packed, slots.device)
+        chosen, *rest = arrays or on_device(slot_arrays(slots, packed.slots, keys), slots.device)
+        flags, of_keys = rest[: len(GROUPS)], rest[len(GROUPS) :]
+        first, last = packed.slots[0], packed.slots[-1]
+        are_neighbours = last - first + 1 == len(packed.slots)
+        self.chosen = slice(first, last + 1) if are_neighbours else chosen
         self.weights = self._of_segments(slots.weights)
-        drops = any(slot in keys for slot in packed.slots)
-        self.dropout = Dropout(packed, keys) if drops else None
-        adapts = [[[slots.targets(slot, module) for slot in packed.slots] for module in modules] for modules in GROUPS]
-        flags = on_device([np.array(each, dtype=np.int32) for each in adapts], slots.device)
+        self.dropout = Dropout(packed, keys, of_keys) if of_keys else None
+        adapts = _adapts(slots, packed.slots)
         groups = [self._group(*each, dtype, training) for each in zip(GROUPS, adapts, flags, strict=True)]
         self.groups = [(modules, group) for modules, group in zip(GROUPS, groups, strict=True) if group is not None]
         self.layers = [
@@ -126,14 +148,6 @@ def _layer(group: Lora, number: int) -> Lora:
     """View one layer of stacked updates."""
     of_a, of_b = (None if of is None else of[number] for of in (group.of_a, group.of_b))
     return Lora(group.a[number], group.b[number], of_a, of_b, group.adapts, group.flags, group.modules)
-
-
-def _chosen(packed: PackedBatch, device: torch.device) -> slice | Tensor:
-    """Give the slots of a pass as an index: a slice where there are no others between them."""
-    first, last = packed.slots[0], packed.slots[-1]
-    if last - first + 1 == len(packed.slots):
-        return slice(first, last + 1)
-    return on_device([np.array(packed.slots)], device)[0]
 
 
 def _affine(x: Tensor, parts: Mapping[str, Tensor], name: str) -> Tensor:

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 
 from agnews_lora.adapters.spec import ModelShape
 from agnews_lora.training.metrics import by_length
-from agnews_lora.training.multilora import optimizer
 from agnews_lora.training.multilora.dropout import DropoutKey
 from agnews_lora.training.multilora.encoder import Encoder
+from agnews_lora.training.multilora.graphs import MOST_TOKENS, StepGraphs
 from agnews_lora.training.multilora.kernels import KernelChoice
 from agnews_lora.training.multilora.layer import EncoderPass
-from agnews_lora.training.multilora.lora import BatchedLora
+from agnews_lora.training.multilora.lora import BatchedLora, slot_arrays
+from agnews_lora.training.multilora.optimizer import SlotSteps, step_array
 from agnews_lora.training.multilora.packing import DeviceTokens, PackedBatch, on_device
 from agnews_lora.training.multilora.slots import Slots
 from agnews_lora.training.multilora.threads import Threads
@@ -42,7 +43,7 @@ class MultiLoraModel:
     A GPU computes all slots' batches in one pass. On a CPU each thread computes passes of its own, over one slot's
     batch or a share of it: threads that share every product instead spend a third of the time waiting for each other.
 
-    choice: of the kernels that compute the layers.
+    choice: of the kernels that compute the layers. graphs: of steps that are replayed.
     """
 
     def __init__(self, encoder: Encoder, shape: ModelShape, num_slots: int) -> None:
@@ -51,10 +52,12 @@ class MultiLoraModel:
         self.device, self.dtype = encoder.device, encoder.dtype
         self.threads = Threads() if self.device.type == "cpu" else None
         self.choice = KernelChoice(encoder.layers, self.device, self.dtype)
+        self.graphs = StepGraphs(self.device)
         self.slots = Slots(num_slots, shape, self.device)
 
     def resize(self, num_slots: int) -> None:
         """Start again with `num_slots` empty slots."""
+        self.graphs.clear()
         self.slots = Slots(num_slots, self.shape, self.device)
 
     def step(
@@ -64,8 +67,9 @@ class MultiLoraModel:
 
         On CUDA, this returns before the device has computed them.
         """
-        keys = self._dropout_keys(batches)
-        cut = [[(batch, batch.rows) for batch in batches]] if self.threads is None else self._shares(batches)
+        if self.threads is None:
+            return self.choice.run(lambda: self._step_at_once(tokens, batches, weight_decay, max_grad_norm))
+        keys, cut = self._dropout_keys(batches), self._shares(batches)
 
         def gradients_of(shares: Sequence[Share]) -> Gradients:
             packed = tokens.pack([(batch.slot, rows) for batch, rows in shares])
@@ -73,17 +77,37 @@ class MultiLoraModel:
 
         def update() -> torch.Tensor:
             losses, gradients = self._of_slots(cut, passes)
-            steps, kernels = self._steps(batches), self.choice
+            steps, kernels = SlotSteps.of(*self._rates(batches), self.device), self.choice
             norms = kernels.run(
                 lambda: kernels.kernels.adamw(self.slots, gradients, steps, weight_decay, max_grad_norm)
             )
             return torch.stack([losses, norms])
 
-        if self.threads is None:
-            passes = list(map(gradients_of, cut))
-            return update()
         passes = list(self.threads.map(gradients_of, cut))
         return self.threads.alone(update)
+
+    def _step_at_once(
+        self, tokens: DeviceTokens, batches: Sequence[SlotBatch], weight_decay: float, max_grad_norm: float
+    ) -> torch.Tensor:
+        """Compute a step in one pass, of arrays that are copied to the device first: nothing else differs in the next
+        one with batches of these sizes."""
+        keys, kernels = self._dropout_keys(batches), self.choice.kernels
+        most = MOST_TOKENS if kernels.replays and not self.graphs.reason else 0
+        layout = tokens.layout([(batch.slot, batch.rows) for batch in batches], most)
+        of_slots = slot_arrays(self.slots, layout.slots, keys)
+        arrays = [*layout.arrays, *of_slots, step_array(*self._rates(batches))]
+
+        def compute(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+            packed = tokens.packed(layout, parts[: len(layout.arrays)])
+            passes = [self.gradients(packed, keys, parts[len(layout.arrays) : -1])]
+            losses, gradients = self._of_slots([[(batch, batch.rows) for batch in batches]], passes)
+            norms = kernels.adamw(self.slots, gradients, SlotSteps(*parts[-1]), weight_decay, max_grad_norm)
+            return torch.stack([losses, norms])
+
+        if layout.num_tokens > most:
+            return compute(on_device(arrays, self.device))
+        sizes = tokens, layout.shape, weight_decay, max_grad_norm
+        return self.graphs.run(self.slots.version, sizes, arrays, compute)
 
     def _shares(self, batches: Sequence[SlotBatch]) -> list[list[Share]]:
         """Cut batches for the threads: passes of one share each."""
@@ -104,14 +128,17 @@ class MultiLoraModel:
                 gradients[batch.slot].add_(gradient, alpha=part)
         return losses, gradients
 
-    def gradients(self, packed: PackedBatch, keys: Mapping[int, DropoutKey]) -> Gradients:
+    def gradients(
+        self, packed: PackedBatch, keys: Mapping[int, DropoutKey], arrays: Sequence[torch.Tensor] | None = None
+    ) -> Gradients:
         """Mean cross entropy [S] of each segment and its gradients [S, columns]: its loss reaches its own slot only.
 
         Args:
             keys: {slot: key of its dropout}; a slot without one drops nothing.
+            arrays: those of `slot_arrays`, if they are on the device already.
         """
         with torch.no_grad():
-            lora = BatchedLora(self.slots, packed, self.dtype, keys, training=True)
+            lora = BatchedLora(self.slots, packed, self.dtype, keys, training=True, arrays=arrays)
             encoded = EncoderPass(self.choice.kernels, self.encoder.layers, lora.layers, packed, training=True)
             x = encoded.forward(self.encoder.embed(packed))
         x.requires_grad_()
@@ -163,8 +190,9 @@ class MultiLoraModel:
                 keys[batch.slot] = DropoutKey(spec.dropout, batch.seed, batch.step)
         return keys
 
-    def _steps(self, batches: Sequence[SlotBatch]) -> optimizer.SlotSteps:
+    def _rates(self, batches: Sequence[SlotBatch]) -> tuple[list[float], list[int]]:
+        """Give learning rate and step number of all slots."""
         rates, numbers = [0.0] * len(self.slots), [1] * len(self.slots)
         for batch in batches:
             rates[batch.slot], numbers[batch.slot] = batch.learning_rate, batch.step
-        return optimizer.SlotSteps.of(rates, numbers, self.device)
+        return rates, numbers

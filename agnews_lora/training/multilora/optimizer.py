@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,9 +33,14 @@ class SlotSteps:
 
     @classmethod
     def of(cls, rates: Sequence[float], numbers: Sequence[int], device: torch.device) -> "SlotSteps":
-        """Describe steps by learning rate and number. In fp64: in fp32, 1 - beta loses four digits."""
-        corrections = [[1 - beta**number for number in numbers] for beta in BETAS]
-        return cls(*on_device([np.array([rates, *corrections], dtype=np.float32)[:, :, None]], device)[0])
+        """Describe steps by learning rate and number."""
+        return cls(*on_device([step_array(rates, numbers)], device)[0])
+
+
+def step_array(rates: Sequence[float], numbers: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Compute the three parts of `SlotSteps` in fp64: in fp32, 1 - beta loses four digits."""
+    corrections = [[1 - beta**number for number in numbers] for beta in BETAS]
+    return np.array([rates, *corrections], dtype=np.float32)[:, :, None]
 
 
 def clip(slots: Slots, gradients: Tensor, max_norm: float) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ TILE = 64  # rows of a segment that one program of a CUDA kernel computes
 # The tokens of a pass are a multiple of it: the libraries prepare each product once for every number of rows that
 # there is, which takes as long as the product.
 TOKEN_STEP = 16
+SMALLEST_STEP = 1024  # between the numbers of tokens that bucketed passes have
 WIDTH_STEP = 8  # tokens that rows are padded to where they have to be
 ALIGNMENT = 16  # bytes
 
@@ -23,8 +24,9 @@ ALIGNMENT = 16  # bytes
 class Segments:
     """Consecutive rows of a matrix that belong to one slot each.
 
-    sizes: rows of each segment. For CUDA's kernels, int32: tiles: (3, tiles) segment, first row and end of every `TILE`
-    rows at most; ends: (1 + segments,) where segments end, behind a 0.
+    sizes: rows of each segment; rows behind the last one belong to no slot. For CUDA's kernels, int32: tiles: (3,
+    tiles) segment (-1: none), first row and end of every `TILE` rows at most; ends: (1 + segments,) where segments end,
+    behind a 0.
     """
 
     sizes: tuple[int, ...]
@@ -38,14 +40,26 @@ class Segments:
         return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def tables_of(sizes: npt.ArrayLike) -> list[npt.NDArray[np.int32]]:
-    """Compute `tiles` and `ends` of segments of these sizes."""
-    sizes = np.asarray(sizes)
-    ends, counts = np.cumsum(sizes), -(-sizes // TILE)
-    starts, segments = ends - sizes, np.repeat(np.arange(len(sizes)), counts)
-    first = starts[segments] + TILE * (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts))
-    tiles = np.stack([segments, first, np.minimum(first + TILE, ends[segments])])
-    return [tiles.astype(np.int32), np.concatenate([[0], ends]).astype(np.int32)]
+def tables_of(sizes: npt.ArrayLike, total: int) -> list[npt.NDArray[np.int32]]:
+    """Compute `tiles` and `ends` of segments of these sizes, and tiles of segment -1 for the rest of `total` rows.
+
+    There are as many tiles however the rows are distributed; those that are not needed are empty.
+    """
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    stops = np.append(ends[1:], total)
+    counts = -(-(stops - ends) // TILE)
+    counts[-1] += total // TILE + len(ends) - counts.sum()
+    segments = np.repeat(np.arange(len(ends)), counts)
+    first = ends[segments] + TILE * (np.arange(len(segments)) - np.repeat(np.cumsum(counts) - counts, counts))
+    stop, numbers = stops[segments], np.where(segments == len(ends) - 1, -1, segments)
+    tiles = np.stack([numbers, np.minimum(first, stop), np.minimum(first + TILE, stop)])
+    return [tiles.astype(np.int32), ends.astype(np.int32)]
+
+
+def bucket_of(tokens: int) -> int:
+    """Round tokens up to one of a few numbers: where they are many, by a sixteenth on average."""
+    step = max(SMALLEST_STEP, (1 << tokens.bit_length()) // 16)
+    return -(-tokens // step) * step
 
 
 @dataclass(frozen=True)
@@ -84,12 +98,12 @@ class Rows:
 class PackedBatch:
     """The tokens of one forward pass: segments, one a slot, in the order of the slots.
 
-    slots: slot of each segment. tokens, firsts: the segments of all tokens, and of the rows' first tokens; the last
-    token segment ends with the few tokens that belong to no row. rows: for attention. ids, positions: (tokens,) int64,
-    a position being a row of the encoder's table of them. token_segments, token_rows, token_places: (tokens,) int64,
-    the segment of each token, its row in the table and its place in that row; of no row, place and position are 0.
-    labels: (rows,) int64. places: (rows,) index of each row where every segment has as many places as the largest has
-    rows. shares: (rows,) share of a row in its segment.
+    slots: slot of each segment. tokens, firsts: the segments of all tokens, and of the rows' first tokens. Behind the
+    last row are tokens that belong to no row, and, where the pass fills a bucket, to no segment. rows: for attention.
+    ids, positions: (tokens,) int64, a position being a row of the encoder's table of them. token_segments, token_rows,
+    token_places: (tokens,) int64, the segment of each token, its row in the table and its place in that row; of no row,
+    place and position are 0. labels: (rows,) int64. places: (rows,) index of each row where every segment has as many
+    places as the largest has rows. shares: (rows,) share of a row in its segment.
     """
 
     slots: tuple[int, ...]
@@ -106,6 +120,27 @@ class PackedBatch:
     shares: torch.Tensor
 
 
+class Layout(NamedTuple):
+    """The rows of a pass before they are on the device.
+
+    slots, row_sizes, token_sizes: of each segment. num_tokens: with those that belong to no row; total: without them.
+    longest: tokens of the longest row, or in a bucket more. arrays: for the device.
+    """
+
+    slots: tuple[int, ...]
+    row_sizes: tuple[int, ...]
+    token_sizes: tuple[int, ...]
+    num_tokens: int
+    total: int
+    longest: int
+    arrays: list[npt.NDArray[Any]]
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Give all that the operations of CUDA's kernels depend on, beside the values of `arrays`."""
+        return self.slots, self.row_sizes, self.num_tokens, self.longest
+
+
 class DeviceTokens:
     """A token table, resident on a device. padding_id: the encoder's."""
 
@@ -120,37 +155,48 @@ class DeviceTokens:
 
     def pack(self, segments: Sequence[tuple[int, Sequence[int]]]) -> PackedBatch:
         """Pack the rows of some slots, given as pairs of a slot and its row ids."""
+        layout = self.layout(segments)
+        return self.packed(layout, on_device(layout.arrays, self.device))
+
+    def layout(self, segments: Sequence[tuple[int, Sequence[int]]], most: int = 0) -> Layout:
+        """Lay out the rows of some slots, with the tokens of a bucket if there are up to `most`."""
         slots, chosen = zip(*sorted(segments, key=lambda segment: segment[0]), strict=True)
         row_sizes = tuple(len(rows) for rows in chosen)
         rows = np.concatenate([np.asarray(each, dtype=np.int64) for each in chosen])
         lengths = self.lengths[rows]
         bounds = np.cumsum([0, *row_sizes])
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        total = -(-int(offsets[-1]) // TOKEN_STEP) * TOKEN_STEP
-        rest = total - int(offsets[-1])
+        total, longest = int(offsets[-1]), int(lengths.max())
+        num_tokens = -(-total // TOKEN_STEP) * TOKEN_STEP
         token_sizes = np.diff(offsets[bounds])
-        token_sizes[-1] += rest
+        if total <= most:
+            num_tokens, longest = bucket_of(total), 1 << (longest - 1).bit_length()
+        else:
+            token_sizes[-1] += num_tokens - total
         own, own_bounds = np.repeat(np.arange(len(slots)), row_sizes), np.repeat(bounds[:-1], row_sizes)
         # One more row of no tokens stands for the tokens behind the last one.
         row_table = np.stack([rows, lengths, offsets[:-1], own, lengths])
-        row_table = np.concatenate([row_table, [[0], [0], [offsets[-1]], [len(slots) - 1], [rest]]], axis=1)
+        row_table = np.concatenate([row_table, [[0], [0], [total], [len(slots) - 1], [num_tokens - total]]], axis=1)
         arrays = [
             row_table,
             own * max(row_sizes) + np.arange(len(rows)) - own_bounds,
             np.repeat(1 / np.array(row_sizes), row_sizes).astype(np.float32),
             offsets.astype(np.int32),
             lengths.astype(np.int32),
+            *tables_of(token_sizes, num_tokens),
+            *tables_of(row_sizes, len(rows)),
         ]
-        if self.device.type == "cuda":
-            arrays += [*tables_of(token_sizes), *tables_of(row_sizes)]
-        described, places, shares, offsets_there, lengths_there, *tables = on_device(arrays, self.device)
-        ids, positions, token_segments, token_rows, token_places = self._cut(described, total)
-        first = described[2, :-1]
+        return Layout(tuple(slots), row_sizes, tuple(token_sizes.tolist()), num_tokens, total, longest, arrays)
+
+    def packed(self, layout: Layout, arrays: Sequence[torch.Tensor]) -> PackedBatch:
+        """Give the tokens of a layout whose arrays lie on the device."""
+        described, places, shares, offsets, lengths, *tables = arrays
+        ids, positions, token_segments, token_rows, token_places = self._cut(described, layout.num_tokens)
         return PackedBatch(
-            slots=tuple(slots),
-            tokens=Segments(tuple(token_sizes.tolist()), *tables[:2]),
-            firsts=Segments(row_sizes, *tables[2:]),
-            rows=Rows(offsets_there, lengths_there, first, int(lengths.max()), int(offsets[-1])),
+            slots=layout.slots,
+            tokens=Segments(layout.token_sizes, *tables[:2]),
+            firsts=Segments(layout.row_sizes, *tables[2:]),
+            rows=Rows(offsets, lengths, described[2, :-1], layout.longest, layout.total),
             ids=ids,
             positions=positions,
             token_segments=token_segments,
@@ -195,17 +241,28 @@ def on_device(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[
     return in_one_copy(arrays, device)
 
 
-def in_one_copy(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
-    """Copy arrays to a device side by side in one buffer."""
+def in_one_copy(
+    arrays: Sequence[npt.NDArray[Any]], device: torch.device, target: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Copy arrays to a device side by side in one buffer, a new one or a given one."""
     sources = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
-    ends = np.cumsum([-(-source.nbytes // ALIGNMENT) * ALIGNMENT for source in sources]).tolist()
-    buffer = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    places = [(end, source) for end, source in zip([0, *ends[:-1]], sources, strict=True)]
+    buffer = empty_buffer(arrays, torch.device("cpu"), pinned=device.type == "cuda")
+    starts = np.cumsum([0, *map(_aligned, arrays)]).tolist()[:-1]
 
     def part(of: torch.Tensor, start: int, source: torch.Tensor) -> torch.Tensor:
         return of[start : start + source.nbytes].view(source.dtype).view(source.shape)
 
-    for start, source in places:
+    for start, source in zip(starts, sources, strict=True):
         part(buffer, start, source).copy_(source)
-    moved = buffer.to(device, non_blocking=True)  # pinned memory is not handed out again before the copy is done
-    return [part(moved, start, source) for start, source in places]
+    moved = empty_buffer(arrays, device) if target is None else target
+    moved.copy_(buffer, non_blocking=True)  # pinned memory is not handed out again before the copy is done
+    return [part(moved, start, source) for start, source in zip(starts, sources, strict=True)]
+
+
+def empty_buffer(arrays: Sequence[npt.NDArray[Any]], device: torch.device, pinned: bool = False) -> torch.Tensor:
+    """Allocate bytes for arrays side by side."""
+    return torch.empty(sum(map(_aligned, arrays)), dtype=torch.uint8, device=device, pin_memory=pinned)
+
+
+def _aligned(array: npt.NDArray[Any]) -> int:
+    return -(-array.nbytes // ALIGNMENT) * ALIGNMENT

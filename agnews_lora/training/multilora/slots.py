@@ -57,13 +57,14 @@ class Slots:
     specs: of the trial in each slot, or None. weights, first_moment, second_moment: [K, columns]. scales: {module: [K]
     alpha / rank, 0 where a slot does not adapt it}. decays: [columns] 1 where weight decay applies, else 0. freezable:
     columns of the classifier layers that a head may keep frozen. frozen: [K] whether the slot's head does, or it is
-    empty.
+    empty. version: changes with the trials in the slots, and so with the place of any of these tensors.
     """
 
     def __init__(self, num_slots: int, shape: ModelShape, device: torch.device) -> None:
         self.shape = shape
         self.device = device
         self.specs: list[TrialSpec | None] = [None] * num_slots
+        self.version = 0
         self._allocate({})
 
     def __len__(self) -> int:
@@ -133,6 +134,7 @@ class Slots:
 
     def _describe(self) -> None:
         """Copy scales and frozen heads of the trials in the slots to the device."""
+        self.version += 1
         scales = {
             module: [
                 spec.alpha / spec.rank if spec is not None and module in PRESETS[spec.targets] else 0.0

@@ -4,11 +4,12 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model_state_dict
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
@@ -20,10 +21,21 @@ from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.data.rows import Rows
 from agnews_lora.data.tokens import TokenTable, encode, load_tokenizer
 from agnews_lora.training.model import build_model
+from agnews_lora.training.multilora import packing
+from agnews_lora.training.multilora.dropout import DropoutKey
 from agnews_lora.training.multilora.encoder import Encoder
 from agnews_lora.training.multilora.kernels.reference import Kernels
 from agnews_lora.training.multilora.model import MultiLoraModel, SlotBatch
-from agnews_lora.training.multilora.packing import TILE, DeviceTokens, Segments, in_one_copy, positions, tables_of
+from agnews_lora.training.multilora.packing import (
+    TILE,
+    DeviceTokens,
+    Segments,
+    bucket_of,
+    in_one_copy,
+    on_device,
+    positions,
+    tables_of,
+)
 from agnews_lora.training.multilora.slots import Slots, SlotState
 from agnews_lora.training.multilora.threads import Threads
 from tests.training.conftest import MAX_LENGTH, TinySetup
@@ -270,14 +282,54 @@ def test_gradients_in_bf16_are_near_to_those_in_fp32(
     assert ((rounded - exact).norm(dim=1) / exact.norm(dim=1)).median() < 0.2  # other masks: above 0.5
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=5))
-def test_tiles_cover_each_segment_once(sizes: list[int]) -> None:
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=5), st.integers(0, 200))
+def test_tiles_cover_each_segment_once_and_what_belongs_to_none(sizes: list[int], rest: int) -> None:
     parts = Segments(tuple(sizes)).parts
+    total = sum(sizes) + rest
     rows = [(segment, row) for segment, part in enumerate(parts) for row in range(part.start, part.stop)]
-    tiles, ends = tables_of(sizes)
-    assert [(segment, row) for segment, start, end in tiles.T.tolist() for row in range(start, end)] == rows
-    assert (tiles[2] > tiles[1]).all() and (tiles[2] - tiles[1]).max() <= TILE
+    tiles, ends = tables_of(sizes, total)
+    found = [(segment, row) for segment, start, end in tiles.T.tolist() for row in range(start, end)]
+    assert found == [*rows, *((-1, row) for row in range(sum(sizes), total))]
+    assert (tiles[2] - tiles[1]).min() >= 0 and (tiles[2] - tiles[1]).max() <= TILE
     assert ends.tolist() == [0, *(part.stop for part in parts)]
+    assert tiles.shape == tables_of([total - len(sizes) + 1, *[1] * (len(sizes) - 1)], total)[0].shape
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    segments=st.dictionaries(st.integers(0, 2), st.lists(st.integers(0, 75), min_size=1, max_size=4), min_size=1),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    step=st.sampled_from([16, 200]),
+)
+def test_tokens_that_fill_a_bucket_change_nothing(
+    roberta: TinySetup, segments: dict[int, list[int]], dtype: torch.dtype, step: int
+) -> None:
+    """By plain torch, and by C kernels where there are some."""
+    encoder = Encoder(load_base(roberta.base, 4), "roberta", CPU, dtype)
+    encoder.layers = [replace(layer, num_heads=1) for layer in encoder.layers]  # of a size that there are kernels for
+    model = MultiLoraModel(encoder, roberta.base.shape, 3)
+    for slot, (targets, dropout) in enumerate((("all-linear", 0.3), ("ffn", 0.0), ("qv", 0.1))):
+        spec = replace(NEIGHBOUR, targets=targets, dropout=dropout)
+        model.slots.place(slot, spec, state_of(trained_model(roberta, spec)))
+    keys = {slot: DropoutKey(spec.dropout, 5, slot) for slot, spec in enumerate(model.slots.specs) if spec}
+    tokens = DeviceTokens(roberta.corpus.train, CPU, encoder.padding_id)
+    found = []
+    with patch.object(packing, "SMALLEST_STEP", step):
+        for most in (0, 10_000):
+            layout = tokens.layout(list(segments.items()), most)
+            packed = tokens.packed(layout, on_device(layout.arrays, CPU))
+            found.append(model.gradients(packed, keys))
+    assert layout.num_tokens % step == 0 and len(packed.ids) == layout.num_tokens
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for own, filled in zip(*found, strict=True):
+        assert (own - filled).norm() <= tolerance * own.norm()
+
+
+@given(st.integers(1, 10**6))
+def test_a_bucket_holds_few_tokens_more(number: int) -> None:
+    bucket = bucket_of(number)
+    assert number <= bucket <= number + max(1023, number // 8) and bucket % 1024 == 0
+    assert bucket_of(bucket) == bucket
 
 
 def test_arrays_of_all_kinds_travel_in_one_copy() -> None:

@@ -15,7 +15,7 @@ from agnews_lora.training.multilora.packing import Rows, Segments
 from agnews_lora.training.multilora.slots import Slots
 
 COLUMNS = 64  # features that a program of a low-rank product reads or writes at once
-TOKENS = 64  # the most queries and keys that a program of the attention takes at once
+TOKENS = 64  # the most queries and keys that a program of the attention takes at once: most rows, whole
 ELEMENTS = 1024  # of one program without products
 SMALLEST = 16  # side of a matrix that tensor cores multiply
 LARGEST_HEAD = 128  # features of a head: larger blocks of keys and values do not fit the registers
@@ -29,6 +29,7 @@ class CudaKernels(Kernels):
     """
 
     name = "triton"
+    replays = True
 
     def __init__(self, layers: Sequence[Layer], dtype: torch.dtype) -> None:
         super().__init__(layers)
@@ -51,6 +52,13 @@ class CudaKernels(Kernels):
     def lora_up(self, out: Tensor, h: Tensor, lora: Lora, segments: Segments) -> None:
         _expand(h, out, lora.b.shape[3], lora.b, lora, segments, None)
 
+    def lora_up_gelu(
+        self, z: Tensor, h: Tensor, lora: Lora, segments: Segments, training: bool
+    ) -> tuple[Tensor, Saved]:
+        slope = torch.empty_like(z) if training else None
+        _expand(h, z, lora.b.shape[3], lora.b, lora, segments, None, slope, gelu=True)
+        return z, slope
+
     def lora_up_gradients(self, g: Tensor, h: Tensor, lora: Lora, segments: Segments) -> Tensor:
         of_h, width = torch.empty_like(h), lora.b.shape[3]
         _project(of_h, g, width, lora.b, lora, segments, None)
@@ -64,6 +72,13 @@ class CudaKernels(Kernels):
         if of_x is not None:
             _expand(of_h, of_x, 0, lora.a, lora, segments, mask)
 
+    def lora_down_gelu_gradients(
+        self, of_x: Tensor, of_h: Tensor, x: Tensor, lora: Lora, segments: Segments, mask: Mask | None, activated: Saved
+    ) -> Tensor:
+        _reduce(of_h, x, 0, lora.of_a, lora, segments, mask)
+        _expand(of_h, of_x, 0, lora.a, lora, segments, mask, activated)
+        return of_x
+
     # Attention -------------------------------------------------------------------------------------------------------
 
     def attention(
@@ -73,7 +88,7 @@ class CudaKernels(Kernels):
         totals = q.new_empty(len(q), self.num_heads, dtype=torch.float32)
         sizes = self._sizes(q, rows, of_rows)
         programs = len(rows.lengths) if of_rows else len(rows.lengths) + 1  # one for the tokens that belong to no row
-        triton_kernels.attend[programs * self.num_heads, 1 if of_rows else -(-rows.longest // sizes["QUERIES"])](
+        triton_kernels.attend[programs * self.num_heads,](
             context, totals, q, q.stride(0), k, v, k.stride(0), *self._rows(q, k, rows), OF_ROWS=of_rows, **sizes
         )
         return context, (q, k, v, context, totals, of_rows) if training else None
@@ -84,9 +99,10 @@ class CudaKernels(Kernels):
         q, k, v, context, totals, of_rows = saved
         sizes = self._sizes(q, rows, of_rows)
         programs = (len(rows.lengths) + 1) * self.num_heads
-        triton_kernels.attend_gradients[programs, -(-rows.longest // sizes["KEYS"])](
+        parts = q.new_empty(q.shape, dtype=torch.float32) if rows.longest > sizes["KEYS"] else None
+        triton_kernels.attend_gradients[programs,](
             g, context, totals, q, of_q, q.stride(0), of_q.stride(0), k, v, of_k, of_v, k.stride(0), of_k.stride(0),
-            *self._rows(q, k, rows), OF_ROWS=of_rows, **sizes
+            parts, *self._rows(q, k, rows), OF_ROWS=of_rows, **sizes
         )  # fmt: skip
 
     def _rows(self, q: Tensor, k: Tensor, rows: Rows) -> tuple[Any, ...]:
@@ -128,7 +144,7 @@ class CudaKernels(Kernels):
     def gelu(self, z: Tensor, training: bool) -> tuple[Tensor, Saved]:
         slope = torch.empty_like(z) if training else None
         count = z.numel()
-        triton_kernels.gelu[-(-count // ELEMENTS),](z, slope, count // 8, SAVE=training, BLOCK=ELEMENTS)
+        triton_kernels.gelu[-(-count // ELEMENTS),](z, slope, count // 8, BLOCK=ELEMENTS)
         return z, slope
 
     def gelu_gradient(self, g: Tensor, saved: Saved) -> Tensor:
@@ -159,12 +175,21 @@ def _project(
 
 
 def _expand(
-    h: Tensor, out: Tensor, step: int, weight: Tensor, lora: Lora, segments: Segments, mask: Mask | None
+    h: Tensor,
+    out: Tensor,
+    step: int,
+    weight: Tensor,
+    lora: Lora,
+    segments: Segments,
+    mask: Mask | None,
+    slope: Tensor | None = None,
+    gelu: bool = False,
 ) -> None:
     """Add to each module's own columns, or, where the step between them is 0, all to the same."""
     assert segments.tiles is not None
     grid = -(-weight.shape[3] // COLUMNS), segments.tiles.shape[1], len(lora.modules) if step else 1
-    triton_kernels.expand[grid](*_low_rank(h, out, step, weight, segments.tiles, lora, mask), SUM=step == 0)
+    own = _low_rank(h, out, step, weight, segments.tiles, lora, mask)
+    triton_kernels.expand[grid](*own, slope, SUM=step == 0, GELU=gelu)
 
 
 def _reduce(

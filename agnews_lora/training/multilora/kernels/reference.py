@@ -57,11 +57,14 @@ class Lora:
 class Kernels:
     """The operations in plain torch.
 
+    replays: whether operations launch the same for all passes of one `Layout.shape`.
+
     Args:
         layers: all products will be with their weights.
     """
 
     name = "torch"
+    replays = False
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.num_heads = layers[0].num_heads
@@ -91,6 +94,11 @@ class Kernels:
         for m, s, part in _adapted(lora, segments):
             out[part, m * width : (m + 1) * width].addmm_(h[part, m], lora.b[m, s])
 
+    def lora_up_gelu(self, z: Tensor, h: Saved, lora: Lora, segments: Segments, training: bool) -> tuple[Tensor, Saved]:
+        """Compute GELU of z with the updates added (`lora_up`, `gelu`)."""
+        self.lora_up(z, h, lora, segments)
+        return self.gelu(z, training)
+
     def lora_up_gradients(self, g: Tensor, h: Saved, lora: Lora, segments: Segments) -> Saved:
         """Write `lora.of_b`, of the gradient g [n, M · out] of the outputs; the gradient [n, M, r] of h."""
         assert lora.of_b is not None
@@ -115,6 +123,13 @@ class Kernels:
                 of_x[part] += mask.apply(own @ lora.a[m, s], part, lora.modules[m])
             else:
                 of_x[part].addmm_(own, lora.a[m, s])
+
+    def lora_down_gelu_gradients(
+        self, of_x: Tensor, of_h: Saved, x: Tensor, lora: Lora, segments: Segments, mask: Mask | None, activated: Saved
+    ) -> Tensor:
+        """Compute the gradient of what x is the GELU of (`lora_down_gradients`, `gelu_gradient`)."""
+        self.lora_down_gradients(of_x, of_h, x, lora, segments, mask)
+        return self.gelu_gradient(of_x, activated)
 
     # Attention -------------------------------------------------------------------------------------------------------
 

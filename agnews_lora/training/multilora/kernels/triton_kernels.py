@@ -57,11 +57,30 @@ def _matrix(x, rows, stride, row_live, columns, column_live):
 
 
 @triton.jit
+def _store(x, rows, stride, row_live, columns, column_live, values):
+    places = x + rows[:, None] * stride + columns[None, :]
+    tl.store(places, values.to(x.dtype.element_ty), row_live[:, None] & column_live[None, :])
+
+
+@triton.jit
+def _gelu(x):
+    """Compute x Φ(x) and its slope Φ(x) + x φ(x), of the standard normal distribution."""
+    below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+    return x * below, below + x * 0.3989422804014327 * tl.exp2(x * x * (-0.5 * LOG2E))
+
+
+@triton.jit
 def _tile(tiles):
     """Give segment, first row and length of the program's tile."""
     tile, count = tl.program_id(1), tl.num_programs(1)
     start = tl.load(tiles + count + tile).to(tl.int64)
     return tl.load(tiles + tile), start, tl.load(tiles + 2 * count + tile) - start
+
+
+@triton.jit
+def _adapts(flags, segments, m, segment):
+    """Tell whether a segment's slot adapts module m; -1 is no segment."""
+    return tl.load(flags + m * segments + segment, segment >= 0, 0) != 0
 
 
 _VARYING = ["segments", "rank8", "modules", "salt"]
@@ -76,7 +95,7 @@ def project(
     """Write h[t, m] = drop_m(x[t]) · weight[m, segment]ᵀ; a program is (module, tile)."""
     m, rank = tl.program_id(0), rank8 * 8
     segment, start, count = _tile(tiles)
-    if tl.load(flags + m * segments + segment) != 0:
+    if _adapts(flags, segments, m, segment):
         rows, ranks = tl.arange(0, TILE), tl.arange(0, RANKS)
         live = rows < count
         x += start * stride + m * step
@@ -96,11 +115,13 @@ def project(
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_TABLES)
 def expand(
     h, out, stride, step, width, weight, of_module, of_segment, tiles, flags, segments, rank8, modules,
-    tokens, bounds, salt, DROP: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr
+    tokens, bounds, salt, DROP: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    slope, SUM: tl.constexpr, GELU: tl.constexpr
 ):  # fmt: skip
     """Add drop_m(h[t, m] · weight[m, segment]) to out[t]: each module's to its own columns, or (SUM) all to the same.
 
-    A program is (block of columns, tile, module).
+    GELU: replace the sum by its GELU, and write the slope there, if `slope` [n, width] is given. Without GELU, the sum
+    is multiplied by the slope. A program is (block of columns, tile, module).
     """
     rank = rank8 * 8
     segment, start, count = _tile(tiles)
@@ -112,21 +133,28 @@ def expand(
         begin = tl.program_id(2)
         end = begin + 1
     sums = tl.zeros((TILE, BLOCK), dtype=tl.float32)
-    adapted = 0
+    changed = 1 if GELU or slope is not None else 0
     for m in range(begin, end):
-        if tl.load(flags + m * segments + segment) != 0:
+        if _adapts(flags, segments, m, segment):
             left = _matrix(h + (start * modules + m) * rank, rows, modules * rank, live, ranks, ranks < rank)
             own = weight + m * of_module + segment * of_segment
             part = tl.dot(left, _matrix(own, ranks, width, ranks < rank, columns, within), input_precision="ieee")
             if DROP:
                 part = _dropped(part, tokens + start, bounds + start, rows, live, salt + m, tl.program_id(0) * BLOCK)
             sums += part
-            adapted = 1
-    if adapted != 0:
+            changed = 1
+    if changed != 0:
         out += start * stride + begin * step
         sums += _matrix(out, rows, stride, live, columns, within)
-        places = out + rows[:, None] * stride + columns[None, :]
-        tl.store(places, sums.to(out.dtype.element_ty), live[:, None] & within[None, :])
+        if slope is not None:
+            slope += start * width
+        if GELU:
+            sums, own_slope = _gelu(sums)
+            if slope is not None:
+                _store(slope, rows, width, live, columns, within, own_slope)
+        elif slope is not None:
+            sums *= _matrix(slope, rows, width, live, columns, within)
+        _store(out, rows, stride, live, columns, within, sums)
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_TABLES)
@@ -140,7 +168,7 @@ def reduce(
         ends: [1 + S], where segments end; 0 stands first.
     """
     segment, m, rank = tl.program_id(2), tl.program_id(1), rank8 * 8
-    if tl.load(flags + m * segments + segment) != 0:
+    if _adapts(flags, segments, m, segment):
         start = tl.load(ends + segment).to(tl.int64)
         count = (tl.load(ends + segment + 1) - start).to(tl.int32)
         ranks, columns = tl.arange(0, RANKS), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -162,8 +190,9 @@ def reduce(
 
 # Attention (Dao 2023, FlashAttention-2, https://arxiv.org/abs/2307.08691): scores by blocks, never in memory ----------
 #
-# A program is (row and head, block of queries or keys). OF_ROWS: the only query of a row is q[row]. totals: [n, heads],
-# log2 of the softmax's denominator. The last row of programs stands for the few tokens that belong to no row.
+# A program is a row and head, and goes through the row in blocks: rows of one block, the most, are read once. OF_ROWS:
+# the only query of a row is q[row]. totals: [n, heads], log2 of the softmax's denominator. The last row of programs
+# stands for the tokens that belong to no row.
 
 
 @triton.jit
@@ -175,105 +204,58 @@ def _row(offsets, rows, tokens, heads):
     return tl.program_id(0) % heads, row.to(tl.int64), start.to(tl.int64), end - start
 
 
-@triton.jit
-def _store(x, rows, stride, row_live, columns, column_live, values):
-    places = x + rows[:, None] * stride + columns[None, :]
-    tl.store(places, values.to(x.dtype.element_ty), row_live[:, None] & column_live[None, :])
-
-
 @triton.jit(do_not_specialize=["rows", "tokens"], do_not_specialize_on_alignment=["offsets"])
 def attend(
     context, totals, q, q_stride, k, v, stride, offsets, rows, tokens, heads, size, scale,
     OF_ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
-    """Write the context softmax(scale · q kᵀ) v of a block of queries, and their totals."""
+    """Write the context softmax(scale · q kᵀ) v of a row's queries, and their totals."""
     head, row, start, length = _row(offsets, rows, tokens, heads)
     own, queries = (row, 1) if OF_ROWS else (start, length)
-    places = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
-    asking = places < queries
     features = tl.arange(0, SIZE)
     within = features < size
     width = heads * size
+    q += own * q_stride + head * size
+    k += start * stride + head * size
+    v += start * stride + head * size
     context += own * width + head * size
-    sums = tl.zeros((QUERIES, SIZE), dtype=tl.float32)
-    if row == rows:
-        _store(context, places, width, asking, features, within, sums)
-    elif tl.program_id(1) * QUERIES < queries:
-        asked = _matrix(q + own * q_stride + head * size, places, q_stride, asking, features, within)
-        k += start * stride + head * size
-        v += start * stride + head * size
-        largest = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
-        total = tl.zeros((QUERIES,), dtype=tl.float32)
-        for first in range(0, length, KEYS):
-            others = first + tl.arange(0, KEYS)
-            key = _matrix(k, others, stride, others < length, features, within)
-            value = _matrix(v, others, stride, others < length, features, within)
-            scores = tl.dot(asked, tl.trans(key), input_precision="ieee") * (scale * LOG2E)
-            scores = tl.where((others < length)[None, :], scores, float("-inf"))
-            larger = tl.maximum(largest, tl.max(scores, axis=1))
-            shares = tl.exp2(scores - larger[:, None])
-            shrunk = tl.exp2(largest - larger)
-            total = total * shrunk + tl.sum(shares, axis=1)
-            sums = tl.dot(shares.to(value.dtype), value, sums * shrunk[:, None], input_precision="ieee")
-            largest = larger
-        _store(context, places, width, asking, features, within, sums / total[:, None])
-        tl.store(totals + (own + places) * heads + head, largest + tl.log2(total), asking)
-
-
-@triton.jit
-def _asked(q, g, context, totals, places, q_stride, width, heads, asking, features, within):
-    """Load queries, the gradients of their contexts, their totals, and the share-weighted means of their gradients."""
-    of_context = _matrix(g, places, width, asking, features, within)
-    there = _matrix(context, places, width, asking, features, within)
-    mean = tl.sum(of_context.to(tl.float32) * there.to(tl.float32), axis=1)
-    asked = _matrix(q, places, q_stride, asking, features, within)
-    return asked, of_context, tl.load(totals + places * heads, asking, 0.0), mean
-
-
-@triton.jit
-def _of_queries(asked, of_context, total, mean, k, v, stride, length, scale, features, within, KEYS: tl.constexpr):
-    sums = tl.zeros(asked.shape, dtype=tl.float32)
-    for first in range(0, length, KEYS):
-        others = first + tl.arange(0, KEYS)
-        live = others < length
-        key = _matrix(k, others, stride, live, features, within)
-        value = _matrix(v, others, stride, live, features, within)
-        scores = tl.dot(asked, tl.trans(key), input_precision="ieee") * (scale * LOG2E)
-        shares = tl.where(live[None, :], tl.exp2(scores - total[:, None]), 0.0)
-        of_scores = shares * (tl.dot(of_context, tl.trans(value), input_precision="ieee") - mean[:, None])
-        sums = tl.dot(of_scores.to(key.dtype), key, sums, input_precision="ieee")
-    return sums * scale
-
-
-@triton.jit
-def _of_keys(
-    key, value, q, g, context, totals, q_stride, width, heads, queries, scale, features, within, QUERIES: tl.constexpr
-):  # fmt: skip
-    of_key = tl.zeros(key.shape, dtype=tl.float32)
-    of_value = tl.zeros(key.shape, dtype=tl.float32)
-    for first in range(0, queries, QUERIES):
-        places = first + tl.arange(0, QUERIES)
+    totals += own * heads + head
+    for first_query in range(0, queries, QUERIES):
+        places = first_query + tl.arange(0, QUERIES)
         asking = places < queries
-        asked, of_context, total, mean = _asked(
-            q, g, context, totals, places, q_stride, width, heads, asking, features, within
-        )
-        scores = tl.dot(key, tl.trans(asked), input_precision="ieee") * (scale * LOG2E)
-        shares = tl.where(asking[None, :], tl.exp2(scores - total[None, :]), 0.0)
-        of_value = tl.dot(shares.to(of_context.dtype), of_context, of_value, input_precision="ieee")
-        of_scores = shares * (tl.dot(value, tl.trans(of_context), input_precision="ieee") - mean[None, :])
-        of_key = tl.dot(of_scores.to(asked.dtype), asked, of_key, input_precision="ieee")
-    return of_key * scale, of_value
+        sums = tl.zeros((QUERIES, SIZE), dtype=tl.float32)
+        if row < rows:
+            asked = _matrix(q, places, q_stride, asking, features, within)
+            largest = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
+            total = tl.zeros((QUERIES,), dtype=tl.float32)
+            for first in range(0, length, KEYS):
+                others = first + tl.arange(0, KEYS)
+                key = _matrix(k, others, stride, others < length, features, within)
+                value = _matrix(v, others, stride, others < length, features, within)
+                scores = tl.dot(asked, tl.trans(key), input_precision="ieee") * (scale * LOG2E)
+                scores = tl.where((others < length)[None, :], scores, float("-inf"))
+                larger = tl.maximum(largest, tl.max(scores, axis=1))
+                shares = tl.exp2(scores - larger[:, None])
+                shrunk = tl.exp2(largest - larger)
+                total = total * shrunk + tl.sum(shares, axis=1)
+                sums = tl.dot(shares.to(value.dtype), value, sums * shrunk[:, None], input_precision="ieee")
+                largest = larger
+            sums = sums / total[:, None]
+            tl.store(totals + places * heads, largest + tl.log2(total), asking)
+        _store(context, places, width, asking, features, within, sums)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"], do_not_specialize_on_alignment=["offsets"])
 def attend_gradients(
-    g, context, totals, q, of_q, q_stride, of_q_stride, k, v, of_k, of_v, stride, of_stride,
+    g, context, totals, q, of_q, q_stride, of_q_stride, k, v, of_k, of_v, stride, of_stride, parts,
     offsets, rows, tokens, heads, size, scale,
     OF_ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
-    """Write the gradients of a block of queries, and of the block of keys and values with the same number.
+    """Write the gradients of a row's queries, keys and values; the shares are computed anew from the totals.
 
-    The shares are computed anew from the totals for either, so that no program adds to what another one writes.
+    Args:
+        parts: fp32 in the shape of the context, for the gradients of queries between two blocks of keys; None where no
+            row has two.
     """
     head, row, start, length = _row(offsets, rows, tokens, heads)
     own, queries = (row, 1) if OF_ROWS else (start, length)
@@ -289,33 +271,43 @@ def attend_gradients(
     g += own * width + head * size
     context += own * width + head * size
     totals += own * heads + head
-    places = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
-    others = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-    asking, live = places < queries, others < length
-    if row == rows:
-        zeros = tl.zeros((KEYS, SIZE), dtype=tl.float32)
-        _store(of_k, others, of_stride, live, features, within, zeros)
-        _store(of_v, others, of_stride, live, features, within, zeros)
-        if not OF_ROWS:
-            _store(of_q, others, of_q_stride, live, features, within, zeros)
-    else:
-        if tl.program_id(1) * QUERIES < queries:
-            asked, of_context, total, mean = _asked(
-                q, g, context, totals, places, q_stride, width, heads, asking, features, within
-            )
-            of_asked = _of_queries(
-                asked, of_context, total, mean, k, v, stride, length, scale, features, within, KEYS=KEYS
-            )
-            _store(of_q, places, of_q_stride, asking, features, within, of_asked)
-        if tl.program_id(1) * KEYS < length:
+    if parts is not None:
+        parts += own * width + head * size
+    for first in range(0, length, KEYS):
+        others = first + tl.arange(0, KEYS)
+        live = others < length
+        of_key = tl.zeros((KEYS, SIZE), dtype=tl.float32)
+        of_value = tl.zeros((KEYS, SIZE), dtype=tl.float32)
+        if row < rows:
             key = _matrix(k, others, stride, live, features, within)
             value = _matrix(v, others, stride, live, features, within)
-            of_key, of_value = _of_keys(
-                key, value, q, g, context, totals, q_stride, width, heads, queries, scale, features, within,
-                QUERIES=QUERIES
-            )  # fmt: skip
-            _store(of_k, others, of_stride, live, features, within, of_key)
-            _store(of_v, others, of_stride, live, features, within, of_value)
+            for first_query in range(0, queries, QUERIES):
+                places = first_query + tl.arange(0, QUERIES)
+                asking = places < queries
+                asked = _matrix(q, places, q_stride, asking, features, within)
+                of_context = _matrix(g, places, width, asking, features, within)
+                there = _matrix(context, places, width, asking, features, within)
+                mean = tl.sum(of_context.to(tl.float32) * there.to(tl.float32), axis=1)
+                total = tl.load(totals + places * heads, asking, 0.0)
+                scores = tl.dot(asked, tl.trans(key), input_precision="ieee") * (scale * LOG2E)
+                shares = tl.where(asking[:, None] & live[None, :], tl.exp2(scores - total[:, None]), 0.0)
+                of_value = tl.dot(tl.trans(shares.to(of_context.dtype)), of_context, of_value, input_precision="ieee")
+                of_scores = shares * (tl.dot(of_context, tl.trans(value), input_precision="ieee") - mean[:, None])
+                of_scores = of_scores.to(key.dtype)
+                of_key = tl.dot(tl.trans(of_scores), asked, of_key, input_precision="ieee")
+                of_asked = tl.dot(of_scores, key, input_precision="ieee") * scale
+                if parts is not None:
+                    if first > 0:
+                        of_asked += _matrix(parts, places, width, asking, features, within)
+                    if first + KEYS < length:
+                        _store(parts, places, width, asking, features, within, of_asked)
+                _store(of_q, places, of_q_stride, asking, features, within, of_asked)
+            if parts is not None:
+                tl.debug_barrier()  # other threads may read the parts that one has written
+        elif not OF_ROWS:
+            _store(of_q, others, of_q_stride, live, features, within, of_key)
+        _store(of_k, others, of_stride, live, features, within, of_key * scale)
+        _store(of_v, others, of_stride, live, features, within, of_value)
 
 
 # Between the products -------------------------------------------------------------------------------------------------
@@ -363,16 +355,14 @@ def add_norm_gradient(
 
 
 @triton.jit(do_not_specialize=["count8"])
-def gelu(z, slope, count8, SAVE: tl.constexpr, BLOCK: tl.constexpr):
-    """Write z Φ(z) in place, and (SAVE) its slope Φ(z) + z φ(z), of the standard normal distribution."""
+def gelu(z, slope, count8, BLOCK: tl.constexpr):
+    """Write GELU in place, and its slope, if one is given."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = places < count8 * 8
-    x = tl.load(z + places, live, 0.0).to(tl.float32)
-    below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-    if SAVE:
-        density = 0.3989422804014327 * tl.exp2(x * x * (-0.5 * LOG2E))
-        tl.store(slope + places, (below + x * density).to(slope.dtype.element_ty), live)
-    tl.store(z + places, (x * below).to(z.dtype.element_ty), live)
+    out, own_slope = _gelu(tl.load(z + places, live, 0.0).to(tl.float32))
+    if slope is not None:
+        tl.store(slope + places, own_slope.to(slope.dtype.element_ty), live)
+    tl.store(z + places, out.to(z.dtype.element_ty), live)
 
 
 # AdamW over [K, columns]: gradients are read twice, weights and moments read and written once -------------------------

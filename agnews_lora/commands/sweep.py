@@ -16,7 +16,7 @@ from rich.markup import escape
 from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import feasible_ranks, require_within_budget
 from agnews_lora.adapters.spec import ModelShape
-from agnews_lora.commands.finish import facts_of, finish
+from agnews_lora.commands.finish import facts_of, finish, show_study
 from agnews_lora.commands.interrupts import StopRequest, orderly_stop
 from agnews_lora.commands.prepare import Prepared, prepare
 from agnews_lora.commands.reprint import print_reached, show
@@ -32,7 +32,7 @@ from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing, open_confirmation
 from agnews_lora.search.driver import Driver, Search, num_left, tidy
 from agnews_lora.search.pruner import PeerMedianPruner
-from agnews_lora.search.results import ENDED_STATES, INTERRUPTED, SweepResult, TrialSummary, best_first, summaries
+from agnews_lora.search.results import ENDED_STATES, INTERRUPTED, SweepResult, TrialSummary, summaries
 from agnews_lora.search.retry import Retry
 from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.tracking.descriptions import opening_description
@@ -240,6 +240,7 @@ class _Start:
             return bool(request) or time.monotonic() > deadline
 
         storage = Retry("the study's storage", self.patience)
+        storage.succeeds(lambda: show_study(self.study, self._unread()))
         try:
             if (before := storage.wait(self._ended, stop)) is not None:
                 self._drive(stop, *before)
@@ -259,7 +260,6 @@ class _Start:
     def _drive(self, stop: Callable[[], bool], ended: list[TrialSummary], repeated: list[TrialSummary]) -> None:
         """Drive search and confirmation. ended, repeated: before."""
         sweep, settings = self.sweep, self.sweep.confirmation
-        ranked = best_first(ended, sweep.objective)
         search = Search(
             space=sweep.space,
             shape=self.prepared.base.shape,
@@ -280,12 +280,10 @@ class _Start:
         with Progress(
             total_trials=self.num_trials,
             objective=sweep.objective,
-            ended=len(ended),
-            complete=len(ranked),
-            best=ranked[0].score(sweep.objective) if ranked else None,
-            best_trial=ranked[0].trial if ranked else None,
+            ended=ended,
             confirmation=(settings.trials, settings.seeds) if settings else None,
             repeated=len(repeated),
+            link=self._link(),
             quiet=self.quiet,
         ) as screen:
             for note in self.prepared.notes if len(ended) < self.num_trials else ():
@@ -299,6 +297,13 @@ class _Start:
 
                 ray_cluster.train(driver, factory, self.workers, self.address, screen.message)
         self.record_seconds = driver.record_seconds
+
+    def _link(self) -> str:
+        """Of the sweep's run in MLflow."""
+        uri, page = self.runs.client.tracking_uri, self.runs.page().url
+        if uri.startswith("http"):
+            return f"MLflow run: {uri}/{page}"
+        return f"MLflow run, while `agnews-lora ui` runs: http://127.0.0.1:5000/{page}"
 
     def _num_left(self) -> int:
         """Trials that are still to end: those of the search, then those that confirm its best."""

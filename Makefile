@@ -60,7 +60,7 @@ test: $(DEV)  ## run the tests, but for the long proofs
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not proof" -n 2 --dist loadscope --no-loadscope-reorder
 
 proof: $(DEV)  ## run the long proofs: kills, outages of the stores, real AG News rows
-	@$(BIN)/python -m pytest -m proof
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m proof -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: $(DEV)  ## check style and types
 	@$(BIN)/ruff check .

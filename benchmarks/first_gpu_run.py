@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -59,8 +60,9 @@ def stages(dry: bool) -> list[Stage]:
         own("machine", 40),
         own("parity", 60),
         own("profile", 60),
-        Stage("throughput", 200, (*throughput, "--no-compiled", "--slots", "2" if dry else "32,1")),
-        Stage("tests", 90, (*tests, *(["--collect-only"] if dry else []))),
+        own("graphs", 50),
+        Stage("throughput", 180, (*throughput, "--no-compiled", "--slots", "2" if dry else "32,1")),
+        Stage("tests", 80, (*tests, *(["--collect-only"] if dry else []))),
         own("layer", 60),
         Stage("compiled peer", 90, (*throughput, "--slots", "1", "--no-compiled" if dry else "--compiled")),
     ]
@@ -266,6 +268,11 @@ def parity(dry: bool, folder: Path) -> None:
         say(f"{name}, error of logits", float(logits.abs().max() / exact[2].abs().max()))
 
 
+def _some(engine: "MultiLoraEngine", slots: int, dry: bool) -> "list[list[SlotBatch]]":
+    """Give the batches of the first steps, over which steps are timed."""
+    return list(batches_of(engine, range(slots)))[: 2 if dry else 12]
+
+
 def _step(engine: "MultiLoraEngine", batches: "Iterator[list[SlotBatch]]") -> "torch.Tensor":
     return engine.model.step(engine.train, next(batches), 0.01, 1.0)
 
@@ -276,22 +283,22 @@ def profile(dry: bool, folder: Path) -> None:
 
     for slots in (2,) if dry else (32, 8, 1):
         engine = engine_of(folder, slots, dry)
-        model, batches = engine.model, iter(list(batches_of(engine, range(slots))))
-
+        model, some = engine.model, _some(engine, slots, dry)
+        batches = cycle(some)
         step = partial(_step, engine, batches)
-        for _ in range(3):
+        for _ in 2 * some:  # launched, then captured where that is done
             step().tolist()
         if not dry:
             torch.cuda.reset_peak_memory_stats()
-        print(f"\nK = {slots}, {model.choice.kernels.name} ({model.choice.reason})\n", flush=True)
+        print(f"\nK = {slots}, {model.choice.kernels.name} ({model.choice.reason}), {model.graphs}\n", flush=True)
         began = time.perf_counter()
-        values = [step() for _ in range(10)]
+        values = [step() for _ in some]
         launched = time.perf_counter()
         values[-1].tolist()
         computed = time.perf_counter()
-        say("samples/s", 10 * slots * BATCH_SIZE / (computed - began))
-        say("a step, ms", 100 * (computed - began))
-        say("of it the host, ms", 100 * (launched - began))
+        say("samples/s", len(some) * slots * BATCH_SIZE / (computed - began))
+        say("a step, ms", 1e3 * (computed - began) / len(some))
+        say("of it the host, ms", 1e3 * (launched - began) / len(some))
         if dry:
             continue
         say("peak memory, GB", torch.cuda.max_memory_allocated() / 1e9)
@@ -320,6 +327,37 @@ def profile(dry: bool, folder: Path) -> None:
         torch.cuda.empty_cache()
 
 
+def graphs(dry: bool, folder: Path) -> None:
+    """Time steps launched one by one, and replayed, also where there are more tokens than those of replayed steps."""
+    import torch
+
+    from agnews_lora.training.multilora import model as model_module
+
+    model_module.MOST_TOKENS = 2**30
+    print("| K | steps | ms a step | samples/s | graphs | peak memory, GB | difference of losses |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    for slots in (2,) if dry else (1, 8, 32):
+        launched: torch.Tensor | None = None
+        for replays in (False, True):
+            engine = engine_of(folder, slots, dry)
+            own = engine.model.graphs
+            own.reason = own.reason if replays else "not wanted"
+            if not dry:
+                torch.cuda.reset_peak_memory_stats()
+            some = _some(engine, slots, dry)
+            for _ in range(3):  # launched, captured, replayed
+                began = time.perf_counter()
+                losses = torch.stack([_step(engine, iter([each]))[0] for each in some]).cpu()
+                seconds = time.perf_counter() - began
+            found = seconds / len(some) * 1e3, len(some) * slots * BATCH_SIZE / seconds
+            memory = 0.0 if dry else torch.cuda.max_memory_allocated() / 1e9
+            difference = 0.0 if launched is None else float((losses - launched).abs().max())
+            numbers = f"{found[0]:.3f} | {found[1]:.0f} | {len(own.captured)} | {memory:.1f} | {difference:.2g}"
+            print(f"| {slots} | {'launched' if own.reason else 'replayed'} | {numbers} |", flush=True)
+            launched = losses
+        say(f"K = {slots}", own)
+
+
 def layer(dry: bool, folder: Path) -> None:
     """Time a layer between first and last, forward and backward, by the kernels and by plain torch: three less two."""
     from agnews_lora.training.multilora.kernels.reference import Kernels
@@ -346,6 +384,7 @@ STAGES: dict[str, Callable[[bool, Path], None]] = {
     "machine": machine,
     "parity": parity,
     "profile": profile,
+    "graphs": graphs,
     "layer": layer,
 }
 

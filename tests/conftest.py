@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 from agnews_lora import set_environment
 from tests.project import agnews_lora, write_project
 
 CONFIRMED = {"confirmation": {"trials": 1, "seeds": 2}}
 
+# The same examples in every run, however slow the machine is at the moment.
+settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")
 set_environment()  # before any test imports torch or MLflow
 
 

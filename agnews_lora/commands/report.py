@@ -67,7 +67,8 @@ def run(name: str, to: Path | None, tracking: str | None, as_json: bool) -> int:
     found = "no winner"
     if winner:
         scores = (f"{SCORES[name]} {winner.score(name) or 0.0:.2%}" for name in SCORES)
-        found = f"winner {winner.trial} by {SCORES[result.objective]}, {', '.join(scores)} on the validation split"
+        rows = f"{result.facts.num_validation_rows:,} validation rows"
+        found = f"winner {winner.trial} by {SCORES[result.objective]}, {', '.join(scores)} on {rows}"
     console = Console(highlight=False, markup=False)
     console.print(f"study {result.study}: {found}\n{page}\n{paper}", soft_wrap=True)
     if keep:

@@ -471,13 +471,13 @@ CAPTIONS: Final[dict[str, tuple[str, str, float]]] = {
         0.62,
     ),
     PAIRS: (
-        "What the winner confuses most on the validation split: label, wrong answer, and how many rows of the "
+        "What the winner confuses most among the validation rows: label, wrong answer, and how many rows of the "
         "label got it.",
         "Bars of the pairs of a label and a wrong answer with the most rows.",
         0.66,
     ),
     CONFUSION: (
-        "Confusion matrix of the winner on the validation split: rows of each label by answer, the darker the larger "
+        "Confusion matrix of the winner on the validation rows: rows of each label by answer, the darker the larger "
         "their share of the label's rows.",
         "A matrix of counts, labels against predictions.",
         0.66,

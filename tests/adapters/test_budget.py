@@ -135,7 +135,7 @@ def test_the_count_is_pefts_own(shape: ModelShape, budget: int, preset: str, hea
         assert trainable_parameters(spec, shape) == peft_count(spec, shape)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(presets, heads, st.integers(1, 256), st.sampled_from(["roberta", "bert"]), st.data())
 def test_the_count_is_pefts_own_for_any_shape_and_rank(
     preset: str, head: str, rank: int, family: str, data: st.DataObject

@@ -20,11 +20,11 @@ def test_a_stage_that_fails_or_takes_too_long_leaves_what_it_found(tmp_path: Pat
     fake = [
         Stage("fine", 60, timed("pass", "print('- device: CHIP (R) 9')")),
         Stage("failing", 60, timed("print('one figure', flush=True)", "raise OSError('no such kernel')")),
-        Stage("slow", 3, timed(f"{child}; print('another figure', flush=True)", "child.wait()")),
+        Stage("slow", 6, timed(f"{child}; print('another figure', flush=True)", "child.wait()")),
         Stage("late", 60, timed("pass", "print('never')")),
     ]
     began = time.monotonic()
-    file = run(fake, tmp_path, "subject", total=12)
+    file = run(fake, tmp_path, "subject", total=24)
     took = time.monotonic() - began
     assert file.name.startswith("first-gpu-run-subject-chip-r-9-20") and list(tmp_path.iterdir()) == [file]
     parts = file.read_text(encoding="utf-8").split("\n## ")

@@ -153,9 +153,8 @@ def test_gone_for_good_or_stopped_meanwhile_loses_nothing(stores: Stores, tmp_pa
             store.stop()
             time.sleep(1)
             interrupted.interrupt()
-            began = time.monotonic()
+            # One that waited for the store would lose its patience, and end with 2.
             assert interrupted.end() == 130, interrupted.stdout + interrupted.stderr
-            assert time.monotonic() - began < 20, "a stop must not wait for a store"
         assert "Traceback" not in interrupted.stdout + interrupted.stderr
         assert evaluations(log) == [step for _, step in evaluated(lost, interrupted)]
     finally:

@@ -8,14 +8,22 @@ import pandas as pd
 import pytest
 
 from agnews_lora import promote, run_sweep
+from agnews_lora.adapters.base_models import resolve
 from agnews_lora.adapters.families import LAYOUTS, Family
 from agnews_lora.cli import main
+from agnews_lora.serving import reload
 from tests.project import write_project
 from tests.tiny import SENTENCES, tiny_base
 
 NUM_ROWS = 168
 COLUMNS = {"source": "files", "text": "text", "label": "label"}
 AG_NEWS = ["World", "Sports", "Business", "Sci/Tech"]
+
+
+def reload_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reload adapters in this process: the new one, which takes seconds to import its libraries, is seen elsewhere."""
+    here = lambda adapter, base, table: reload.logits(adapter, resolve(base), table)  # noqa: E731
+    monkeypatch.setattr(reload, "reload", here)
 
 
 def row(number: int, labels: list[str]) -> tuple[str, str]:
@@ -66,6 +74,7 @@ def test_a_sweep_over_rows_of_ones_own(
     form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    reload_here(monkeypatch)
     tiny_base(tmp_path / "base", "bert")
     data, labels, num_test_rows = form(tmp_path)
     write_project(tmp_path, {"base": "base", "data": data}, {"budget": 10_000, "trials": 2})
@@ -92,4 +101,5 @@ def test_a_sweep_over_a_base_of_ones_own(family: Family, tmp_path: Path, monkeyp
     result = run_sweep("small", quiet=True)
     assert result.state == "COMPLETE" and list(result.facts.labels) == labels
     assert result.facts.engine == ("multilora" if LAYOUTS[family].multilora else "trainer")
+    reload_here(monkeypatch)
     assert result.registration is not None and promote("small").passed

@@ -5,7 +5,6 @@ A sweep that is stopped, killed and resumed by workers; then a finished project:
 
 import importlib.util
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +67,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     with Running(folder, "sweep", "small") as first:
         first.wait_for("t0001 step")  # the second trial has been evaluated once
         first.interrupt()
-        stopped = time.monotonic()
         assert first.end() == 130, first.stderr
-        assert time.monotonic() - stopped < 20, "a stop must not wait for the trial's end"
     assert "nothing is lost" in first.stdout
     assert "Engine multilora: " in first.stdout  # `auto` says what it took
     assert [trial.state.name for trial in study(folder).trials] == ["COMPLETE", "WAITING"]

@@ -236,7 +236,7 @@ TOKENS = (
 PIECES = st.sampled_from([*TOKENS.split(), " ", ": ", "\n", "\t", "\n---\n", "%YAML 1.2\n", "\u2028", "9" * 5000])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(PIECES, max_size=12).map("".join))
 def test_whatever_a_file_holds_is_a_document_or_one_error(
     tmp_path_factory: pytest.TempPathFactory, content: str

@@ -135,7 +135,7 @@ def test_the_original_ag_news_file_and_kaggles_give_the_same_rows(write):
 fields = st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.integers(0, 3), fields, fields), min_size=1, max_size=6), st.booleans(), st.booleans())
 def test_rows_that_csv_writes_are_read_back(tmp_path_factory, records, header, tabs):
     records = [(0, "first", "row"), (1, "second", "row"), *records]

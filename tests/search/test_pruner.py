@@ -55,7 +55,7 @@ def test_trials_in_lockstep_are_judged_by_the_median_of_the_others(accuracies: l
 
 
 @given(st.lists(st.sampled_from([0.2, 0.3, 0.4, 0.5, 0.6, NAN]), min_size=2, max_size=9), st.integers(1, 5), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_verdicts_depend_neither_on_the_order_of_reports_nor_on_that_of_judging(
     accuracies: list[float], startup_trials: int, data: st.DataObject
 ) -> None:

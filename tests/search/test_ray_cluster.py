@@ -25,7 +25,7 @@ from tests.search.scripted import ScriptedEngine
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install '.[cluster]'")
 
 ROOT = Path(__file__).parents[2]
-SILENCE = 3.0
+SILENCE = 6.0  # a busy machine holds up a worker that lives
 
 
 @pytest.fixture(scope="module")

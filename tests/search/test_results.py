@@ -253,7 +253,7 @@ registrations = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     trials=st.lists(summaries_of_trials, max_size=4, unique_by=lambda each: each.number),
     repeats=st.lists(summaries_of_trials, max_size=2),

@@ -131,7 +131,7 @@ def test_a_space_of_which_nothing_fits_is_an_error_with_the_numbers_in_it() -> N
         suggest(new_study().ask(), space(), ROBERTA_BASE, 600_000)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.data(), st.sampled_from(sorted(CASES)))
 def test_an_enqueued_configuration_comes_back_exactly(data: st.DataObject, case: str) -> None:
     given_space, shape, budget = CASES[case]
@@ -217,7 +217,7 @@ def test_what_lies_outside_is_named(spec: TrialSpec, reasons: list[str]) -> None
             parameters_of(spec, narrow, ROBERTA_BASE, MILLION)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.builds(
         ModelShape,

@@ -44,7 +44,7 @@ def test_a_step_is_taken_down_once_by_kind(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 600), st.integers(0, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_wherever_a_kill_cuts_it_off_what_was_whole_is_there_and_it_goes_on(
     tmp_path_factory: pytest.TempPathFactory, cut: int, garbage: int
 ) -> None:

@@ -24,7 +24,7 @@ specs = st.builds(
 
 
 @given(specs, st.sampled_from(["bert", "roberta"]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_what_trains_is_what_the_budget_counts(
     setups: dict[Family, TinySetup], spec: TrialSpec, family: Family
 ) -> None:

@@ -58,7 +58,7 @@ class StepGraphs:
 
         Args:
             version: of the tensors that steps read beside the arrays: with another one, all are captured anew.
-            sizes: on which the step's operations depend, beside the values of the arrays.
+            sizes: all on which the step's operations depend, beside the values of the arrays.
         """
         if version != self.version:
             self.version = version
@@ -72,8 +72,9 @@ class StepGraphs:
             except Exception as error:  # a driver may raise anything
                 self.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 logging.getLogger(__name__).warning("steps are not replayed, which is slower (%s)", self.reason)
-                self.clear()
-                return compute(on_device(arrays, self.device))
+        if self.reason:  # outside of the handler, whose traceback keeps the failed pass's memory alive
+            self.clear()
+            return compute(on_device(arrays, self.device))
         step = self.captured[sizes]
         in_one_copy(arrays, self.device, step.buffer)
         step.replay()
@@ -86,7 +87,7 @@ class StepGraphs:
         except torch.OutOfMemoryError:
             if not self.captured:
                 raise
-        self._free()  # outside of the handler, whose traceback keeps the failed pass's memory alive
+        self._free()  # outside of the handler, for the same reason
         return compute(on_device(arrays, self.device))
 
     def _capture(self, arrays: Sequence[npt.NDArray[Any]], compute: Compute) -> Captured:

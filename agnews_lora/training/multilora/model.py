@@ -92,10 +92,8 @@ class MultiLoraModel:
         """Compute a step in one pass, of arrays that are copied to the device first: nothing else differs in the next
         one with batches of these sizes."""
         keys, kernels = self._dropout_keys(batches), self.choice.kernels
-        layout = tokens.layout([(batch.slot, batch.rows) for batch in batches])
-        replays = kernels.replays and not self.graphs.reason and layout.num_tokens <= MOST_TOKENS
-        if replays:
-            layout = tokens.layout([(batch.slot, batch.rows) for batch in batches], bucketed=True)
+        most = MOST_TOKENS if kernels.replays and not self.graphs.reason else 0
+        layout = tokens.layout([(batch.slot, batch.rows) for batch in batches], most)
         of_slots = slot_arrays(self.slots, layout.slots, keys)
         arrays = [*layout.arrays, *of_slots, step_array(*self._rates(batches))]
 
@@ -106,9 +104,10 @@ class MultiLoraModel:
             norms = kernels.adamw(self.slots, gradients, SlotSteps(*parts[-1]), weight_decay, max_grad_norm)
             return torch.stack([losses, norms])
 
-        if not replays:
+        if layout.num_tokens > most:
             return compute(on_device(arrays, self.device))
-        return self.graphs.run(self.slots.version, (layout.shape, weight_decay, max_grad_norm), arrays, compute)
+        sizes = tokens, layout.shape, weight_decay, max_grad_norm
+        return self.graphs.run(self.slots.version, sizes, arrays, compute)
 
     def _shares(self, batches: Sequence[SlotBatch]) -> list[list[Share]]:
         """Cut batches for the threads: passes of one share each."""

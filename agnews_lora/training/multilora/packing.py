@@ -158,8 +158,8 @@ class DeviceTokens:
         layout = self.layout(segments)
         return self.packed(layout, on_device(layout.arrays, self.device))
 
-    def layout(self, segments: Sequence[tuple[int, Sequence[int]]], bucketed: bool = False) -> Layout:
-        """Lay out the rows of some slots. bucketed: fill the pass with tokens up to one of a few numbers."""
+    def layout(self, segments: Sequence[tuple[int, Sequence[int]]], most: int = 0) -> Layout:
+        """Lay out the rows of some slots, with the tokens of a bucket if there are up to `most`."""
         slots, chosen = zip(*sorted(segments, key=lambda segment: segment[0]), strict=True)
         row_sizes = tuple(len(rows) for rows in chosen)
         rows = np.concatenate([np.asarray(each, dtype=np.int64) for each in chosen])
@@ -169,7 +169,7 @@ class DeviceTokens:
         total, longest = int(offsets[-1]), int(lengths.max())
         num_tokens = -(-total // TOKEN_STEP) * TOKEN_STEP
         token_sizes = np.diff(offsets[bounds])
-        if bucketed:
+        if total <= most:
             num_tokens, longest = bucket_of(total), 1 << (longest - 1).bit_length()
         else:
             token_sizes[-1] += num_tokens - total

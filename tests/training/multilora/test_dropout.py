@@ -80,7 +80,7 @@ def test_seed_step_layer_and_module_each_change_it(
 
 
 @given(probability=st.floats(0.0, 0.95), seed=st.integers(0, 2**63 - 1), step=st.integers(0, 10**6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_as_many_are_dropped_as_asked_for(
     setups: dict[Family, TinySetup], probability: float, seed: int, step: int
 ) -> None:

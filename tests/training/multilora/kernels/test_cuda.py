@@ -422,8 +422,9 @@ def test_steps_that_are_replayed_launch_the_same_and_read_nothing_from_the_host(
             return result
 
     model = model_in_one_pass(roberta, partial(CudaKernels, dtype=torch.bfloat16), torch.bfloat16, Recording())
+    tokens = DeviceTokens(roberta.corpus.train, model.device, 1)
     for batches in unlike_batches(roberta):
-        model.step(DeviceTokens(roberta.corpus.train, model.device, 1), batches, 0.01, 1.0)
+        model.step(tokens, batches, 0.01, 1.0)
     [[first, other]] = recorded.values()
     assert other == first
     waits = ("_local_scalar_dense", "nonzero", "lift_fresh", "unique")

@@ -96,7 +96,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], of_rows: bool)
     of_rows=st.booleans(),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_attention_and_its_gradients(lengths: list[int], rest: int, of_rows: bool, seed: int) -> None:
     torch.manual_seed(seed)
     num_tokens, rows, kernels = sum(lengths) + rest, rows_of(lengths), kernels_of()
@@ -138,7 +138,7 @@ def lora_of(sizes: list[int], num_modules: int, out_features: int, adapts: list[
 
 
 @given(data=st.data(), sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4), num_modules=st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_updates_and_their_gradients(data: st.DataObject, sizes: list[int], num_modules: int) -> None:
     torch.manual_seed(data.draw(st.integers(0, 9)))
     booleans = st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes))

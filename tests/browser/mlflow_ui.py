@@ -118,7 +118,7 @@ class Visitor:
 
 @contextmanager
 def visiting(pictures: Path, zoom: float = 1) -> Iterator[Visitor]:
-    """A visitor with a fresh browser. pictures: folder of the photographs. zoom: as with Ctrl and +, in a taller window."""
+    """A visitor with a fresh browser. pictures: folder of the photographs. zoom: of all text, as with Ctrl and +."""
     from playwright.sync_api import sync_playwright
 
     pictures.mkdir(parents=True, exist_ok=True)

@@ -87,6 +87,7 @@ def finish(
         PromotionError, BudgetError, AdapterError: the winner cannot be registered; the parent run stays open.
     """
     parent, registry = runs.page(), Registry(runs.client, sweep.experiment.name)
+    aliases = registry.aliases()
     result = SweepResult.from_study(
         study,
         rounds,
@@ -124,7 +125,16 @@ def finish(
             artifacts={**drawn, **thumbnails(drawn, folder), RESULT: write(result)},
         )
         report.write(runs.client, parent.run_id, result, folder, drawn)
+    refresh_changed(runs.client, registry, aliases, {version.number} if version else set())
     return result
+
+
+def refresh_changed(client: MlflowClient, registry: Registry, before: Mapping[str, str], done: Collection[int]) -> None:
+    """Refresh the versions that have won or lost an alias. before: numbers by alias. done: versions to leave out."""
+    after = registry.aliases()
+    moved = {int(number) for alias, number in before.items() ^ after.items()}
+    for number in sorted(moved.difference(done)):
+        refresh(client, registry.version(number))
 
 
 def refresh(client: MlflowClient, version: Version) -> None:
@@ -274,10 +284,15 @@ def _register(
     return registry.version(version.number)
 
 
+def known_result(study: str) -> SweepResult | None:
+    """The result that a study of the project had at its last end; None where it has left none."""
+    path = RESULTS / f"{study}.json"
+    return _stored(path.read_text(encoding="utf-8") if path.is_file() else None)
+
+
 def _known_answers(result: SweepResult) -> Answers | None:
     """From an earlier end of the same study with the same winner and baseline."""
-    path = RESULTS / f"{result.study}.json"
-    found = _stored(path.read_text(encoding="utf-8") if path.is_file() else None)
+    found = known_result(result.study)
     if found is None:
         return None
     old, new = (

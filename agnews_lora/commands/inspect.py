@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -35,6 +36,7 @@ from agnews_lora.errors import AgnewsLoraError, BudgetError, NetworkError
 from agnews_lora.paths import STORES, TOKENS, WORK
 
 LIBRARIES: Final = ("torch", "transformers", "peft", "datasets", "evaluate", "optuna", "mlflow", "pandas")
+FAULTY: Final = ("cannot be written", "not valid", "Cannot ")  # in an answer
 
 
 def budget(sweep: Sweep, as_json: bool) -> int:
@@ -90,16 +92,29 @@ def budget_table(sweep: Sweep, shape: ModelShape) -> list[dict[str, int | str]]:
 
 
 def doctor(as_json: bool) -> int:
-    """Print device, versions, stores, and whether hub, base models and data can be reached."""
-    found = _found()
+    """Print device, versions, stores, what can be reached, and the state of the project; 1 where it has faults."""
+    from agnews_lora.commands.project import Found, examine
+
+    machine = _found()
+    faults = [Found(what, value) for what, value in machine.items() if any(word in value for word in FAULTY)]
+    project = list(examine())
+    faults += [found for found in project if found.remedy]
+    verdict = "Everything is in order."
+    if faults:
+        verdict = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}: {', '.join(found.what for found in faults)}."
     if as_json:
-        print(json.dumps(found))
-        return 0
+        shown = [asdict(found) for found in project]
+        print(json.dumps({**machine, "project": shown, "faults": len(faults), "verdict": verdict}))
+        return 1 if faults else 0
     view = Table(show_header=False, box=None, padding=(0, 2))
-    for what, value in found.items():
+    for what, value in machine.items():
         view.add_row(what, value)
-    Console(highlight=False, markup=False).print(view)
-    return 0
+    for found in project:
+        view.add_row(found.what, "\n".join(filter(None, (found.state, found.remedy))))
+    console = Console(highlight=False, markup=False)
+    console.print(view)
+    console.print(verdict, soft_wrap=True)
+    return 1 if faults else 0
 
 
 def _found() -> dict[str, str]:

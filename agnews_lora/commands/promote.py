@@ -7,13 +7,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from agnews_lora.commands.finish import refresh
+from agnews_lora.commands.finish import known_result, refresh, refresh_changed
 from agnews_lora.commands.prepare import prepare
 from agnews_lora.config.experiment import Experiment
 from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.data.sources import prepare_test
 from agnews_lora.errors import PromotionError
 from agnews_lora.paths import STORES, TOKENS, temporary_files
+from agnews_lora.reporting.summary import champion_steps, steps_table
 from agnews_lora.serving import promotion
 from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client, reaching
@@ -49,6 +50,8 @@ def run(sweep: Sweep, version: int | None, tracking: str | None, as_json: bool) 
     scored = "as scored at its first promotion" if outcome.scored_before else "scored now, once for this version"
     console.print(f"[bold]{outcome.version} is champion[/] (the one before: {outcome.replaced or 'none'})")
     console.print(f"test split, {scored}: {outcome.score}", soft_wrap=True)
+    if result := known_result(str(outcome.version.tags.get("study"))):
+        console.print("\n[bold]Next[/]", steps_table(champion_steps(result.facts), console.width), sep="\n")
     return 0
 
 
@@ -70,6 +73,7 @@ def promote(
     stage = prepare(experiment)
     registry = Registry(client, experiment.name)
     with temporary_files(), reaching(client):
+        aliases = registry.aliases()
         outcome = promotion.promote(
             registry,
             stage.corpus,
@@ -79,8 +83,7 @@ def promote(
             version,
         )
         refresh(client, outcome.version)
-        if outcome.replaced is not None:
-            refresh(client, registry.version(outcome.replaced))
+        refresh_changed(client, registry, aliases, {outcome.version.number})
     return outcome
 
 
@@ -92,9 +95,10 @@ def rollback(experiment: Experiment, tracking: str | None, as_json: bool) -> int
     """
     client = open_client(tracking or STORES)
     with temporary_files(), reaching(client):
-        champion, previous = promotion.rollback(Registry(client, experiment.name))
-        for version in (previous, champion):
-            refresh(client, version)
+        registry = Registry(client, experiment.name)
+        aliases = registry.aliases()
+        champion, previous = promotion.rollback(registry)
+        refresh_changed(client, registry, aliases, ())
     if as_json:
         print(json.dumps({"model": champion.model, "champion": champion.number, "previous": previous.number}))
         return 0

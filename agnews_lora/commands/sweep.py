@@ -154,7 +154,7 @@ class _Start:
     record_seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self.num_trials = self.trials or max(self.sweep.trials, self.study.user_attrs.get(keys.TARGET, 0))
+        self.num_trials = keys.target(self.study, self.trials, self.sweep.trials)
         if self.trials:
             self.study.set_user_attr(keys.TARGET, self.trials)
         if self.num_trials != self.sweep.trials:

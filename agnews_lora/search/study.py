@@ -409,6 +409,14 @@ def make_study(storage: BaseStorage, name: str, attributes: dict[str, Any], obje
         connection.execute(update(studies).where(studies.c.study_id == study_id).values(study_name=name))
 
 
+def target(study: optuna.Study, asked: int | None, planned: int) -> int:
+    """How many trials are to have ended: as many as `--trials` asks for, now or before.
+
+    planned: by the sweep's file, which counts where `--trials` asked for less before.
+    """
+    return asked or max(planned, study.user_attrs.get(TARGET, 0))
+
+
 def work_folder(study: SweepStudy, folder: Path) -> Path:
     """Where the trials of a study keep their checkpoints and logs: below the sweep's folder, by the study's name.
 

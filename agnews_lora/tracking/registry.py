@@ -58,7 +58,7 @@ class Registry:
 
     def aliased(self, alias: str) -> Version | None:
         """The version that an alias points to, or None."""
-        number = self._aliases().get(alias)
+        number = self.aliases().get(alias)
         return self.version(int(number)) if number is not None else None
 
     def waiting(self) -> Version | None:
@@ -234,7 +234,8 @@ class Registry:
             self._client.finalize_logged_model(logged.model_id, status)
         return logged, tags
 
-    def _aliases(self) -> dict[str, str]:
+    def aliases(self) -> dict[str, str]:
+        """Numbers of versions by alias."""
         try:
             return dict(self._client.get_registered_model(self.model).aliases)
         except MlflowException as error:
@@ -243,5 +244,5 @@ class Registry:
             raise
 
     def _version(self, found: "ModelVersion") -> Version:
-        aliases = tuple(alias for alias, number in self._aliases().items() if int(number) == int(found.version))
+        aliases = tuple(alias for alias, number in self.aliases().items() if int(number) == int(found.version))
         return Version(self.model, int(found.version), str(found.run_id), dict(found.tags), aliases)

@@ -271,7 +271,7 @@ class Progress:
 
 
 def _said(scores: EvalPoint) -> str:
-    return "".join(f"  {word} {scores.score(name):.2%}" for name, word in SCORES.items())
+    return "".join(f"  {word} {scores.score(name):.2%}" for name, word in SCORES.items()) + f"  ({scores.rows:,} rows)"
 
 
 def duration(seconds: float) -> str:

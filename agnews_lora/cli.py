@@ -288,6 +288,13 @@ def _train(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     loaded = _loaded_sweep(options)
+    if not any((options.new, options.storage, options.tracking, options.workers, options.address)):
+        from agnews_lora.commands import reprint
+
+        if (code := reprint.run(loaded, options.trials, options.json, options.quiet)) is not None:
+            return code
+    if not (options.json or options.quiet):
+        print(f"Loading torch, MLflow, base {loaded.experiment.base} and its data ...", flush=True)
     from agnews_lora.commands import sweep
 
     names = ("trials", "timeout", "new", "workers", "address", "storage", "tracking", "patience")

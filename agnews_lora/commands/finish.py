@@ -26,7 +26,7 @@ from agnews_lora.data import sources
 from agnews_lora.data.rows import Rows
 from agnews_lora.data.sources import Corpus
 from agnews_lora.errors import RunDeleted
-from agnews_lora.paths import STORES
+from agnews_lora.paths import RESULTS
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, busy_seconds, draw, stretches, thumbnails
 from agnews_lora.reporting.summary import next_steps
 from agnews_lora.search import space
@@ -50,7 +50,6 @@ from agnews_lora.tracking.store import name_of
 from agnews_lora.training.interface import SCORES, Objective
 from agnews_lora.training.metrics import accuracy, macro_f1
 
-RESULTS: Final = STORES / "results"
 PREDICTIONS: Final = "predictions.csv"  # artifact of the winner's run
 WINNER: Final = "winner"  # tag of a trial's run
 NUM_MISTAKES: Final = 10
@@ -188,10 +187,8 @@ def facts_of(sweep: Sweep, prepared: Prepared, num_trials: int, options: Mapping
         settings=asdict(experiment.settings),
         space=space.describe(sweep.space, base.shape, sweep.budget),
         data=sources.describe(experiment.data_settings),
-        texts={
-            f"{sweep.name}.yaml": sweep.source_text,
-            f"experiment-{experiment.name}.yaml": experiment.source_text,
-        },
+        files=sources.file_hashes(experiment.data_settings),
+        texts=sweep.texts,
         provenance=provenance(),
         heads=tuple(sweep.space.heads),
         adapter=experiment.spec,

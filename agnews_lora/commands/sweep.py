@@ -19,13 +19,14 @@ from agnews_lora.adapters.spec import ModelShape
 from agnews_lora.commands.finish import facts_of, finish, show_study
 from agnews_lora.commands.interrupts import StopRequest, orderly_stop
 from agnews_lora.commands.prepare import Prepared, prepare
+from agnews_lora.commands.reprint import print_reached, show
 from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.data.sources import label_names
 from agnews_lora.errors import BudgetError
 from agnews_lora.paths import STORES, WORK, temporary_files
 from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.reporting.progress import Progress
-from agnews_lora.reporting.summary import next_steps, print_pages, print_summary, typed
+from agnews_lora.reporting.summary import next_steps, print_pages, typed
 from agnews_lora.search import space as search_space
 from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing, open_confirmation
@@ -71,11 +72,7 @@ def run(sweep: Sweep, as_json: bool, quiet: bool, **options: Any) -> int:
     if result.state == INTERRUPTED:
         _print_unfinished(result, as_json)
         return stopped
-    if as_json:
-        print(json.dumps(result.as_dict()))
-    else:
-        print_summary(Console(highlight=False), result)
-    return 0 if result.winner else 1
+    return show(result, as_json)
 
 
 def run_sweep(
@@ -169,7 +166,8 @@ class _Start:
                 Console(highlight=False, markup=False).print(
                     f"Engine {self.prepared.engine_name}: {self.prepared.engine_reason}.", soft_wrap=True
                 )
-                self._print_reached()
+                if not self._num_left():
+                    print_reached(self.facts, self.trials, self.study)
             self._train(request)
             if request:
                 raise Stopped(self._interrupted(), request.exit_code)
@@ -178,18 +176,6 @@ class _Start:
             result = self._insist(self._finish, request)
             complete()
         return result
-
-    def _print_reached(self) -> None:
-        """Say so where `--trials` asks for no more than there are."""
-        trials = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
-        ended = len(trials) - keys.num_enqueued(trials)
-        if self.trials and self.trials <= ended and not self._num_left():
-            more = typed(self.facts.command("sweep", "--trials", str(ended + self.trials)))
-            Console(highlight=False).print(
-                f"Nothing to train: --trials {self.trials} counts all trials of the study, and {ended} have ended. "
-                f"[bold]{escape(more)}[/] trains {self.trials} more.",
-                soft_wrap=True,
-            )
 
     @contextmanager
     def _parent_run(self) -> Iterator[Callable[[], None]]:
@@ -219,10 +205,7 @@ class _Start:
                     "base_revision": base.revision,
                     "data_digest": self.prepared.corpus.digest,
                 },
-                texts={
-                    f"{sweep.name}.yaml": sweep.source_text,
-                    f"experiment-{sweep.experiment.name}.yaml": sweep.experiment.source_text,
-                },
+                texts=sweep.texts,
             )
             self.prepared.log_data(self.runs)
             self.runs.page().describe(opening_description(self.facts, next_steps(self._unread()), self.runs.links))

@@ -226,8 +226,9 @@ class Progress:
         if self.mode == "live":  # the table says the rest
             line = Text(f"{trial:<{len('t0000-s2')}} ").append(f"{word:<{len('complete')}}", style=style)
             if scores is not None:
-                wide = self._console.width >= WIDE
-                line.append(_said(scores) if wide else f"  {scores.score(self._objective):.2%}")
+                width = self._console.width
+                said = _said(scores, rows=width >= WIDE + len("  (10,000 rows)"))
+                line.append(said if width >= WIDE else f"  {scores.score(self._objective):.2%}")
             line.append(f"  {ended.label}").append("" if state == "PRUNED" or not reason else f"\n  {reason}")
         else:
             line = Text(f"{trial} ").append(word, style=style)
@@ -342,8 +343,9 @@ class Progress:
         return max(self._repeated, min(best, complete) * (seeds - 1))
 
 
-def _said(scores: EvalPoint) -> str:
-    return "".join(f"  {word} {scores.score(name):.2%}" for name, word in SCORES.items())
+def _said(scores: EvalPoint, rows: bool = True) -> str:
+    said = "".join(f"  {word} {scores.score(name):.2%}" for name, word in SCORES.items())
+    return f"{said}  ({scores.rows:,} rows)" if rows else said
 
 
 def _percent(share: float | None) -> str:

@@ -29,7 +29,8 @@ from agnews_lora.serving.model_package import (
 )
 from agnews_lora.serving.stats import count_pairs, mcnemar_p_value
 from agnews_lora.tracking.descriptions import text
-from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, REPORT, Registry, Version
+from agnews_lora.tracking.registry import Registry
+from agnews_lora.tracking.versions import CANDIDATE, CHAMPION, PREVIOUS, REPORT, Version
 from agnews_lora.training.metrics import Watch, accuracy, accuracy_interval, macro_f1
 
 LEAST_P_VALUE: Final = 0.05

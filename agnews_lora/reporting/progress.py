@@ -39,7 +39,7 @@ COLUMNS: Final = {
     "accuracy": 106,
     "macro-F1": 106,
 }
-WIDE: Final = 100  # columns of a terminal: from then on its lines name every score, and columns stand apart
+WIDE: Final = 100  # columns of a terminal, from which on the table's stand apart
 LINES_BESIDE: Final = 6  # of a terminal's height: a blank one, three headers, how many more there are, the cursor
 LEAST_SHARE: Final = 0.05  # of the work: before that, an estimate of the time left would jump about
 # What the end of a trial is called, and its style, by state.
@@ -225,10 +225,10 @@ class Progress:
         word, style = ENDS[state]
         if self.mode == "live":  # the table says the rest
             line = Text(f"{trial:<{len('t0000-s2')}} ").append(f"{word:<{len('complete')}}", style=style)
-            if scores is not None:
-                wide = self._console.width >= WIDE
-                line.append(_said(scores) if wide else f"  {scores.score(self._objective):.2%}")
-            line.append(f"  {ended.label}").append("" if state == "PRUNED" or not reason else f"\n  {reason}")
+            text = f"{_said(scores) if scores else ''}  {ended.label}"
+            if len(line) + len(text) > self._console.width:
+                text = f"{f'  {scores.score(self._objective):.2%}' if scores else ''}  {ended.spec or ended.label}"
+            line.append(text).append("" if state == "PRUNED" or not reason else f"\n  {reason}")
         else:
             line = Text(f"{trial} ").append(word, style=style)
             if scores is not None:
@@ -248,7 +248,7 @@ class Progress:
     def announce(self, text: str | Text) -> None:
         """Print a line that stays."""
         if self.mode != "quiet":
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(text, markup=False, highlight=False, soft_wrap=self.mode != "live")
 
     def planned(self, total_trials: int) -> None:
         """Count to another total: a person enqueued trials on top."""

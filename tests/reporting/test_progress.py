@@ -122,7 +122,7 @@ def test_a_pipe_gets_one_plain_line_an_event_however_narrow(made: Callable[[], C
 
 
 def test_a_terminal_keeps_the_ended_trials_above_the_table_and_clears_the_table() -> None:
-    console = terminal()
+    console = terminal(120)
     with Progress(total_trials=12, console=console) as progress:
         one_study(progress)
         progress.trial_started("t0004", spec("qkvo", 1), 100)
@@ -139,7 +139,7 @@ def test_the_lines_that_stay_fit_80_columns() -> None:
     console = terminal(80)
     with Progress(total_trials=12, console=console) as progress:
         for trial in ("t0000", "t0001-s2"):
-            progress.trial_started(trial, spec("all-linear", 10), 100)
+            progress.trial_started(trial, spec("all-linear", 10), 100, baseline=True)
             progress.trial_ended(trial, "PRUNED", ended(trial, 0.75), "below the median")
     kept = re.findall(r"t000\S+ +pruned.*", re.sub(r"\x1b\[\??[0-9;]*[a-zA-Z]|\r", "", output(console)))
     assert len(kept) == 2 and max(map(len, kept)) <= 80

@@ -225,9 +225,12 @@ class Progress:
         word, style = ENDS[state]
         if self.mode == "live":  # the table says the rest
             line = Text(f"{trial:<{len('t0000-s2')}} ").append(f"{word:<{len('complete')}}", style=style)
-            text = f"{_said(scores) if scores else ''}  {ended.label}"
-            if len(line) + len(text) > self._console.width:
-                text = f"{f'  {scores.score(self._objective):.2%}' if scores else ''}  {ended.spec or ended.label}"
+            said = [""]
+            if scores is not None:
+                said = [_said(scores), _said(scores, rows=False), f"  {scores.score(self._objective):.2%}"]
+            texts = [*(f"{each}  {ended.label}" for each in said), f"{said[-1]}  {ended.spec or ended.label}"]
+            room = self._console.width - len(line)
+            text = next((each for each in texts if len(each) <= room), texts[-1])
             line.append(text).append("" if state == "PRUNED" or not reason else f"\n  {reason}")
         else:
             line = Text(f"{trial} ").append(word, style=style)
@@ -342,8 +345,9 @@ class Progress:
         return max(self._repeated, min(best, complete) * (seeds - 1))
 
 
-def _said(scores: EvalPoint) -> str:
-    return "".join(f"  {word} {scores.score(name):.2%}" for name, word in SCORES.items())
+def _said(scores: EvalPoint, rows: bool = True) -> str:
+    said = "".join(f"  {word} {scores.score(name):.2%}" for name, word in SCORES.items())
+    return f"{said}  ({scores.rows:,} rows)" if rows else said
 
 
 def _percent(share: float | None) -> str:

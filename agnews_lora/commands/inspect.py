@@ -202,7 +202,7 @@ def _exists(path: Path) -> bool:
 
 
 def _reach(path: Path) -> str:
-    """Whether an experiment's base and data can be had, or the first line of why not."""
+    """Whether an experiment's base and data are available, or the first line of why not."""
     try:
         experiment = load_experiment(str(path))
     except AgnewsLoraError as error:
@@ -215,7 +215,7 @@ def _reach(path: Path) -> str:
     for what, ask in asked.items():
         try:
             ask(experiment)
-            answers.append(f"{what}: can be had")
+            answers.append(f"{what}: available")
         except NetworkError:
             answers.append(f"{what}: needs the hub")
         except AgnewsLoraError as error:

@@ -93,7 +93,7 @@ class _Trial:
         if runs:
             # Its last step is a training step; then the whole validation split is scored.
             evaluates = self.step == self.total_steps and not (isinstance(self.scores, EvalPoint) and self.scores.final)
-            found["bar"] = ProgressBar(self.total_steps, self.step)
+            found["bar"] = ProgressBar(self.total_steps, self.step, complete_style="cyan", finished_style="green")
             found["step"] = "evaluating" if evaluates else f"{self.step}/{self.total_steps}"
             found["loss"] = "-" if self.loss is None else f"{self.loss:.3f}"
         scores = self.scores

@@ -31,6 +31,7 @@ from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, busy_seconds,
 from agnews_lora.reporting.summary import next_steps
 from agnews_lora.search import space
 from agnews_lora.search import study as keys
+from agnews_lora.search import study as keys
 from agnews_lora.search.results import Answers, SweepFacts, SweepResult
 from agnews_lora.serving import reload
 from agnews_lora.serving.model_package import Winner, locator, register, registration_of
@@ -87,11 +88,11 @@ def finish(
         PromotionError, BudgetError, AdapterError: the winner cannot be registered; the parent run stays open.
     """
     parent, registry = runs.page(), Registry(runs.client, sweep.experiment.name)
-    aliases = registry.aliases()
+    aliases, trials = registry.aliases(), study.get_trials(deepcopy=False)
     result = SweepResult.from_study(
         study,
         rounds,
-        facts_of(sweep, prepared, len(study.get_trials(deepcopy=False)), options),
+        replace(facts_of(sweep, prepared, len(trials), options), enqueued=keys.num_enqueued(trials)),
         state="COMPLETE",
         run_id=parent.run_id,
         links=runs.links,

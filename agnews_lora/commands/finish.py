@@ -31,7 +31,6 @@ from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, busy_seconds,
 from agnews_lora.reporting.summary import next_steps
 from agnews_lora.search import space
 from agnews_lora.search import study as keys
-from agnews_lora.search import study as keys
 from agnews_lora.search.results import Answers, SweepFacts, SweepResult
 from agnews_lora.serving import reload
 from agnews_lora.serving.model_package import Winner, locator, register, registration_of
@@ -88,11 +87,11 @@ def finish(
         PromotionError, BudgetError, AdapterError: the winner cannot be registered; the parent run stays open.
     """
     parent, registry = runs.page(), Registry(runs.client, sweep.experiment.name)
-    aliases, trials = registry.aliases(), study.get_trials(deepcopy=False)
+    aliases = registry.aliases()
     result = SweepResult.from_study(
         study,
         rounds,
-        replace(facts_of(sweep, prepared, len(trials), options), enqueued=keys.num_enqueued(trials)),
+        facts_of(sweep, prepared, len(study.get_trials(deepcopy=False)), options),
         state="COMPLETE",
         run_id=parent.run_id,
         links=runs.links,

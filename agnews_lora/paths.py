@@ -15,6 +15,7 @@ from typing import Final
 from agnews_lora.errors import StorageError
 
 STORES: Final = Path("mlruns")  # mlflow.db, artifacts/, optuna.db
+RESULTS: Final = STORES / "results"  # `result.json` of each study, under its name
 WORK: Final = STORES / "work"  # checkpoints of trials that have not ended, and temporary files
 COMPILED: Final = Path(".cache/compiled")  # kernels, made again when missing
 TOKENS: Final = Path(".cache/tokens")  # token tables, made again when missing

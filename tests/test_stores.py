@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -11,13 +12,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import requests
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as RegistryStore
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from agnews_lora.cli import main
+from agnews_lora.commands.project import examine
 from agnews_lora.errors import StorageError
 from agnews_lora.tracking.store import open_client
-from tests.project import command, environment
+from tests.project import Running, command, environment
 
 # Characters that URLs and URIs give a meaning, and some that nothing does.
 NAME = "a%20b %41?c#d&e [f] \N{LATIN SMALL LETTER U WITH DIAERESIS}'$HOME"
@@ -120,8 +123,14 @@ def test_renamed_project_works_and_makes_nothing_at_its_old_place(
         assert found.get_model_version("other", "1").tags["base"] == f"{moved}/bases/own"
         assert found.get_model_version("small", "1").tags["note"] == place
     monkeypatch.chdir(moved.parent / "linked")
-    for name in ("predict", "report", "export"):
-        assert succeeds(*COMMANDS[name]), name
+    for name, arguments in COMMANDS.items():
+        assert succeeds(*arguments), name
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    with Running(moved, "serve", "small", "--port", port) as server:
+        server.wait_for("curl")
+        asked = requests.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": ["Oil prices rose."]}, timeout=60)
+        assert asked.status_code == 200, asked.text
     assert not finished_project.exists()
 
 
@@ -233,7 +242,9 @@ def test_deletion_is_one_sentence_with_a_remedy_and_a_verified_version_stays_of_
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(finished_project)
+    assert not any(found.remedy for found in examine())
     deletion(Deletion(finished_project))
+    assert any(found.remedy for found in examine())
     for name in ("predict", "export", "report", "sweep"):
         code, error = (
             main([*COMMANDS[name], *(["--patience", "5"] if name == "sweep" else [])]),
@@ -244,6 +255,57 @@ def test_deletion_is_one_sentence_with_a_remedy_and_a_verified_version_stays_of_
             assert error.startswith("agnews-lora: Cannot "), (name, error)
             assert len(error.splitlines()) == 1 and error.count("Cannot ") == 1, (name, error)
             assert any(remedy in error for remedy in ("agnews-lora sweep", "restore")), (name, error)
+
+
+def lose(*paths: str) -> Callable[[Path], None]:
+    def act(project: Path) -> None:
+        for path in paths:
+            shutil.rmtree(project / path) if (project / path).is_dir() else (project / path).unlink()
+
+    return act
+
+
+def damage(path: str) -> Callable[[Path], None]:
+    return lambda project: next(iter(project.glob(path))).write_bytes(b"nothing")  # type: ignore[return-value]
+
+
+HALVES: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    # what is lost, what has a fault, how to get it back
+    "runs": (lose("mlruns/mlflow.db"), "store mlruns/mlflow.db", "cp -a COPY/mlruns/mlflow.db mlruns/"),
+    "studies": (lose("mlruns/optuna.db"), "store mlruns/optuna.db", "cp -a {origin}/mlruns/optuna.db mlruns/"),
+    "artifacts": (lose("mlruns/artifacts"), "store mlruns/artifacts", "cp -a {origin}/mlruns/artifacts mlruns/"),
+    "models": (lose("mlruns/artifacts/models"), "champion of small", "cp -a {origin}/mlruns/artifacts mlruns/"),
+    "results": (lose("mlruns/results"), "result mlruns/results/small.json", "`agnews-lora sweep small`"),
+    "YAML files": (lose("sweeps", "experiments"), "file sweeps/small.yaml", "mkdir -p sweeps && cp "),
+    "both databases": (lose("mlruns/mlflow.db", "mlruns/optuna.db"), "project", "mlruns/optuna.db back"),
+    "a database's content": (damage("mlruns/mlflow.db"), "stores", "back from a copy"),
+    "a champion's file": (damage("mlruns/artifacts/models/**/adapter_model.safetensors"), "champion of small", "cp -a"),
+}
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_doctor_says_what_a_copy_lacks_and_how_to_get_it_back(
+    half: str, finished_once: Path, finished_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished_project)
+    act, what, remedy = HALVES[half]
+    act(finished_project)
+    before = files(finished_project)
+    faults = {found.what: found.remedy for found in examine() if found.remedy}
+    assert remedy.format(origin=finished_once) in faults[what]
+    assert files(finished_project) == before
+
+
+def test_doctor_ends_with_a_verdict_and_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Everything is in order."
+    Path("mlruns").mkdir()
+    Path("mlruns/mlflow.db").write_bytes(b"nothing")
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "2 faults: store mlruns/mlflow.db, stores."
 
 
 def test_people_keep_their_notes_and_names(finished_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,10 +26,11 @@ from agnews_lora.data import sources
 from agnews_lora.data.rows import Rows
 from agnews_lora.data.sources import Corpus
 from agnews_lora.errors import RunDeleted
-from agnews_lora.paths import STORES
+from agnews_lora.paths import RESULTS
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, busy_seconds, draw, stretches, thumbnails
 from agnews_lora.reporting.summary import next_steps
 from agnews_lora.search import space
+from agnews_lora.search import study as keys
 from agnews_lora.search.results import Answers, SweepFacts, SweepResult
 from agnews_lora.serving import reload
 from agnews_lora.serving.model_package import Winner, locator, register, registration_of
@@ -43,13 +44,13 @@ from agnews_lora.tracking.descriptions import (
     winner_description,
 )
 from agnews_lora.tracking.provenance import provenance
-from agnews_lora.tracking.registry import Registry, Version
+from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.runs import RunPage, SweepRuns, find_run, page_of
 from agnews_lora.tracking.store import name_of
+from agnews_lora.tracking.versions import Version
 from agnews_lora.training.interface import SCORES, Objective
 from agnews_lora.training.metrics import accuracy, macro_f1
 
-RESULTS: Final = STORES / "results"
 PREDICTIONS: Final = "predictions.csv"  # artifact of the winner's run
 WINNER: Final = "winner"  # tag of a trial's run
 NUM_MISTAKES: Final = 10
@@ -87,6 +88,7 @@ def finish(
         PromotionError, BudgetError, AdapterError: the winner cannot be registered; the parent run stays open.
     """
     parent, registry = runs.page(), Registry(runs.client, sweep.experiment.name)
+    aliases = registry.aliases()
     result = SweepResult.from_study(
         study,
         rounds,
@@ -117,6 +119,7 @@ def finish(
         parent.log_table("leaderboard", result.frame())
         _describe(result, runs.page, registry, version, drawn)
         _mark_winner(result, runs)
+        show_study(study, result)
         runs.close_parent(
             "COMPLETE",
             metrics={name: round(value, 6) for name, value in metrics_of(result).items()},
@@ -124,7 +127,16 @@ def finish(
             artifacts={**drawn, **thumbnails(drawn, folder), RESULT: write(result)},
         )
         report.write(runs.client, parent.run_id, result, folder, drawn)
+    refresh_changed(runs.client, registry, aliases, {version.number} if version else set())
     return result
+
+
+def refresh_changed(client: MlflowClient, registry: Registry, before: Mapping[str, str], done: Collection[int]) -> None:
+    """Refresh the versions that have won or lost an alias. before: numbers by alias. done: versions to leave out."""
+    after = registry.aliases()
+    moved = {int(number) for alias, number in before.items() ^ after.items()}
+    for number in sorted(moved.difference(done)):
+        refresh(client, registry.version(number))
 
 
 def refresh(client: MlflowClient, version: Version) -> None:
@@ -176,10 +188,8 @@ def facts_of(sweep: Sweep, prepared: Prepared, num_trials: int, options: Mapping
         settings=asdict(experiment.settings),
         space=space.describe(sweep.space, base.shape, sweep.budget),
         data=sources.describe(experiment.data_settings),
-        texts={
-            f"{sweep.name}.yaml": sweep.source_text,
-            f"experiment-{experiment.name}.yaml": experiment.source_text,
-        },
+        files=sources.file_hashes(experiment.data_settings),
+        texts=sweep.texts,
         provenance=provenance(),
         heads=tuple(sweep.space.heads),
         adapter=experiment.spec,
@@ -274,10 +284,15 @@ def _register(
     return registry.version(version.number)
 
 
+def known_result(study: str) -> SweepResult | None:
+    """The result that a study of the project had at its last end; None where it has left none."""
+    path = RESULTS / f"{study}.json"
+    return _stored(path.read_text(encoding="utf-8") if path.is_file() else None)
+
+
 def _known_answers(result: SweepResult) -> Answers | None:
     """From an earlier end of the same study with the same winner and baseline."""
-    path = RESULTS / f"{result.study}.json"
-    found = _stored(path.read_text(encoding="utf-8") if path.is_file() else None)
+    found = known_result(result.study)
     if found is None:
         return None
     old, new = (
@@ -411,6 +426,23 @@ def _describe(
         own.describe(winner_description(result, pages, ANSWER_FIGURES))
         registry.introduce(model_description(version.model, result.facts))
         registry.describe(version, version_description(version, own, parent))
+
+
+def show_study(study: optuna.Study, result: SweepResult) -> None:
+    """Say in optuna-dashboard what the study is, and which trial won: by its mean, it need not be the best one."""
+    facts, winner, score = result.facts, result.winner, SCORES[result.objective]
+    note = (
+        f"### Sweep {facts.sweep}\n\nThe LoRA adapter of {facts.base} with the best {score} and at most "
+        f"{facts.budget:,} trainable parameters. The value of a trial is its {score} on "
+        f"{facts.num_validation_rows:,} validation rows.\n\n"
+    )
+    if winner is None or (value := winner.score(result.objective)) is None:
+        keys.show(study, note + "No winner yet.")
+        return
+    mean = result.confirmation.mean(result.objective) if result.confirmation else None
+    seeds = "" if mean is None else f", mean over seeds {mean:.2%}"
+    found = f"{winner.trial}: {winner.spec}, {score} {value:.2%}{seeds}"
+    keys.show(study, f"{note}**Winner:** {found}", found)
 
 
 def _mark_winner(result: SweepResult, runs: SweepRuns) -> None:

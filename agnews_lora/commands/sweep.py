@@ -16,28 +16,30 @@ from rich.markup import escape
 from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import feasible_ranks, require_within_budget
 from agnews_lora.adapters.spec import ModelShape
-from agnews_lora.commands.finish import facts_of, finish
+from agnews_lora.commands.finish import facts_of, finish, show_study
 from agnews_lora.commands.interrupts import StopRequest, orderly_stop
 from agnews_lora.commands.prepare import Prepared, prepare
+from agnews_lora.commands.reprint import print_reached, show
 from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.data.sources import label_names
 from agnews_lora.errors import BudgetError
 from agnews_lora.paths import STORES, WORK, temporary_files
 from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.reporting.progress import Progress
-from agnews_lora.reporting.summary import next_steps, print_pages, print_summary, typed
+from agnews_lora.reporting.summary import next_steps, print_pages, typed
 from agnews_lora.search import space as search_space
 from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing, open_confirmation
 from agnews_lora.search.driver import Driver, Search, num_left, tidy
 from agnews_lora.search.pruner import PeerMedianPruner
-from agnews_lora.search.results import ENDED_STATES, INTERRUPTED, SweepResult, TrialSummary, best_first, summaries
+from agnews_lora.search.results import ENDED_STATES, INTERRUPTED, SweepResult, TrialSummary, summaries
 from agnews_lora.search.retry import Retry
 from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.tracking.descriptions import opening_description
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
+from agnews_lora.tracking.views import UI
 
 Outcome = TypeVar("Outcome")
 
@@ -70,11 +72,7 @@ def run(sweep: Sweep, as_json: bool, quiet: bool, **options: Any) -> int:
     if result.state == INTERRUPTED:
         _print_unfinished(result, as_json)
         return stopped
-    if as_json:
-        print(json.dumps(result.as_dict()))
-    else:
-        print_summary(Console(highlight=False), result)
-    return 0 if result.winner else 1
+    return show(result, as_json)
 
 
 def run_sweep(
@@ -154,7 +152,7 @@ class _Start:
     record_seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self.num_trials = self.trials or max(self.sweep.trials, self.study.user_attrs.get(keys.TARGET, 0))
+        self.num_trials = keys.target(self.study, self.trials, self.sweep.trials)
         if self.trials:
             self.study.set_user_attr(keys.TARGET, self.trials)
         if self.num_trials != self.sweep.trials:
@@ -168,7 +166,8 @@ class _Start:
                 Console(highlight=False, markup=False).print(
                     f"Engine {self.prepared.engine_name}: {self.prepared.engine_reason}.", soft_wrap=True
                 )
-                self._print_reached()
+                if not self._num_left():
+                    print_reached(self.facts, self.trials, self.study)
             self._train(request)
             if request:
                 raise Stopped(self._interrupted(), request.exit_code)
@@ -177,18 +176,6 @@ class _Start:
             result = self._insist(self._finish, request)
             complete()
         return result
-
-    def _print_reached(self) -> None:
-        """Say so where `--trials` asks for no more than there are."""
-        trials = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
-        ended = len(trials) - keys.num_enqueued(trials)
-        if self.trials and self.trials <= ended and not self._num_left():
-            more = typed(self.facts.command("sweep", "--trials", str(ended + self.trials)))
-            Console(highlight=False).print(
-                f"Nothing to train: --trials {self.trials} counts all trials of the study, and {ended} have ended. "
-                f"[bold]{escape(more)}[/] trains {self.trials} more.",
-                soft_wrap=True,
-            )
 
     @contextmanager
     def _parent_run(self) -> Iterator[Callable[[], None]]:
@@ -218,10 +205,7 @@ class _Start:
                     "base_revision": base.revision,
                     "data_digest": self.prepared.corpus.digest,
                 },
-                texts={
-                    f"{sweep.name}.yaml": sweep.source_text,
-                    f"experiment-{sweep.experiment.name}.yaml": sweep.experiment.source_text,
-                },
+                texts=sweep.texts,
             )
             self.prepared.log_data(self.runs)
             self.runs.page().describe(opening_description(self.facts, next_steps(self._unread()), self.runs.links))
@@ -257,6 +241,7 @@ class _Start:
             return bool(request) or time.monotonic() > deadline
 
         storage = Retry("the study's storage", self.patience)
+        storage.succeeds(lambda: show_study(self.study, self._unread()))
         try:
             if (before := storage.wait(self._ended, stop)) is not None:
                 self._drive(stop, *before)
@@ -276,7 +261,6 @@ class _Start:
     def _drive(self, stop: Callable[[], bool], ended: list[TrialSummary], repeated: list[TrialSummary]) -> None:
         """Drive search and confirmation. ended, repeated: before."""
         sweep, settings = self.sweep, self.sweep.confirmation
-        ranked = best_first(ended, sweep.objective)
         search = Search(
             space=sweep.space,
             shape=self.prepared.base.shape,
@@ -297,12 +281,10 @@ class _Start:
         with Progress(
             total_trials=self.num_trials,
             objective=sweep.objective,
-            ended=len(ended),
-            complete=len(ranked),
-            best=ranked[0].score(sweep.objective) if ranked else None,
-            best_trial=ranked[0].trial if ranked else None,
+            ended=ended,
             confirmation=(settings.trials, settings.seeds) if settings else None,
             repeated=len(repeated),
+            link=self._link(),
             quiet=self.quiet,
         ) as screen:
             for note in self.prepared.notes if len(ended) < self.num_trials else ():
@@ -316,6 +298,13 @@ class _Start:
 
                 ray_cluster.train(driver, factory, self.workers, self.address, screen.message)
         self.record_seconds = driver.record_seconds
+
+    def _link(self) -> str:
+        """Of the sweep's run in MLflow."""
+        server, page = self.facts.options.get("--tracking"), self.runs.page().url
+        if server:
+            return f"MLflow run: {server.rstrip('/')}/{page}"
+        return f"MLflow run, while `{typed('agnews-lora ui')}` runs: {UI}/{page}"
 
     def _num_left(self) -> int:
         """Trials that are still to end: those of the search, then those that confirm its best."""

@@ -170,6 +170,14 @@ class Sweep(Document):
         return slots
 
     @property
+    def texts(self) -> dict[str, str]:
+        """The YAML files of sweep and experiment, word for word, by the names of their copies."""
+        return {
+            f"{self.name}.yaml": self.source_text,
+            f"experiment-{self.experiment.name}.yaml": self.experiment.source_text,
+        }
+
+    @property
     def reference(self) -> str:
         """What the command line finds the file by: its name, or its path where it lies outside `sweeps/`."""
         return self.name if self._path == FOLDER / f"{self.name}.yaml" else str(self._path)

@@ -15,6 +15,7 @@ from agnews_lora.data.files import Table, class_ids, label_values, read_file, re
 from agnews_lora.data.rows import Rows, stratified_split, stratified_subset
 from agnews_lora.data.tokens import TokenTable, tokenise
 from agnews_lora.errors import DataError
+from agnews_lora.paths import sha256_of
 
 SPLITS: Final = ("train", "validation", "test")
 _HUB_REMEDY: Final = (
@@ -258,6 +259,12 @@ def describe(settings: DataSettings) -> dict[str, str]:
         value = getattr(settings, split)
         found[split] = Path(value).name if isinstance(value, str) else f"{value:.4g} of the training rows"
     return {name: value for name, value in found.items() if value}
+
+
+def file_hashes(settings: DataSettings) -> dict[str, str]:
+    """SHA-256 (hex) of each file that the rows are read from, by split."""
+    named = {split: getattr(settings, split) for split in SPLITS if settings.source == "files"}
+    return {split: sha256_of(Path(path)) for split, path in named.items() if isinstance(path, str)}
 
 
 def _table(settings: DataSettings, name: str) -> Table:

@@ -1,8 +1,9 @@
 """The screen of trials in training: a live table on a terminal, plain lines everywhere else.
 
-Trials that started or ended are lines, and stay; the table below them shows the trials that run now.
+Trials that started or ended are lines, and stay; the table below them shows the trials that run now, and the best.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -10,27 +11,36 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal, Self
 
-from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderResult
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from agnews_lora.adapters.spec import TrialSpec
+from agnews_lora.search.results import ENDED_STATES, TrialSummary, best_first
 from agnews_lora.training.interface import SCORES, EvalPoint, Objective, TrainPoint
 
 REFRESHES_PER_SECOND: Final = 2
+NUM_BEST: Final = 3
 # The table's columns, and how wide a terminal must be to show each. The objective has one at any width.
 COLUMNS: Final = {
     "trial": 0,
-    "configuration": 78,
-    "step": 0,
-    "loss": 50,
-    "accuracy": 60,
-    "macro-F1": 60,
-    "best": 90,
-    "left": 65,
+    "targets": 48,
+    "rank": 56,
+    "alpha": 64,
+    "dropout": 78,
+    "lr": 78,
+    "head": 78,
+    "bar": 40,
+    "step": 20,
+    "loss": 96,
+    "accuracy": 106,
+    "macro-F1": 106,
 }
-LINES_BESIDE: Final = 4  # of a terminal's height: the two headers, how many more there are, and the cursor
+WIDE: Final = 100  # columns of a terminal, from which on the table's stand apart
+LINES_BESIDE: Final = 6  # of a terminal's height: a blank one, three headers, how many more there are, the cursor
 LEAST_SHARE: Final = 0.05  # of the work: before that, an estimate of the time left would jump about
 # What the end of a trial is called, and its style, by state.
 ENDS: Final = {
@@ -42,18 +52,24 @@ ENDS: Final = {
 
 
 @dataclass
-class _Running:
-    """A trial in training. began, first_step: of this process, for the estimate of its time left."""
+class _Trial:
+    """A trial in training, or one of the best. began, first_step: of this process, for an estimate of its time left."""
 
-    label: str
-    total_steps: int
-    confirms: bool
-    began: float
+    name: str
+    spec: TrialSpec | None
+    baseline: bool
+    total_steps: int = 0
+    confirms: bool = False
+    began: float = 0.0
     first_step: int | None = None
     step: int = 0
     loss: float | None = None
-    scores: EvalPoint | None = None
-    best: float | None = None
+    scores: EvalPoint | TrialSummary | None = None
+
+    @property
+    def label(self) -> str:
+        """Its configuration."""
+        return f"{self.spec or 'enqueued by hand'}{' (baseline)' if self.baseline else ''}"
 
     def reached(self, step: int, now: float) -> None:
         if self.first_step is None:
@@ -64,18 +80,24 @@ class _Running:
     def steps_here(self) -> int:
         return self.step - (self.first_step or 0)
 
-    def cells(self, name: str, now: float) -> dict[str, str]:
-        """Texts by column."""
-        left = (self.total_steps - self.step) * (now - self.began) / self.steps_here if self.steps_here else None
-        return {
-            "trial": name,
-            "configuration": self.label,
-            "step": f"{self.step}/{self.total_steps}",
-            "loss": "-" if self.loss is None else f"{self.loss:.3f}",
-            **{word: f"{self.scores.score(name):.2%}" if self.scores else "-" for name, word in SCORES.items()},
-            "best": "-" if self.best is None else f"{self.best:.2%}",
-            "left": "-" if left is None else duration(left),
-        }
+    def seconds_left(self, now: float) -> float:
+        """By its own pace; 0 before that is known."""
+        return (self.total_steps - self.step) * (now - self.began) / self.steps_here if self.steps_here else 0.0
+
+    def cells(self, runs: bool) -> dict[str, RenderableType]:
+        """Contents by column. runs: it is in training."""
+        found: dict[str, RenderableType] = {"trial": f"{self.name}{' baseline' if self.baseline else ''}"}
+        if (spec := self.spec) is not None:
+            found |= {"targets": spec.targets, "rank": f"{spec.rank}", "alpha": f"{spec.alpha:g}", "head": spec.head}
+            found |= {"dropout": f"{spec.dropout:.3g}", "lr": f"{spec.learning_rate:.3g}"}
+        if runs:
+            # Its last step is a training step; then the whole validation split is scored.
+            evaluates = self.step == self.total_steps and not (isinstance(self.scores, EvalPoint) and self.scores.final)
+            found["bar"] = ProgressBar(self.total_steps, self.step, complete_style="cyan", finished_style="green")
+            found["step"] = "evaluating" if evaluates else f"{self.step}/{self.total_steps}"
+            found["loss"] = "-" if self.loss is None else f"{self.loss:.3f}"
+        scores = self.scores
+        return found | {word: _percent(scores.score(name) if scores else None) for name, word in SCORES.items()}
 
 
 class _Live(Live):
@@ -104,10 +126,10 @@ class Progress:
     Args:
         total_trials: how many are to end in all.
         objective: the score by which one is the best.
-        ended, complete: how many had ended before, and how many of those were complete.
-        best, best_trial: the best complete one so far.
+        ended: the trials that had ended before.
         confirmation: how many of the best are repeated, and the runs of each. Among repetitions there is no best.
         repeated: how many repetitions had ended before.
+        link: where the run is shown: words, then a URL. On a narrow terminal its query is left out.
         console: the standard output unless given.
         clock: seconds.
     """
@@ -117,12 +139,10 @@ class Progress:
         total_trials: int,
         *,
         objective: Objective = "accuracy",
-        ended: int = 0,
-        complete: int = 0,
-        best: float | None = None,
-        best_trial: str | None = None,
+        ended: Sequence[TrialSummary] = (),
         confirmation: tuple[int, int] | None = None,
         repeated: int = 0,
+        link: str | None = None,
         console: Console | None = None,
         quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -132,18 +152,23 @@ class Progress:
         animated = self._console.file.isatty() and self._console.is_terminal and not self._console.is_dumb_terminal
         self.mode: Literal["live", "lines", "quiet"] = "quiet" if quiet else "live" if animated else "lines"
         self._total_trials, self._objective, self._confirmation = total_trials, objective, confirmation
-        self._ended, self._complete, self._repeated = ended, complete, repeated
-        self._ended_before = ended + repeated
+        self._counts = {state: sum(row.state == state for row in ended) for state in ENDED_STATES.values()}
+        self._repeated, self._link = repeated, link
+        self._ended_before = self._ended + repeated
         self._confirms = repeated > 0
-        self._best, self._best_trial = best, best_trial
+        best = best_first(ended, objective)[:NUM_BEST]
+        self._best = [_Trial(row.trial, row.spec, row.baseline, scores=row) for row in best]
         self._clock, self._began = clock, clock()
-        self._running: dict[str, _Running] = {}
+        self._trained_since: float | None = None
+        self._running: dict[str, _Trial] = {}
         # Its thread redraws a few lines twice a second, so that times go on while nothing happens.
         self._live = _Live(self, console=self._console, refresh_per_second=REFRESHES_PER_SECOND, transient=True)
 
     def __enter__(self) -> Self:
         if self.mode == "live":
             self._live.start()
+        elif self._link is not None:
+            self.announce(self._link)
         return self
 
     def __exit__(
@@ -151,14 +176,18 @@ class Progress:
     ) -> None:
         self._live.stop()  # also gives the cursor back
 
-    def trial_started(self, trial: str, label: str, total_steps: int, confirms: bool = False) -> None:
-        """Show a trial that started or was resumed. label: its configuration. confirms: it is a repetition."""
+    def trial_started(
+        self, trial: str, spec: TrialSpec | None, total_steps: int, confirms: bool = False, baseline: bool = False
+    ) -> None:
+        """Show a trial that started or was resumed. spec: None where it cannot train. confirms: it is a repetition."""
         if confirms and not self._confirms:
             self._confirms = True
             self.announce("Confirming the best trials: each is trained again with other seeds.")
-        self._running[trial] = _Running(label, total_steps, confirms, self._clock())
+        now = self._clock()
+        self._trained_since = self._trained_since or now
+        self._running[trial] = started = _Trial(trial, spec, baseline, total_steps, confirms, now)
         if self.mode == "lines":
-            self.announce(f"{trial} started: {label}, {total_steps} steps")
+            self.announce(f"{trial} started: {started.label}, {total_steps} steps")
 
     def logged(self, points: Sequence[TrainPoint]) -> None:
         """Show training losses."""
@@ -172,7 +201,7 @@ class Progress:
         for point in points:
             running = self._running[point.trial]
             running.reached(point.step, self._clock())
-            running.scores, running.best = point, max(point.score(self._objective), running.best or 0.0)
+            running.scores = point
             if self.mode == "lines":
                 loss = "" if running.loss is None else f"  loss {running.loss:.3f}"
                 step = f"{point.trial} step {point.step}/{running.total_steps}"
@@ -185,32 +214,44 @@ class Progress:
             state: Optuna's, or `INTERRUPTED`.
             scores: final, or the last ones of a pruned trial.
         """
-        running = self._running.pop(trial)
-        label = running.label
-        if running.confirms:
+        ended = self._running.pop(trial)
+        if ended.confirms:
             self._repeated += state != "INTERRUPTED"
-        else:
-            self._ended += state != "INTERRUPTED"
-            self._complete += state == "COMPLETE"
-        score = scores.score(self._objective) if scores else -1.0
-        better = score > (-1.0 if self._best is None else self._best)
-        if best := state == "COMPLETE" and better and not running.confirms:
-            self._best, self._best_trial = score, trial
+        elif state in self._counts:
+            self._counts[state] += 1
+        if state == "COMPLETE" and scores is not None and not ended.confirms:
+            ended.scores = scores
+            self._best = sorted([*self._best, ended], key=self._rank)[:NUM_BEST]
         word, style = ENDS[state]
-        line = Text(f"{trial} ").append(word, style=style)
-        if scores is not None:
-            line.append(f"{_said(scores)}{'  best so far' if best else ''}")
-        line.append(f"  {label}" if self.mode == "live" else "").append(f"  {reason}" if reason else "")
-        if running.confirms:
-            line.append(f"  [confirmation {self._repeated}/{self._repetitions}]")
+        if self.mode == "live":  # the table says the rest
+            line = Text(f"{trial:<{len('t0000-s2')}} ").append(f"{word:<{len('complete')}}", style=style)
+            said = [""]
+            if scores is not None:
+                said = [_said(scores), _said(scores, rows=False), f"  {scores.score(self._objective):.2%}"]
+            texts = [*(f"{each}  {ended.label}" for each in said), f"{said[-1]}  {ended.spec or ended.label}"]
+            room = self._console.width - len(line)
+            text = next((each for each in texts if len(each) <= room), texts[-1])
+            line.append(text).append("" if state == "PRUNED" or not reason else f"\n  {reason}")
         else:
-            line.append(f"  [{self._ended}/{self._total_trials}]")
+            line = Text(f"{trial} ").append(word, style=style)
+            if scores is not None:
+                line.append(f"{_said(scores)}{'  best so far' if self._best[:1] == [ended] else ''}")
+            line.append(f"  {reason}" if reason else "")
+            if ended.confirms:
+                line.append(f"  [confirmation {self._repeated}/{self._repetitions}]")
+            else:
+                line.append(f"  [{self._ended}/{self._total_trials}]")
         self.announce(line)
+
+    def _rank(self, trial: _Trial) -> tuple[float, float]:
+        """As `best_first` ranks: trials with the same scores keep their order."""
+        assert trial.scores is not None
+        return -(trial.scores.score(self._objective) or 0.0), trial.scores.loss or math.inf
 
     def announce(self, text: str | Text) -> None:
         """Print a line that stays."""
         if self.mode != "quiet":
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(text, markup=False, highlight=False, soft_wrap=self.mode != "live")
 
     def planned(self, total_trials: int) -> None:
         """Count to another total: a person enqueued trials on top."""
@@ -224,41 +265,75 @@ class Progress:
             self.announce(text)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        now, running = self._clock(), dict(self._running)  # the drawing thread is another one
-        yield self._header(now, list(running.values()))
-        rows = [trial.cells(name, now) for name, trial in running.items()]
-        shown = rows[: max(1, options.size.height - LINES_BESIDE)]
-        if shown:
-            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-            least_widths = COLUMNS | {SCORES[self._objective]: 0}
-            columns = [column for column, least_width in least_widths.items() if options.max_width >= least_width]
-            for column in columns:
-                text = column in ("trial", "configuration")
-                # Only a column that may wrap is narrowed by rich; its texts do not wrap, but end in an ellipsis.
-                table.add_column(column, justify="left" if text else "right", no_wrap=column != "configuration")
-            for row in shown:
-                table.add_row(*(Text(row[column], overflow="ellipsis", no_wrap=True) for column in columns))
-            yield table
-        if len(rows) > len(shown):
-            yield Text(f"and {len(rows) - len(shown)} more", style="dim")
+        now, running = self._clock(), list(self._running.values())  # the drawing thread is another one
+        yield Text()
+        yield from self._header(now, running, options.max_width)
+        room = max(1, options.size.height - LINES_BESIDE)
+        num_extra = (1 + len(self._best) if self._best else 0) + (2 if self._link else 0)
+        extra = room > 2 * num_extra or room >= num_extra + len(running)
+        shown = running[: room - num_extra if extra else room]
+        best = self._best if extra else []
+        if shown or best:
+            yield self._table(options.max_width, shown, best)
+        if len(running) > len(shown):
+            yield Text(f"and {len(running) - len(shown)} more", style="dim")
+        if self._link and extra:
+            whole = len(self._link.rpartition(" ")[2]) <= options.max_width
+            yield Text(self._link if whole else self._link.partition("?")[0], style="dim", overflow="fold")
 
-    def _header(self, now: float, running: Sequence[_Running]) -> Text:
-        parts = [f"trials {self._ended}/{self._total_trials}"]
-        if self._confirms:
-            parts.append(f"confirmation {self._repeated}/{self._repetitions}")
-        if self._best is not None:
-            parts.append(
-                f"best {SCORES[self._objective]} {self._best:.2%}"
-                + (f" ({self._best_trial})" if self._best_trial else "")
+    def _table(self, width: int, running: Sequence[_Trial], best: Sequence[_Trial]) -> Table:
+        """The trials in training, above the best ones."""
+        least_widths = COLUMNS | {SCORES[self._objective]: 0}
+        heads = {trial.spec.head for trial in (*running, *best) if trial.spec is not None}
+        columns = [column for column, least_width in least_widths.items() if width >= least_width]
+        columns = [column for column in columns if column != "head" or heads - {"full"}]
+        gap = 2 if width >= WIDE else 1
+        table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="dim", expand=True)
+        for column in columns:
+            text = column in ("trial", "targets", "head", "bar")
+            table.add_column(
+                {"trial": "running" if running else "best so far", "bar": ""}.get(column, column),
+                justify="left" if text else "right",
+                ratio=1 if column == "bar" else None,
+                no_wrap=True,
+                overflow="ellipsis",
             )
-        parts.append(f"elapsed {duration(now - self._began)}")
-        # The pace of this process: trials that ended in it, and what it did of those that run.
+        for trial in running:
+            cells = trial.cells(runs=True)
+            table.add_row(*(cells.get(column, "") for column in columns))
+        if running and best:
+            table.add_row("best so far", style="dim")
+        for place, trial in enumerate(best):
+            cells = trial.cells(runs=False)
+            table.add_row(*(cells.get(column, "") for column in columns), style="" if place else "bold green")
+        return table
+
+    def _header(self, now: float, running: Sequence[_Trial], width: int) -> Sequence[Text]:
+        trials = Text(f"trials {self._ended}/{self._total_trials}: ")
+        counts = [
+            Text(f"{count} {ENDS[state][0]}", ENDS[state][1] if count else "") for state, count in self._counts.items()
+        ]
+        trials.append(Text(", ").join(counts))
+        if self._confirms:
+            trials.append(f"  confirmation {self._repeated}/{self._repetitions}")
+        times = f"elapsed {duration(now - self._began)}"
+        # The pace of this process: trials that ended in it, and what it did of those that run. None ends sooner than
+        # by its own pace: at the end of a study slots idle.
         ended, total = self._ended + self._repeated, self._total_trials + self._repetitions
         done = ended - self._ended_before + sum(trial.steps_here / trial.total_steps for trial in running)
-        if done >= LEAST_SHARE:
-            left = total - ended - sum(trial.step / trial.total_steps for trial in running)
-            parts.append(f"about {duration(max(0.0, left) * (now - self._began) / done)} left")
-        return Text("  ".join(parts), style="bold", overflow="ellipsis", no_wrap=True)
+        if done >= LEAST_SHARE and self._trained_since is not None:
+            left = max(0.0, total - ended - sum(trial.step / trial.total_steps for trial in running))
+            seconds = max(left * (now - self._trained_since) / done, *(each.seconds_left(now) for each in running), 0.0)
+            times += f", {_left(seconds)}"
+        lines = [trials, Text(times)]
+        for line in lines:
+            line.stylize("bold")
+            line.truncate(width, overflow="ellipsis")
+        return lines
+
+    @property
+    def _ended(self) -> int:
+        return sum(self._counts.values())
 
     @property
     def _repetitions(self) -> int:
@@ -266,12 +341,24 @@ class Progress:
         if self._confirmation is None:
             return self._repeated
         best, seeds = self._confirmation
-        complete = self._complete + max(0, self._total_trials - self._ended)
+        complete = self._counts["COMPLETE"] + max(0, self._total_trials - self._ended)
         return max(self._repeated, min(best, complete) * (seeds - 1))
 
 
-def _said(scores: EvalPoint) -> str:
-    return "".join(f"  {word} {scores.score(name):.2%}" for name, word in SCORES.items())
+def _said(scores: EvalPoint, rows: bool = True) -> str:
+    said = "".join(f"  {word} {scores.score(name):.2%}" for name, word in SCORES.items())
+    return f"{said}  ({scores.rows:,} rows)" if rows else said
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
+
+
+def _left(seconds: float) -> str:
+    """In whole minutes: an estimate is not better than that."""
+    if seconds < 60:
+        return "under 1 min left"
+    return f"about {f'{math.ceil(seconds / 60)} min' if seconds < 3_600 else duration(seconds)} left"
 
 
 def duration(seconds: float) -> str:

@@ -64,7 +64,9 @@ class Tracker(Protocol):
 class Screen(Protocol):
     """Where progress is shown."""
 
-    def trial_started(self, trial: str, label: str, total_steps: int, confirms: bool) -> None: ...
+    def trial_started(
+        self, trial: str, spec: TrialSpec | None, total_steps: int, confirms: bool, baseline: bool
+    ) -> None: ...
 
     def logged(self, points: Sequence[TrainPoint]) -> None: ...
 
@@ -400,9 +402,8 @@ class Driver:
         """The plan of a trial; None where it ended before it starts."""
         active.log = TrialLog(self.folder / active.name)
         self.active[active.name] = active
-        label = f"{active.spec or 'enqueued by hand'}{' (baseline)' if active.facts.get('baseline') else ''}"
-        confirms = "confirms" in active.facts
-        self._screen.trial_started(active.name, label, self._search.total_steps, confirms)
+        confirms, baseline = "confirms" in active.facts, bool(active.facts.get("baseline"))
+        self._screen.trial_started(active.name, active.spec, self._search.total_steps, confirms, baseline)
         if active.fault is not None and active.log.end is None:
             active.log.finish(TrialEnd("FAILED", reason=active.fault))
         elif active.stopped and active.log.end is None:

@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import optuna
-import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
@@ -21,6 +20,9 @@ from agnews_lora.paths import write_whole
 from agnews_lora.search import study as study_keys
 from agnews_lora.training.interface import SCORES, Objective
 from agnews_lora.training.metrics import accuracy_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 INTERRUPTED: Final = "INTERRUPTED"
 FORMAT: Final = 2  # of `result.json`
@@ -157,9 +159,10 @@ class SweepFacts:
     `search.space.describe` gives it. data: the source in words. texts: the YAML files, word for word, by file name.
     provenance: code, versions and device. heads: those that are searched. adapter: the baseline's configuration.
     confirmation: `{trials, seeds}`; None without one. profile: of the rows, as `data.profile.profile` gives it; empty
-    where another release wrote the result. file: what the command line knows the sweep by, its name or its path; empty
-    where it is the name. options: of the command line that started it last, as far as the study is found and goes on by
-    them (`--storage`, `--tracking`, `--workers`, `--address`, `--trials`).
+    where another release wrote the result. files: SHA-256 (hex) of the data's own files, by split. file: what
+    the command line knows the sweep by, its name or its path; empty where it is the name. options: of the command line
+    that started it last, as far as the study is found and goes on by them (`--storage`, `--tracking`, `--workers`,
+    `--address`, `--trials`).
     """
 
     sweep: str
@@ -189,6 +192,7 @@ class SweepFacts:
     majority_accuracy: float | None = None
     majority_macro_f1: float | None = None
     profile: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
     file: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
 
@@ -349,8 +353,10 @@ class SweepResult:
         """How many trials ended how: `complete`, `pruned`, `failed`."""
         return {word: sum(row.state == state for row in self.trials) for word, state in ENDED_STATES.items()}
 
-    def frame(self) -> pd.DataFrame:
+    def frame(self) -> "pd.DataFrame":
         """One row per trial, the best first."""
+        import pandas as pd
+
         scores = ("trial", "state", *SCORES, "loss", "trainable_parameters")
         return pd.DataFrame(
             [

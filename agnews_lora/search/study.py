@@ -35,6 +35,7 @@ from agnews_lora.training.interface import Objective
 
 # User attributes of a study and of its trials.
 SWEEP = "sweep"
+WINNER = "winner"
 IDENTITY = "identity"  # a random id of the study; of a trial: its study's, and its own number
 BOUND = "bound"  # [the study's own name, the number of trials from before trials had an identity]
 FINGERPRINT = "fingerprint"
@@ -409,6 +410,14 @@ def make_study(storage: BaseStorage, name: str, attributes: dict[str, Any], obje
         connection.execute(update(studies).where(studies.c.study_id == study_id).values(study_name=name))
 
 
+def target(study: optuna.Study, asked: int | None, planned: int) -> int:
+    """How many trials are to have ended: as many as `--trials` asks for, now or before.
+
+    planned: by the sweep's file, which counts where `--trials` asked for less before.
+    """
+    return asked or max(planned, study.user_attrs.get(TARGET, 0))
+
+
 def work_folder(study: SweepStudy, folder: Path) -> Path:
     """Where the trials of a study keep their checkpoints and logs: below the sweep's folder, by the study's name.
 
@@ -440,6 +449,24 @@ def name_objective(study: optuna.Study, objective: Objective) -> None:
 def objective_of(study: optuna.Study) -> Objective:
     """The score that a study's values are: accuracy, unless it was named."""
     return "macro_f1" if study.metric_names == ["macro_f1"] else "accuracy"
+
+
+def show(study: optuna.Study, note: str, winner: str | None = None) -> None:
+    """Show a note, and the winner among the study's attributes, in optuna-dashboard.
+
+    Args:
+        note: Markdown of at most 2,045 characters. Where the dashboard's user has put another one, with another first
+            line, in its place, that one stays.
+    """
+    storage: BaseStorage = study._storage
+    text, version = "dashboard:note_str:0", "dashboard:note_ver"  # as the dashboard's `save_note` writes them
+    shown = storage.get_study_system_attrs(study._study_id)
+    title = note.partition("\n")[0]
+    if text not in shown or (shown[text] != note and shown[text].partition("\n")[0] == title):
+        storage.set_study_system_attr(study._study_id, text, note)
+        storage.set_study_system_attr(study._study_id, version, int(shown.get(version, 0)) + 1)
+    if winner is not None:
+        study.set_user_attr(WINNER, winner)
 
 
 def require_compatible(study: SweepStudy, space: Space, shape: ModelShape, budget: int) -> None:

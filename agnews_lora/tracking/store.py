@@ -285,6 +285,24 @@ def _recorded_root(connection: sqlite3.Connection) -> str | None:
     return next((root for root in roots if root.startswith("file:") and root.endswith(f"/{ARTIFACTS}")), None)
 
 
+def recorded_place(root: Path) -> Path | None:
+    """The folder of stores that a database was written for, or moved to last; None before its first sweep.
+
+    Raises:
+        StorageError: it is no database of runs.
+    """
+    uri = f"{(root.resolve() / DATABASE).as_uri()}?mode=ro"
+    try:
+        with closing(sqlite3.connect(uri, uri=True, timeout=20)) as connection:
+            recorded = _recorded_root(connection)
+    except sqlite3.Error as error:
+        raise StorageError(
+            f"Cannot read the run store {root / DATABASE}: {error}. Put it back from a copy, or move it away to start "
+            "an empty one."
+        ) from error
+    return Path(local_file_uri_to_path(recorded)).parent if recorded else None
+
+
 def experiment_id(client: MlflowClient, name: str) -> str:
     """Id of the MLflow experiment of this name, created where it is missing.
 

@@ -17,6 +17,7 @@ from mlflow.entities import Run
 from agnews_lora.cli import main
 from agnews_lora.commands import finish
 from agnews_lora.commands.finish import answers_of, predictions_of, tfidf_scores
+from agnews_lora.commands.sweep import run_sweep
 from agnews_lora.data.newswire import LABELS
 from agnews_lora.data.rows import Rows
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES
@@ -26,7 +27,7 @@ from agnews_lora.tracking.descriptions import MARK
 from agnews_lora.tracking.runs import MAX_DESCRIPTION
 from agnews_lora.tracking.store import open_client
 from agnews_lora.training.multilora.trial_state import TrialState
-from tests.project import agnews_lora, write_project
+from tests.project import write_project
 from tests.tiny import tiny_base
 
 NOTE = "mlflow.note.content"
@@ -157,17 +158,16 @@ def test_after_a_promotion_result_and_pages_tell_of_the_champion_alone(client: M
 
 
 def test_finishing_again_computes_nothing_anew_and_tells_of_a_winner_that_was_overtaken(
-    finished_project: Path,
+    finished_project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(finished_project)
     client = open_client(finished_project / "mlruns")
     before, winner, found = parent_of(client), winner_of(client), stored(client)
     (other, *_) = [run for run in find(client, "tags.study_trial != ''") if "winner" not in run.data.tags]
     client.set_tag(other.info.run_id, "winner", "true")
     history = client.get_metric_history(winner.info.run_id, "eval/accuracy")
     written = Path(client.download_artifacts(winner.info.run_id, "predictions.csv")).stat().st_mtime_ns
-    done = agnews_lora(finished_project, "sweep", "small", "--json")
-    assert done.returncode == 0, done.stderr
-    said, again = json.loads(done.stdout), stored(client)
+    said, again = json.loads(run_sweep("small", quiet=True).to_json()), stored(client)
     assert said == json.loads(again.to_json()) and said["winner"]["run_id"] == winner.info.run_id
     assert (again.trials, again.answers, again.registration) == (found.trials, found.answers, found.registration)
     assert parent_of(client).data.tags[NOTE] == before.data.tags[NOTE]

@@ -11,6 +11,8 @@ from agnews_lora import promote, run_sweep
 from agnews_lora.adapters.base_models import resolve
 from agnews_lora.adapters.families import LAYOUTS, Family
 from agnews_lora.cli import main
+from agnews_lora.commands.reprint import standing
+from agnews_lora.config.sweep import load_sweep
 from agnews_lora.serving import reload
 from tests.project import write_project
 from tests.tiny import SENTENCES, tiny_base
@@ -87,6 +89,10 @@ def test_a_sweep_over_rows_of_ones_own(
     assert main(["predict", "--sweep", "small", "--json", "The striker scored twice."]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert sorted(answer["probabilities"]) == sorted(labels)
+    assert standing(load_sweep("small"), None)
+    train = tmp_path / data["train"]
+    train.write_bytes(train.read_bytes() + b"\n")
+    assert not standing(load_sweep("small"), None), "its data has changed"
 
 
 @pytest.mark.proof

@@ -23,5 +23,5 @@ def test_budget_and_doctor_name_a_strange_base(
     assert main(["budget", "small"]) == 0
     assert f"small: {BASE}, budget 100,000" in capsys.readouterr().out
     shutil.rmtree(BASE)
-    assert main(["doctor"]) == 0
+    assert main(["doctor"]) == 1
     assert BASE in capsys.readouterr().out

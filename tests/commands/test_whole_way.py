@@ -132,6 +132,7 @@ def test_the_winner_is_the_sweeps_own_run_of_the_best_mean(resumed: tuple[Path, 
     means = {trial: sum(accuracies(trial)) / 2 for trial in ("t0000", "t0001")}
     best = max(means, key=means.__getitem__)
     assert found["winner"]["trial"] == best
+    assert study(folder).user_attrs["winner"].startswith(f"{best}: ")
     assert found["winner"]["run_id"] == children[best].info.run_id
     assert found["winner"]["accuracy"] == pytest.approx(accuracies(best)[0])
     confirmation = found["winner"]["confirmation"]

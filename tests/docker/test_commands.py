@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from agnews_lora.search import study as keys
 from tests.docker.compose import DOCKER, load, merged
 from tests.servers import Postgres, Process, answers, free_port, postgres_missing, postgres_program
 
@@ -54,15 +55,17 @@ def test_mlflow_answers_its_hosts_and_keeps_artifacts(tmp_path: Path) -> None:
 
 @pytest.mark.proof
 def test_the_dashboard_shows_the_study(tmp_path: Path) -> None:
-    import optuna
-
     packages = tmp_path / "packages"
     install_dashboard(packages)
     service, port = SERVICES["dashboard"], str(free_port())
     database = f"sqlite:///{tmp_path / 'optuna.db'}"
     program, *arguments = service["command"]
     arguments = [replace(each, {"0.0.0.0": "127.0.0.1", "8080": port}) for each in arguments[:-1]] + [database]
-    optuna.create_study(storage=database, study_name="shown")
+    storage = keys.open_storage(database)
+    keys.make_study(storage, "shown", {keys.SWEEP: "shown"}, "macro_f1")
+    study = keys.SweepStudy("shown", storage)
+    keys.show(study, "### Sweep shown\n\nNo winner yet.")
+    keys.show(study, "### Sweep shown\n\nThe winner is t0007.", "t0007")
     url = f"http://127.0.0.1:{port}"
     process = Process("dashboard", tmp_path / "dashboard.log")
     try:
@@ -70,7 +73,12 @@ def test_the_dashboard_shows_the_study(tmp_path: Path) -> None:
         process.start(command, lambda: answers(f"{url}/dashboard"), tmp_path, {"PYTHONPATH": str(packages)})
         assert healthy(service, {"8080": port})
         with urllib.request.urlopen(f"{url}/api/studies", timeout=10) as answer:
-            assert [study["study_name"] for study in json.load(answer)["study_summaries"]] == ["shown"]
+            [summary] = json.load(answer)["study_summaries"]
+        with urllib.request.urlopen(f"{url}/api/studies/{summary['study_id']}", timeout=10) as answer:
+            detail = json.load(answer)
+        assert (summary["study_name"], detail["objective_names"]) == ("shown", ["macro_f1"])
+        assert "The winner is t0007." in detail["note"]["body"]
+        assert {"key": "winner", "value": "t0007"} in detail["user_attrs"]
     finally:
         process.end(signal.SIGTERM)
 

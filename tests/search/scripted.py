@@ -207,9 +207,11 @@ class RecordingScreen:
         self.running: set[str] = set()
         self.total_trials = 0
 
-    def trial_started(self, trial: str, label: str, total_steps: int, confirms: bool) -> None:
+    def trial_started(
+        self, trial: str, spec: TrialSpec | None, total_steps: int, confirms: bool, baseline: bool
+    ) -> None:
         self.running.add(trial)
-        self.lines.append(f"{trial} started: {label}, {total_steps} steps")
+        self.lines.append(f"{trial} started: {spec}, {total_steps} steps")
 
     def logged(self, points: Sequence[TrainPoint]) -> None:
         assert {point.trial for point in points} <= self.running

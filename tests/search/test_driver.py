@@ -138,7 +138,7 @@ def test_plans_and_what_the_study_keeps_of_them(tmp_path: Path) -> None:
     assert session.engine.plans[0].spec == OUTSIDE
     seeds = [plan.seed for plan in session.engine.plans]
     assert seeds == [42, *(derived_seed(7, number) for number in range(1, 6))]
-    assert session.screen.lines[0] == f"t0000 started: {OUTSIDE} (baseline), 30 steps"
+    assert session.screen.lines[0] == f"t0000 started: {OUTSIDE}, 30 steps"
 
 
 def test_a_complete_trial(tmp_path: Path) -> None:

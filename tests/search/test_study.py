@@ -58,6 +58,19 @@ def test_a_study_is_resumed_until_a_new_one_is_asked_for(tmp_path: Path) -> None
     assert [trial.value for trial in optuna.load_study(study_name="embedded", storage=first._storage).trials] == [0.5]
 
 
+def test_a_note_for_the_dashboard_gives_way_to_the_next_one_but_not_to_a_persons(tmp_path: Path) -> None:
+    def noted() -> Any:
+        return study._storage.get_study_system_attrs(study._study_id)["dashboard:note_str:0"]
+
+    study = opened(tmp_path)
+    keys.show(study, "Sweep\nno winner")
+    keys.show(study, "Sweep\nt0003", "t0003")
+    assert (noted(), study.user_attrs["winner"]) == ("Sweep\nt0003", "t0003")
+    study._storage.set_study_system_attr(study._study_id, "dashboard:note_str:0", "ask Ann\nabout t0003")
+    keys.show(study, "Sweep\nt0004")
+    assert noted() == "ask Ann\nabout t0003"
+
+
 def test_the_newest_of_many_is_told_by_its_number(tmp_path: Path) -> None:
     names = [opened(tmp_path, new=True).study_name for _ in range(11)]
     assert names == ["embedded", *(f"embedded-{number}" for number in range(2, 12))]

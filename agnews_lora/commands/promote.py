@@ -1,6 +1,7 @@
 """`agnews-lora promote`: check a registered version and make it champion, or roll back."""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -75,7 +76,8 @@ def promote(
     client = open_client(tracking or STORES)
     stage = prepare(experiment)
     registry = Registry(client, experiment.name)
-    bar = Progress(console=Console(stderr=True), transient=True, disable=quiet)
+    # Rich would end its bar by an empty line where it is no terminal that shows it.
+    bar = Progress(console=Console(stderr=True), transient=True, disable=quiet or not sys.stderr.isatty())
     with temporary_files(), reaching(client), bar:
         task = bar.add_task("checking it in a new process", total=None)
 

@@ -40,7 +40,7 @@ setup: $(STAMP)  ## make the virtual environment and install the pinned packages
 $(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
 	$(if $(filter cpu cuda,$(TORCH)),,$(error Cannot set up: TORCH is '$(TORCH)'. Give cpu or cuda))
 	@echo "Setting up $(VENV) by $(if $(UV),uv,pip), with torch for $(TORCH) (TORCH=cpu or TORCH=cuda chooses):"
-	@echo "to download about 0.5 GB with a CPU build of torch, 3.1 GB with the CUDA build; on disk 2.1 GB and more."
+	@echo "to download about 0.5 GB with a CPU build of torch, 3.1 GB with the CUDA build; on disk 2.1 GB or 5.5 GB."
 	@$(PYTHON) -m venv $(VENV)
 	@if [ -s $@ ] && [ "$$(cat $@)" != "$(TORCH)" ]; then $(PIP) uninstall --yes torch; fi
 	@if [ "$(TORCH) $$(uname)" = "cpu Linux" ] && ! { $(PYTHON) -c '$(REACHED)' $(TORCH_INDEX)/ 2>/dev/null && \

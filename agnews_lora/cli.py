@@ -203,7 +203,9 @@ def parser() -> argparse.ArgumentParser:
     ui = add(_ui, "browse the runs in the MLflow UI", "ui --port 5001")
     ui.add_argument("--port", type=_port, default=5000, metavar="PORT", help="on loopback (5000)")
 
-    doctor = add(_doctor, "show device, versions, stores, and what can be reached", "doctor")
+    (doctor := add(_doctor, "show device, versions, stores, and what can be reached", "doctor --quick")).add_argument(
+        "--quick", action="store_true", help="only versions, stores and folders, at once"
+    )
 
     for command in (sweep, status, promote, serve, export, budget, report):
         command.add_argument("sweep", nargs="?", default="embedded", metavar="SWEEP", help="name or path (embedded)")
@@ -386,7 +388,7 @@ def _ui(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from agnews_lora.commands import inspect
 
-    return inspect.doctor(options.json)
+    return inspect.doctor(options.json, options.quick)
 
 
 # Commands that do more than print.

@@ -51,11 +51,11 @@ def main() -> None:
 
 def tmux(*words: str) -> str:
     """What a command of tmux prints, on a server of its own; nothing once the server has ended."""
-    return subprocess.run(["tmux", "-L", "cast", *words], stdout=subprocess.PIPE, text=True, check=False).stdout
+    return subprocess.run(["tmux", "-L", "cast", *words], capture_output=True, text=True, check=False).stdout
 
 
 def is_half_way(screen: str) -> bool:
-    """Whether half of the trials have ended, one was pruned, and the ones that run have begun.
+    """Whether half of the trials have ended, one was pruned, and two that run have begun.
 
     Raises:
         RuntimeError: the sweep has ended.
@@ -66,7 +66,7 @@ def is_half_way(screen: str) -> bool:
     if (counts := COUNTS.search(plain)) is None:
         return False
     ended, total, pruned = map(int, counts.groups())
-    return ended >= total / 2 and pruned > 0 and BEGUN.search(plain) is not None
+    return ended >= total / 2 and pruned > 0 and len(BEGUN.findall(plain)) >= 2
 
 
 def drawn(screen: str) -> str:

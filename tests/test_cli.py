@@ -75,7 +75,7 @@ def test_the_command_line_is_the_designs() -> None:
         "export": ["--json", "--merged", "--to", "--tracking", "sweep"],
         "report": ["--json", "--to", "--tracking", "sweep"],
         "ui": ["--port"],
-        "doctor": ["--json"],
+        "doctor": ["--json", "--quick"],
     }
 
 

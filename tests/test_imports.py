@@ -140,3 +140,14 @@ def test_what_must_start_at_once_imports_nothing_heavy(module: str) -> None:
     command = f"import sys, {module}; print(*sorted(set({HEAVY}) & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["budget", "--bad"], ["sweep", "missing"], ["doctor", "--quick"]])
+def test_what_must_answer_at_once_imports_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
+    script = (
+        "import contextlib, sys; from agnews_lora.cli import main\n"
+        f"with contextlib.suppress(SystemExit): main({arguments})\n"
+        f"sys.exit(bool(set({HEAVY}) & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -44,9 +44,10 @@ from agnews_lora.tracking.descriptions import (
     winner_description,
 )
 from agnews_lora.tracking.provenance import provenance
-from agnews_lora.tracking.registry import Registry, Version
+from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.runs import RunPage, SweepRuns, find_run, page_of
 from agnews_lora.tracking.store import name_of
+from agnews_lora.tracking.versions import Version
 from agnews_lora.training.interface import SCORES, Objective
 from agnews_lora.training.metrics import accuracy, macro_f1
 

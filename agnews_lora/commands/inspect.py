@@ -91,17 +91,21 @@ def budget_table(sweep: Sweep, shape: ModelShape) -> list[dict[str, int | str]]:
     return rows
 
 
-def doctor(as_json: bool) -> int:
-    """Print device, versions, stores, what can be reached, and the state of the project; 1 where it has faults."""
-    from agnews_lora.commands.project import Found, examine
+def doctor(as_json: bool, quick: bool) -> int:
+    """Print device, versions, stores, what can be reached, and the state of the project; 1 where it has faults.
 
-    machine = _found()
-    faults = [Found(what, value) for what, value in machine.items() if any(word in value for word in FAULTY)]
-    project = list(examine())
-    faults += [found for found in project if found.remedy]
-    verdict = "Everything is in order."
+    quick: only versions, and whether stores and folders can be written: no library that takes long is imported.
+    """
+    machine, project = _written(), []
+    if not quick:
+        from agnews_lora.commands.project import examine
+
+        machine, project = _device() | machine | _reached(), list(examine())
+    faults = [what for what, value in machine.items() if any(word in value for word in FAULTY)]
+    faults += [found.what for found in project if found.remedy]
+    verdict = "Versions, stores and folders are in order." if quick else "Everything is in order."
     if faults:
-        verdict = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}: {', '.join(found.what for found in faults)}."
+        verdict = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}: {', '.join(faults)}."
     if as_json:
         shown = [asdict(found) for found in project]
         print(json.dumps({**machine, "project": shown, "faults": len(faults), "verdict": verdict}))
@@ -117,13 +121,19 @@ def doctor(as_json: bool) -> int:
     return 1 if faults else 0
 
 
-def _found() -> dict[str, str]:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
+def _device() -> dict[str, str]:
     from agnews_lora.training.device import device_name, has_bf16, training_device
     from agnews_lora.training.multilora import kernels
 
     device = training_device()
+    return {
+        "device": f"{device_name(device)}, trains in {'bf16' if has_bf16(device) else 'fp32'}",
+        "kernels": kernels.described(device),
+    }
+
+
+def _written() -> dict[str, str]:
+    """Versions, stores and folders."""
     libraries = [f"{library} {version(library)}" for library in LIBRARIES]
     lines = [f"agnews-lora {agnews_lora.__version__}, Python {platform.python_version()}"]
     lines += [", ".join(some) for some in (libraries[:4], libraries[4:])]
@@ -131,14 +141,20 @@ def _found() -> dict[str, str]:
         f"store {name}": _store(name) for name in (STORES / "mlflow.db", STORES / "artifacts", STORES / "optuna.db")
     }
     return {
-        "device": f"{device_name(device)}, trains in {'bf16' if has_bf16(device) else 'fp32'}",
-        "kernels": kernels.described(device),
         "versions": "\n".join(lines),
         **stores,
         f"folder {WORK}": _folder(WORK),
         f"cache {TOKENS}": _folder(TOKENS),
-        "cache of the hub": f"{HF_HUB_CACHE}: {_folder(Path(HF_HUB_CACHE))}",
         "temporary files": _temporary(),
+    }
+
+
+def _reached() -> dict[str, str]:
+    """The hub, and what each experiment needs."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return {
+        "cache of the hub": f"{HF_HUB_CACHE}: {_folder(Path(HF_HUB_CACHE))}",
         "hub": "can be reached" if hub.reachable() else "cannot be reached",
         **{f"experiment {path.stem}": _reach(path) for path in sorted(experiments.FOLDER.glob("*.yaml"))},
     }
@@ -186,7 +202,7 @@ def _exists(path: Path) -> bool:
 
 
 def _reach(path: Path) -> str:
-    """Whether an experiment's base and data can be had, or the first line of why not."""
+    """Whether an experiment's base and data are available, or the first line of why not."""
     try:
         experiment = load_experiment(str(path))
     except AgnewsLoraError as error:
@@ -199,7 +215,7 @@ def _reach(path: Path) -> str:
     for what, ask in asked.items():
         try:
             ask(experiment)
-            answers.append(f"{what}: can be had")
+            answers.append(f"{what}: available")
         except NetworkError:
             answers.append(f"{what}: needs the hub")
         except AgnewsLoraError as error:
@@ -223,7 +239,7 @@ def ui(port: int) -> int:
     links = {"Runs": address("experiments")}
     for run in filter(None, sweeps):
         # Written again for studies of older releases, which have no view.
-        pages = share_view(client, run, run.data.params.get("objective", "accuracy"))
+        pages = share_view(client, run, "macro_f1" if run.data.params.get("objective") == "macro_f1" else "accuracy")
         links |= {f"{run.info.run_name}, {page}": link for page, link in pages.items()}
     bound(port).close()  # MLflow would say that it is taken in a traceback
     command = ["mlflow", "server", "--backend-store-uri", tracking_uri(STORES), "--host", HOST, "--port", str(port)]

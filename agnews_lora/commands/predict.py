@@ -19,8 +19,7 @@ from agnews_lora.serving.export import pipeline
 from agnews_lora.serving.model_package import Package
 from agnews_lora.serving.predict import Classifier
 from agnews_lora.tracking.descriptions import one_line
-from agnews_lora.tracking.registry import Registry
-from agnews_lora.tracking.store import open_client, reaching
+from agnews_lora.tracking.versions import local_champion
 
 if TYPE_CHECKING:
     from transformers import TextClassificationPipeline
@@ -90,6 +89,9 @@ def export(experiment: Experiment, to: Path, merged: bool, tracking: str | None,
         RegistryError: there is no champion yet, or its files changed.
         StorageError: the folder holds something, or cannot be written.
     """
+    from agnews_lora.tracking.registry import Registry
+    from agnews_lora.tracking.store import open_client, reaching
+
     client = open_client(tracking or STORES, read=True)
     registry = Registry(client, experiment.name)
     with reaching(client):
@@ -107,6 +109,11 @@ def export(experiment: Experiment, to: Path, merged: bool, tracking: str | None,
 
 def registered(experiment: Experiment, tracking: str | None, version: int | None = None) -> Package:
     """Download a version, or the champion, whose files are still those that were registered."""
+    if tracking is None and version is None and (found := local_champion(STORES, experiment.name)):
+        return Package.verified(found, found.version)
+    from agnews_lora.tracking.registry import Registry
+    from agnews_lora.tracking.store import open_client, reaching
+
     client = open_client(tracking or STORES, read=True)
     with reaching(client):
         registry = Registry(client, experiment.name)

@@ -22,8 +22,9 @@ from agnews_lora.errors import AgnewsLoraError
 from agnews_lora.paths import STORES
 from agnews_lora.search import study as keys
 from agnews_lora.serving.model_package import Package
-from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry
+from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import ARTIFACTS, DATABASE, open_client, reaching, recorded_place
+from agnews_lora.tracking.versions import CANDIDATE, CHAMPION, PREVIOUS
 
 STUDIES = STORES / "optuna.db"
 

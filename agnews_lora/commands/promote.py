@@ -1,11 +1,14 @@
 """`agnews-lora promote`: check a registered version and make it champion, or roll back."""
 
 import json
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 
 from agnews_lora.commands.finish import known_result, refresh, refresh_changed
 from agnews_lora.commands.prepare import prepare
@@ -27,7 +30,7 @@ def run(sweep: Sweep, version: int | None, tracking: str | None, as_json: bool) 
         PromotionError: a check failed; no alias moved.
         AgnewsLoraError: anything else that the user can mend.
     """
-    outcome = promote(sweep, version=version, tracking=tracking)
+    outcome = promote(sweep, version=version, tracking=tracking, quiet=as_json)
     if as_json:
         found = {
             "model": outcome.version.model,
@@ -56,7 +59,7 @@ def run(sweep: Sweep, version: int | None, tracking: str | None, as_json: bool) 
 
 
 def promote(
-    sweep: Sweep | str | Path, *, version: int | None = None, tracking: str | None = None
+    sweep: Sweep | str | Path, *, version: int | None = None, tracking: str | None = None, quiet: bool = True
 ) -> promotion.Promotion:
     """Check a sweep's candidate, or a version, and make it champion if it passes every check.
 
@@ -64,6 +67,7 @@ def promote(
         sweep: what `load_sweep` gave, or the name or path of the file.
         version: its number; the candidate where None.
         tracking: URL of the run store; the project's own where None.
+        quiet: show no progress.
 
     Raises:
         AgnewsLoraError: there is none that could be promoted, or anything else that the user can mend.
@@ -72,7 +76,17 @@ def promote(
     client = open_client(tracking or STORES)
     stage = prepare(experiment)
     registry = Registry(client, experiment.name)
-    with temporary_files(), reaching(client):
+    # Rich would end its bar by an empty line where it is no terminal that shows it.
+    bar = Progress(console=Console(stderr=True), transient=True, disable=quiet or not sys.stderr.isatty())
+    with temporary_files(), reaching(client), bar:
+        task = bar.add_task("checking it in a new process", total=None)
+
+        def watch(batches: Sequence[list[int]]) -> Iterator[list[int]]:
+            bar.update(task, description="scoring the test split", total=len(batches))
+            for batch in batches:
+                yield batch
+                bar.advance(task)
+
         aliases = registry.aliases()
         outcome = promotion.promote(
             registry,
@@ -81,6 +95,7 @@ def promote(
                 experiment.data_settings, experiment.seed, stage.base.folder, experiment.settings.max_length, TOKENS
             ),
             version,
+            watch,
         )
         refresh(client, outcome.version)
         refresh_changed(client, registry, aliases, {outcome.version.number})

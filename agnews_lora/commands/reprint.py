@@ -3,8 +3,6 @@
 import json
 import sqlite3
 from contextlib import closing, suppress
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,6 +17,7 @@ from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing
 from agnews_lora.search.driver import num_left
 from agnews_lora.search.results import SweepFacts, SweepResult, confirmed, summaries
+from agnews_lora.tracking.versions import own_folder
 
 
 def show(result: SweepResult, as_json: bool) -> int:
@@ -87,7 +86,7 @@ def _inputs_are_same(result: SweepResult, sweep: Sweep) -> bool:
 
 def _trials_are_same(result: SweepResult, sweep: Sweep, study: keys.SweepStudy, trials: int | None) -> bool:
     settings = sweep.confirmation
-    wanted = trials or max(sweep.trials, study.user_attrs.get(keys.TARGET, 0))
+    wanted = keys.target(study, trials, sweep.trials)
     if num_left(study, wanted) or (settings and num_missing(study, settings.trials, settings.seeds)):
         return False
     rounds = find_confirmation(study) if settings else None
@@ -123,9 +122,4 @@ def _runs_are_there(result: SweepResult) -> bool:
             aliases = column("SELECT alias FROM registered_model_aliases WHERE name = ? AND version = ?", *known)
             if len(folders) == len(runs) or set(aliases) != set(version.aliases):
                 return False
-    return all(_is_own(Path(unquote(urlsplit(folder).path))) for folder in folders)
-
-
-def _is_own(folder: Path) -> bool:
-    """Whether artifacts lie in this project, and not where it was moved from."""
-    return folder.is_relative_to(STORES.resolve()) and folder.is_dir()
+    return all(own_folder(STORES, folder) for folder in folders)

@@ -39,6 +39,7 @@ from agnews_lora.tracking.descriptions import opening_description
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
+from agnews_lora.tracking.views import UI
 
 Outcome = TypeVar("Outcome")
 
@@ -300,10 +301,10 @@ class _Start:
 
     def _link(self) -> str:
         """Of the sweep's run in MLflow."""
-        uri, page = self.runs.client.tracking_uri, self.runs.page().url
-        if uri.startswith("http"):
-            return f"MLflow run: {uri}/{page}"
-        return f"MLflow run, while `agnews-lora ui` runs: http://127.0.0.1:5000/{page}"
+        server, page = self.facts.options.get("--tracking"), self.runs.page().url
+        if server:
+            return f"MLflow run: {server.rstrip('/')}/{page}"
+        return f"MLflow run, while `{typed('agnews-lora ui')}` runs: {UI}/{page}"
 
     def _num_left(self) -> int:
         """Trials that are still to end: those of the search, then those that confirm its best."""

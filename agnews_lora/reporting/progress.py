@@ -39,7 +39,9 @@ COLUMNS: Final = {
     "accuracy": 106,
     "macro-F1": 106,
 }
-WIDE: Final = 100  # columns of a terminal: from then on its lines name every score, and columns stand apart
+# Columns of a terminal: room to set those of the table apart, and to name the score. With 16 and 32 more there is room
+# for the other score and its rows.
+WIDE: Final = 100
 LINES_BESIDE: Final = 6  # of a terminal's height: a blank one, three headers, how many more there are, the cursor
 LEAST_SHARE: Final = 0.05  # of the work: before that, an estimate of the time left would jump about
 # What the end of a trial is called, and its style, by state.
@@ -93,7 +95,7 @@ class _Trial:
         if runs:
             # Its last step is a training step; then the whole validation split is scored.
             evaluates = self.step == self.total_steps and not (isinstance(self.scores, EvalPoint) and self.scores.final)
-            found["bar"] = ProgressBar(self.total_steps, self.step)
+            found["bar"] = ProgressBar(self.total_steps, self.step, complete_style="cyan", finished_style="green")
             found["step"] = "evaluating" if evaluates else f"{self.step}/{self.total_steps}"
             found["loss"] = "-" if self.loss is None else f"{self.loss:.3f}"
         scores = self.scores
@@ -225,10 +227,16 @@ class Progress:
         word, style = ENDS[state]
         if self.mode == "live":  # the table says the rest
             line = Text(f"{trial:<{len('t0000-s2')}} ").append(f"{word:<{len('complete')}}", style=style)
-            if scores is not None:
-                wide = self._console.width >= WIDE
-                line.append(_said(scores) if wide else f"  {scores.score(self._objective):.2%}")
-            line.append(f"  {ended.label}").append("" if state == "PRUNED" or not reason else f"\n  {reason}")
+            width, said = self._console.width, ""
+            if scores is not None and width >= WIDE + 16:
+                said = _said(scores, rows=width >= WIDE + 32)
+            elif scores is not None:
+                word = f"  {SCORES[self._objective]}" if width >= WIDE else " "
+                said = f"{word} {scores.score(self._objective):.2%}"
+            text = f"{said}  {ended.label}"
+            if len(line) + len(text) > width:
+                text = f"{said}  {ended.spec or ended.label}"
+            line.append(text).append("" if state == "PRUNED" or not reason else f"\n  {reason}")
         else:
             line = Text(f"{trial} ").append(word, style=style)
             if scores is not None:
@@ -248,7 +256,7 @@ class Progress:
     def announce(self, text: str | Text) -> None:
         """Print a line that stays."""
         if self.mode != "quiet":
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(text, markup=False, highlight=False, soft_wrap=self.mode != "live")
 
     def planned(self, total_trials: int) -> None:
         """Count to another total: a person enqueued trials on top."""
@@ -342,8 +350,9 @@ class Progress:
         return max(self._repeated, min(best, complete) * (seeds - 1))
 
 
-def _said(scores: EvalPoint) -> str:
-    return "".join(f"  {word} {scores.score(name):.2%}" for name, word in SCORES.items())
+def _said(scores: EvalPoint, rows: bool = True) -> str:
+    said = "".join(f"  {word} {scores.score(name):.2%}" for name, word in SCORES.items())
+    return f"{said}  ({scores.rows:,} rows)" if rows else said
 
 
 def _percent(share: float | None) -> str:

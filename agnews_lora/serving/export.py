@@ -16,12 +16,14 @@ from agnews_lora.data.tokens import load_tokenizer
 from agnews_lora.errors import DataError, StorageError
 from agnews_lora.serving.model_package import Package, recorded_score
 from agnews_lora.tracking.descriptions import code, text
-from agnews_lora.tracking.registry import Registry, Version
+from agnews_lora.tracking.versions import Version
 from agnews_lora.training.device import training_device
 from agnews_lora.training.interface import TrainSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TextClassificationPipeline
+
+    from agnews_lora.tracking.registry import Registry
 
 CARD: Final = "README.md"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
@@ -41,7 +43,7 @@ _CLEANED: Final = (
 )
 
 
-def export(registry: Registry, version: Version, to: Path, merged: bool = False) -> Path:
+def export(registry: "Registry", version: Version, to: Path, merged: bool = False) -> Path:
     """Write a version to the folder `to`, which is new or empty, whole or not at all; its absolute path.
 
     No file in it holds a path of this machine: the base is named by its id on the hub and its revision.

@@ -24,13 +24,14 @@ from agnews_lora.data.sources import Corpus
 from agnews_lora.data.tokens import TokenTable, load_tokenizer, read_table, write_table
 from agnews_lora.errors import BudgetError, PromotionError, RegistryError
 from agnews_lora.paths import sha256_of
-from agnews_lora.tracking.registry import CANDIDATE, REPORT, Registry, Version
+from agnews_lora.tracking.versions import CANDIDATE, REPORT, LocalVersion, Version
 from agnews_lora.training.metrics import accuracy, macro_f1, mean_cross_entropy
 
 if TYPE_CHECKING:
     from mlflow.models import Model
 
     from agnews_lora.search.results import Registration
+    from agnews_lora.tracking.registry import Registry
 
 ADAPTER: Final = "adapter"
 TOKENIZER: Final = "tokenizer"
@@ -67,7 +68,7 @@ class Package:
     folder: Path
 
     @classmethod
-    def verified(cls, registry: Registry, version: Version) -> Self:
+    def verified(cls, registry: "Registry | LocalVersion", version: Version) -> Self:
         """A version's files, which are still those that were registered.
 
         Raises:
@@ -82,7 +83,7 @@ class Package:
         return package
 
     @classmethod
-    def of(cls, registry: Registry, version: Version) -> Self:
+    def of(cls, registry: "Registry | LocalVersion", version: Version) -> Self:
         """A version's files, not verified.
 
         Raises:
@@ -301,7 +302,7 @@ def require_reported(
 
 
 def register(
-    registry: Registry,
+    registry: "Registry",
     winner: Winner,
     base: BaseModel,
     corpus: Corpus,
@@ -464,7 +465,7 @@ def recorded_score(version: Version) -> TestScore | None:
     return TestScore(**shares, rows=int(given["rows"]), digest=given["digest"])
 
 
-def registration_of(registry: Registry, version: Version) -> "Registration":
+def registration_of(registry: "Registry", version: Version) -> "Registration":
     """A version for a sweep's result: its aliases, the findings of its last promotion, its test score."""
     from agnews_lora.search.results import Registration
 

@@ -29,8 +29,9 @@ from agnews_lora.serving.model_package import (
 )
 from agnews_lora.serving.stats import count_pairs, mcnemar_p_value
 from agnews_lora.tracking.descriptions import text
-from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, REPORT, Registry, Version
-from agnews_lora.training.metrics import accuracy, accuracy_interval, macro_f1
+from agnews_lora.tracking.registry import Registry
+from agnews_lora.tracking.versions import CANDIDATE, CHAMPION, PREVIOUS, REPORT, Version
+from agnews_lora.training.metrics import Watch, accuracy, accuracy_interval, macro_f1
 
 LEAST_P_VALUE: Final = 0.05
 
@@ -60,7 +61,11 @@ class Promotion:
 
 
 def promote(
-    registry: Registry, corpus: Corpus, test: Callable[[], tuple[Rows, TokenTable]], version: int | None = None
+    registry: Registry,
+    corpus: Corpus,
+    test: Callable[[], tuple[Rows, TokenTable]],
+    version: int | None = None,
+    watch: Watch = iter,
 ) -> Promotion:
     """Check a version, and make it champion if it passes every check.
 
@@ -70,6 +75,7 @@ def promote(
     Args:
         test: gives the test split. Called only after all checks have passed, and only if the version has no score yet.
         version: its number; None: the candidate, or where there is none the champion, which is then checked again.
+        watch: passes on the batches of the test split that are scored.
 
     Raises:
         RegistryError: no such version, or none that could be promoted.
@@ -87,7 +93,7 @@ def promote(
     passed = all(finding.passed for finding in findings)
     earlier = score = recorded_score(chosen)
     if passed and score is None:
-        score = _score(package, *test())
+        score = _score(package, *test(), watch)
         registry.set_tags(chosen, score.tags())
     registry.set_tags(chosen, {"promotion": "passed" if passed else "failed"})
     _log_report(registry, chosen, rival, findings, score)
@@ -226,8 +232,8 @@ def _not_worse(package: Package, champion: Package, corpus: Corpus) -> Finding:
     )
 
 
-def _score(package: Package, rows: Rows, table: TokenTable) -> TestScore:
-    predicted = reload.logits(package.adapter, resolve(package.version.tags["base"]), table).argmax(axis=-1)
+def _score(package: Package, rows: Rows, table: TokenTable, watch: Watch) -> TestScore:
+    predicted = reload.logits(package.adapter, resolve(package.version.tags["base"]), table, watch).argmax(axis=-1)
     share = accuracy(predicted, table.labels)
     return TestScore(
         share,

@@ -20,7 +20,7 @@ from agnews_lora.adapters.adapter_files import load_with_peft, read_record
 from agnews_lora.adapters.base_models import BaseModel, resolve
 from agnews_lora.data.tokens import TokenTable, read_table, write_table
 from agnews_lora.errors import AgnewsLoraError, PromotionError
-from agnews_lora.training.metrics import predict_logits
+from agnews_lora.training.metrics import Watch, predict_logits
 
 BATCH_SIZE: Final = 64
 # Without the working folder, where a user's script may have the name of a library. This package is found where it is.
@@ -36,8 +36,10 @@ sys.exit(main())
 """
 
 
-def logits(adapter: Path, base: BaseModel, table: TokenTable) -> npt.NDArray[np.float32]:
+def logits(adapter: Path, base: BaseModel, table: TokenTable, watch: Watch = iter) -> npt.NDArray[np.float32]:
     """Logits [rows, classes] of an adapter on all rows of a table: plain PEFT on a new base, in fp32.
+
+    watch: as of `predict_logits`.
 
     Raises:
         AdapterError: the files are not an adapter, or not one of this base.
@@ -47,7 +49,7 @@ def logits(adapter: Path, base: BaseModel, table: TokenTable) -> npt.NDArray[np.
     device = training_device()
     model = load_with_peft(adapter, base).to(device)
     with full_precision():
-        return predict_logits(model, table, range(len(table)), BATCH_SIZE, device)
+        return predict_logits(model, table, range(len(table)), BATCH_SIZE, device, watch)
 
 
 @contextmanager

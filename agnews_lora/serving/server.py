@@ -38,7 +38,7 @@ from agnews_lora.errors import DataError, PromotionError
 from agnews_lora.serving.model_package import LARGEST_DIFFERENCE, ReferenceAnswers
 from agnews_lora.serving.predict import Classifier
 from agnews_lora.tracking.descriptions import code, one_line
-from agnews_lora.tracking.registry import Version
+from agnews_lora.tracking.versions import Version
 
 INVOCATIONS: Final = "/invocations"
 LOOPBACK_NAMES: Final = ("127.0.0.1", "localhost", "[::1]")

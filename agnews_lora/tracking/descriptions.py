@@ -21,8 +21,8 @@ from agnews_lora.training.interface import SCORES
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from agnews_lora.tracking.registry import Version
     from agnews_lora.tracking.runs import RunPage
+    from agnews_lora.tracking.versions import Version
 
 # Figures of a trial's run, with their captions.
 TRIAL_FIGURES: Final = {"accuracy_curve.png": "Accuracy and macro-F1", "loss_curve.png": "Loss"}

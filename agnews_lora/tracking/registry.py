@@ -9,7 +9,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -23,30 +22,12 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from agnews_lora.errors import RegistryError, StorageError
 from agnews_lora.tracking.descriptions import beside_notes
 from agnews_lora.tracking.runs import MAX_DIGEST_LENGTH, find_run, page_of
+from agnews_lora.tracking.versions import CANDIDATE, CHAMPION, Version
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-CANDIDATE: Final = "candidate"
-CHAMPION: Final = "champion"
-PREVIOUS: Final = "previous"
-
 LOGGED_MODEL: Final = "classifier"  # the name under which a run lists the model that was logged to it
-REPORT: Final = "report"  # of a promotion, `.md` and `.json`
-
-
-@dataclass(frozen=True)
-class Version:
-    """A registered version, as it was when it was read. run_id: the run that trained it."""
-
-    model: str
-    number: int
-    run_id: str
-    tags: Mapping[str, str]
-    aliases: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"version {self.number} of {self.model}"
 
 
 class Registry:

@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, urlencode
 
-from agnews_lora.training.interface import SCORES, Objective
+from agnews_lora.training.interface import SCORES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,7 +41,7 @@ def address(path: str, **query: str) -> str:
     return f"#/{path}?{urlencode({'workflowType': LAYOUT, **query}, quote_via=quote)}"
 
 
-def share_view(client: "MlflowClient", parent: "Run", objective: Objective) -> dict[str, str]:
+def share_view(client: "MlflowClient", parent: "Run", objective: str) -> dict[str, str]:
     """Write the view of a study, and return the addresses of the pages that show the study.
 
     Args:
@@ -61,7 +61,7 @@ def share_view(client: "MlflowClient", parent: "Run", objective: Objective) -> d
     }
 
 
-def view_state(run_id: str, objective: Objective) -> dict[str, Any]:
+def view_state(run_id: str, objective: str) -> dict[str, Any]:
     """What the UI shows of the trials below a parent run, without their repetitions: the best first."""
     score = f"eval/{objective}"
     columns = [

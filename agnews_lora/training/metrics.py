@@ -1,6 +1,6 @@
 """Scores of a classifier, and its logits over a token table: one definition for training, promotion and serving."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import isfinite, sqrt
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
     from agnews_lora.data.tokens import TokenTable
+
+Watch = Callable[[Sequence[list[int]]], Iterable[list[int]]]
 
 
 def accuracy(predicted: npt.NDArray[np.integer], labels: npt.NDArray[np.integer]) -> float:
@@ -86,6 +88,7 @@ def predict_logits(
     rows: Sequence[int],
     batch_size: int,
     device: "torch.device",
+    watch: Watch = iter,
 ) -> npt.NDArray[np.float32]:
     """Compute logits [len(rows), classes] of a Hugging Face or PEFT classifier on rows of a table, in their order.
 
@@ -93,13 +96,14 @@ def predict_logits(
         model: on `device`, in evaluation mode; it computes in its own precision.
         rows: ids of the table's rows, at least one.
         batch_size: rows.
+        watch: passes the batches on, and so sees how far it is.
     """
     import torch
 
     ids = np.asarray(rows)
     logits: npt.NDArray[np.float32] | None = None
     with torch.inference_mode():
-        for positions in by_length(table.lengths[ids], batch_size):
+        for positions in watch(by_length(table.lengths[ids], batch_size)):
             input_ids, attention_mask, _ = table.padded(ids[positions].tolist())
             output = model(
                 input_ids=torch.from_numpy(input_ids).to(device),

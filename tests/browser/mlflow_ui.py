@@ -117,15 +117,16 @@ class Visitor:
 
 
 @contextmanager
-def visiting(pictures: Path, scale: float = 1) -> Iterator[Visitor]:
-    """A visitor with a fresh browser. pictures: folder of the photographs. scale: their pixels by the window's."""
+def visiting(pictures: Path, zoom: float = 1) -> Iterator[Visitor]:
+    """A visitor with a fresh browser. pictures: folder of the photographs. zoom: of all text, as with Ctrl and +."""
     from playwright.sync_api import sync_playwright
 
     pictures.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         try:
-            context = browser.new_context(viewport=WINDOW, device_scale_factor=scale, locale="en-GB")  # type: ignore[arg-type]
+            window = WINDOW | {"width": round(WINDOW["width"] / zoom)}
+            context = browser.new_context(viewport=window, device_scale_factor=zoom, locale="en-GB")  # type: ignore[arg-type]
             yield Visitor(context, pictures)
         finally:
             browser.close()

@@ -1,7 +1,7 @@
 """The way through MLflow's UI that shows a sweep, with a photograph at each stop.
 
 `python -m tests.browser.tour PROJECT FOLDER` takes it through a project whose sweep `embedded` is finished and
-promoted, and leaves the pictures in a folder. Those of the README were made so.
+promoted, and leaves the pictures in a folder. Those in `docs/images` were made so.
 """
 
 import re
@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Final
 from urllib.parse import urljoin
 
 from playwright.sync_api import Page, expect
 
 from tests.browser.mlflow_ui import Visitor, served, visiting
+
+ZOOM: Final = 1.2  # so that a picture can be read at the width of a README
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Tour:
 
     def trials(self) -> Page:
         """The study's view: its trials as a table."""
-        return self.visitor.open(self.address("trials"), shows=["trainable_parameters"])
+        return self.visitor.open(self.address("trials"), shows=["lora_r"])
 
     def charts(self) -> Page:
         """The study's view: its trials as charts."""
@@ -87,7 +90,7 @@ def main() -> int:
     with (
         TemporaryDirectory() as logs,
         served(project, Path(logs, "ui.log")) as printed,
-        visiting(folder) as visitor,
+        visiting(folder, ZOOM) as visitor,
     ):
         for name, page in stops(Tour(visitor, printed, "embedded")):
             print(visitor.photograph(page, name))

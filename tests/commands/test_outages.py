@@ -48,7 +48,7 @@ EXPERIMENT: dict[str, Any] = {
 EXPECTED = {
     metric: list(range(every, STEPS + 1, every))
     for every, metrics in (
-        (EVAL_EVERY, ("eval/accuracy", "eval/macro_f1", "eval/loss")),
+        (EVAL_EVERY, ("eval/accuracy", "eval/macro_f1", "eval/loss", "eval/rows")),
         (LOG_EVERY, ("train/loss", "train/learning_rate")),
     )
     for metric in metrics

@@ -109,11 +109,11 @@ def test_a_pipe_gets_one_plain_line_an_event_however_narrow(made: Callable[[], C
     assert output(console).splitlines() == [
         "study embedded: 12 trials",
         f"t0000 started: qk r=4 {SAID} (baseline), 100 steps",
-        "t0000 step 50/100  loss 0.900  accuracy 70.00%  macro-F1 60.00%",
-        "t0000 complete  accuracy 75.00%  macro-F1 65.00%  best so far  [1/12]",
+        "t0000 step 50/100  loss 0.900  accuracy 70.00%  macro-F1 60.00%  (2,000 rows)",
+        "t0000 complete  accuracy 75.00%  macro-F1 65.00%  (2,000 rows)  best so far  [1/12]",
         f"t0001 started: qv r=8 {SAID}, 100 steps",
-        "t0001 step 50/100  accuracy 60.00%  macro-F1 50.00%",
-        "t0001 pruned  accuracy 60.00%  macro-F1 50.00%  below the median  [2/12]",
+        "t0001 step 50/100  accuracy 60.00%  macro-F1 50.00%  (2,000 rows)",
+        "t0001 pruned  accuracy 60.00%  macro-F1 50.00%  (2,000 rows)  below the median  [2/12]",
         f"t0002 started: ffn r=2 {SAID}, 100 steps",
         "t0002 failed  the loss is [not] finite  [3/12]",
         f"t0003 started: qkv r=2 {SAID}, 100 steps",
@@ -122,14 +122,14 @@ def test_a_pipe_gets_one_plain_line_an_event_however_narrow(made: Callable[[], C
 
 
 def test_a_terminal_keeps_the_ended_trials_above_the_table_and_clears_the_table() -> None:
-    console = terminal()
+    console = terminal(132)
     with Progress(total_trials=12, console=console) as progress:
         one_study(progress)
         progress.trial_started("t0004", spec("qkvo", 1), 100)
         console.print("from elsewhere")
     written = output(console)
-    assert f"t0000    complete  accuracy 75.00%  macro-F1 65.00%  qk r=4 {SAID} (baseline)" in written
-    assert f"t0001    pruned    accuracy 60.00%  macro-F1 50.00%  qv r=8 {SAID}" in written
+    assert f"t0000    complete  accuracy 75.00%  macro-F1 65.00%  (2,000 rows)  qk r=4 {SAID} (baseline)" in written
+    assert f"t0001    pruned    accuracy 60.00%  macro-F1 50.00%  (2,000 rows)  qv r=8 {SAID}" in written
     assert f"t0002    failed    ffn r=2 {SAID}\n  the loss is [not] finite" in written
     assert "step 50/100" not in written
     assert re.search(r"t0004 +qkvo +1 .* 0/100", written)  # the table, redrawn under what others print
@@ -139,7 +139,7 @@ def test_the_lines_that_stay_fit_80_columns() -> None:
     console = terminal(80)
     with Progress(total_trials=12, console=console) as progress:
         for trial in ("t0000", "t0001-s2"):
-            progress.trial_started(trial, spec("all-linear", 10), 100)
+            progress.trial_started(trial, spec("all-linear", 10), 100, baseline=True)
             progress.trial_ended(trial, "PRUNED", ended(trial, 0.75), "below the median")
     kept = re.findall(r"t000\S+ +pruned.*", re.sub(r"\x1b\[\??[0-9;]*[a-zA-Z]|\r", "", output(console)))
     assert len(kept) == 2 and max(map(len, kept)) <= 80
@@ -203,8 +203,8 @@ def test_repetitions_are_counted_on_their_own_and_none_is_the_best() -> None:
         f"t0007 started: qv r=8 {SAID}, 100 steps",
         "Confirming the best trials: each is trained again with other seeds.",
         f"t0004-s2 started: qv r=8 {SAID}, 100 steps",
-        "t0004-s2 complete  accuracy 90.00%  macro-F1 80.00%  [confirmation 1/6]",
-        "t0007 pruned  accuracy 70.00%  macro-F1 60.00%  [8/8]",
+        "t0004-s2 complete  accuracy 90.00%  macro-F1 80.00%  (2,000 rows)  [confirmation 1/6]",
+        "t0007 pruned  accuracy 70.00%  macro-F1 60.00%  (2,000 rows)  [8/8]",
     ]
 
 

@@ -24,8 +24,9 @@ from agnews_lora.data.tokens import TokenTable, tokenise
 from agnews_lora.serving import reload
 from agnews_lora.serving.model_package import Package, Winner, register
 from agnews_lora.serving.promotion import promote
-from agnews_lora.tracking.registry import Registry, Version
+from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import experiment_id, open_client
+from agnews_lora.tracking.versions import Version
 from agnews_lora.training.metrics import accuracy, mean_cross_entropy, predict_logits
 from tests.project import write_project
 from tests.tiny import tiny_base

@@ -14,7 +14,8 @@ from agnews_lora.cli import main
 from agnews_lora.commands import promote
 from agnews_lora.serving.predict import Classifier, Prediction
 from agnews_lora.tracking.descriptions import MARK
-from agnews_lora.tracking.registry import CHAMPION, PREVIOUS, Registry
+from agnews_lora.tracking.registry import Registry
+from agnews_lora.tracking.versions import CHAMPION, PREVIOUS
 from tests.serving.conftest import World, enter_into
 
 OIL, GOAL = "Oil prices rose.", "The striker scored twice."

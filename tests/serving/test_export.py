@@ -19,7 +19,8 @@ from agnews_lora.data.newswire import LABELS
 from agnews_lora.errors import StorageError
 from agnews_lora.serving import reload
 from agnews_lora.serving.export import export, merged_model
-from agnews_lora.tracking.registry import Registry, Version
+from agnews_lora.tracking.registry import Registry
+from agnews_lora.tracking.versions import Version
 from tests.serving.conftest import MAX_LENGTH, SPEC, World, write_adapter
 from tests.tiny import SENTENCES, tiny_base
 

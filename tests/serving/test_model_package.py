@@ -27,8 +27,9 @@ from agnews_lora.serving.model_package import (
     token_digest,
 )
 from agnews_lora.serving.predict import Prediction, columns
-from agnews_lora.tracking.registry import CANDIDATE, Registry, Version
+from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import experiment_id, open_client
+from agnews_lora.tracking.versions import CANDIDATE, Version
 from agnews_lora.training.metrics import macro_f1, mean_cross_entropy
 from tests.serving.conftest import BUDGET, World, enter_into, register_winner, winner_of
 

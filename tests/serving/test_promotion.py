@@ -18,7 +18,8 @@ from agnews_lora.serving import reload
 from agnews_lora.serving.export import export
 from agnews_lora.serving.model_package import ANSWERS, Package, recorded_score, registration_of
 from agnews_lora.serving.promotion import Promotion, promote, rollback
-from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry, Version
+from agnews_lora.tracking.registry import Registry
+from agnews_lora.tracking.versions import CANDIDATE, CHAMPION, PREVIOUS, Version
 from tests.serving.conftest import World
 
 Enter = Callable[[Path], Version]

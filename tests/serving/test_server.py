@@ -30,7 +30,8 @@ from agnews_lora.serving import server
 from agnews_lora.serving.model_package import Package, ReferenceAnswers
 from agnews_lora.serving.predict import Classifier, Prediction
 from agnews_lora.serving.server import CSV, JSON, Refusal, read_content_type, read_texts
-from agnews_lora.tracking.registry import Registry, Version
+from agnews_lora.tracking.registry import Registry
+from agnews_lora.tracking.versions import Version
 from tests.browser.mlflow_ui import missing, require, visiting
 
 BODY = {"inputs": ["Oil rose."]}

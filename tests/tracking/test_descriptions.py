@@ -30,8 +30,8 @@ from agnews_lora.tracking.descriptions import (
     version_description,
     winner_description,
 )
-from agnews_lora.tracking.registry import Version
 from agnews_lora.tracking.runs import MAX_DESCRIPTION, RunPage
+from agnews_lora.tracking.versions import Version
 from agnews_lora.tracking.views import address
 from agnews_lora.training.interface import EvalPoint, TrialResult
 from tests.reporting.results import HOSTILE, TRIALS, bare, facts, result

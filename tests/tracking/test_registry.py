@@ -14,8 +14,9 @@ from mlflow.models import Model
 
 from agnews_lora.errors import RegistryError, StorageError
 from agnews_lora.tracking.descriptions import MARK
-from agnews_lora.tracking.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry
+from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import experiment_id, open_client
+from agnews_lora.tracking.versions import CANDIDATE, CHAMPION, PREVIOUS
 
 
 @pytest.fixture(scope="module")

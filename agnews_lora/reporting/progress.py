@@ -39,7 +39,9 @@ COLUMNS: Final = {
     "accuracy": 106,
     "macro-F1": 106,
 }
-WIDE: Final = 100  # columns of a terminal, from which on the table's stand apart
+# Columns of a terminal: room to set those of the table apart, and to name the score. With 16 and 32 more there is room
+# for the other score and its rows.
+WIDE: Final = 100
 LINES_BESIDE: Final = 6  # of a terminal's height: a blank one, three headers, how many more there are, the cursor
 LEAST_SHARE: Final = 0.05  # of the work: before that, an estimate of the time left would jump about
 # What the end of a trial is called, and its style, by state.
@@ -225,12 +227,15 @@ class Progress:
         word, style = ENDS[state]
         if self.mode == "live":  # the table says the rest
             line = Text(f"{trial:<{len('t0000-s2')}} ").append(f"{word:<{len('complete')}}", style=style)
-            said = [""]
-            if scores is not None:
-                said = [_said(scores), _said(scores, rows=False), f"  {scores.score(self._objective):.2%}"]
-            texts = [*(f"{each}  {ended.label}" for each in said), f"{said[-1]}  {ended.spec or ended.label}"]
-            room = self._console.width - len(line)
-            text = next((each for each in texts if len(each) <= room), texts[-1])
+            width, said = self._console.width, ""
+            if scores is not None and width >= WIDE + 16:
+                said = _said(scores, rows=width >= WIDE + 32)
+            elif scores is not None:
+                word = f"  {SCORES[self._objective]}" if width >= WIDE else " "
+                said = f"{word} {scores.score(self._objective):.2%}"
+            text = f"{said}  {ended.label}"
+            if len(line) + len(text) > width:
+                text = f"{said}  {ended.spec or ended.label}"
             line.append(text).append("" if state == "PRUNED" or not reason else f"\n  {reason}")
         else:
             line = Text(f"{trial} ").append(word, style=style)

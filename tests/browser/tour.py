@@ -40,7 +40,7 @@ class Tour:
 
     def trials(self) -> Page:
         """The study's view: its trials as a table."""
-        return self.visitor.open(self.address("trials"), shows=["trainable_parameters"])
+        return self.visitor.open(self.address("trials"), shows=["lora_r"])
 
     def charts(self) -> Page:
         """The study's view: its trials as charts."""

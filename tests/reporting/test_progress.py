@@ -122,7 +122,7 @@ def test_a_pipe_gets_one_plain_line_an_event_however_narrow(made: Callable[[], C
 
 
 def test_a_terminal_keeps_the_ended_trials_above_the_table_and_clears_the_table() -> None:
-    console = terminal(130)
+    console = terminal(132)
     with Progress(total_trials=12, console=console) as progress:
         one_study(progress)
         progress.trial_started("t0004", spec("qkvo", 1), 100)

@@ -110,9 +110,10 @@ def _first_page(result: SweepResult, pictures: set[str]) -> list[Block]:
         blocks.append(_figure(SIZE))
     risks = _risks(result)
     blocks.append({"kind": "list", "title": "Risks", "items": risks or ["None is known."]})
-    step = next_steps(result)[0]
-    text = f"{step.purpose[0].upper()}{step.purpose[1:]}:"
-    return [*blocks, {"kind": "next", "title": "Next step", "text": text, "command": step.command}]
+    steps = [
+        {"text": f"{step.purpose[0].upper()}{step.purpose[1:]}:", "command": step.command} for step in next_steps(result)
+    ]
+    return [*blocks, {"kind": "next", "title": "Next", "steps": steps}]
 
 
 def _verdict(result: SweepResult) -> str:

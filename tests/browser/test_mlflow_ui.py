@@ -113,7 +113,7 @@ def test_the_printed_views_show_the_trials_of_their_study_as_a_table_and_as_char
         (other.trials(), "t0000-ffn-r3", "t0000-qv-r3"),
         (visitor.open(other.address("trials").removesuffix("-2"), ["t0000-"]), "t0000-qv-r3", "t0000-ffn-r3"),
     ):
-        require(page, name, "1 matching run")
+        require(page, name)
         assert absent not in page.inner_text("body")
 
 

@@ -186,7 +186,7 @@ def test_a_finished_study_trains_nothing_and_says_what_was_found(
     before = {run.info.run_id: run.info.status for run in runs(finished_project).values()}
     assert main(["sweep", "small", "--quiet"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("╭─ study small") and "winner" in said and "confirmed" in said
+    assert said.startswith("╭─ study small") and "winner" in said and "mean of" in said
     assert {run.info.run_id: run.info.status for run in runs(finished_project).values()} == before
     assert len(client(finished_project).search_model_versions("name = 'small'")) == 1
 

@@ -111,7 +111,8 @@ def _first_page(result: SweepResult, pictures: set[str]) -> list[Block]:
     risks = _risks(result)
     blocks.append({"kind": "list", "title": "Risks", "items": risks or ["None is known."]})
     steps = [
-        {"text": f"{step.purpose[0].upper()}{step.purpose[1:]}:", "command": step.command} for step in next_steps(result)
+        {"text": f"{step.purpose[0].upper()}{step.purpose[1:]}:", "command": step.command}
+        for step in next_steps(result)
     ]
     return [*blocks, {"kind": "next", "title": "Next", "steps": steps}]
 

@@ -119,9 +119,12 @@ def agrees(winner: Winner, logits: np.ndarray, labels: np.ndarray) -> bool:
         (36, 2, 1.0, False),
         (2_000, 4, 1.0, True),
         (2_000, 5, 1.0, False),
-        (36, 0, 1.009, True),
-        (36, 0, 1.011, False),
-        (36, 0, 0.989, False),
+        (2_000, 0, 1.009, True),
+        (2_000, 0, 1.011, False),
+        (2_000, 0, 0.989, False),
+        (36, 0, 1.04, True),  # 0.45 nats of one row
+        (36, 0, 1.05, False),
+        (36, 0, 0.95, False),
         (36, 0, float("nan"), False),
     ],
 )

@@ -6,14 +6,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import agnews_lora
-from agnews_lora.errors import AgnewsLoraError
+from agnews_lora.errors import AgnewsLoraError, nearest
 
 if TYPE_CHECKING:
     from agnews_lora.config.sweep import Sweep
@@ -112,20 +111,17 @@ class _Parser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             options = [word for word in unknown if word.startswith("-")]
-            hint = next((hint for word in options if (hint := _nearest(word, self._option_string_actions))), "")
+            hint = next(
+                (hint for word in options if (hint := nearest(word.partition("=")[0], self._option_string_actions))), ""
+            )
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found, unknown
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             names = ", ".join(action.choices)
-            hint = _nearest(value, action.choices) or "."
+            hint = nearest(value, action.choices) or "."
             raise argparse.ArgumentError(None, f"unknown command {value!r}{hint} There are: {names}")
-
-
-def _nearest(given: str, known: Iterable[str]) -> str:
-    close = get_close_matches(given.partition("=")[0], known, n=1)
-    return f". Did you mean {close[0]}?" if close else ""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,6 +4,9 @@ Messages read `Cannot X: cause. Do Y.` The command line prints the message alone
 exception is a bug of the program and keeps its traceback.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class AgnewsLoraError(Exception):
     """Root of all errors that a user can cause and fix."""
@@ -59,3 +62,9 @@ class RegistryError(AgnewsLoraError):
 
 class TrainingError(AgnewsLoraError):
     """A trial that cannot go on: its loss is no longer finite, or it does not fit the device."""
+
+
+def nearest(given: object, known: Iterable[str], form: str = ". Did you mean {}?") -> str:
+    """Suggest the known word that is nearest to an unknown one, in a form of words; empty where none is near."""
+    close = get_close_matches(given, known, n=1) if isinstance(given, str) else []
+    return form.format(close[0]) if close else ""

@@ -5,16 +5,19 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from agnews_lora.errors import StorageError
 
-STORES: Final = Path("mlruns")  # mlflow.db, artifacts/, optuna.db
+STORES: Final = Path("mlruns")  # the two databases, and artifacts/
+RUNS_DATABASE: Final = "mlflow.db"
+STUDIES_DATABASE: Final = "optuna.db"
 RESULTS: Final = STORES / "results"  # `result.json` of each study, under its name
 WORK: Final = STORES / "work"  # checkpoints of trials that have not ended, and temporary files
 COMPILED: Final = Path(".cache/compiled")  # kernels, made again when missing
@@ -79,6 +82,11 @@ def lock_file(path: Path) -> Iterator[Callable[[], bool]]:
             return True
 
         yield acquire
+
+
+def read_database(path: Path) -> closing[sqlite3.Connection]:
+    """Open an SQLite database to be read alone; it is closed at the end of a `with`."""
+    return closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=20))
 
 
 def is_locked(path: Path) -> bool:

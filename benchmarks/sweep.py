@@ -25,12 +25,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from agnews_lora.commands.finish import RESULTS as SWEEP_RESULTS
 from agnews_lora.commands.prepare import Prepared, prepare
 from agnews_lora.config.sweep import load_sweep
 from agnews_lora.data.rows import Rows
 from agnews_lora.data.sources import prepare_test
 from agnews_lora.data.tokens import TokenTable
+from agnews_lora.paths import RESULTS as SWEEP_RESULTS
 from agnews_lora.paths import STORES, TOKENS
 from agnews_lora.search.results import SweepResult, TrialSummary
 from agnews_lora.serving import reload

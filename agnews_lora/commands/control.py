@@ -5,8 +5,7 @@ They talk to the study's storage alone. The driver reads there what a person ask
 """
 
 import json
-from collections.abc import Collection, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from typing import Any, Final
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -19,7 +18,7 @@ from agnews_lora.adapters.budget import max_rank, require_within_budget
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data.sources import label_names
-from agnews_lora.errors import BudgetError, StudyError
+from agnews_lora.errors import BudgetError, StudyError, nearest
 from agnews_lora.paths import STORES, WORK
 from agnews_lora.search import space as search_space
 from agnews_lora.search import study as keys
@@ -35,6 +34,7 @@ WORDS: Final = {"RUNNING": "running", "INTERRUPTED": "stopped", "COMPLETE": "fin
 OTHER_NAMES: Final = {"rank": "rank_share", "rank_share": "rank", "alpha": "alpha_ratio", "alpha_ratio": "alpha"}
 KEYS: Final = ("targets", "head", *OTHER_NAMES, "dropout", "learning_rate")
 MOST: Final = 10**6  # of a rank that a person gives
+SUGGESTED: Final = " (did you mean {}?)"  # within a sentence
 PIPED_WIDTH: Final = 160  # columns of a table that no terminal shows
 
 
@@ -49,10 +49,6 @@ def _found(sweep: Sweep, storage: str | None, what: str) -> tuple[keys.SweepStud
     study = keys.SweepStudy(names[-1], database)
     rounds = None if study.num_unmarked else find_confirmation(study)  # an earlier release's would be marked there
     return study, rounds, keys.is_driven(database, WORK / sweep.name, sweep.name)
-
-
-def _nearest(name: str, known: Collection[str]) -> str:
-    return "".join(f" (did you mean {close}?)" for close in get_close_matches(name, known, n=1))
 
 
 def status(sweep: Sweep, storage: str | None, as_json: bool) -> int:
@@ -160,7 +156,7 @@ def stop(sweep: Sweep, trial: str, storage: str | None) -> int:
                 "Stop the sweep by Ctrl-C, or set `confirmation: null` in its file."
             )
         if name not in trials:
-            cause = f"study {study.study_name} has no such trial{_nearest(name, trials)}"
+            cause = f"study {study.study_name} has no such trial{nearest(name, trials, SUGGESTED)}"
             raise StudyError(f"Cannot stop {name}: {cause}. {remedy}")
         found = trials[name]
         try:
@@ -253,7 +249,7 @@ def _parameters(texts: Sequence[str], sweep: Sweep, shape: ModelShape) -> tuple[
         if not value:
             faults.append(f"{text!r} is no KEY=VALUE")
         elif key not in KEYS:
-            faults.append(f"{key!r} is no parameter{_nearest(key, KEYS)}")
+            faults.append(f"{key!r} is no parameter{nearest(key, KEYS, SUGGESTED)}")
         elif {key, OTHER_NAMES.get(key)} & given.keys():
             faults.append(f"{key} is given twice")
         else:

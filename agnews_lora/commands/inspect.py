@@ -33,7 +33,7 @@ from agnews_lora.config.experiment import Experiment, load_experiment
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
 from agnews_lora.errors import AgnewsLoraError, BudgetError, NetworkError
-from agnews_lora.paths import STORES, TOKENS, WORK
+from agnews_lora.paths import RUNS_DATABASE, STORES, STUDIES_DATABASE, TOKENS, WORK
 
 LIBRARIES: Final = ("torch", "transformers", "peft", "datasets", "evaluate", "optuna", "mlflow", "pandas")
 FAULTY: Final = ("cannot be written", "not valid", "Cannot ")  # in an answer
@@ -138,7 +138,8 @@ def _written() -> dict[str, str]:
     lines = [f"agnews-lora {agnews_lora.__version__}, Python {platform.python_version()}"]
     lines += [", ".join(some) for some in (libraries[:4], libraries[4:])]
     stores = {
-        f"store {name}": _store(name) for name in (STORES / "mlflow.db", STORES / "artifacts", STORES / "optuna.db")
+        f"store {name}": _store(name)
+        for name in (STORES / RUNS_DATABASE, STORES / "artifacts", STORES / STUDIES_DATABASE)
     }
     return {
         "versions": "\n".join(lines),

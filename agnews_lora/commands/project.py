@@ -14,19 +14,18 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from agnews_lora.commands.finish import RESULTS
 from agnews_lora.commands.report import RESULT
 from agnews_lora.config import experiment as experiments
 from agnews_lora.config import sweep as sweeps
 from agnews_lora.errors import AgnewsLoraError
-from agnews_lora.paths import STORES
+from agnews_lora.paths import RESULTS, RUNS_DATABASE, STORES, STUDIES_DATABASE
 from agnews_lora.search import study as keys
 from agnews_lora.serving.model_package import Package
 from agnews_lora.tracking.registry import Registry
-from agnews_lora.tracking.store import ARTIFACTS, DATABASE, open_client, reaching, recorded_place
+from agnews_lora.tracking.store import ARTIFACTS, open_client, reaching, recorded_place
 from agnews_lora.tracking.versions import CANDIDATE, CHAMPION, PREVIOUS
 
-STUDIES = STORES / "optuna.db"
+STUDIES = STORES / STUDIES_DATABASE
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,11 @@ class Found:
 
 def examine() -> Iterator[Found]:
     """Compare studies, runs, artifacts and registered versions with one another, and with the files of the project."""
-    runs, studies = (STORES / DATABASE).exists(), STUDIES.exists()
+    runs, studies = (STORES / RUNS_DATABASE).exists(), STUDIES.exists()
     if not runs and not studies:
         left = (STORES / ARTIFACTS).exists()
         state = "its artifacts alone are there" if left else "no sweep has run here"
-        yield Found("project", state, f"Put {STORES / DATABASE} and {STUDIES} back." if left else "")
+        yield Found("project", state, f"Put {STORES / RUNS_DATABASE} and {STUDIES} back." if left else "")
         return
     source, known = "COPY/mlruns", dict[str, tuple[str, set[str]]]()
     try:
@@ -57,7 +56,7 @@ def examine() -> Iterator[Found]:
             known = _studies()
         if not runs:
             names = {sweep for sweep, _ in known.values()}
-            yield _gone(STORES / DATABASE, "runs, registered versions and champion", source, names)
+            yield _gone(STORES / RUNS_DATABASE, "runs, registered versions and champion", source, names)
             return
         client = open_client(STORES, read=True)
         with reaching(client):

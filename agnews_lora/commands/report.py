@@ -12,12 +12,12 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from agnews_lora.errors import StudyError
-from agnews_lora.paths import REPORTS, STORES, temporary_files
+from agnews_lora.paths import REPORTS, RUNS_DATABASE, STORES, temporary_files
 from agnews_lora.reporting.figures import draw
 from agnews_lora.reporting.report import write_report
 from agnews_lora.search.results import SweepResult
 from agnews_lora.tracking.runs import newest_parent, page_of, read_curve
-from agnews_lora.tracking.store import DATABASE, open_client, reaching
+from agnews_lora.tracking.store import open_client, reaching
 from agnews_lora.training.interface import SCORES
 
 RESULT: Final = "result.json"  # artifact of the parent run
@@ -39,9 +39,9 @@ def run(name: str, to: Path | None, tracking: str | None, as_json: bool) -> int:
     sweep = Path(name).stem if "/" in name or name.endswith((".yaml", ".yml")) else name
     remedy = f"Run `agnews-lora sweep {sweep}`"
     never = StudyError(f"Cannot write a report of {sweep}: the run store has no run of this sweep. {remedy}.")
-    if tracking is None and not (STORES / DATABASE).exists():
+    if tracking is None and not (STORES / RUNS_DATABASE).exists():
         raise never
-    keep = tracking is not None or all(os.access(path, os.W_OK) for path in (STORES, STORES / DATABASE))
+    keep = tracking is not None or all(os.access(path, os.W_OK) for path in (STORES, STORES / RUNS_DATABASE))
     client = open_client(tracking or STORES, read=not keep)
     with reaching(client):
         parent = newest_parent(client, sweep)

@@ -2,7 +2,7 @@
 
 import json
 import sqlite3
-from contextlib import closing, suppress
+from contextlib import suppress
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,7 +11,7 @@ from agnews_lora.adapters.base_models import resolve
 from agnews_lora.config.sweep import Sweep
 from agnews_lora.data import sources
 from agnews_lora.errors import AgnewsLoraError
-from agnews_lora.paths import RESULTS, STORES
+from agnews_lora.paths import RESULTS, RUNS_DATABASE, STORES, STUDIES_DATABASE, read_database
 from agnews_lora.reporting.summary import print_summary, typed
 from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing
@@ -61,7 +61,7 @@ def standing(sweep: Sweep, trials: int | None) -> tuple[SweepResult, keys.SweepS
     trials: as of `run_sweep`.
     """
     with suppress(AgnewsLoraError, OSError, ValueError, sqlite3.Error), keys.answering():
-        if not (STORES / "optuna.db").exists():
+        if not (STORES / STUDIES_DATABASE).exists():
             return None
         database = keys.open_storage(STORES)
         name = keys.newest_study(database, sweep.name)
@@ -102,8 +102,7 @@ def _runs_are_there(result: SweepResult) -> bool:
     """
     rows = [*result.trials, *(row for each in result.confirmed for row in each.repeats)]
     runs, version = {result.run_id, *(row.run_id for row in rows if row.run_id)}, result.registration
-    uri = f"{(STORES / 'mlflow.db').resolve().as_uri()}?mode=ro"
-    with closing(sqlite3.connect(uri, uri=True, timeout=20)) as database:
+    with read_database(STORES / RUNS_DATABASE) as database:
 
         def column(query: str, *values: str | int | None) -> list[str]:
             return [value for (value,) in database.execute(query, values)]

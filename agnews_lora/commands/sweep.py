@@ -23,7 +23,7 @@ from agnews_lora.commands.reprint import print_reached, show
 from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.data.sources import label_names
 from agnews_lora.errors import BudgetError
-from agnews_lora.paths import STORES, WORK, temporary_files
+from agnews_lora.paths import STORES, STUDIES_DATABASE, WORK, temporary_files
 from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.reporting.progress import Progress
 from agnews_lora.reporting.summary import next_steps, print_pages, typed
@@ -413,7 +413,7 @@ def require_feasible(sweep: Sweep, shape: ModelShape, storage: str | None, new: 
     with _blamed(f"the baseline of {sweep.name} (experiment {sweep.experiment.name})"):
         require_within_budget(sweep.experiment.spec, shape, sweep.budget)
     where: Path | str = storage or STORES
-    if new or (isinstance(where, Path) and not (where / "optuna.db").exists()):
+    if new or (isinstance(where, Path) and not (where / STUDIES_DATABASE).exists()):
         return
     database = keys.open_storage(where)
     if study_name := keys.newest_study(database, sweep.name):

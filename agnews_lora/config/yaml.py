@@ -7,8 +7,7 @@ message, the value that was met and the nearest accepted word, above the line of
 import os.path
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args
 from unicodedata import east_asian_width
@@ -21,7 +20,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, SequenceNode
 
-from agnews_lora.errors import ConfigError
+from agnews_lora.errors import ConfigError, nearest
 
 MAX_BYTES: Final = 64 * 1024  # far above any real file, and still parsed within seconds
 MAX_TEXT: Final = 4_096  # characters; Linux knows no longer path
@@ -147,7 +146,7 @@ def locate(kind: str, name: str, folders: Sequence[Path], beside: Path = Path())
     found = list(dict.fromkeys(path.stem for folder in folders for path in sorted(folder.glob("*.yaml"))))
     if not found:
         raise ConfigError(f"{missing}, nor any other. Start in the project's folder, or give the path of a file.")
-    raise ConfigError(f"{missing}{_nearest(Path(name).stem, found) or '.'} There are: {', '.join(found)}.")
+    raise ConfigError(f"{missing}{nearest(Path(name).stem, found) or '.'} There are: {', '.join(found)}.")
 
 
 def shown(value: object) -> str:
@@ -195,7 +194,7 @@ def _fault(model: type[BaseModel], root: Node | None, details: ErrorDetails) -> 
     )
     if kind in ("extra_forbidden", "invalid_key"):
         keys = _keys(model, location[:-1])
-        message = f"Unknown key{_nearest(location[-1], keys) or '.'} The keys here are {', '.join(keys)}"
+        message = f"Unknown key{nearest(location[-1], keys) or '.'} The keys here are {', '.join(keys)}"
     elif kind == "missing":
         [field] = {block.model_fields[str(location[-1])].description for block in _blocks(model, location[:-1])}
         message = f"Missing key. {field}"
@@ -203,7 +202,7 @@ def _fault(model: type[BaseModel], root: Node | None, details: ErrorDetails) -> 
         message = f"Input should be a block with the keys {', '.join(_keys(model, location))}, but got {shown(value)}"
     elif kind not in ("value_error", "too_short"):  # the models' own messages show the value where that helps
         accepted = re.findall(r"'([^']+)'", context.get("expected", "")) if kind == "literal_error" else []
-        message += f", but got {shown(value)}{_nearest(value, accepted)}"
+        message += f", but got {shown(value)}{nearest(value, accepted)}"
     return place, f"{path}{': ' if path else ''}{message}"
 
 
@@ -267,8 +266,3 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _printable(key: str) -> str:
     return key if key.isprintable() and 0 < len(key) <= 60 else shown(key)
-
-
-def _nearest(given: object, accepted: Iterable[str]) -> str:
-    close = get_close_matches(given, accepted, n=1) if isinstance(given, str) else []
-    return f". Did you mean {close[0]}?" if close else ""

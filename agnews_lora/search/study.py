@@ -28,7 +28,7 @@ from sqlalchemy.exc import ArgumentError
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.config.sweep import Space
 from agnews_lora.errors import StorageError, StudyError
-from agnews_lora.paths import is_locked, lock_file
+from agnews_lora.paths import STUDIES_DATABASE, is_locked, lock_file
 from agnews_lora.search import space as search_space
 from agnews_lora.search.retry import STORAGE_FAULTS, brief
 from agnews_lora.training.interface import Objective
@@ -137,7 +137,7 @@ def _url(where: Path | str) -> URL:
         StorageError: not a URL of SQLite or PostgreSQL, or one with a password in it.
     """
     if isinstance(where, Path):
-        return URL.create("sqlite", database=str(where.resolve() / "optuna.db"))
+        return URL.create("sqlite", database=str(where.resolve() / STUDIES_DATABASE))
     try:
         url = make_url(where)
     except (ArgumentError, ValueError) as error:

@@ -24,9 +24,8 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy.engine import URL, make_url
 
 from agnews_lora.errors import RunDeleted, StorageError, StoreAway
-from agnews_lora.paths import locked
+from agnews_lora.paths import RUNS_DATABASE, locked, read_database
 
-DATABASE: Final = "mlflow.db"
 ARTIFACTS: Final = "artifacts"
 LOCK: Final = "lock"  # one process at a time creates what is missing: two at once would break the schema
 
@@ -36,7 +35,7 @@ def tracking_uri(root: Path) -> str:
 
     It names the driver, since MLflow would make the folder of a plain `sqlite:///` URI as it is written, `%3F` and all.
     """
-    return URL.create("sqlite+pysqlite", database=str(root.resolve() / DATABASE)).render_as_string()
+    return URL.create("sqlite+pysqlite", database=str(root.resolve() / RUNS_DATABASE)).render_as_string()
 
 
 def artifact_uri(root: Path) -> str:
@@ -178,7 +177,7 @@ def is_server(client: MlflowClient) -> bool:
 
 
 def _open_folder(root: Path, read: bool) -> MlflowClient:
-    database = root / DATABASE
+    database = root / RUNS_DATABASE
     try:
         if read:
             return _open_to_read(root)
@@ -205,23 +204,23 @@ def _client(root: Path) -> MlflowClient:
 
 def _open_to_read(root: Path) -> MlflowClient:
     """The store itself where it lies as recorded, else a copy of its database for the life of the client."""
-    database = root.resolve() / DATABASE
+    database = root.resolve() / RUNS_DATABASE
     if not database.exists():
         raise StorageError(
-            f"Cannot read the run store {root / DATABASE}: it is not there. Start `agnews-lora sweep` first, or put it "
-            "back."
+            f"Cannot read the run store {root / RUNS_DATABASE}: it is not there. Start `agnews-lora sweep` first, or "
+            "put it back."
         )
-    with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
+    with read_database(database) as connection:
         if _recorded_root(connection) in (None, artifact_uri(root)):
             return _client(root)
         try:
             folder = tempfile.TemporaryDirectory()
-            with closing(sqlite3.connect(Path(folder.name, DATABASE))) as copy:
+            with closing(sqlite3.connect(Path(folder.name, RUNS_DATABASE))) as copy:
                 connection.backup(copy)
-            relocate(Path(folder.name, DATABASE), root)
+            relocate(Path(folder.name, RUNS_DATABASE), root)
         except (OSError, sqlite3.Error) as error:
             raise StorageError(
-                f"Cannot copy the run store {root / DATABASE}, which was moved and is to be read alone, to "
+                f"Cannot copy the run store {root / RUNS_DATABASE}, which was moved and is to be read alone, to "
                 f"{tempfile.tempdir}: {error}. Free it, or set TMPDIR to a folder with room."
             ) from error
     client = _client(Path(folder.name))
@@ -231,7 +230,7 @@ def _open_to_read(root: Path) -> MlflowClient:
 
 def _create_database(root: Path) -> None:
     """Write the schema beside and rename: migrations, killed half-way, would leave a store that nothing can open."""
-    database = root / DATABASE
+    database = root / RUNS_DATABASE
     if database.exists():
         return
     folder = root / ".schema"
@@ -239,7 +238,7 @@ def _create_database(root: Path) -> None:
     folder.mkdir()
     store = SqlAlchemyStore(tracking_uri(folder), artifact_uri(root))
     store.engine.dispose()
-    (folder / DATABASE).replace(database)
+    (folder / RUNS_DATABASE).replace(database)
     folder.rmdir()
 
 
@@ -291,14 +290,13 @@ def recorded_place(root: Path) -> Path | None:
     Raises:
         StorageError: it is no database of runs.
     """
-    uri = f"{(root.resolve() / DATABASE).as_uri()}?mode=ro"
     try:
-        with closing(sqlite3.connect(uri, uri=True, timeout=20)) as connection:
+        with read_database(root / RUNS_DATABASE) as connection:
             recorded = _recorded_root(connection)
     except sqlite3.Error as error:
         raise StorageError(
-            f"Cannot read the run store {root / DATABASE}: {error}. Put it back from a copy, or move it away to start "
-            "an empty one."
+            f"Cannot read the run store {root / RUNS_DATABASE}: {error}. Put it back from a copy, or move it away to "
+            "start an empty one."
         ) from error
     return Path(local_file_uri_to_path(recorded)).parent if recorded else None
 

@@ -2,11 +2,13 @@
 
 import sqlite3
 from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
+
+from agnews_lora.paths import RUNS_DATABASE, read_database
 
 CANDIDATE: Final = "candidate"
 CHAMPION: Final = "champion"
@@ -43,18 +45,16 @@ class LocalVersion:
 
 def local_champion(stores: Path, model: str) -> LocalVersion | None:
     """Read the champion from a folder of stores; None where it has to be asked of MLflow, which says what is wrong."""
-    with suppress(OSError, sqlite3.Error):
-        uri = f"{(stores / 'mlflow.db').resolve().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=20)) as database:
-            aliases = database.execute("SELECT alias, version FROM registered_model_aliases WHERE name = ?", (model,))
-            numbers: dict[str, int] = dict(aliases.fetchall())
-            named = model, numbers.get(CHAMPION)
-            row = database.execute("SELECT run_id, source FROM model_versions WHERE name = ? AND version = ?", named)
-            tags = database.execute("SELECT key, value FROM model_version_tags WHERE name = ? AND version = ?", named)
-            for run_id, source in row:
-                if (place := own_folder(stores, source)) is not None:
-                    own = tuple(alias for alias in numbers if numbers[alias] == numbers[CHAMPION])
-                    return LocalVersion(Version(model, numbers[CHAMPION], run_id, dict(tags.fetchall()), own), place)
+    with suppress(OSError, sqlite3.Error), read_database(stores / RUNS_DATABASE) as database:
+        aliases = database.execute("SELECT alias, version FROM registered_model_aliases WHERE name = ?", (model,))
+        numbers: dict[str, int] = dict(aliases.fetchall())
+        named = model, numbers.get(CHAMPION)
+        row = database.execute("SELECT run_id, source FROM model_versions WHERE name = ? AND version = ?", named)
+        tags = database.execute("SELECT key, value FROM model_version_tags WHERE name = ? AND version = ?", named)
+        for run_id, source in row:
+            if (place := own_folder(stores, source)) is not None:
+                own = tuple(alias for alias in numbers if numbers[alias] == numbers[CHAMPION])
+                return LocalVersion(Version(model, numbers[CHAMPION], run_id, dict(tags.fetchall()), own), place)
     return None
 
 

@@ -59,6 +59,8 @@ OF_TRIALS: Final = {BASELINE, SOURCE, NAME, CONFIRMS, SEED, SPEC, TRAINABLE, TOT
     *(RUN_ID, CHECKPOINT, ATTEMPTS, SCORES, REASON, COSTS),
 }
 
+RIGHT: Final = "right:"  # and a step: system attribute of a trial, `EvalPoint.right` of that step
+
 # What a person asks of a trial while a driver may hold the study: these two come from other processes.
 STOP: Final = "stop"  # end the trial of this number
 ENQUEUED: Final = "enqueued"  # train the trial on top of the sweep's own; a random id, which a copy shares

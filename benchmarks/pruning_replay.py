@@ -132,7 +132,8 @@ def replay_study(
 ) -> Outcome:
     """One study of `TRIALS` trials by the sweep's own sampler and driver. startup_trials: drawn at random."""
     sweep, shape = table.sweep, table.shape
-    sampler = TrialSeededTPE(seed, startup_trials, search_space.shared(sweep.space, shape, sweep.budget))
+    asked, shared = (of(sweep.space, shape, sweep.budget) for of in (search_space.distributions, search_space.shared))
+    sampler = TrialSeededTPE(seed, startup_trials, asked, shared)
     study = optuna.create_study(sampler=sampler, pruner=pruner, direction="maximize")
     baseline = sweep.experiment.spec
     enqueue_baseline(study, baseline, sweep.space, shape, sweep.budget)

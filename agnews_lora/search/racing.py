@@ -188,8 +188,8 @@ def race(candidates: Sequence[Confirmed], num_seeds: int, objective: Objective) 
         finalists.sort(key=lambda each: _rank(each.up_to(number), objective))
         num_kept = max(2, math.ceil(len(finalists) / 2))
         eliminated[:0], finalists = finalists[num_kept:], finalists[:num_kept]
-        best, others = ([each.up_to(number) for each in part] for part in (finalists[:1], finalists[1:]))
-        found = [difference(*best, other, among, objective) for other in others]
+        now = [each.up_to(number) for each in finalists]
+        found = [difference(now[0], other, among, objective) for other in now[1:]]
         if found and all(each is not None and each.probability >= SURE for each in found):
             break
     return Race(tuple(finalists), tuple(eliminated), tuple(wanted))

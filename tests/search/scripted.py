@@ -95,7 +95,8 @@ class ScriptedEngine:
 
     def run(self, source: TrialSource, observer: Observer) -> None:
         while not observer.stop_requested():
-            self._evaluate(observer, self._fill(source))
+            while resumed := self._fill(source):
+                self._evaluate(observer, resumed)
             if not self._slots:
                 return
             self._advance(observer)
@@ -253,8 +254,8 @@ class Session:
     confirmation: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        shared = search_space.shared(self.space, SHAPE, BUDGET)
-        sampler = TrialSeededTPE(7, STARTUP_TRIALS, shared)
+        asked, shared = (of(self.space, SHAPE, BUDGET) for of in (search_space.distributions, search_space.shared))
+        sampler = TrialSeededTPE(7, STARTUP_TRIALS, asked, shared)
         described = search_space.describe(self.space, SHAPE, BUDGET)
         fingerprint = {"objective": self.objective, "budget": BUDGET, "space": described}
         self.study = open_study(open_storage(self.root), "scripted", fingerprint, sampler, self.pruner, new=False)

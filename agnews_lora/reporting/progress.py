@@ -186,7 +186,7 @@ class Progress:
         if confirms and not self._confirms:
             self._confirms = True
             self.announce(
-                "Confirming the best trials: each is trained again with another seed, the better half once more."
+                "Confirming the best trials: they race over more seeds."
             )
         now = self._clock()
         self._trained_since = self._trained_since or now

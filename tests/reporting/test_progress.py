@@ -206,7 +206,7 @@ def test_repetitions_are_counted_on_their_own_and_none_is_the_best() -> None:
     ]
     assert output(console).splitlines() == [
         f"t0007 started: qv r=8 {SAID}, 100 steps",
-        "Confirming the best trials: each is trained again with another seed, the better half once more.",
+        "Confirming the best trials: they race over more seeds.",
         f"t0004-s2 started: qv r=8 {SAID}, 100 steps",
         "t0004-s2 complete  accuracy 90.00%  macro-F1 80.00%  (2,000 rows)  [confirmation 1/3]",
         "t0007 pruned  accuracy 70.00%  macro-F1 60.00%  (2,000 rows)  [8/8]",

@@ -172,8 +172,8 @@ def certainty(result: SweepResult) -> list[str]:
 
 
 def _probability(probability: float) -> str:
-    """Rounded towards 0, so that none reads as `SURE` that is not."""
-    return f"{int(1000 * probability) / 1000:.1%}"
+    """Rounded towards 0, so that none reads as `SURE` that is not, and never certain."""
+    return f"{min(int(1000 * probability), 999) / 1000:.1%}"
 
 
 def _scores(result: SweepResult) -> Table:

@@ -432,7 +432,7 @@ def _describe(
 
 
 def show_study(study: optuna.Study, result: SweepResult) -> None:
-    """Say in optuna-dashboard what the study is, and which trial won: after a confirmation, it need not be the best one."""
+    """Say in optuna-dashboard what the study is, and which trial won: confirmed, it need not be the best one."""
     facts, winner, score = result.facts, result.winner, SCORES[result.objective]
     note = (
         f"### Sweep {facts.sweep}\n\nThe LoRA adapter of {facts.base} with the best {score} and at most "

@@ -185,9 +185,7 @@ class Progress:
         """Show a trial that started or was resumed. spec: None where it cannot train. confirms: it is a repetition."""
         if confirms and not self._confirms:
             self._confirms = True
-            self.announce(
-                "Confirming the best trials: they race over more seeds."
-            )
+            self.announce("Confirming the best trials: they race over more seeds.")
         now = self._clock()
         self._trained_since = self._trained_since or now
         self._running[trial] = started = _Trial(trial, spec, baseline, total_steps, confirms, now)

@@ -178,7 +178,7 @@ def registration() -> Registration:
 
 
 def result(**changes: Any) -> SweepResult:
-    """A finished, confirmed and promoted sweep."""
+    """A finished, confirmed and promoted sweep. With other confirmed trials, it has no selection unless given."""
     full = SweepResult(
         facts=facts(),
         study="small-2",
@@ -195,7 +195,8 @@ def result(**changes: Any) -> SweepResult:
         answers=answers(),
         ended_at=1_772_359_650.0,  # 2026-03-01 10:07:30 UTC
     )
-    return replace(full, **changes)
+    selection = {"selection": None} if "confirmed" in changes else {}
+    return replace(full, **{**selection, **changes})
 
 
 def bare(**changes: Any) -> SweepResult:

@@ -160,7 +160,7 @@ CASES: dict[str, tuple[SweepResult, list[str], list[str]]] = {
         [],
     ),
     "a repetition failed": (
-        result(confirmed=confirmed()[1:], selection=None),
+        result(confirmed=confirmed()[1:]),
         ["1 repetition of the winner failed"],
         [],
     ),

@@ -113,7 +113,7 @@ def test_summary_leaves_out_what_is_not_known() -> None:
 
 
 def test_the_interval_of_one_seed_is_that_of_the_rows() -> None:
-    found = rows(result(confirmed=(Confirmed(TRIALS[1], ()),), selection=None))
+    found = rows(result(confirmed=(Confirmed(TRIALS[1], ()),)))
     assert found["mean of 1 seed"] == found["winner t0001"] == "90.00% 89.00% 95% interval 85.65% to 93.13%"
 
 

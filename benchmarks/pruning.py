@@ -2,30 +2,21 @@
 
     python -m benchmarks.pruning
 
-runs whole studies through the sweep's own driver, sampler and pruner, with an engine that takes each trial's scores from
-a table instead of training it: for every rule, with one trial at a time and with several at once, over the same seeds.
-It writes what it measured to `results/`.
+runs whole studies through the sweep's own driver, sampler and pruner, with an engine that takes each trial's scores
+from a table instead of training it: for every rule, with one trial at a time and with several at once, over the same
+seeds. It writes what it measured to `results/`.
 """
 
-import argparse
-import datetime
-import warnings
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import optuna
 from numpy.typing import NDArray
-from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner, WilcoxonPruner
+from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from scipy import stats
 
-from agnews_lora.adapters.base_models import shape_of
-from agnews_lora.search import space as search_space
 from agnews_lora.search.pruner import PeerMedianPruner
-from agnews_lora.search.sampler import TrialSeededTPE
-from agnews_lora.tracking.provenance import provenance
-from benchmarks.search_replay import SPACE, Outcome, Rows, replay
-from benchmarks.search_table import BUDGET, RESULTS, read_table
+from benchmarks.search_replay import Outcome
 
 TABLES: Final = ("ag_news", "newswire")
 SLOTS: Final = (1, 4)

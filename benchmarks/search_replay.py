@@ -103,7 +103,7 @@ class TableEngine:
 
     def _evaluate(self, slots: dict[str, int], observer: Observer) -> None:
         """Score all trials, together, and take out those that end."""
-        points, total, monitor = [], self.rows.table.total_steps, self.rows.table.monitor
+        points, total = [], self.rows.table.total_steps
         for trial, passed in list(slots.items()):
             step, training = self.rows.table.steps[passed], self.trained[trial]
             slots[trial] += 1

@@ -31,6 +31,7 @@ from agnews_lora.search import space as search_space
 from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing, open_confirmation
 from agnews_lora.search.driver import Driver, Search, num_left, tidy
+from agnews_lora.search.prior import known_good
 from agnews_lora.search.pruner import PeerMedianPruner
 from agnews_lora.search.results import ENDED_STATES, INTERRUPTED, SweepResult, TrialSummary, summaries
 from agnews_lora.search.retry import Retry
@@ -365,23 +366,28 @@ def _print_unfinished(result: SweepResult, as_json: bool) -> None:
 
 
 def open_study(sweep: Sweep, prepared: Prepared, storage: RDBStorage, new: bool) -> keys.SweepStudy:
-    """The sweep's study, made or resumed, with its baseline enqueued.
+    """The sweep's study, made or resumed, with the trials enqueued that it begins with.
 
     Raises:
         StudyError: it was made with another fingerprint, is not the sweep's, or holds what keeps it from going on.
         StorageError: it cannot be read or written.
     """
     space, shape, budget = sweep.space, prepared.base.shape, sweep.budget
+    asked, shared = search_space.distributions(space, shape, budget), search_space.shared(space, shape, budget)
+    sampler = TrialSeededTPE(sweep.seed, sweep.startup_trials, asked, shared)
     study = keys.open_study(
         storage,
         sweep.name,
         fingerprint(sweep, prepared),
-        TrialSeededTPE(sweep.seed, sweep.startup_trials, search_space.shared(space, shape, budget)),
+        sampler,
         PeerMedianPruner(sweep.pruner.startup_trials, sweep.pruner.warmup_steps),
         new,
     )
     keys.require_compatible(study, space, shape, budget)
     keys.enqueue_baseline(study, sweep.experiment.spec, space, shape, budget)
+    if sweep.sampler.prior:
+        known = known_good(space, shape, budget, sweep.experiment.spec, sweep.startup_trials - 1)
+        keys.enqueue_known(study, known, space, shape, budget)
     return study
 
 

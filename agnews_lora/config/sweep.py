@@ -84,10 +84,12 @@ class Space(Settings):
 
 
 class Sampler(Settings):
-    """TPE."""
+    """Known configurations, then a Sobol sequence, then TPE."""
 
     startup_trials: Count | None = None
-    """Trials drawn at random before the sampler learns from them; at most a third of all, which is the default."""
+    """Trials before the sampler learns from them, the baseline included; at most a third of all, the default."""
+    prior: bool = True
+    """Begin the study, after the baseline, with configurations that are known to be good for such encoders."""
 
 
 class Pruner(Settings):
@@ -184,7 +186,7 @@ class Sweep(Document):
 
     @property
     def startup_trials(self) -> int:
-        """Trials drawn at random before the sampler learns from them."""
+        """Trials before the sampler learns from them."""
         return self.sampler.startup_trials or _third(self.trials)
 
 

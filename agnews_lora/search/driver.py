@@ -206,6 +206,9 @@ class ActiveTrial:
             self.trial.set_user_attr(key, value)
         for point in self.log.points[self.reported :]:
             if isinstance(point, EvalPoint):
+                if point.right:  # by the storage: no attribute for a dashboard
+                    key = f"{keys.RIGHT}{point.step}"
+                    self.trial.storage.set_trial_system_attr(self.trial._trial_id, key, point.right)
                 self.trial.report(point.score(self.objective), point.step)
             self.reported += 1
 

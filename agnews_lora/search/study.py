@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
@@ -41,6 +41,7 @@ BOUND = "bound"  # [the study's own name, the number of trials from before trial
 FINGERPRINT = "fingerprint"
 PLANNED = "planned_trials"  # of a study: those that its last driver was to end, beside those enqueued on top
 BASELINE = "baseline"
+SOURCE = "source"  # of a trial that was enqueued as a configuration that is known to be good
 NAME = "name"  # of a trial that was enqueued with its configuration and seed
 CONFIRMS = "confirms"
 TARGET = "target_trials"  # of a study: the number that `--trials` gave last
@@ -54,9 +55,11 @@ TOTAL_STEPS = "total_steps"
 SCORES = "scores"  # of the last evaluation
 REASON = "reason"
 COSTS = "costs"
-OF_TRIALS: Final = {BASELINE, NAME, CONFIRMS, SEED, SPEC, TRAINABLE, TOTAL_STEPS} | {
+OF_TRIALS: Final = {BASELINE, SOURCE, NAME, CONFIRMS, SEED, SPEC, TRAINABLE, TOTAL_STEPS} | {
     *(RUN_ID, CHECKPOINT, ATTEMPTS, SCORES, REASON, COSTS),
 }
+
+RIGHT: Final = "right:"  # and a step: system attribute of a trial, `EvalPoint.right` of that step
 
 # What a person asks of a trial while a driver may hold the study: these two come from other processes.
 STOP: Final = "stop"  # end the trial of this number
@@ -498,6 +501,18 @@ def enqueue_baseline(study: optuna.Study, baseline: TrialSpec, space: Space, sha
         return
     inside = not search_space.outside(baseline, space, shape, budget)
     _enqueue(study, search_space.parameters_of(baseline, space, shape, budget) if inside else {}, {BASELINE: True})
+
+
+def enqueue_known(
+    study: optuna.Study, known: Mapping[TrialSpec, str], space: Space, shape: ModelShape, budget: int
+) -> None:
+    """Enqueue configurations of the space, each with its source, unless a trial has begun: a resumed study goes on."""
+    trials = study.get_trials(deepcopy=False)
+    if any(trial.state is not TrialState.WAITING or SPEC in trial.user_attrs for trial in trials):
+        return
+    num_enqueued = sum(SOURCE in trial.user_attrs for trial in trials)  # before a kill
+    for spec, source in list(known.items())[num_enqueued:]:
+        _enqueue(study, search_space.parameters_of(spec, space, shape, budget), {SOURCE: source})
 
 
 def enqueue_named(study: optuna.Study, name: str, spec: TrialSpec, seed: int, **attributes: Any) -> None:

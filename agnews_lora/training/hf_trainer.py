@@ -43,7 +43,7 @@ from agnews_lora.training.interface import (
     Verdict,
     timestamp,
 )
-from agnews_lora.training.metrics import accuracy, by_length, macro_f1, mean_cross_entropy, require_finite
+from agnews_lora.training.metrics import accuracy, by_length, macro_f1, mean_cross_entropy, packed, require_finite
 from agnews_lora.training.model import build_model, recount
 
 # Errors that end one trial and leave the sweep sound. Any other is a fault of the program: reported, then raised.
@@ -234,6 +234,7 @@ class _TrialTraining(TrainerCallback):
         self.final: EvalPoint | None = None
         self.checkpoint = plan.checkpoint
         self.window = LossWindow.read(plan.checkpoint) if plan.checkpoint else None
+        self.right = np.empty(0, dtype=np.bool_)  # of the last evaluation, in the loader's order
         self.pruned = self.stopped = False
         self.train_seconds = self.eval_seconds = 0.0
 
@@ -291,7 +292,9 @@ class _TrialTraining(TrainerCallback):
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-        scores: dict[str, float] = self.metric.compute(predictions=logits.argmax(axis=-1), references=labels)
+        predicted = logits.argmax(axis=-1)
+        scores: dict[str, float] = self.metric.compute(predictions=predicted, references=labels)
+        self.right = predicted == labels
         # Trainer's own `eval_loss` is the mean over batches, whatever their size.
         return {**scores, "cross_entropy": mean_cross_entropy(logits, labels)}
 
@@ -378,6 +381,9 @@ class _TrialTraining(TrainerCallback):
         finally:
             self.eval_seconds += time.perf_counter() - began
         require_finite("validation loss", metrics["eval_cross_entropy"], step, self.plan.spec)
+        right = np.empty_like(self.right)
+        lengths = validation.lengths[np.asarray(rows)]
+        right[np.concatenate(by_length(lengths, self.settings.eval_batch_size))] = self.right
         return EvalPoint(
             trial=self.plan.trial,
             step=step,
@@ -387,6 +393,7 @@ class _TrialTraining(TrainerCallback):
             rows=len(rows),
             final=last,
             timestamp=timestamp(),
+            right=packed(right),
         )
 
     def _result(self) -> TrialResult:

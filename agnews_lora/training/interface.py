@@ -81,7 +81,11 @@ class TrainPoint:
 
 @dataclass(frozen=True)
 class EvalPoint:
-    """Scores on `rows` validation rows after `step` steps. final: whole validation split, at the last step."""
+    """Scores on `rows` validation rows after `step` steps. final: whole validation split, at the last step.
+
+    right: which of them were answered correctly, in the order in which they were scored (`metrics.packed`); empty where
+    an earlier release wrote the point.
+    """
 
     trial: str
     step: int
@@ -91,6 +95,7 @@ class EvalPoint:
     rows: int
     final: bool
     timestamp: int
+    right: str = ""
 
     def score(self, objective: Objective) -> float:
         """The score that a sweep searches by."""

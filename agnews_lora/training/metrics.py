@@ -1,5 +1,6 @@
 """Scores of a classifier, and its logits over a token table: one definition for training, promotion and serving."""
 
+import base64
 from collections.abc import Callable, Iterable, Sequence
 from math import isfinite, sqrt
 from statistics import NormalDist
@@ -33,6 +34,16 @@ def macro_f1(predicted: npt.NDArray[np.integer], labels: npt.NDArray[np.integer]
     true_positives = np.bincount(labels[predicted == labels], minlength=num_classes)
     counts = np.bincount(predicted, minlength=num_classes) + np.bincount(labels, minlength=num_classes)
     return float(np.mean(2 * true_positives[counts > 0] / counts[counts > 0]))
+
+
+def packed(right: npt.NDArray[np.bool_]) -> str:
+    """Write which rows are right [rows] as text, a bit a row: base64 of `np.packbits`."""
+    return base64.b64encode(np.packbits(right).tobytes()).decode("ascii")
+
+
+def unpacked(text: str, rows: int) -> npt.NDArray[np.bool_]:
+    """Read which rows are right [rows] from what `packed` wrote."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=rows).astype(np.bool_)
 
 
 def accuracy_interval(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.pruners import BasePruner
 
@@ -35,6 +36,7 @@ from agnews_lora.training.interface import (
     TrialSource,
     Verdict,
 )
+from agnews_lora.training.metrics import packed
 from tests.tiny import tiny_shape
 
 SHAPE = tiny_shape("roberta")
@@ -63,7 +65,8 @@ def macro_f1(spec: TrialSpec, step: int) -> float:
 def eval_point(plan: TrialPlan, step: int) -> EvalPoint:
     final, spec = step == TOTAL_STEPS, plan.spec
     scored, rows = accuracy(spec, step), 200 if final else 50
-    return EvalPoint(plan.trial, step, scored, macro_f1(spec, step), 1 - scored, rows, final, 1_000 + step)
+    right = packed(np.arange(rows) < round(scored * rows))
+    return EvalPoint(plan.trial, step, scored, macro_f1(spec, step), 1 - scored, rows, final, 1_000 + step, right)
 
 
 def train_point(plan: TrialPlan, step: int) -> TrainPoint:
@@ -92,7 +95,8 @@ class ScriptedEngine:
 
     def run(self, source: TrialSource, observer: Observer) -> None:
         while not observer.stop_requested():
-            self._evaluate(observer, self._fill(source))
+            while resumed := self._fill(source):
+                self._evaluate(observer, resumed)
             if not self._slots:
                 return
             self._advance(observer)
@@ -250,8 +254,8 @@ class Session:
     confirmation: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        shared = search_space.shared(self.space, SHAPE, BUDGET)
-        sampler = TrialSeededTPE(7, STARTUP_TRIALS, shared)
+        asked, shared = (of(self.space, SHAPE, BUDGET) for of in (search_space.distributions, search_space.shared))
+        sampler = TrialSeededTPE(7, STARTUP_TRIALS, asked, shared)
         described = search_space.describe(self.space, SHAPE, BUDGET)
         fingerprint = {"objective": self.objective, "budget": BUDGET, "space": described}
         self.study = open_study(open_storage(self.root), "scripted", fingerprint, sampler, self.pruner, new=False)

@@ -97,7 +97,7 @@ def test_the_search_learns_nothing_from_the_round(searched: Session) -> None:
 
 
 def test_nothing_is_pruned_however_bad_it_is(tmp_path: Path) -> None:
-    session = Session(tmp_path, trials=8)
+    session = Session(tmp_path, trials=9)
     session.run()
     assert any(row.state == "PRUNED" for row in summaries(session.study)), "the pruner of the search is awake"
     repeated = Round(session, trials=8, seeds=4, engine=ScriptedEngine(num_slots=4)).run()

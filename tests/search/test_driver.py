@@ -159,6 +159,11 @@ def test_a_complete_trial(tmp_path: Path) -> None:
     assert result.final == final
     evaluations = [point for point in recorded.points if isinstance(point, EvalPoint)]
     assert evaluations == [eval_point(plan, step) for step in (10, 20, 30)]
+    stored = session.study.trials[1]
+    assert {key: stored.system_attrs[key] for key in stored.system_attrs if key.startswith(keys.RIGHT)} == {
+        f"{keys.RIGHT}{point.step}": point.right for point in evaluations
+    }
+    assert not any(key.startswith(keys.RIGHT) for key in stored.user_attrs)
     assert [point.step for point in recorded.points if isinstance(point, TrainPoint)] == [5, 10, 15, 20, 25, 30]
     assert session.screen.lines[-1] == "t0001 COMPLETE: None"
 

@@ -172,7 +172,7 @@ def test_a_study_that_is_stopped_and_resumed_gives_the_same_verdicts(tmp_path: P
         return [(trial.state, trial.intermediate_values) for trial in study.trials]
 
     whole = ends(session("whole").run())
-    assert [state for state, _ in whole].count(TrialState.PRUNED) >= 3
+    assert [state for state, _ in whole].count(TrialState.PRUNED) >= 2
     for trial, step in (("t0000", 10), ("t0002", 7), ("t0005", 10), ("t0007", 3)):
         part = session("parts")
         part.engine.script[trial, step] = part.stop

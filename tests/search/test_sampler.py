@@ -1,5 +1,6 @@
 """The sampler: what it proposes depends on seed, number and the study's trials alone, and it learns from them."""
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -8,15 +9,16 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.pruners import MedianPruner
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import qmc
 
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.config.sweep import Space
 from agnews_lora.search.sampler import TrialSeededTPE, derived_seed
-from agnews_lora.search.space import shared, suggest
+from agnews_lora.search.space import distributions, shared, suggest
 from agnews_lora.search.study import BASELINE, enqueue_baseline, open_storage, open_study
 from tests.search.scripted import BOTH_HEADS, BUDGET, OUTSIDE, SHAPE, SPACE, STARTUP_TRIALS, accuracy
 
@@ -29,8 +31,8 @@ def quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-def sampler(space: Space = SPACE, seed: int = 3) -> TrialSeededTPE:
-    return TrialSeededTPE(seed, STARTUP_TRIALS, shared(space, SHAPE, BUDGET))
+def sampler(space: Space = SPACE, seed: int = 3, startup: int = STARTUP_TRIALS) -> TrialSeededTPE:
+    return TrialSeededTPE(seed, startup, distributions(space, SHAPE, BUDGET), shared(space, SHAPE, BUDGET))
 
 
 def in_memory(sampler: BaseSampler) -> optuna.Study:
@@ -78,7 +80,7 @@ def in_one_go(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     trials = train_until(NUM_TRIALS, tmp_path_factory.mktemp("stores"), space)
     states = [trial.state for trial in trials]
     assert states.count(TrialState.COMPLETE) >= 5
-    assert states.count(TrialState.PRUNED) >= 5
+    assert states.count(TrialState.PRUNED) >= 4
     return space, what_counts(trials)
 
 
@@ -103,7 +105,7 @@ def killed_between_two_parameters(study: optuna.Study, space: Space) -> None:
 
 
 INTERRUPTIONS: dict[int, Callable[[optuna.Study, Space], None] | None] = {
-    2: killed_between_two_parameters,  # while all is random
+    2: killed_between_two_parameters,  # while it starts
     3: stopped_after_ask,
     7: None,
     9: killed_between_two_parameters,  # when TPE has something to learn from
@@ -145,6 +147,22 @@ def test_trials_that_are_asked_at_once_do_not_touch_each_other() -> None:
     assert len(set(specs[0])) == 3
 
 
+def test_a_trial_that_is_resumed_counts_with_the_parameters_that_it_has() -> None:
+    """Optuna's TPE takes what it would draw for it now, and keeps that from the others' trials."""
+    asked = []
+    for resumes in (False, True):
+        study = in_memory(sampler())
+        running, *others = [study.ask() for _ in range(STARTUP_TRIALS + 1)]
+        suggest(running, SPACE, SHAPE, BUDGET)
+        for trial in others:
+            study.tell(trial, accuracy(suggest(trial, SPACE, SHAPE, BUDGET), 30))
+        if resumes:
+            again = optuna.Trial(study, running._trial_id)
+            assert suggest(again, SPACE, SHAPE, BUDGET) == suggest(running, SPACE, SHAPE, BUDGET)
+        asked.append(suggest(study.ask(), SPACE, SHAPE, BUDGET))
+    assert asked[0] == asked[1]
+
+
 def test_another_seed_asks_something_else() -> None:
     first = [suggest(in_memory(sampler(seed=seed)).ask(), SPACE, SHAPE, BUDGET) for seed in (0, 1, 2, 0)]
     assert len(set(first)) == 3
@@ -164,7 +182,7 @@ def test_seeds_derived_for_trials_and_parameters_differ_and_have_31_bits() -> No
     assert derived_seed(7, 3) == derived_seed(7, 3)
 
 
-# Random first, then TPE ---------------------------------------------------------------------------------------
+# A Sobol sequence, then TPE ---------------------------------------------------------------------------------------
 
 
 def test_what_the_start_up_trials_scored_does_not_matter_to_them_but_does_afterwards() -> None:
@@ -181,20 +199,42 @@ def test_what_the_start_up_trials_scored_does_not_matter_to_them_but_does_afterw
     assert all(specs[0][number] != specs[1][number] for number in range(STARTUP_TRIALS, STARTUP_TRIALS + 8))
 
 
-def test_start_up_trials_are_spread_over_the_space() -> None:
-    trials = []
-    for seed in range(100):
-        trial = in_memory(sampler(seed=seed)).ask()
-        suggest(trial, SPACE, SHAPE, BUDGET)
-        trials.append(trial.params)
-    for preset in SPACE.targets:
-        assert 20 <= sum(params["targets"] == preset for params in trials) <= 50
-    quarters = np.histogram([params["dropout"] for params in trials], bins=4, range=(0.0, 0.2))[0]
-    assert quarters.min() >= 12
-    decades = np.histogram([np.log10(params["learning_rate"]) for params in trials], bins=2, range=(-4, -2))[0]
-    assert decades.min() >= 35
-    pairs = np.corrcoef([(params["dropout"], np.log(params["learning_rate"])) for params in trials], rowvar=False)
-    assert abs(pairs[0, 1]) < 0.3
+def start(space: Space, sampler: BaseSampler, num_trials: int) -> list[dict[str, Any]]:
+    """The parameters of the first trials, none of which has ended."""
+    study = in_memory(sampler)
+    for _ in range(num_trials):
+        suggest(study.ask(), space, SHAPE, BUDGET)
+    return [trial.params for trial in study.trials]
+
+
+def test_start_up_trials_cover_the_space_more_evenly_than_independent_draws() -> None:
+    """From every trial on: others come before them, such as the baseline."""
+
+    def discrepancy(params: list[dict[str, Any]], first: int) -> float:
+        points = [
+            (one["rank_share"], one["dropout"] / 0.2, (math.log10(one["learning_rate"]) + 4) / 2)
+            for one in params[first : first + 12]
+        ]
+        return float(qmc.discrepancy(points))
+
+    seeds = range(12)
+    ours = [start(SPACE, sampler(seed=seed, startup=99), 20) for seed in seeds]
+    random = [start(SPACE, RandomSampler(seed=seed), 20) for seed in seeds]
+    for first in range(8):
+        even, independent = (np.mean([discrepancy(params, first) for params in of]) for of in (ours, random))
+        assert even < 0.7 * independent
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_so_many_start_up_trials_meet_every_choice(name: str) -> None:
+    """2^k points have one in each 2^k-th of a coordinate, which lies within a choice's part where 2^k >= 2 choices."""
+    space = SPACES[name]
+    for seed in range(12):
+        params = start(space, sampler(space, seed, startup=99), 16)
+        for block in (params[:8], params[8:]):
+            for choice, given in distributions(space, SHAPE, BUDGET).items():
+                if isinstance(given, CategoricalDistribution):
+                    assert {one[choice] for one in block} == set(given.choices)
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -220,24 +260,23 @@ def test_a_baseline_without_parameters_does_not_take_the_joint_distribution_away
     space = SPACES[name]
     study = in_memory(sampler(space))
     enqueue_baseline(study, OUTSIDE, space, SHAPE, BUDGET)
-    joint = []
+    joint, names = [], {"targets", "rank_share", "alpha_ratio", "dropout", "learning_rate"}
+    names |= {"head"} if name == "both heads" else set()
     for _ in range(STARTUP_TRIALS + 4):
         trial = study.ask()
         joint.append(set(trial.relative_params))
         study.tell(trial, accuracy(configuration(trial, space), 30))
     assert study.trials[0].params == {}
-    names = {"targets", "rank_share", "alpha_ratio", "dropout", "learning_rate"}
-    names |= {"head"} if name == "both heads" else set()
-    assert joint == [set()] * STARTUP_TRIALS + [names] * 4
+    assert joint == [set()] + [names] * (STARTUP_TRIALS + 3)
 
 
 def test_parameters_of_a_single_value_do_not_disturb_the_others() -> None:
-    given = {
+    given: dict[str, BaseDistribution] = {
         "width": FloatDistribution(0.1, 0.1),
         "choice": CategoricalDistribution(("only",)),
         "free": FloatDistribution(0.0, 1.0),
     }
-    study = in_memory(TrialSeededTPE(0, STARTUP_TRIALS, dict(given)))
+    study = in_memory(TrialSeededTPE(0, STARTUP_TRIALS, given, given))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # TPE warns of a division by zero where it is given a range without width
         for _ in range(30):

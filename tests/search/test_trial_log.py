@@ -12,7 +12,7 @@ from agnews_lora.search.trial_log import FILE, TrialLog
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialEnd, TrialResult
 
 TRAIN = TrainPoint("t0000", 10, 1.25, 1e-3, 1_000)
-EVAL = EvalPoint("t0000", 10, 0.5, 0.4, 1.1, 50, False, 1_001)
+EVAL = EvalPoint("t0000", 10, 0.5, 0.4, 1.1, 50, False, 1_001, "gA==")
 RESULT = TrialResult("t0000", 30, 30, replace(EVAL, final=True), None, 5_000, 480, 1.0, 0.5, 1_000)
 
 

@@ -26,7 +26,7 @@ from agnews_lora.training import device
 from agnews_lora.training.data_order import batches
 from agnews_lora.training.hf_trainer import TrainerEngine
 from agnews_lora.training.interface import EvalPoint, TrainSettings
-from agnews_lora.training.metrics import mean_cross_entropy, predict_logits
+from agnews_lora.training.metrics import mean_cross_entropy, predict_logits, unpacked
 from tests.tiny import tiny_base
 from tests.training import conftest
 from tests.training.conftest import (
@@ -216,6 +216,7 @@ def require_scores(point: EvalPoint, logits: np.ndarray, labels: np.ndarray) -> 
     probabilities = torch.from_numpy(logits).double().softmax(dim=-1).numpy()
     predicted = logits.argmax(axis=-1)
     assert point.accuracy == pytest.approx(accuracy_score(labels, predicted))
+    assert unpacked(point.right, point.rows).tolist() == (predicted == labels).tolist()
     assert point.macro_f1 == pytest.approx(f1_score(labels, predicted, average="macro"))
     assert point.loss == pytest.approx(log_loss(labels, probabilities, labels=range(4)), rel=1e-5)
 

@@ -19,7 +19,7 @@ from agnews_lora.errors import TrainingError
 from agnews_lora.training import checkpoints
 from agnews_lora.training.data_order import batches
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrainSettings, TrialPlan, timestamp
-from agnews_lora.training.metrics import accuracy, macro_f1, mean_cross_entropy, require_finite
+from agnews_lora.training.metrics import accuracy, macro_f1, mean_cross_entropy, packed, require_finite
 from agnews_lora.training.model import build_model
 from agnews_lora.training.multilora.model import SlotBatch
 from agnews_lora.training.multilora.optimizer import linear_rate
@@ -130,6 +130,7 @@ class TrialState:
             rows=len(labels),
             final=self.ended,
             timestamp=timestamp(),
+            right=packed(predicted == labels),
         )
 
     @property

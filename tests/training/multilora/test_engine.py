@@ -18,7 +18,7 @@ from agnews_lora.adapters.spec import PRESETS, TrialSpec
 from agnews_lora.errors import ConfigError, TrainingError
 from agnews_lora.training.checkpoints import newest
 from agnews_lora.training.interface import TrainSettings, TrialPlan, Verdict
-from agnews_lora.training.metrics import predict_logits
+from agnews_lora.training.metrics import predict_logits, unpacked
 from agnews_lora.training.multilora.encoder import Encoder
 from agnews_lora.training.multilora.engine import (
     MAX_SLOTS,
@@ -211,6 +211,7 @@ def test_exported_adapters_give_the_scores_in_plain_peft(crowd: Crowd) -> None:
         labels = torch.from_numpy(np.array(validation.labels))
         assert result.final.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
         assert result.final.accuracy == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+        assert unpacked(result.final.right, VALIDATION_ROWS).tolist() == (logits.argmax(-1) == labels).tolist()
 
 
 def test_dropout_drops_and_a_frozen_head_stays_as_drawn(crowd: Crowd) -> None:

@@ -7,30 +7,150 @@ from a table instead of training it: for every rule, with one trial at a time an
 seeds. It writes what it measured to `results/`.
 """
 
+import argparse
+import datetime
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import optuna
 from numpy.typing import NDArray
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.trial import FrozenTrial
 from scipy import stats
 
+from agnews_lora.adapters.base_models import shape_of
+from agnews_lora.search import space as search_space
 from agnews_lora.search.pruner import PeerMedianPruner
-from benchmarks.search_replay import Outcome
+from agnews_lora.search.results import trial_name
+from agnews_lora.search.sampler import TrialSeededTPE
+from agnews_lora.tracking.provenance import provenance
+from benchmarks.search_replay import SPACE, Outcome, Rows, replay
+from benchmarks.search_table import BUDGET, RESULTS, Table, Training, read_table
 
 TABLES: Final = ("ag_news", "newswire")
 SLOTS: Final = (1, 4)
 TRIALS: Final = (14, 30)
 NONE: Final = "none"
 
+Statistic = Callable[[Training, int], float]  # of a training at its n-th evaluation; more is better
+Rule = Callable[[Training, Sequence[Training], int], bool]
+Pruner = Callable[[Mapping[str, Training]], BasePruner]
 
-def rules(first: int, every: int) -> dict[str, BasePruner]:
-    """The rules that are compared. every: steps between two evaluations."""
+
+@dataclass(frozen=True)
+class TablePruner(BasePruner):
+    """Prunes by a rule that reads the table.
+
+    Args:
+        steps: of the evaluations.
+        trained: {trial: its training}.
+        rule: whether to give up a training, judged beside its peers that came as far, at the n-th evaluation.
+        first: evaluation before which there is no judgement.
+        min_peers: without as many, there is none either.
+    """
+
+    steps: Sequence[int]
+    trained: Mapping[str, Training]
+    rule: Rule
+    first: int = 0
+    min_peers: int = 4
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        step = trial.last_step
+        assert step is not None, "trials are judged after an evaluation"
+        peers = [
+            self.trained[trial_name(other)]
+            for other in study.get_trials(deepcopy=False)
+            if other.number != trial.number and step in other.intermediate_values
+        ]
+        stage = self.steps.index(step)
+        if stage < self.first or len(peers) < self.min_peers:
+            return False
+        return self.rule(self.trained[trial_name(trial)], peers, stage)
+
+
+def accuracy(training: Training, stage: int) -> float:
+    """Of the monitor."""
+    return float(list(training.right.values())[stage].mean())
+
+
+def loss(training: Training, stage: int) -> float:
+    """Of the monitor, with its sign turned."""
+    return -training.eval_losses[stage]
+
+
+def training_loss(log_every: int, steps: Sequence[int]) -> Statistic:
+    """Of the training rows since the last evaluation, with its sign turned."""
+
+    def statistic(training: Training, stage: int) -> float:
+        after, until = (step // log_every for step in ([0, *steps][stage], steps[stage]))
+        return -float(np.mean(training.losses[after:until]))
+
+    return statistic
+
+
+def below(share: float, statistic: Statistic, guard: float = 0.0) -> Rule:
+    """Give up the trial below a quantile of its peers. guard: standard errors of an accuracy that it must be below."""
+
+    def rule(own: Training, peers: Sequence[Training], stage: int) -> bool:
+        right = list(own.right.values())[stage]
+        error = guard * math.sqrt(right.mean() * (1 - right.mean()) / len(right))
+        return statistic(own, stage) + error < float(np.quantile([statistic(peer, stage) for peer in peers], share))
+
+    return rule
+
+
+def behind(z: float, margin: float = 0.0) -> Rule:
+    """Give up the trial that is behind the best on the same rows: by a margin, and z standard errors (McNemar)."""
+
+    def rule(own: Training, peers: Sequence[Training], stage: int) -> bool:
+        best = max(peers, key=lambda peer: accuracy(peer, stage))
+        right, wrong = (list(each.right.values())[stage].astype(float) for each in (best, own))
+        gaps = right - wrong
+        return float(gaps.mean() - z * gaps.std() / math.sqrt(len(gaps))) > margin
+
+    return rule
+
+
+def at(stages: Sequence[int], rule: Rule) -> Rule:
+    """Judge by a rule at some evaluations alone."""
+    return lambda own, peers, stage: stage in stages and rule(own, peers, stage)
+
+
+def rules(table: Table) -> dict[str, Pruner]:
+    """The rules that are compared."""
+    every, stages = table.steps[0], range(len(table.steps))
+    half, quarter = len(stages) // 2 - 1, len(stages) // 4 - 1
+    online = training_loss(table.about["training"]["log_every"], table.steps)
+
+    def rule(given: Rule, first: int = 0) -> Pruner:
+        return lambda trained: TablePruner(table.steps, trained, given, first)
+
+    def fixed(pruner: BasePruner) -> Pruner:
+        return lambda trained: pruner
+
     return {
-        NONE: NopPruner(),
-        "median of peers": PeerMedianPruner(4, 0),
-        "median of finished (Optuna)": MedianPruner(4, 0),
-        **{f"successive halving by {by} (Optuna)": SuccessiveHalvingPruner(every, by) for by in (2, 4)},
+        NONE: fixed(NopPruner()),
+        "median of peers, from the first evaluation": fixed(PeerMedianPruner(4, 0)),
+        "median of peers, from a quarter on": rule(below(0.5, accuracy), quarter),
+        "median of peers, from half on": rule(below(0.5, accuracy), half),
+        "median of peers less two standard errors": rule(below(0.5, accuracy, 2)),
+        "median of finished (Optuna)": fixed(MedianPruner(4, 0)),
+        **{f"successive halving by {by} (Optuna)": fixed(SuccessiveHalvingPruner(every, by)) for by in (2, 4)},
+        "best peer on the same rows, z = 2": rule(behind(2)),
+        "best peer on the same rows, z = 2, from a quarter on": rule(behind(2), quarter),
+        "best peer on the same rows, z = 1, from a quarter on": rule(behind(1), quarter),
+        "median of peers' loss, from the first evaluation": rule(below(0.5, loss)),
+        "median of peers' loss, from a quarter on": rule(below(0.5, loss), quarter),
+        "upper third of peers' loss, from a quarter on": rule(below(2 / 3, loss), quarter),
+        "rungs at a quarter and half, upper half by loss": rule(at([quarter, half], below(0.5, loss))),
+        "rungs at a quarter and half, upper third by loss": rule(at([quarter, half], below(2 / 3, loss))),
+        "median of peers' training loss, from the first evaluation": rule(below(0.5, online)),
+        "median of peers' training loss, from a quarter on": rule(below(0.5, online), quarter),
     }
 
 
@@ -58,3 +178,93 @@ def interval(differences: NDArray[np.float64]) -> str:
     """Mean of paired differences in points, with its 95 % interval (Student's t)."""
     half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
     return f"{100 * differences.mean() + 0.0:+.2f} ± {100 * half:.2f}"
+
+
+def measure(rows: Rows, num_studies: int) -> dict[str, Measured]:
+    """Replay every rule over the same seeds."""
+    measured = {}
+    space = SPACE, rows.shape, BUDGET
+    names = search_space.distributions(*space), search_space.shared(*space)
+
+    def study(pruner: Pruner, num_trials: int, num_slots: int, seed: int, backwards: bool = False) -> Outcome:
+        sampler = TrialSeededTPE(seed, num_trials // 3, *names)
+        return replay(rows, sampler, pruner, num_trials, num_slots, seed, backwards)
+
+    for name, pruner in rules(rows.table).items():
+        outcomes = {
+            (num_trials, num_slots): [study(pruner, num_trials, num_slots, seed) for seed in range(num_studies)]
+            for num_trials in TRIALS
+            for num_slots in SLOTS
+        }
+        backwards = [study(pruner, TRIALS[-1], SLOTS[-1], seed, True) for seed in range(num_studies)]
+        measured[name] = Measured(outcomes, backwards)
+        print(name, *(f"{cell}: {measured[name].saved(cell):.0%}" for cell in outcomes), flush=True)
+    return measured
+
+
+def lines_of(measured: dict[str, Measured]) -> str:
+    """The Markdown table of one table's studies."""
+    cells = [(num_trials, num_slots) for num_trials in TRIALS for num_slots in SLOTS]
+    heads = [f"{num_trials} trials, K={num_slots}" for num_trials, num_slots in cells]
+    columns = ["rule", *(f"saved, {head}" for head in heads), *(f"worth − none, {head}" for head in heads)]
+    columns += ["worth − none, all", "order matters in"]
+    lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
+    for name, rule in measured.items():
+        gaps = [rule.worth(cell) - measured[NONE].worth(cell) for cell in cells]
+        shown = [name, *(f"{rule.saved(cell):.0%}" for cell in cells), *map(interval, gaps)]
+        shown += [interval(np.mean(gaps, axis=0)), f"{rule.depends_on_order:.0%}"]
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def report(measured: dict[str, dict[str, Measured]], tables: dict[str, Table], num_studies: int) -> str:
+    """The result file, of {table: {rule: what was measured}}."""
+    tags = provenance()
+    dirty = " (dirty)" if tags.get("git.dirty") == "true" else ""
+    libraries = ", ".join(f"{name} {tags[f'version.{name}']}" for name in ("torch", "transformers", "optuna"))
+    parts = []
+    for name, found in measured.items():
+        worth = {cell: found[NONE].worth(cell).mean() for cell in found[NONE].outcomes}
+        shown = ", ".join(f"{worth[cell]:.2%} ({cell[0]} trials, K={cell[1]})" for cell in worth)
+        num_configurations = len(tables[name].trainings) // 2
+        parts.append(
+            f"## {name}: {num_configurations} configurations, two seeds each\n\n"
+            f"Worth without pruning: {shown}.\n\n{lines_of(found)}\n"
+        )
+    return f"""\
+# `python -m benchmarks.pruning`: rules of pruning, {tags["device"]}, {datetime.date.today()}
+
+Commit {tags.get("mlflow.source.git.commit", "unknown")[:12]}{dirty}, Python {tags["version.python"]}, {libraries}.
+
+{num_studies} studies in each cell, the same seeds for all rules, by the sweep's own driver and sampler. A trial takes its
+scores from `search-table-NAME.jsonl` (`python -m benchmarks.search_table`): those of the nearest configuration of its
+preset (least Euclidean distance over log learning rate, log alpha ratio, rank as a share of the largest that fits, and
+dropout), with one of its two seeds. K trials advance together; a place that falls free is filled at once.
+
+Worth of a study: test accuracy of the configuration with the best validation accuracy, with the seed that it was *not*
+chosen on. Saved: share of the training steps of all its trials. Differences from no pruning are paired by seed, in
+points, with the 95 % interval of their mean (t). Order matters: share of the studies with {TRIALS[-1]} trials and
+K={SLOTS[-1]} in which other trials were pruned when each group was judged backwards.
+
+{chr(10).join(parts)}"""
+
+
+def main() -> None:
+    """Replay every rule on every table, and write the result file."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning", description="Compare rules of pruning.")
+    parser.add_argument("--studies", type=int, default=100)
+    arguments = parser.parse_args()
+    tables = {name: read_table(RESULTS / f"search-table-{name}.jsonl") for name in TABLES}
+    shape = shape_of("embedded:minilm")
+    measured = {name: measure(Rows(table, shape), arguments.studies) for name, table in tables.items()}
+    text = report(measured, tables, arguments.studies)
+    device = provenance()["device"].lower().replace(",", "").replace("(r)", "")
+    name = f"pruning-{'-'.join(device.split())}-{datetime.date.today()}.md"
+    (RESULTS / name).write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

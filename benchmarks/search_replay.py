@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,18 +140,21 @@ class Outcome:
 def replay(
     rows: Rows,
     sampler: BaseSampler,
-    pruner: BasePruner,
+    pruner: Callable[[Mapping[str, Training]], BasePruner],
     num_trials: int,
     num_slots: int,
     seed: int,
     backwards: bool = False,
 ) -> Outcome:
-    """Run one study by the sweep's own driver."""
-    study = optuna.create_study(sampler=sampler, pruner=pruner, direction="maximize")
+    """Run one study by the sweep's own driver.
+
+    pruner: made of {trial: its training}, for a rule that reads more of a table than the study has.
+    """
+    engine, nothing = TableEngine(rows, num_slots, backwards), NullTracker()
+    study = optuna.create_study(sampler=sampler, pruner=pruner(engine.trained), direction="maximize")
     enqueue_baseline(study, BASELINE, SPACE, rows.shape, BUDGET)
     total = rows.table.total_steps
     search = Search(SPACE, rows.shape, BUDGET, seed, BASELINE, seed, total, num_trials)
-    engine, nothing = TableEngine(rows, num_slots, backwards), NullTracker()
     with tempfile.TemporaryDirectory() as folder:
         Driver(study, search, nothing, nothing, Path(folder), lambda: False).run(engine)
     ended = summaries(study)

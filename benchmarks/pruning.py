@@ -24,7 +24,7 @@ from scipy import stats
 
 from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.search import space as search_space
-from agnews_lora.search.pruner import PeerMedianPruner
+from agnews_lora.search.pruner import McNemarPruner
 from agnews_lora.search.results import trial_name
 from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.tracking.provenance import provenance
@@ -83,12 +83,14 @@ def loss(training: Training, stage: int) -> float:
     return -training.eval_losses[stage]
 
 
-def training_loss(log_every: int, steps: Sequence[int]) -> Statistic:
-    """Of the training rows since the last evaluation, with its sign turned."""
+def training_loss(table: Table) -> Statistic:
+    """Of the training rows since the end of the warm-up, with its sign turned."""
+    training = table.about["training"]
+    warmup = round(training["warmup"] * table.total_steps)
 
-    def statistic(training: Training, stage: int) -> float:
-        after, until = (step // log_every for step in ([0, *steps][stage], steps[stage]))
-        return -float(np.mean(training.losses[after:until]))
+    def statistic(own: Training, stage: int) -> float:
+        until = table.steps[stage] // training["log_every"]
+        return -float(np.mean(own.losses[min(warmup // training["log_every"], until - 1) : until]))
 
     return statistic
 
@@ -104,18 +106,6 @@ def below(share: float, statistic: Statistic, guard: float = 0.0) -> Rule:
     return rule
 
 
-def behind(z: float, margin: float = 0.0) -> Rule:
-    """Give up the trial that is behind the best on the same rows: by a margin, and z standard errors (McNemar)."""
-
-    def rule(own: Training, peers: Sequence[Training], stage: int) -> bool:
-        best = max(peers, key=lambda peer: accuracy(peer, stage))
-        right, wrong = (list(each.right.values())[stage].astype(float) for each in (best, own))
-        gaps = right - wrong
-        return float(gaps.mean() - z * gaps.std() / math.sqrt(len(gaps))) > margin
-
-    return rule
-
-
 def at(stages: Sequence[int], rule: Rule) -> Rule:
     """Judge by a rule at some evaluations alone."""
     return lambda own, peers, stage: stage in stages and rule(own, peers, stage)
@@ -125,7 +115,7 @@ def rules(table: Table) -> dict[str, Pruner]:
     """The rules that are compared."""
     every, stages = table.steps[0], range(len(table.steps))
     half, quarter = len(stages) // 2 - 1, len(stages) // 4 - 1
-    online = training_loss(table.about["training"]["log_every"], table.steps)
+    online = training_loss(table)
 
     def rule(given: Rule, first: int = 0) -> Pruner:
         return lambda trained: TablePruner(table.steps, trained, given, first)
@@ -135,22 +125,19 @@ def rules(table: Table) -> dict[str, Pruner]:
 
     return {
         NONE: fixed(NopPruner()),
-        "median of peers, from the first evaluation": fixed(PeerMedianPruner(4, 0)),
+        **{f"McNemar against the best, {z:g} standard errors": fixed(McNemarPruner(z, 1, 0)) for z in (1.5, 2, 2.5, 3)},
+        "the same, 2.5 standard errors, after 4 peers": fixed(McNemarPruner(2.5, 4, 0)),
+        "the same, 2.5 standard errors, from a quarter on": fixed(McNemarPruner(2.5, 1, table.steps[quarter])),
+        "median of peers": rule(below(0.5, accuracy)),
         "median of peers, from a quarter on": rule(below(0.5, accuracy), quarter),
         "median of peers, from half on": rule(below(0.5, accuracy), half),
         "median of peers less two standard errors": rule(below(0.5, accuracy, 2)),
+        "median of peers' loss": rule(below(0.5, loss)),
+        "median of peers' training loss since the warm-up": rule(below(0.5, online)),
+        "upper third of peers' training loss since the warm-up": rule(below(2 / 3, online)),
+        "rungs at a quarter and a half, upper half by loss": rule(at([quarter, half], below(0.5, loss))),
         "median of finished (Optuna)": fixed(MedianPruner(4, 0)),
         **{f"successive halving by {by} (Optuna)": fixed(SuccessiveHalvingPruner(every, by)) for by in (2, 4)},
-        "best peer on the same rows, z = 2": rule(behind(2)),
-        "best peer on the same rows, z = 2, from a quarter on": rule(behind(2), quarter),
-        "best peer on the same rows, z = 1, from a quarter on": rule(behind(1), quarter),
-        "median of peers' loss, from the first evaluation": rule(below(0.5, loss)),
-        "median of peers' loss, from a quarter on": rule(below(0.5, loss), quarter),
-        "upper third of peers' loss, from a quarter on": rule(below(2 / 3, loss), quarter),
-        "rungs at a quarter and half, upper half by loss": rule(at([quarter, half], below(0.5, loss))),
-        "rungs at a quarter and half, upper third by loss": rule(at([quarter, half], below(2 / 3, loss))),
-        "median of peers' training loss, from the first evaluation": rule(below(0.5, online)),
-        "median of peers' training loss, from a quarter on": rule(below(0.5, online), quarter),
     }
 
 
@@ -236,9 +223,9 @@ def report(measured: dict[str, dict[str, Measured]], tables: dict[str, Table], n
 
 Commit {tags.get("mlflow.source.git.commit", "unknown")[:12]}{dirty}, Python {tags["version.python"]}, {libraries}.
 
-{num_studies} studies in each cell, the same seeds for all rules, by the sweep's own driver and sampler. A trial takes its
-scores from `search-table-NAME.jsonl` (`python -m benchmarks.search_table`): those of the nearest configuration of its
-preset (least Euclidean distance over log learning rate, log alpha ratio, rank as a share of the largest that fits, and
+{num_studies} studies in each cell, the same seeds for all rules, by the sweep's own driver and sampler. A trial takes
+its scores from `search-table-NAME.jsonl` (`python -m benchmarks.search_table`): those of the nearest configuration of
+its preset (least Euclidean distance over log learning rate, log alpha ratio, rank as a share of the largest that fits, and
 dropout), with one of its two seeds. K trials advance together; a place that falls free is filled at once.
 
 Worth of a study: test accuracy of the configuration with the best validation accuracy, with the seed that it was *not*

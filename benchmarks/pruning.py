@@ -25,8 +25,8 @@ from scipy import stats
 from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.search import space as search_space
 from agnews_lora.search.pruner import McNemarPruner
-from agnews_lora.search.results import trial_name
 from agnews_lora.search.sampler import TrialSeededTPE
+from agnews_lora.search.trials import trial_name
 from agnews_lora.tracking.provenance import provenance
 from benchmarks.search_replay import SPACE, Outcome, Rows, replay
 from benchmarks.search_table import BUDGET, RESULTS, Table, Training, read_table
@@ -225,8 +225,8 @@ Commit {tags.get("mlflow.source.git.commit", "unknown")[:12]}{dirty}, Python {ta
 
 {num_studies} studies in each cell, the same seeds for all rules, by the sweep's own driver and sampler. A trial takes
 its scores from `search-table-NAME.jsonl` (`python -m benchmarks.search_table`): those of the nearest configuration of
-its preset (least Euclidean distance over log learning rate, log alpha ratio, rank as a share of the largest that fits, and
-dropout), with one of its two seeds. K trials advance together; a place that falls free is filled at once.
+its preset (least Euclidean distance over log learning rate, log alpha ratio, rank as a share of the largest that fits,
+and dropout), with one of its two seeds. K trials advance together; a place that falls free is filled at once.
 
 Worth of a study: test accuracy of the configuration with the best validation accuracy, with the seed that it was *not*
 chosen on. Saved: share of the training steps of all its trials. Differences from no pruning are paired by seed, in

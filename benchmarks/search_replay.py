@@ -17,9 +17,9 @@ from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.config.sweep import Range, Space
 from agnews_lora.errors import TrainingError
 from agnews_lora.search.driver import Driver, Search
-from agnews_lora.search.results import best_first, summaries
 from agnews_lora.search.study import enqueue_baseline
 from agnews_lora.search.trial_log import Point
+from agnews_lora.search.trials import best_first, summaries
 from agnews_lora.training.interface import (
     EvalPoint,
     Observer,

@@ -14,8 +14,6 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
-from agnews_lora.search.study import BASELINE, given
-
 
 def derived_seed(seed: int, number: int, name: str = "") -> int:
     """A 31-bit seed of one trial, or of one parameter of it, from the sweep's seed (NumPy's SeedSequence)."""
@@ -41,8 +39,8 @@ class TrialSeededTPE(BaseSampler):
         self._seed = seed
         self._startup_trials = startup_trials
         # A single value needs no sampling, and TPE's density over a range without width is not a number.
-        self._parameters = {name: of for name, of in parameters.items() if not of.single()}
-        self._shared = {name: of for name, of in self._parameters.items() if name in shared}
+        self._parameters = {name: given for name, given in parameters.items() if not given.single()}
+        self._shared = {name: given for name, given in self._parameters.items() if name in shared}
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._shared
@@ -50,8 +48,6 @@ class TrialSeededTPE(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        if trial.user_attrs.get(BASELINE) or search_space.keys() <= given(trial).keys():
-            return {}  # resumed, or enqueued: TPE would store a draw, and take it for what the trial trains with
         if self._learns(study):
             return self._tpe(trial.number).sample_relative(study, trial, search_space)
         return {name: self._start(trial.number, name) for name in search_space}

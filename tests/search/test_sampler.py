@@ -147,22 +147,6 @@ def test_trials_that_are_asked_at_once_do_not_touch_each_other() -> None:
     assert len(set(specs[0])) == 3
 
 
-def test_a_trial_that_is_resumed_counts_with_the_parameters_that_it_has() -> None:
-    """Optuna's TPE takes what it would draw for it now, and keeps that from the others' trials."""
-    asked = []
-    for resumes in (False, True):
-        study = in_memory(sampler())
-        running, *others = [study.ask() for _ in range(STARTUP_TRIALS + 1)]
-        suggest(running, SPACE, SHAPE, BUDGET)
-        for trial in others:
-            study.tell(trial, accuracy(suggest(trial, SPACE, SHAPE, BUDGET), 30))
-        if resumes:
-            again = optuna.Trial(study, running._trial_id)
-            assert suggest(again, SPACE, SHAPE, BUDGET) == suggest(running, SPACE, SHAPE, BUDGET)
-        asked.append(suggest(study.ask(), SPACE, SHAPE, BUDGET))
-    assert asked[0] == asked[1]
-
-
 def test_another_seed_asks_something_else() -> None:
     first = [suggest(in_memory(sampler(seed=seed)).ask(), SPACE, SHAPE, BUDGET) for seed in (0, 1, 2, 0)]
     assert len(set(first)) == 3
@@ -267,7 +251,7 @@ def test_a_baseline_without_parameters_does_not_take_the_joint_distribution_away
         joint.append(set(trial.relative_params))
         study.tell(trial, accuracy(configuration(trial, space), 30))
     assert study.trials[0].params == {}
-    assert joint == [set()] + [names] * (STARTUP_TRIALS + 3)
+    assert joint == [names] * (STARTUP_TRIALS + 4)
 
 
 def test_parameters_of_a_single_value_do_not_disturb_the_others() -> None:

@@ -14,12 +14,13 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 from agnews_lora.search.confirmation import find_confirmation
-from agnews_lora.search.results import confirmed, summaries
+from agnews_lora.search.racing import repeated
+from agnews_lora.search.trials import summaries
 from agnews_lora.tracking.provenance import provenance
 from tests.search.scripted import TOTAL_STEPS, ScriptedEngine, Session
 
 RESULTS: Final = Path(__file__).resolve().parent / "results"
-# (trials, (best that are repeated, runs of each), slots)
+# (trials, (best that are raced, runs of each at most), slots)
 CASES: Final = [(12, (2, 2), 2), (48, (3, 2), 2), *((48, (3, 3), slots) for slots in (1, 2, 4, 8, 32))]
 
 
@@ -37,9 +38,10 @@ def main() -> int:
             if found(beside) != found(Session(apart, trials)):
                 print(f"{slots} slots: the results differ, nothing is written.", file=sys.stderr)
                 return 1
-        best, seeds = confirmation
+        rounds = find_confirmation(beside.study)
+        best, repeats = confirmation[0], len(rounds.trials) if rounds else 0
         before, after = (f"{each.num_idle} | {each.num_steps // slots}" for each in (engine, beside.engine))
-        lines.append(f"| {trials} | {best} × {seeds - 1} | {slots} | {searched} | {before} | {after} |")
+        lines.append(f"| {trials} | {best}: {repeats} | {slots} | {searched} | {before} | {after} |")
         print(lines[-1], flush=True)
     tags = provenance()
     text = [
@@ -53,7 +55,7 @@ def main() -> int:
         "The last place among the best is open until the last trial ends, so that its repetitions begin then: there is "
         "something to gain where the repetitions do not all fit the slots at once.",
         "",
-        "| trials | repetitions | slots | steps of the search | before: empty slot-steps | steps in all "
+        "| trials | raced: repetitions | slots | steps of the search | before: empty slot-steps | steps in all "
         "| after: empty slot-steps | steps in all |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *lines,
@@ -64,9 +66,9 @@ def main() -> int:
 
 
 def found(session: Session) -> object:
-    """What a sweep ended with: every trial, and the confirmed ones with all their runs, the best first."""
+    """What a sweep ended with: every trial, and the completed ones with all their runs, the best first."""
     trials = summaries(session.study)
-    rows = confirmed(trials, find_confirmation(session.study), session.objective)
+    rows = repeated(trials, find_confirmation(session.study), session.objective).values()
     return trials, [[(run.trial, run.seed, run.accuracy, run.loss) for run in row.runs] for row in rows]
 
 

@@ -18,10 +18,10 @@ from agnews_lora.errors import TrainingError
 from agnews_lora.search import space as search_space
 from agnews_lora.search.driver import Driver, Search
 from agnews_lora.search.pruner import PeerMedianPruner, peer_values
-from agnews_lora.search.results import best_first, summaries
 from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.search.study import enqueue_baseline
 from agnews_lora.search.trial_log import Point
+from agnews_lora.search.trials import best_first, summaries
 from agnews_lora.training.interface import (
     EvalPoint,
     Observer,
@@ -166,7 +166,7 @@ class NullTracker:
 
     def evaluated(self, points: Sequence[EvalPoint]) -> None: ...
 
-    def planned(self, total_trials: int) -> None: ...
+    def planned(self, total_trials: int, confirms: bool) -> None: ...
 
     def message(self, text: str) -> None: ...
 

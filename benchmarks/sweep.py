@@ -32,7 +32,8 @@ from agnews_lora.data.sources import prepare_test
 from agnews_lora.data.tokens import TokenTable
 from agnews_lora.paths import RESULTS as SWEEP_RESULTS
 from agnews_lora.paths import STORES, TOKENS
-from agnews_lora.search.results import SweepResult, TrialSummary
+from agnews_lora.search.results import SweepResult
+from agnews_lora.search.trials import TrialSummary
 from agnews_lora.serving import reload
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.store import tracking_uri

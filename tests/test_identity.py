@@ -18,8 +18,10 @@ from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing, open_confirmation
 from agnews_lora.search.driver import num_left
 from agnews_lora.search.pruner import peer_values
-from agnews_lora.search.results import SweepResult, TrialSummary, best_first, confirmed, summaries
+from agnews_lora.search.racing import repeated as with_repetitions
+from agnews_lora.search.results import SweepResult
 from agnews_lora.search.study import SweepStudy, open_storage, require_compatible, study_names, work_folder
+from agnews_lora.search.trials import TrialSummary, best_first, summaries
 from tests.project import agnews_lora
 from tests.search.conftest import no_wait_for_the_disk  # noqa: F401  # it speeds up every database
 from tests.search.scripted import BUDGET, SHAPE, SPACE, TOTAL_STEPS, ScriptedEngine, Session
@@ -130,12 +132,12 @@ def test_what_was_added_is_never_repeated(tmp_path: Path) -> None:
     names = {trial.user_attrs[keys.CONFIRMS] for trial in repeated.trials}
     assert best.trial in names and names <= {row.trial for row in summaries(study)}
     # Nor does a repetition that a person added change the mean.
-    scores = [row.scores("accuracy") for row in confirmed(summaries(study), find_confirmation(study), "accuracy")]
+    known = with_repetitions(summaries(study), find_confirmation(study), "accuracy")
     by_hand(tmp_path, "scripted/confirmation").add_trial(repeated.trials[0])
     by_hand(tmp_path, "scripted/confirmation").enqueue_trial({"targets": "qk"})
     again = find_confirmation(study)
     assert again is not None and len(again.trials) == len(repeated.trials)
-    assert [row.scores("accuracy") for row in confirmed(summaries(study), again, "accuracy")] == scores
+    assert with_repetitions(summaries(study), again, "accuracy") == known
 
 
 @pytest.mark.parametrize(("state", "value"), [(TrialState.COMPLETE, 0.999), (TrialState.FAIL, None)])
@@ -208,11 +210,11 @@ def test_a_study_that_was_deleted_and_made_again_takes_no_confirmation_of_the_ol
     optuna.delete_study(study_name="scripted", storage=url(tmp_path))
     again = finished(tmp_path)
     assert again.study.identity != session.study.identity
-    assert find_confirmation(again.study) is None and num_missing(again.study, 2, 3) == 4
+    assert find_confirmation(again.study) is None and num_missing(again.study, 2, 3) == 2
     result = SweepResult.from_study(again.study, find_confirmation(again.study), facts(), state="COMPLETE")
     assert result.confirmed == ()
     opened = open_confirmation(again.study, 2, 3, 13)
-    assert opened is not None and len(opened.trials) == 4
+    assert opened is not None and len(opened.trials) == 2
     assert find_confirmation(Session(tmp_path, 4).study).study_name == opened.study_name != "scripted/confirmation"  # type: ignore[union-attr]
     assert dump(by_hand(tmp_path, "scripted/confirmation")) == old
 

@@ -24,7 +24,7 @@ from agnews_lora.search import space as search_space
 from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing
 from agnews_lora.search.driver import num_left
-from agnews_lora.search.results import ENDED_STATES, TrialSummary, best_first, trial_name
+from agnews_lora.search.trials import ENDED_STATES, TrialSummary, best_first, trial_name
 from agnews_lora.training.interface import SCORES
 
 STATES: Final = {state: word for word, state in ENDED_STATES.items()} | {  # of a trial, with its word

@@ -28,7 +28,7 @@ from agnews_lora.data.sources import Corpus
 from agnews_lora.errors import RunDeleted
 from agnews_lora.paths import RESULTS
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES, busy_seconds, draw, stretches, thumbnails
-from agnews_lora.reporting.summary import next_steps
+from agnews_lora.reporting.summary import certainty, next_steps
 from agnews_lora.search import space
 from agnews_lora.search import study as keys
 from agnews_lora.search.results import Answers, SweepFacts, SweepResult
@@ -63,6 +63,7 @@ MODEL_PARAMS: Final = (
     *("targets", "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "head"),
     *("trainable_parameters", "budget", "seed", "base"),
 )
+PROBABILITIES: Final = ("probability_better_than_baseline", "probability_better_than_runner_up")
 MODEL_METRICS: Final = ("eval/accuracy", "eval/macro_f1", "eval/loss")
 
 Logits = npt.NDArray[np.float32]  # [validation rows, classes]
@@ -211,6 +212,8 @@ def metrics_of(result: SweepResult) -> dict[str, float]:
     if mean is not None:
         shown = mean.as_dict(result.objective, result.facts.num_validation_rows)
         found |= {f"confirmation/{name}": shown[name] for name in shown if name not in ("seeds", "failed")}
+    if chosen := result.selection:
+        found |= {f"confirmation/{name}": getattr(chosen, name) for name in PROBABILITIES}
     found |= {f"{peer.key}/{name}": peer.scores[name] for peer in result.peers for name in SCORES}
     found |= {f"trials/{word}": count for word, count in result.counts.items()}
     found |= {"record_seconds": result.record_seconds}
@@ -420,7 +423,7 @@ def _describe(
 ) -> None:
     """Describe the parent run, the winner's run, the model and the version. drawn: figures that the parent run has."""
     parent, figures = pages(str(result.run_id)), {name: FIGURES[name] for name in FIGURES if name in drawn}
-    parent.describe(sweep_description(result, pages, figures, next_steps(result)))
+    parent.describe(sweep_description(result, pages, figures, next_steps(result), certainty(result)))
     if version is not None:
         own = pages(version.run_id)
         own.describe(winner_description(result, pages, ANSWER_FIGURES))
@@ -429,7 +432,7 @@ def _describe(
 
 
 def show_study(study: optuna.Study, result: SweepResult) -> None:
-    """Say in optuna-dashboard what the study is, and which trial won: by its mean, it need not be the best one."""
+    """Say in optuna-dashboard what the study is, and which trial won: confirmed, it need not be the best one."""
     facts, winner, score = result.facts, result.winner, SCORES[result.objective]
     note = (
         f"### Sweep {facts.sweep}\n\nThe LoRA adapter of {facts.base} with the best {score} and at most "

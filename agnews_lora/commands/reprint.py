@@ -16,7 +16,9 @@ from agnews_lora.reporting.summary import print_summary, typed
 from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing
 from agnews_lora.search.driver import num_left
-from agnews_lora.search.results import SweepFacts, SweepResult, confirmed, summaries
+from agnews_lora.search.racing import choose, repeated
+from agnews_lora.search.results import SweepFacts, SweepResult
+from agnews_lora.search.trials import summaries
 from agnews_lora.tracking.versions import own_folder
 
 
@@ -91,8 +93,9 @@ def _trials_are_same(result: SweepResult, sweep: Sweep, study: keys.SweepStudy, 
         return False
     rounds = find_confirmation(study) if settings else None
     found = tuple(summaries(study))
-    repeated = tuple(confirmed(found, rounds, result.objective))
-    return (study.identity, found, repeated) == (result.study_id, result.trials, result.confirmed)
+    repeats = repeated(found, rounds, result.objective)
+    confirmed, _ = choose(repeats, result.objective, settings.model_dump() if settings else None)
+    return (study.identity, found, confirmed) == (result.study_id, result.trials, result.confirmed)
 
 
 def _runs_are_there(result: SweepResult) -> bool:

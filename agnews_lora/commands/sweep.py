@@ -33,9 +33,10 @@ from agnews_lora.search.confirmation import find_confirmation, num_missing, open
 from agnews_lora.search.driver import Driver, Search, num_left, tidy
 from agnews_lora.search.prior import known_good
 from agnews_lora.search.pruner import PeerMedianPruner
-from agnews_lora.search.results import ENDED_STATES, INTERRUPTED, SweepResult, TrialSummary, summaries
+from agnews_lora.search.results import INTERRUPTED, SweepResult
 from agnews_lora.search.retry import Retry
 from agnews_lora.search.sampler import TrialSeededTPE
+from agnews_lora.search.trials import ENDED_STATES, TrialSummary, summaries
 from agnews_lora.tracking.descriptions import opening_description
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.runs import SweepRuns
@@ -283,7 +284,7 @@ class _Start:
             total_trials=self.num_trials,
             objective=sweep.objective,
             ended=ended,
-            confirmation=(settings.trials, settings.seeds) if settings else None,
+            num_confirmed=settings.trials if settings else 0,
             repeated=len(repeated),
             link=self._link(),
             quiet=self.quiet,

@@ -27,7 +27,7 @@ from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.reporting.progress import Progress
 from agnews_lora.search import study as keys
 from agnews_lora.search.driver import Driver, Search
-from agnews_lora.search.results import TrialSummary
+from agnews_lora.search.trials import TrialSummary
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client

@@ -102,12 +102,15 @@ class Pruner(Settings):
 
 
 class Confirmation(Settings):
-    """The best trials are trained again, and the winner is the one with the best mean."""
+    """The best trials race over seeds: each is trained again with another seed, then the better half, and so on."""
 
     trials: Count = 3
-    """How many of the best trials are repeated."""
+    """How many of the best trials enter the race."""
     seeds: Annotated[int, Field(ge=2, le=100)] = 3
-    """Runs of each, the sweep's own counted in, every one with a seed of its own."""
+    """The most runs of each, the sweep's own counted in, every one with a seed of its own."""
+    prefer: Literal["smallest", "best"] = "smallest"
+    """The winner among trials whose means lie within one standard error of the best: the one with the fewest trainable
+    parameters, or the one with the best mean."""
 
 
 def _load_named(value: object, info: ValidationInfo) -> object:
@@ -148,7 +151,7 @@ class Sweep(Document):
     slots: Count | None = Field(default=None, validate_default=True)
     """Trials at once, with multilora; as many as fit a GPU, or as a CPU has threads (4 at most), unless given."""
     confirmation: Confirmation | None = Confirmation()
-    """The round after the search; null for none: the winner is then the best single run."""
+    """The race after the search; null for none: the winner is then the best single run."""
 
     @field_validator("trials")
     @classmethod

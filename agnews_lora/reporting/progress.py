@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agnews_lora.adapters.spec import TrialSpec
-from agnews_lora.search.results import ENDED_STATES, TrialSummary, best_first
+from agnews_lora.search.trials import ENDED_STATES, TrialSummary, best_first
 from agnews_lora.training.interface import SCORES, EvalPoint, Objective, TrainPoint
 
 REFRESHES_PER_SECOND: Final = 2
@@ -129,7 +129,7 @@ class Progress:
         total_trials: how many are to end in all.
         objective: the score by which one is the best.
         ended: the trials that had ended before.
-        confirmation: how many of the best are repeated, and the runs of each. Among repetitions there is no best.
+        num_confirmed: how many of the best are repeated. Among repetitions there is no best.
         repeated: how many repetitions had ended before.
         link: where the run is shown: words, then a URL. On a narrow terminal its query is left out.
         console: the standard output unless given.
@@ -142,7 +142,7 @@ class Progress:
         *,
         objective: Objective = "accuracy",
         ended: Sequence[TrialSummary] = (),
-        confirmation: tuple[int, int] | None = None,
+        num_confirmed: int = 0,
         repeated: int = 0,
         link: str | None = None,
         console: Console | None = None,
@@ -153,9 +153,10 @@ class Progress:
         # Asked of the file itself: to rich, FORCE_COLOR makes a terminal of a log.
         animated = self._console.file.isatty() and self._console.is_terminal and not self._console.is_dumb_terminal
         self.mode: Literal["live", "lines", "quiet"] = "quiet" if quiet else "live" if animated else "lines"
-        self._total_trials, self._objective, self._confirmation = total_trials, objective, confirmation
+        self._total_trials, self._objective, self._num_confirmed = total_trials, objective, num_confirmed
         self._counts = {state: sum(row.state == state for row in ended) for state in ENDED_STATES.values()}
-        self._repeated, self._link = repeated, link
+        self._repeated = self._total_repetitions = repeated
+        self._link = link
         self._ended_before = self._ended + repeated
         self._confirms = repeated > 0
         best = best_first(ended, objective)[:NUM_BEST]
@@ -184,7 +185,7 @@ class Progress:
         """Show a trial that started or was resumed. spec: None where it cannot train. confirms: it is a repetition."""
         if confirms and not self._confirms:
             self._confirms = True
-            self.announce("Confirming the best trials: each is trained again with other seeds.")
+            self.announce("Confirming the best trials: they race over more seeds.")
         now = self._clock()
         self._trained_since = self._trained_since or now
         self._running[trial] = started = _Trial(trial, spec, baseline, total_steps, confirms, now)
@@ -258,9 +259,12 @@ class Progress:
         if self.mode != "quiet":
             self._console.print(text, markup=False, highlight=False, soft_wrap=self.mode != "live")
 
-    def planned(self, total_trials: int) -> None:
-        """Count to another total: a person enqueued trials on top."""
-        self._total_trials = total_trials
+    def planned(self, total_trials: int, confirms: bool = False) -> None:
+        """Count to another total: a person enqueued trials on top, or (confirms) a round of repetitions begins."""
+        if confirms:
+            self._total_repetitions = total_trials
+        else:
+            self._total_trials = total_trials
 
     def message(self, text: str) -> None:
         """Print a warning; a quiet screen passes it on to the standard error."""
@@ -342,12 +346,9 @@ class Progress:
 
     @property
     def _repetitions(self) -> int:
-        """How many there will be in all, if the trials that are left complete."""
-        if self._confirmation is None:
-            return self._repeated
-        best, seeds = self._confirmation
+        """How many there will be at least, if the trials that are left complete: later rounds may not be needed."""
         complete = self._counts["COMPLETE"] + max(0, self._total_trials - self._ended)
-        return max(self._repeated, min(best, complete) * (seeds - 1))
+        return max(self._total_repetitions, min(self._num_confirmed, complete))
 
 
 def _said(scores: EvalPoint, rows: bool = True) -> str:

@@ -20,7 +20,8 @@ from agnews_lora.errors import StorageError
 from agnews_lora.paths import write_whole
 from agnews_lora.reporting.figures import MAX_MATRIX, confidence_in_words, expected_calibration_error, short
 from agnews_lora.reporting.progress import duration
-from agnews_lora.reporting.summary import counted, next_steps
+from agnews_lora.reporting.summary import certainty, counted, next_steps
+from agnews_lora.search.racing import SURE
 from agnews_lora.search.results import SweepFacts, SweepResult
 from agnews_lora.serving.stats import Pairs, difference_interval, mcnemar_p_value
 from agnews_lora.training.interface import SCORES
@@ -105,7 +106,7 @@ def compose(result: SweepResult, pictures: set[str]) -> dict[str, Any]:
 
 
 def _first_page(result: SweepResult, pictures: set[str]) -> list[Block]:
-    blocks = [_text(_verdict(result), kind="verdict"), _decision(result)]
+    blocks = [_text(" ".join([_verdict(result), *certainty(result)]), kind="verdict"), _decision(result)]
     if SIZE in pictures:
         blocks.append(_figure(SIZE))
     risks = _risks(result)
@@ -253,12 +254,13 @@ def _risks(result: SweepResult) -> list[str]:
 
 def _noise(result: SweepResult) -> str | None:
     """A warning where the gain over the baseline may be chance."""
-    winner, baseline = result.winner, result.baseline
+    winner, baseline, selection, within = result.winner, result.baseline, result.selection, None
     if winner is None or baseline is None or baseline.accuracy is None or winner.accuracy is None:
         return None
-    if result.objective != "accuracy":  # neither test says anything of macro-F1
-        spread = (mean := result.confirmation) and mean.std(result.objective)
-        within = "it is not larger than the spread over seeds" if (result.gain or 0.0) <= (spread or 0.0) else None
+    if selection and (probability := selection.probability_better_than_baseline) is not None:
+        within = "the probability of being better is below 95%" if probability < SURE else None
+    elif result.objective != "accuracy":  # neither test says anything of macro-F1
+        return None
     elif pairs := _pairs(result):
         p = mcnemar_p_value(pairs, "two-sided")
         within = f"McNemar {_p_value(p)}" if p >= SIGNIFICANT or pairs.difference <= 0 else None
@@ -307,7 +309,7 @@ def _leaderboard(result: SweepResult) -> list[Block]:
     if rows:
         shown = f"The best {TOP} of {len(ranked)} completed trials" if len(ranked) > TOP else "All completed trials"
         word = SCORES[result.objective]
-        order = f"{'by their mean over seeds, then ' if means else ''}by {word}; ties go to the lower loss"
+        order = f"{'by the race over seeds, then ' if means else ''}by {word}; ties go to the lower loss"
         order += f". Scores are of {result.facts.num_validation_rows:,} validation rows"
         blocks.append(_table(f"{shown}, {order}.", columns, rows, right=(0, *range(3, len(columns))), strong=(0,)))
     failed = [row for row in result.trials if row.state == "FAIL"]
@@ -340,8 +342,8 @@ def _confirmation(result: SweepResult) -> list[Block]:
         )
     columns = ["trial", "search", "other seeds", "failed", "mean accuracy", "95% interval", "mean macro-F1", "change"]
     caption = (
-        f"The best trials of the search, trained again with other seeds; the winner has the best mean "
-        f"{SCORES[objective]}. Search, other seeds, change from the search to the mean: of {SCORES[objective]}, on "
+        "The best trials of the search, raced over other seeds, of which the better half trains once more; the winner "
+        f"comes first. Search, other seeds, change from the search to the mean: of {SCORES[objective]}, on "
         f"{num_rows:,} validation rows. The interval of the mean accuracy counts these rows and the spread over seeds."
     )
     return [_table(caption, columns, rows, right=(1, 3, 4, 5, 6, 7), wide=(2,), strong=(0,))]

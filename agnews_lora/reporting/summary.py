@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agnews_lora.reporting.progress import duration
+from agnews_lora.search.racing import SURE
 from agnews_lora.search.results import INTERRUPTED, SweepFacts, SweepResult
 from agnews_lora.tracking.views import UI
 from agnews_lora.training.interface import SCORES, Objective
@@ -127,12 +128,52 @@ def _rows(result: SweepResult) -> Iterator[tuple[str, str, str]]:
     if winner is not None and (count := winner.trainable_parameters) is not None:
         share = f"{count / facts.budget:.1%} of the budget of {facts.budget:,}"
         yield "parameters", f"{count:,} trainable, {share}", ""
+    for sentence in certainty(result):
+        yield "certainty", sentence, ""
     yield "trials", ", ".join(f"{count} {word}" for word, count in result.counts.items()), ""
     if result.wall_seconds is not None:
         yield "wall time", f"{duration(result.wall_seconds)} of training and evaluation, over all starts", ""
     if (version := result.registration) is not None:
         aliases = ", ".join(version.aliases) or "a version"
         yield "registered", f"version {version.version} of {version.model} as {aliases}", ""
+
+
+def certainty(result: SweepResult) -> list[str]:
+    """Say how sure the choice of the winner is: a sentence against the baseline, and one against the other candidates.
+
+    Screen, MLflow's page and report all show this.
+    """
+    selection, winner, found = result.selection, result.winner, list[str]()
+    if selection is None or winner is None:
+        return found
+    if winner == result.baseline:
+        found.append("The winner is the baseline itself.")
+    elif (sure := selection.probability_better_than_baseline) is not None:
+        words = "Better than the baseline" if sure >= SURE else "Not distinguishable from the baseline: better only"
+        found.append(f"{words} with a probability of {_probability(sure)}.")
+    if (sure := selection.probability_better_than_runner_up) is None:
+        return found
+    means = {each.own.trial: each for each in result.confirmed}
+    runner_up, best = result.confirmed[1].own.trial, means[selection.best_mean]
+    near = [trial for trial in selection.indistinguishable if trial != winner.trial]
+    if not near:
+        return [*found, f"Better than the runner-up, {runner_up}, with a probability of {_probability(sure)}."]
+    apart = f"Not distinguishable from {', '.join(near)} (better than {runner_up} with a probability of"
+    apart += f" {_probability(sure)}): chosen"
+    word, size, other = SCORES[result.objective], winner.trainable_parameters or 0, best.own.trainable_parameters or 0
+    if winner == best.own:
+        return [*found, f"{apart} for the best mean {word}."]
+    less = (best.mean(result.objective) or 0.0) - (means[winner.trial].mean(result.objective) or 0.0)
+    return [
+        *found,
+        f"{apart} as the smallest, with {other - size:,} ({(other - size) / other:.0%}) fewer trainable parameters "
+        f"than {best.own.trial}, the best mean, for {100 * less:.2f} points less mean {word}.",
+    ]
+
+
+def _probability(probability: float) -> str:
+    """Rounded towards 0, so that none reads as `SURE` that is not, and never certain."""
+    return f"{min(int(1000 * probability), 999) / 1000:.1%}"
 
 
 def _scores(result: SweepResult) -> Table:

@@ -25,10 +25,10 @@ from agnews_lora.config.sweep import Space
 from agnews_lora.errors import BudgetError, RunDeleted, StorageError
 from agnews_lora.search import space as search_space
 from agnews_lora.search import study as keys
-from agnews_lora.search.results import ENDED_BY_OTHERS, trial_name
 from agnews_lora.search.retry import PATIENCE_SECONDS, Retry
 from agnews_lora.search.sampler import derived_seed
 from agnews_lora.search.trial_log import Point, TrialLog
+from agnews_lora.search.trials import ENDED_BY_OTHERS, trial_name
 from agnews_lora.training import checkpoints
 from agnews_lora.training.interface import (
     COSTS,
@@ -74,7 +74,7 @@ class Screen(Protocol):
 
     def trial_ended(self, trial: str, state: str, scores: EvalPoint | None, reason: str | None) -> None: ...
 
-    def planned(self, total_trials: int) -> None: ...
+    def planned(self, total_trials: int, confirms: bool) -> None: ...
 
     def message(self, text: str) -> None: ...
 
@@ -232,7 +232,7 @@ class ActiveTrial:
         if end.reason is not None:
             self.trial.set_user_attr(keys.REASON, end.reason)
         if (scores := self.log.evaluation) is not None:
-            self.trial.set_user_attr(keys.SCORES, {name: getattr(scores, name) for name in (*SCORES, "loss")})
+            self.trial.set_user_attr(keys.SCORES, {name: getattr(scores, name) for name in (*SCORES, "loss", "rows")})
         if end.result is not None:
             self.trial.set_user_attr(keys.COSTS, {name: getattr(end.result, name) for name in COSTS})
         if end.state != "COMPLETE":
@@ -276,8 +276,8 @@ class Driver:
         self._stop = stop
         self._confirm = confirm
         self._rounds: optuna.Study | None = None
-        self._rounds_left: int | None = None  # what the search had left when those were opened
-        self._planned: int | None = None  # trials of the search in all, as the screen knows
+        self._rounds_after: tuple[int, int] | None = None  # trials left and repetitions ended when those were opened
+        self._planned: dict[bool, int] = {}  # trials of the search (True) and repetitions, as the screen knows
         self._storage = Retry("the study's storage", patience)
         self._runs = Retry("the run store", patience)
 
@@ -344,8 +344,10 @@ class Driver:
         """The search, then its confirmation, each with the number of trials that are to end in it."""
         yield self._study, self._search.num_trials
         left = num_left(self._study, self._search.num_trials)
-        if left != self._rounds_left:  # else nothing has ended since
-            self._rounds, self._rounds_left = self._confirm(left), left
+        repeats = self._rounds.get_trials(deepcopy=False) if self._rounds else []
+        after = left, sum(trial.state.is_finished() for trial in repeats)
+        if after != self._rounds_after:  # else nothing has ended since
+            self._rounds, self._rounds_after = self._confirm(left), after
         if self._rounds is not None:
             yield self._rounds, len(self._rounds.get_trials(deepcopy=False))
 
@@ -357,10 +359,12 @@ class Driver:
         for study, num_trials in self._studies():
             trials = study.get_trials(deepcopy=False)
             planned = num_trials + keys.num_enqueued(trials)
-            if study is self._study and planned != self._planned:
-                study.set_user_attr(keys.PLANNED, num_trials)
-                self._planned = planned
-                self._screen.planned(planned)
+            searches = study is self._study
+            if planned != self._planned.get(searches):
+                if searches:
+                    study.set_user_attr(keys.PLANNED, num_trials)
+                self._planned[searches] = planned
+                self._screen.planned(planned, confirms=not searches)
             for trial in trials:
                 lost = trial.state is TrialState.RUNNING and trial_name(trial) not in self.active
                 if lost and not (mine and _is_suspect(trial)):

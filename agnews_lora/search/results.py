@@ -6,18 +6,18 @@ It is computed from the study once, written as `result.json`, and read back from
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
 
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.paths import write_whole
 from agnews_lora.search import study as study_keys
+from agnews_lora.search.racing import Confirmed, Selection, choose, repeated
+from agnews_lora.search.trials import ENDED_STATES, TrialSummary, best_first, summaries
 from agnews_lora.training.interface import SCORES, Objective
 from agnews_lora.training.metrics import accuracy_interval
 
@@ -27,126 +27,6 @@ if TYPE_CHECKING:
 INTERRUPTED: Final = "INTERRUPTED"
 FORMAT: Final = 2  # of `result.json`
 MIN_TRIALS_FOR_IMPORTANCE: Final = 4
-ENDED_BY_OTHERS: Final = "ended in the study by somebody else"
-ENDED_STATES: Final = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
-
-
-def trial_name(trial: optuna.Trial | FrozenTrial) -> str:
-    """`t0007`, or the name that the confirmation gave the trial (`t0007-s2`)."""
-    return str(trial.user_attrs.get(study_keys.NAME) or f"t{trial.number:04d}")
-
-
-@dataclass(frozen=True)
-class TrialSummary:
-    """One trial of a study.
-
-    state: Optuna's; `FAIL` of a trial that somebody else ended, whatever they told the study. accuracy, macro_f1, loss:
-    final, or the last ones of a trial that ended before. steps: the last one that was evaluated. rows_seen,
-    train_seconds, eval_seconds, peak_memory_bytes: its costs; None until it has ended. enqueued: on top of the
-    sweep's own.
-    """
-
-    trial: str
-    number: int
-    state: str
-    baseline: bool
-    spec: TrialSpec | None
-    accuracy: float | None
-    macro_f1: float | None
-    loss: float | None
-    trainable_parameters: int | None
-    seed: int | None
-    run_id: str | None
-    reason: str | None
-    steps: int
-    rows_seen: int | None = None
-    train_seconds: float | None = None
-    eval_seconds: float | None = None
-    peak_memory_bytes: int | None = None
-    enqueued: bool = False
-
-    @classmethod
-    def from_trial(cls, trial: FrozenTrial, objective: Objective = "accuracy") -> Self:
-        """Read it from a trial of a study. A score that is not finite counts as none: JSON has no word for it.
-
-        objective: the score that the study's values are.
-        """
-        attributes, reported = trial.user_attrs, trial.intermediate_values
-        attributes = {key: value for key, value in attributes.items() if value is not None}
-        driven = study_keys.IDENTITY not in attributes or attributes.keys() & {study_keys.SCORES, study_keys.REASON}
-        by_others = trial.state.is_finished() and not driven
-        state = TrialState.FAIL if by_others else trial.state
-        value = trial.value if state is TrialState.COMPLETE else reported[max(reported)] if reported else None
-        # Until it ends, and where others ended it, there is its value alone. Older studies have two more on their own.
-        scores = {"macro_f1": attributes.get("macro_f1"), "loss": attributes.get("loss")} | {objective: value}
-        scores |= attributes.get(study_keys.SCORES, {})
-        return cls(
-            trial=trial_name(trial),
-            number=trial.number,
-            state=state.name,
-            baseline=bool(attributes.get(study_keys.BASELINE)),
-            spec=TrialSpec(**attributes[study_keys.SPEC]) if study_keys.SPEC in attributes else None,
-            accuracy=_finite(scores.get("accuracy")),
-            macro_f1=_finite(scores["macro_f1"]),
-            loss=_finite(scores["loss"]),
-            trainable_parameters=attributes.get(study_keys.TRAINABLE),
-            seed=attributes.get(study_keys.SEED),
-            run_id=attributes.get(study_keys.RUN_ID),
-            reason=attributes.get(study_keys.REASON, ENDED_BY_OTHERS if by_others else None),
-            steps=max(reported, default=0),
-            enqueued=study_keys.ENQUEUED in attributes,
-            **attributes.get(study_keys.COSTS, {}),
-        )
-
-    def score(self, objective: Objective) -> float | None:
-        """The score that a sweep searches by."""
-        return self.accuracy if objective == "accuracy" else self.macro_f1
-
-
-@dataclass(frozen=True)
-class Confirmed:
-    """A trial of the search, with its repetitions over other seeds that have ended."""
-
-    own: TrialSummary
-    repeats: tuple[TrialSummary, ...]
-
-    @property
-    def runs(self) -> list[TrialSummary]:
-        """The runs that were completed, the search's own first."""
-        return [self.own, *(row for row in self.repeats if row.state == "COMPLETE")]
-
-    @property
-    def num_failed(self) -> int:
-        return len(self.repeats) + 1 - len(self.runs)
-
-    def scores(self, name: Objective) -> list[float]:
-        """Of the completed runs, the search's own first."""
-        return [score for row in self.runs if (score := row.score(name)) is not None]
-
-    def mean(self, name: Objective) -> float | None:
-        """Over the completed runs, the search's own included."""
-        return fmean(scores) if (scores := self.scores(name)) else None
-
-    def std(self, name: Objective) -> float | None:
-        """Of a sample (n - 1); None with a single run."""
-        return stdev(scores) if len(scores := self.scores(name)) > 1 else None
-
-    def drop(self, name: Objective) -> float | None:
-        """How far the mean lies below the search's own score."""
-        return scores[0] - fmean(scores) if (scores := self.scores(name)) else None
-
-    def interval(self, num_rows: int) -> tuple[float, float] | None:
-        """The 95 % interval of the mean accuracy, which counts the validation rows as well as the seeds."""
-        mean, spread = self.mean("accuracy"), self.std("accuracy") or 0.0
-        return None if mean is None else accuracy_interval(mean, num_rows, spread**2 / len(self.runs))
-
-    def as_dict(self, objective: Objective, num_rows: int) -> dict[str, float | int | None]:
-        """Give its numbers. drop: of the objective. num_rows: of the validation split."""
-        found: dict[str, float | int | None] = {"seeds": len(self.runs), "failed": self.num_failed}
-        for name in SCORES:
-            found |= {f"mean_{name}": self.mean(name), f"std_{name}": self.std(name)}
-        low, high = self.interval(num_rows) or (None, None)
-        return found | {"low_accuracy": low, "high_accuracy": high, "drop": self.drop(objective)}
 
 
 @dataclass(frozen=True)
@@ -158,8 +38,8 @@ class SweepFacts:
     the validation split; None where another release wrote the result. settings: of `TrainSettings`. space: as
     `search.space.describe` gives it. data: the source in words. texts: the YAML files, word for word, by file name.
     provenance: code, versions and device. heads: those that are searched. adapter: the baseline's configuration.
-    confirmation: `{trials, seeds}`; None without one. profile: of the rows, as `data.profile.profile` gives it; empty
-    where another release wrote the result. files: SHA-256 (hex) of the data's own files, by split. file: what
+    confirmation: `{trials, seeds, prefer}`; None without one. profile: of the rows, as `data.profile.profile` gives it;
+    empty where another release wrote the result. files: SHA-256 (hex) of the data's own files, by split. file: what
     the command line knows the sweep by, its name or its path; empty where it is the name. options: of the command line
     that started it last, as far as the study is found and goes on by them (`--storage`, `--tracking`, `--workers`,
     `--address`, `--trials`).
@@ -187,7 +67,7 @@ class SweepFacts:
     provenance: Mapping[str, str]
     heads: tuple[str, ...] = ("full",)
     adapter: TrialSpec | None = None
-    confirmation: Mapping[str, int] | None = None
+    confirmation: Mapping[str, Any] | None = None
     objective: Objective = "accuracy"
     majority_accuracy: float | None = None
     majority_macro_f1: float | None = None
@@ -256,11 +136,12 @@ class SweepResult:
     the winner's accuracy. The gain is the winner's score less the baseline's, both of their own runs.
 
     state: `COMPLETE`, or `INTERRUPTED`; trials_left is then their number, None where it is not known. study_id: the
-    study's identity. run_id: of the parent run. trials: by number.
-    confirmed: the best first. importances: by parameter; empty where too few trials tell. wall_seconds: in which
-    trials trained, over all starts of the sweep. record_seconds: of the last start, spent in study, tracker and screen.
-    ended_at: when the last trial ended, in seconds since 1970; None before the first has. links: of the study's pages,
-    relative to MLflow's UI: `sweep`, `trials`, `charts`; empty where another release wrote the result.
+    study's identity. run_id: of the parent run. trials: by number. confirmed: the winner first. importances: by
+    parameter; empty where too few trials tell. wall_seconds: in which trials trained, over all starts of the sweep.
+    record_seconds: of the last start, spent in study, tracker and screen. ended_at: when the last trial ended, in
+    seconds since 1970; None before the first has. links: of the study's pages, relative to MLflow's UI: `sweep`,
+    `trials`, `charts`; empty where another release wrote the result. selection: how the winner was chosen; None without
+    a confirmation, or where another release wrote the result.
     """
 
     facts: SweepFacts
@@ -278,18 +159,21 @@ class SweepResult:
     ended_at: float | None = None
     trials_left: int | None = 0
     links: Mapping[str, str] = field(default_factory=dict)
+    selection: Selection | None = None
     format: int = field(default=FORMAT)
 
     @classmethod
     def from_study(cls, study: optuna.Study, rounds: optuna.Study | None, facts: SweepFacts, **others: Any) -> Self:
         """Compute the result. rounds: the study of the confirmation, where there is one."""
         trials, objective = summaries(study), study_keys.objective_of(study)
+        confirmed, selection = choose(repeated(trials, rounds, objective), objective, facts.confirmation)
         return cls(
             facts=facts,
             study=study.study_name,
             study_id=str(study.user_attrs.get(study_keys.IDENTITY, "")),
             trials=tuple(trials),
-            confirmed=tuple(confirmed(trials, rounds, objective)),
+            confirmed=confirmed,
+            selection=selection,
             importances=_importances(study),
             ended_at=_ended_at(study, *([rounds] if rounds else [])),
             **others,
@@ -302,7 +186,7 @@ class SweepResult:
 
     @property
     def winner(self) -> TrialSummary | None:
-        """The trial whose adapter is the result: the best mean over seeds, or without a confirmation the best trial."""
+        """The trial whose adapter is the result: the race's winner, or without a confirmation the best trial."""
         return self.confirmed[0].own if self.confirmed else next(iter(best_first(self.trials, self.objective)), None)
 
     @property
@@ -340,7 +224,7 @@ class SweepResult:
 
     @property
     def ranking(self) -> list[TrialSummary]:
-        """All trials: confirmed ones by mean, then complete ones by their score, then pruned ones, then the rest."""
+        """All trials: confirmed ones, then complete ones by their score, then pruned ones, then the rest."""
         first = [row.own for row in self.confirmed]
         first += [row for row in best_first(self.trials, self.objective) if row not in first]
         order = {"PRUNED": 0}
@@ -378,8 +262,12 @@ class SweepResult:
         """
         winner, baseline, mean, rows = self.winner, self.baseline, self.confirmation, self.facts.num_validation_rows
         low, high = (winner and self.interval(winner)) or (None, None)
-        shown = asdict(self)
+        shown = asdict(replace(self, trials=(), confirmed=()))
+        shown["confirmed"] = [
+            {"own": each.own.as_dict(), "repeats": [row.as_dict() for row in each.repeats]} for each in self.confirmed
+        ]
         del shown["trials"]
+        selection = shown.pop("selection") or dict.fromkeys(Selection.__dataclass_fields__)
         return {
             "study": self.study,
             "state": self.state,
@@ -396,7 +284,8 @@ class SweepResult:
                 "macro_f1": winner.macro_f1,
                 "trainable_parameters": winner.trainable_parameters,
                 "confirmation": mean and mean.as_dict(self.objective, rows),
-            },
+            }
+            | selection,
             "validation_rows": rows,
             "gain": self.gain,
             "baseline_accuracy": baseline and baseline.accuracy,
@@ -408,7 +297,7 @@ class SweepResult:
             "best_possible_accuracy": self.facts.bound,
             "budget": self.facts.budget,
             "registered": shown.pop("registration"),
-            "leaderboard": [asdict(row) for row in self.ranking],
+            "leaderboard": [row.as_dict() for row in self.ranking],
             **shown,
         }
 
@@ -441,6 +330,9 @@ class SweepResult:
             found["confirmed"] = tuple(
                 Confirmed(_summary(row["own"]), tuple(map(_summary, row["repeats"]))) for row in read["confirmed"]
             )
+            if (read["winner"] or {}).get("best_mean"):
+                parts = {name: read["winner"][name] for name in Selection.__dataclass_fields__}
+                found["selection"] = Selection(**parts | {"indistinguishable": tuple(parts["indistinguishable"])})
             if registration is not None:
                 parts = {name: tuple(registration[name]) for name in ("aliases", "checks")}
                 found["registration"] = Registration(**registration | parts)
@@ -454,61 +346,6 @@ class SweepResult:
     def write(self, path: Path) -> None:
         """Write `result.json`, beside and renamed."""
         write_whole(path, self.to_json())
-
-
-def summaries(study: optuna.Study) -> list[TrialSummary]:
-    """All trials of a study that were ever started, by number."""
-    objective = study_keys.objective_of(study)
-    foreign = {trial.number for trial in study.added()} if isinstance(study, study_keys.SweepStudy) else ()
-    return [
-        TrialSummary.from_trial(trial, objective)
-        for trial in study.get_trials(deepcopy=False)
-        if trial.number not in foreign
-        and (trial.user_attrs.get(study_keys.SPEC) or trial.state is not TrialState.WAITING)
-    ]
-
-
-def best_first(rows: Sequence[TrialSummary], objective: Objective) -> list[TrialSummary]:
-    """The finished trials by final score; ties go to the lower loss, then to the earlier trial."""
-
-    def rank(row: TrialSummary) -> tuple[float, float, int]:
-        score = row.score(objective)
-        assert score is not None, "Optuna completes no trial without a value"
-        return -score, math.inf if row.loss is None else row.loss, row.number
-
-    return sorted((row for row in rows if row.state == "COMPLETE"), key=rank)
-
-
-def confirmed(trials: Sequence[TrialSummary], rounds: optuna.Study | None, objective: Objective) -> list[Confirmed]:
-    """The trials that have repetitions, the best first: by mean score, then by lower mean loss, then the earlier.
-
-    One with a repetition that failed comes after those without: the mean of what is left may hide a bad seed.
-    """
-    if rounds is None:
-        return []
-    own = {row.trial: row for row in trials}
-    repeats: dict[str, list[TrialSummary]] = {}
-    for trial in rounds.get_trials(deepcopy=False):
-        if trial.state.is_finished():
-            repeats.setdefault(trial.user_attrs[study_keys.CONFIRMS], []).append(
-                TrialSummary.from_trial(trial, objective)
-            )
-    found = [Confirmed(own[name], tuple(rows)) for name, rows in repeats.items() if name in own]
-
-    def rank(row: Confirmed) -> tuple[int, float, float, int]:
-        return row.num_failed, -(row.mean(objective) or 0.0), _mean_loss(row.runs), row.own.number
-
-    return sorted(found, key=rank)
-
-
-def _mean_loss(rows: Sequence[TrialSummary]) -> float:
-    """Infinite where one of them has none."""
-    losses = [row.loss for row in rows]
-    return fmean(loss for loss in losses if loss is not None) if None not in losses else math.inf
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _ended_at(*studies: optuna.Study) -> float | None:

@@ -75,12 +75,15 @@ def opening_description(facts: Any, steps: Sequence[Any], links: Mapping[str, st
     return _render("sweep", facts=facts, result=None, steps=steps, links=links, highest=_highest_rank(facts))
 
 
-def sweep_description(result: Any, pages: Pages, figures: Mapping[str, str], steps: Sequence[Any]) -> str:
+def sweep_description(
+    result: Any, pages: Pages, figures: Mapping[str, str], steps: Sequence[Any], certainty: Sequence[str] = ()
+) -> str:
     """Describe a sweep that has ended.
 
     Args:
         result: `SweepResult`.
         steps: what to do next, a `Step` each.
+        certainty: how sure the choice of the winner is, a sentence each.
         figures: that its parent run has: captions by artifact name.
     """
     return _render(
@@ -88,6 +91,7 @@ def sweep_description(result: Any, pages: Pages, figures: Mapping[str, str], ste
         facts=result.facts,
         result=result,
         steps=steps,
+        certainty=certainty,
         links=result.links,
         means={row.own.trial: row for row in result.confirmed},
         gallery=gallery(pages(result.run_id), figures),

@@ -18,8 +18,8 @@ from agnews_lora.adapters.adapter_files import load_with_peft, recount
 from agnews_lora.commands.prepare import Prepared, prepare
 from agnews_lora.config.sweep import Sweep, load_sweep
 from agnews_lora.paths import STORES
-from agnews_lora.search.results import trial_name
 from agnews_lora.search.study import RUN_ID, SPEC, TRAINABLE, open_storage
+from agnews_lora.search.trials import trial_name
 from agnews_lora.tracking.runs import METRICS, RUN_STATUS
 from agnews_lora.tracking.store import open_client, tracking_uri
 from benchmarks.chaos.killing import Chaos

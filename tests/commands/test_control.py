@@ -14,8 +14,9 @@ from agnews_lora.cli import main
 from agnews_lora.commands import control
 from agnews_lora.paths import STORES, WORK
 from agnews_lora.search import study as keys
-from agnews_lora.search.results import SweepResult, TrialSummary, summaries
+from agnews_lora.search.results import SweepResult
 from agnews_lora.search.study import sole_driver
+from agnews_lora.search.trials import TrialSummary, summaries
 from tests.project import write_project
 from tests.search.conftest import no_wait_for_the_disk  # noqa: F401  # it speeds up every database
 from tests.search.scripted import BUDGET, SHAPE, SPACE, ScriptedEngine, Session

@@ -62,7 +62,8 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     With it, the JSON of the last start.
     """
     folder = write_project(
-        tmp_path_factory.mktemp("project"), sweep={"trials": 2, "slots": 1, "confirmation": {"trials": 2, "seeds": 2}}
+        tmp_path_factory.mktemp("project"),
+        sweep={"trials": 2, "slots": 1, "confirmation": {"trials": 2, "seeds": 2, "prefer": "best"}},
     )
     with Running(folder, "sweep", "small") as first:
         first.wait_for("t0001 step")  # the second trial has been evaluated once
@@ -138,6 +139,7 @@ def test_the_winner_is_the_sweeps_own_run_of_the_best_mean(resumed: tuple[Path, 
     confirmation = found["winner"]["confirmation"]
     assert (confirmation["seeds"], confirmation["failed"]) == (2, 0)
     assert confirmation["mean_accuracy"] == pytest.approx(means[best])
+    assert 0.5 <= found["winner"]["probability_better_than_runner_up"] <= 1
     assert confirmation["drop"] == pytest.approx(accuracies(best)[0] - means[best])
     parent = children["sweep"]
     assert parent.data.tags["best_run"] == children[best].info.run_id

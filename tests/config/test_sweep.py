@@ -39,7 +39,7 @@ def test_defaults_make_a_whole_sweep(write: Write) -> None:
     assert (sweep.experiment.name, sweep.experiment.source_text) == ("mine", EXPERIMENT)
     assert (sweep.budget, sweep.trials, sweep.startup_trials, sweep.seed) == (1_000_000, 12, 4, 42)
     assert (sweep.pruner.startup_trials, sweep.pruner.warmup_steps, sweep.engine) == (4, 0, "auto")
-    assert sweep.confirmation == Confirmation(trials=3, seeds=3)
+    assert sweep.confirmation == Confirmation(trials=3, seeds=3, prefer="smallest")
     assert sweep.space == Space(
         targets=tuple(PRESETS),
         heads=("full",),
@@ -72,7 +72,7 @@ def test_a_confirmation_is_made_smaller_or_left_out(write: Write) -> None:
         [fault] = faults(write, SMALLEST + f"confirmation: {{seeds: {value}}}\n")
         assert fault.startswith("4: confirmation.seeds: Input should be ") and rule in fault
     [fault] = faults(write, SMALLEST + "confirmation: off\n")
-    assert fault == "4: confirmation: Input should be a block with the keys trials, seeds, but got 'off'"
+    assert fault == "4: confirmation: Input should be a block with the keys trials, seeds, prefer, but got 'off'"
 
 
 @pytest.mark.parametrize(("trials", "startup"), [(1, 1), (2, 1), (5, 1), (6, 2), (48, 16)])

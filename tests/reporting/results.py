@@ -8,14 +8,9 @@ import pandas as pd
 from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.adapters.budget import trainable_parameters
 from agnews_lora.adapters.spec import TrialSpec
-from agnews_lora.search.results import (
-    Answers,
-    Confirmed,
-    Registration,
-    SweepFacts,
-    SweepResult,
-    TrialSummary,
-)
+from agnews_lora.search.racing import Confirmed, Selection
+from agnews_lora.search.results import Answers, Registration, SweepFacts, SweepResult
+from agnews_lora.search.trials import TrialSummary
 
 SHAPE = shape_of("embedded:minilm")
 LABELS = ("World", "Sports", "Business", "Sci/Tech")
@@ -191,6 +186,7 @@ def result(**changes: Any) -> SweepResult:
         state="COMPLETE",
         trials=TRIALS,
         confirmed=confirmed(),
+        selection=Selection("t0001", ("t0001",), 0.9999, 0.924),
         importances={"learning_rate": 0.71, "targets": 0.2, "dropout": 0.06, "rank_share": 0.03},
         run_id="parent",
         wall_seconds=450.0,
@@ -204,7 +200,14 @@ def result(**changes: Any) -> SweepResult:
 
 def bare(**changes: Any) -> SweepResult:
     """A sweep of which nothing but its trials is known."""
-    nothing = {"registration": None, "answers": None, "confirmed": (), "importances": {}, "ended_at": None}
+    nothing = {
+        "registration": None,
+        "answers": None,
+        "confirmed": (),
+        "selection": None,
+        "importances": {},
+        "ended_at": None,
+    }
     return result(**{**nothing, **changes})
 
 

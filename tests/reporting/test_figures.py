@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from agnews_lora.reporting import figures
-from agnews_lora.search.results import TrialSummary
+from agnews_lora.search.trials import TrialSummary
 from tests.reporting import results
 from tests.reporting.results import NAN, TRIALS, curve, curves, result
 

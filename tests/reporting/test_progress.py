@@ -8,7 +8,7 @@ from rich.console import Console
 
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.reporting.progress import Progress, duration
-from agnews_lora.search.results import TrialSummary
+from agnews_lora.search.trials import TrialSummary
 from agnews_lora.training.interface import EvalPoint, TrainPoint
 
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
@@ -187,23 +187,28 @@ def test_quiet_says_nothing_but_warnings_on_the_standard_error(
 def test_repetitions_are_counted_on_their_own_and_none_is_the_best() -> None:
     console, clock = pipe(), Clock()
     before = [row(f"t{number:04d}", 0.8, state="COMPLETE" if number < 2 else "PRUNED") for number in range(7)]
-    progress = Progress(8, ended=before, confirmation=(3, 3), console=console, clock=clock)
+    progress = Progress(8, ended=before, num_confirmed=3, console=console, clock=clock)
     progress.trial_started("t0007", spec("qv", 8), 100)
     progress.trial_started("t0004-s2", spec("qv", 8), 100, confirms=True)
-    assert screen(progress)[0] == "trials 7/8: 2 complete, 5 pruned, 0 failed  confirmation 0/6"
+    assert screen(progress)[0] == "trials 7/8: 2 complete, 5 pruned, 0 failed  confirmation 0/3"
     progress.trial_ended("t0004-s2", "COMPLETE", ended("t0004-s2", 0.9), None)
     clock.now = 50
     progress.trial_ended("t0007", "PRUNED", ended("t0007", 0.7), None)
-    # The search has two complete trials, so that three repetitions are left; two trials took 50 seconds.
+    # The search has two complete trials, so that one repetition is left for sure; two trials took 50 seconds.
+    assert screen(progress)[:2] == [
+        "trials 8/8: 2 complete, 6 pruned, 0 failed  confirmation 1/2",
+        "elapsed 50 s, under 1 min left",
+    ]
+    progress.planned(4, confirms=True)  # another round
     assert screen(progress)[:2] == [
         "trials 8/8: 2 complete, 6 pruned, 0 failed  confirmation 1/4",
         "elapsed 50 s, about 2 min left",
     ]
     assert output(console).splitlines() == [
         f"t0007 started: qv r=8 {SAID}, 100 steps",
-        "Confirming the best trials: each is trained again with other seeds.",
+        "Confirming the best trials: they race over more seeds.",
         f"t0004-s2 started: qv r=8 {SAID}, 100 steps",
-        "t0004-s2 complete  accuracy 90.00%  macro-F1 80.00%  (2,000 rows)  [confirmation 1/6]",
+        "t0004-s2 complete  accuracy 90.00%  macro-F1 80.00%  (2,000 rows)  [confirmation 1/3]",
         "t0007 pruned  accuracy 70.00%  macro-F1 60.00%  (2,000 rows)  [8/8]",
     ]
 

@@ -13,6 +13,7 @@ import pytest
 from agnews_lora.errors import StorageError
 from agnews_lora.reporting.figures import draw
 from agnews_lora.reporting.report import compose, write_report
+from agnews_lora.search.racing import Selection
 from agnews_lora.search.results import SweepResult
 from tests.reporting.results import (
     HOSTILE,
@@ -139,9 +140,14 @@ CASES: dict[str, tuple[SweepResult, list[str], list[str]]] = {
         ["the winner gains"],
     ),
     "a gain that may be chance": (
-        result(answers=replace(answers(), against_baseline=EVEN)),
+        bare(answers=replace(answers(), against_baseline=EVEN)),
         ["The gain over the baseline may be chance (McNemar p = 0.267)"],
         [],
+    ),
+    "a gain that seeds do not confirm": (
+        result(selection=Selection("t0001", ("t0001", "t0007"), 0.71, 0.8)),
+        ["The gain over the baseline may be chance (the probability", "Not distinguishable from the baseline"],
+        ["McNemar p = 0.267"],
     ),
     "a gain within the interval": (
         bare(trials=(replace(TRIALS[0], accuracy=0.89), *TRIALS[1:])),
@@ -153,7 +159,11 @@ CASES: dict[str, tuple[SweepResult, list[str], list[str]]] = {
         ["No better than TF-IDF", "No better than majority class"],
         [],
     ),
-    "a repetition failed": (result(confirmed=confirmed()[1:]), ["1 repetition of the winner failed"], []),
+    "a repetition failed": (
+        result(confirmed=confirmed()[1:], selection=None),
+        ["1 repetition of the winner failed"],
+        [],
+    ),
     "uncommitted changes": (
         result(facts=facts(provenance={"git.dirty": "true"})),
         ["uncommitted changes"],

@@ -5,8 +5,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from agnews_lora.reporting.summary import next_steps, print_summary
-from agnews_lora.search.results import Confirmed, Registration, SweepResult
+from agnews_lora.reporting.summary import certainty, next_steps, print_summary
+from agnews_lora.search.racing import Confirmed, Selection
+from agnews_lora.search.results import Registration, SweepResult
 from tests.reporting.results import TRIALS, bare, facts, result
 
 
@@ -34,6 +35,7 @@ def test_summary_holds_the_result_and_the_next_commands() -> None:
     assert rows(candidate) == {
         "winner": "t0001 qv r=10 alpha=20 dropout=0.05 lr=0.003",
         "parameters": "93,700 trainable, 93.7% of the budget of 100,000",
+        "certainty": "Better than the runner-up, t0007, with a probability of 92.4%.",
         "trials": "5 complete, 2 pruned, 1 failed",
         "wall time": "7 min 30 s of training and evaluation, over all starts",
         "registered": "version 3 of small as candidate",
@@ -111,8 +113,38 @@ def test_summary_leaves_out_what_is_not_known() -> None:
 
 
 def test_the_interval_of_one_seed_is_that_of_the_rows() -> None:
-    found = rows(result(confirmed=(Confirmed(TRIALS[1], ()),)))
+    found = rows(result(confirmed=(Confirmed(TRIALS[1], ()),), selection=None))
     assert found["mean of 1 seed"] == found["winner t0001"] == "90.00% 89.00% 95% interval 85.65% to 93.13%"
+
+
+def test_it_says_how_sure_the_choice_is() -> None:
+    told = certainty(result())
+    assert told == [
+        "Better than the baseline with a probability of 99.9%.",
+        "Better than the runner-up, t0007, with a probability of 92.4%.",
+    ]
+    shown = " ".join(printed(result(), width=140).split())
+    assert all(f"certainty {sentence}" in shown for sentence in told)
+
+
+def test_where_nothing_separates_trials_it_says_so_and_what_the_smallest_saves() -> None:
+    near = Selection("t0007", ("t0007", "t0001"), 0.9499, 0.41)
+    smaller = replace(TRIALS[1], trainable_parameters=40_000)
+    best = replace(TRIALS[7], trainable_parameters=50_000)
+    runs = (Confirmed(smaller, (replace(smaller, accuracy=0.88),)), Confirmed(best, (replace(best, accuracy=0.9),)))
+    told = certainty(result(confirmed=runs, selection=near))
+    assert told == [
+        "Not distinguishable from the baseline: better only with a probability of 94.9%.",
+        "Not distinguishable from t0007 (better than t0007 with a probability of 41.0%): chosen as the smallest, with "
+        "10,000 (20%) fewer trainable parameters than t0007, the best mean, for 0.20 points less mean accuracy.",
+    ]
+    mean = replace(near, best_mean="t0001", probability_better_than_runner_up=0.6)
+    assert certainty(result(confirmed=runs, selection=mean))[1].endswith("60.0%): chosen for the best mean accuracy.")
+    assert certainty(result(selection=None)) == []
+    own = Confirmed(TRIALS[0], (TRIALS[0],))
+    assert certainty(result(confirmed=(own,), selection=Selection("t0000", ("t0000",), None, None))) == [
+        "The winner is the baseline itself."
+    ]
 
 
 def test_with_macro_f1_as_the_objective_it_comes_first_and_the_gain_is_its() -> None:

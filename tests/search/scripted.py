@@ -65,7 +65,7 @@ def macro_f1(spec: TrialSpec, step: int) -> float:
 def eval_point(plan: TrialPlan, step: int) -> EvalPoint:
     final, spec = step == TOTAL_STEPS, plan.spec
     scored, rows = accuracy(spec, step), 200 if final else 50
-    right = packed(np.arange(rows) < round(scored * rows))
+    right = packed(np.random.default_rng([plan.seed, step]).random(rows) < scored)
     return EvalPoint(plan.trial, step, scored, macro_f1(spec, step), 1 - scored, rows, final, 1_000 + step, right)
 
 
@@ -223,7 +223,7 @@ class RecordingScreen:
     def evaluated(self, points: Sequence[EvalPoint]) -> None:
         assert {point.trial for point in points} <= self.running
 
-    def planned(self, total_trials: int) -> None:
+    def planned(self, total_trials: int, confirms: bool) -> None:
         self.total_trials = total_trials
 
     def message(self, text: str) -> None:

@@ -25,9 +25,9 @@ from agnews_lora.reporting.figures import trial_curves
 from agnews_lora.search import study as keys
 from agnews_lora.search.driver import MAX_ATTEMPTS
 from agnews_lora.search.pruner import PeerMedianPruner
-from agnews_lora.search.results import TrialSummary, best_first, summaries
 from agnews_lora.search.sampler import derived_seed
 from agnews_lora.search.space import parameters_of
+from agnews_lora.search.trials import TrialSummary, best_first, summaries
 from agnews_lora.tracking.runs import SweepRuns
 from agnews_lora.tracking.store import open_client
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialEnd, TrialPlan

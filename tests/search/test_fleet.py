@@ -10,9 +10,10 @@ import pytest
 from optuna.pruners import NopPruner
 
 from agnews_lora.errors import AgnewsLoraError, BaseModelError, StudyError
-from agnews_lora.search.confirmation import find_confirmation
+from agnews_lora.search.confirmation import find_confirmation, num_missing
 from agnews_lora.search.fleet import MAX_DEATHS, Fleet, WorkerDied
-from agnews_lora.search.results import best_first, confirmed, summaries
+from agnews_lora.search.racing import repeated
+from agnews_lora.search.trials import best_first, summaries
 from agnews_lora.training import checkpoints
 from agnews_lora.training.exchange import Answer, EngineWorker, Event
 from agnews_lora.training.interface import Engine, EvalPoint
@@ -392,15 +393,16 @@ def test_several_workers_end_exactly_as_many_trials_as_asked_for(tmp_path: Path)
         assert [end[0] for end in recorded.ends] == ["COMPLETE"]
 
 
-def test_several_workers_confirm_the_best_of_all(tmp_path: Path) -> None:
-    session = Session(tmp_path, 9, confirmation=(3, 2))
+def test_several_workers_race_the_best_of_all(tmp_path: Path) -> None:
+    session = Session(tmp_path, 9, confirmation=(3, 3))
     threads = Threads(tmp_path / "workers", 2, lambda: ScriptedEngine(2), Clock())
     kill_sometimes(threads, 31)
     train(session, threads)
     rows = summaries(session.study)
-    rounds = confirmed(rows, find_confirmation(session.study), "accuracy")
-    assert sorted(row.own.trial for row in rounds) == sorted(row.trial for row in best_first(rows, "accuracy")[:3])
-    assert [len(row.runs) for row in rounds] == [2, 2, 2]
+    found = repeated(rows, find_confirmation(session.study), "accuracy")
+    ended = {trial: len(each.runs) for trial, each in found.items() if each.repeats}
+    assert sorted(ended) == sorted(row.trial for row in best_first(rows, "accuracy")[:3])
+    assert sorted(ended.values()) == [2, 3, 3] and num_missing(session.study, 3, 3) == 0
 
 
 def test_a_stopped_sweep_is_resumed_with_workers_or_without(tmp_path: Path) -> None:

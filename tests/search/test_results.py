@@ -13,16 +13,9 @@ from optuna.trial import TrialState
 
 from agnews_lora.adapters.spec import HEADS, PRESETS, TrialSpec
 from agnews_lora.search import study as keys
-from agnews_lora.search.results import (
-    Answers,
-    Confirmed,
-    Registration,
-    SweepResult,
-    TrialSummary,
-    best_first,
-    confirmed,
-    summaries,
-)
+from agnews_lora.search.racing import Confirmed, Selection
+from agnews_lora.search.results import Answers, Registration, SweepResult
+from agnews_lora.search.trials import TrialSummary, best_first, summaries
 from tests.reporting.results import facts, result, summary
 
 SPEC = TrialSpec("qv", 2, 4.0, 0.1, 1e-3)
@@ -150,49 +143,12 @@ def test_nothing_wins_where_nothing_was_completed() -> None:
     assert found.as_dict()["winner"] is None
 
 
-def repetitions(accuracies: dict[str, list[float | None]]) -> optuna.Study:
-    rounds = new_study()
-    for trial, each in accuracies.items():
-        for seed, accuracy in enumerate(each, 2):
-            state = TrialState.FAIL if accuracy is None else TrialState.COMPLETE
-            named = {keys.NAME: f"{trial}-s{seed}", keys.CONFIRMS: trial}
-            add(rounds, state=state, accuracy=accuracy, loss=0.4, **named)
-    return rounds
-
-
-@pytest.mark.parametrize(
-    ("repeats", "order"),
-    [
-        ({"t0000": [0.5, 0.5], "t0001": [0.9, 0.9]}, ["t0001", "t0000"]),
-        ({"t0000": [0.8, 0.6], "t0001": [0.6, 0.8]}, ["t0000", "t0001"]),  # as good as each other: the earlier
-        ({"t0000": [0.9, None], "t0001": [0.6, 0.6]}, ["t0001", "t0000"]),  # a failure may hide a bad seed
-    ],
-)
-def test_confirmed_trials_are_ordered_by_their_mean(repeats: dict[str, list[float | None]], order: list[str]) -> None:
-    found = confirmed([row(0, accuracy=0.7), row(1, accuracy=0.7)], repetitions(repeats), "accuracy")
-    assert [each.own.trial for each in found] == order
-
-
-def test_mean_spread_and_drop_count_the_trial_itself() -> None:
-    (found,) = confirmed([row(0, accuracy=0.9)], repetitions({"t0000": [0.8, 0.7, None]}), "accuracy")
-    assert found.scores("accuracy") == [0.9, 0.8, 0.7] and found.num_failed == 1
-    assert found.mean("accuracy") == pytest.approx(0.8) and found.drop("accuracy") == pytest.approx(0.1)
-    assert found.std("accuracy") == pytest.approx(0.1)
-    assert Confirmed(found.own, ()).std("accuracy") is None
-    assert confirmed([row(0)], None, "accuracy") == []
-
-
 def test_macro_f1_as_the_objective_ranks_and_chooses_by_it() -> None:
     rows = tuple(replace(each, macro_f1=each.accuracy and 1 - each.accuracy) for each in result().trials)
     found = result(trials=rows, confirmed=(), facts=facts(objective="macro_f1"))
     assert [each.trial[-1] for each in found.ranking] == list("05471263")
     assert found.winner is not None and found.winner == found.baseline and found.gain == 0
     assert found.as_dict()["objective"] == "macro_f1"
-    # Both over seeds: the first has the better mean accuracy.
-    lucky, steady = replace(rows[0], macro_f1=0.5), replace(rows[1], macro_f1=0.4)
-    rounds = repetitions({lucky.trial: [0.1, 0.1], steady.trial: [0.6, 0.6]})
-    keys.name_objective(rounds, "macro_f1")
-    assert [each.own for each in confirmed([lucky, steady], rounds, "macro_f1")] == [steady, lucky]
 
 
 def test_importances_need_trials_that_tell() -> None:
@@ -276,6 +232,7 @@ def test_a_result_is_the_same_after_a_way_through_json(
         confirmed=tuple(Confirmed(each, tuple(repeats)) for each in complete[:1]),
         answers=answers,
         registration=registration,
+        selection=Selection("t0001", ("t0001", "t0007"), 0.97, None) if complete else None,
     )
     read = SweepResult.from_json(written.to_json())
     assert read == written and read.as_dict() == written.as_dict()
@@ -291,6 +248,15 @@ def test_as_json_a_result_says_what_follows_from_it() -> None:
     assert (said["winner"]["macro_f1"], said["baseline_macro_f1"]) == (0.89, 0.542)
     assert (said["registered"]["version"], said["registered"]["aliases"]) == (3, ["champion"])
     assert [each["trial"] for each in said["leaderboard"]] == [each.trial for each in result().ranking]
+    assert said["winner"]["probability_better_than_runner_up"] == 0.924
+    assert said["winner"]["indistinguishable"] == ["t0001"]
+
+
+def test_a_result_of_an_earlier_release_has_no_selection() -> None:
+    said = json.loads(result().to_json())
+    for name in Selection.__dataclass_fields__:
+        del said["winner"][name]
+    assert SweepResult.from_json(json.dumps(said)) == result(selection=None)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 0}', '{"format": 2}', "null"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from agnews_lora.adapters.spec import TrialSpec
 from agnews_lora.reporting.figures import ANSWER_FIGURES, FIGURES
-from agnews_lora.reporting.summary import next_steps
+from agnews_lora.reporting.summary import certainty, next_steps
 from agnews_lora.search.results import Registration, SweepResult
 from agnews_lora.tracking.descriptions import (
     code,
@@ -49,7 +49,7 @@ def page(run_id: str) -> RunPage:
 
 
 def told(shown: SweepResult) -> str:
-    return sweep_description(shown, page, FIGURES, next_steps(shown))
+    return sweep_description(shown, page, FIGURES, next_steps(shown), certainty(shown))
 
 
 # A sweep -------------------------------------------------------------------------------------------------------------
@@ -89,6 +89,7 @@ def test_a_sweep_shows_its_best_trials_counts_figures_and_links() -> None:
     assert [re.search(r"t\d{4}", line)[0] for line in table] == ["t0001", "t0007", "t0004", "t0005", "t0000"]  # type: ignore[index]
     assert f"89.33{NBSP}%" in table[0] and "–" in table[2]
     assert "Trials: 5 complete, 2 pruned, 1 failed." in shown
+    assert " ".join(certainty(result())) in shown
     assert "| gain&emsp; | | +34.80 points&emsp; | | | |" in shown
     for name in FIGURES:
         assert f"thumbnails%2F{name}" in shown
@@ -110,7 +111,7 @@ def test_a_sweep_says_what_it_searches() -> None:
     searched = facts(adapter=SPEC, heads=("full", "out_proj"), confirmation={"trials": 3, "seeds": 2})
     for shown in (opening_description(searched, STEPS, LINKS), told(result(facts=searched))):
         assert "with the best accuracy and at most 100,000 trainable parameters, in 8 trials of 60 steps" in shown
-        assert "the best 3 confirmed over 2 seeds: experiment small, 960 training and 250 validation rows." in shown
+        assert "the best 3 raced over up to 2 seeds: experiment small, 960 training and 250 validation rows." in shown
         assert f"the experiment's own configuration, `{SPEC}`" in shown
         for line in (
             "| targets&emsp; | qk (r ≤ 10), qv (r ≤ 10), qkv (r ≤ 7), qkvo (r ≤ 5), ffn (r ≤ 4), all-linear (r ≤ 2) |",

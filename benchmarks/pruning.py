@@ -1,78 +1,164 @@
-"""Which rule gives up trials, with many at once: studies replayed on a table of trained configurations.
+"""Which rule prunes best: studies replayed on the tables of `benchmarks/search_table.py`.
 
-`python -m benchmarks.pruning table` trains configurations drawn from the shipped sweep's space, each once and without
-pruning, and writes `results/pruning-table.csv`. It can be stopped, and goes on where it was.
+    python -m benchmarks.pruning
 
-`python -m benchmarks.pruning replay` runs whole studies through the sweep's own driver, sampler and pruner, with an
-engine that takes each trial's accuracies from the table instead of training it: for every rule, with one trial at a
-time and with eight at once, over the same seeds. It writes what it measured to `results/`.
+runs whole studies through the sweep's own driver, sampler and pruner, with an engine that takes each trial's scores
+from a table instead of training it: for every rule, with one trial at a time and with several at once, over the same
+seeds. It writes what it measured to `results/`.
 """
 
 import argparse
 import datetime
 import math
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
+from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.trial import FrozenTrial
 from scipy import stats
 
+from agnews_lora.adapters.base_models import shape_of
+from agnews_lora.search import space as search_space
+from agnews_lora.search.pruner import McNemarPruner
+from agnews_lora.search.sampler import TrialSeededTPE
+from agnews_lora.search.trials import trial_name
 from agnews_lora.tracking.provenance import provenance
-from benchmarks.pruning_replay import (
-    CHOSEN,
-    FINISHED,
-    HALVING,
-    NONE,
-    QUARTER,
-    QUARTERS,
-    TRIALS,
-    Outcome,
-    replay_study,
-    rules,
-)
-from benchmarks.pruning_table import RESULTS, SWEEP, TABLE, Table, fill_table, read_table, shipped_sweep
+from benchmarks.search_replay import SPACE, Outcome, Rows, replay
+from benchmarks.search_table import BUDGET, RESULTS, Table, Training, read_table
 
-SLOTS = (1, 8)
+TABLES: Final = ("ag_news", "newswire")
+SLOTS: Final = (1, 4)
+TRIALS: Final = (14, 30)
+NONE: Final = "none"
+
+Statistic = Callable[[Training, int], float]  # of a training at its n-th evaluation; more is better
+Rule = Callable[[Training, Sequence[Training], int], bool]
+Pruner = Callable[[Mapping[str, Training]], BasePruner]
+
+
+@dataclass(frozen=True)
+class TablePruner(BasePruner):
+    """Prunes by a rule that reads the table.
+
+    Args:
+        steps: of the evaluations.
+        trained: {trial: its training}.
+        rule: whether to give up a training, judged beside its peers that came as far, at the n-th evaluation.
+        first: evaluation before which there is no judgement.
+        min_peers: without as many, there is none either.
+    """
+
+    steps: Sequence[int]
+    trained: Mapping[str, Training]
+    rule: Rule
+    first: int = 0
+    min_peers: int = 4
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        step = trial.last_step
+        assert step is not None, "trials are judged after an evaluation"
+        peers = [
+            self.trained[trial_name(other)]
+            for other in study.get_trials(deepcopy=False)
+            if other.number != trial.number and step in other.intermediate_values
+        ]
+        stage = self.steps.index(step)
+        if stage < self.first or len(peers) < self.min_peers:
+            return False
+        return self.rule(self.trained[trial_name(trial)], peers, stage)
+
+
+def accuracy(training: Training, stage: int) -> float:
+    """Of the monitor."""
+    return float(list(training.right.values())[stage].mean())
+
+
+def loss(training: Training, stage: int) -> float:
+    """Of the monitor, with its sign turned."""
+    return -training.eval_losses[stage]
+
+
+def training_loss(table: Table) -> Statistic:
+    """Of the training rows since the end of the warm-up, with its sign turned."""
+    training = table.about["training"]
+    warmup = round(training["warmup"] * table.total_steps)
+
+    def statistic(own: Training, stage: int) -> float:
+        until = table.steps[stage] // training["log_every"]
+        return -float(np.mean(own.losses[min(warmup // training["log_every"], until - 1) : until]))
+
+    return statistic
+
+
+def below(share: float, statistic: Statistic, guard: float = 0.0) -> Rule:
+    """Give up the trial below a quantile of its peers. guard: standard errors of an accuracy that it must be below."""
+
+    def rule(own: Training, peers: Sequence[Training], stage: int) -> bool:
+        right = list(own.right.values())[stage]
+        error = guard * math.sqrt(right.mean() * (1 - right.mean()) / len(right))
+        return statistic(own, stage) + error < float(np.quantile([statistic(peer, stage) for peer in peers], share))
+
+    return rule
+
+
+def at(stages: Sequence[int], rule: Rule) -> Rule:
+    """Judge by a rule at some evaluations alone."""
+    return lambda own, peers, stage: stage in stages and rule(own, peers, stage)
+
+
+def rules(table: Table) -> dict[str, Pruner]:
+    """The rules that are compared."""
+    every, stages = table.steps[0], range(len(table.steps))
+    half, quarter = len(stages) // 2 - 1, len(stages) // 4 - 1
+    online = training_loss(table)
+
+    def rule(given: Rule, first: int = 0) -> Pruner:
+        return lambda trained: TablePruner(table.steps, trained, given, first)
+
+    def fixed(pruner: BasePruner) -> Pruner:
+        return lambda trained: pruner
+
+    return {
+        NONE: fixed(NopPruner()),
+        **{f"McNemar against the best, {z:g} standard errors": fixed(McNemarPruner(z, 1, 0)) for z in (1.5, 2, 2.5, 3)},
+        "the same, 2.5 standard errors, after 4 peers": fixed(McNemarPruner(2.5, 4, 0)),
+        "the same, 2.5 standard errors, from a quarter on": fixed(McNemarPruner(2.5, 1, table.steps[quarter])),
+        "median of peers": rule(below(0.5, accuracy)),
+        "median of peers, from a quarter on": rule(below(0.5, accuracy), quarter),
+        "median of peers, from half on": rule(below(0.5, accuracy), half),
+        "median of peers less two standard errors": rule(below(0.5, accuracy, 2)),
+        "median of peers' loss": rule(below(0.5, loss)),
+        "median of peers' training loss since the warm-up": rule(below(0.5, online)),
+        "upper third of peers' training loss since the warm-up": rule(below(2 / 3, online)),
+        "rungs at a quarter and a half, upper half by loss": rule(at([quarter, half], below(0.5, loss))),
+        "median of finished (Optuna)": fixed(MedianPruner(4, 0)),
+        **{f"successive halving by {by} (Optuna)": fixed(SuccessiveHalvingPruner(every, by)) for by in (2, 4)},
+    }
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One rule under one sampler. outcomes: {slots: the studies', by seed}. backwards: with most slots, judged so."""
+    """One rule. outcomes: {(trials, slots): the studies', by seed}. backwards: of the largest, judged so."""
 
-    outcomes: dict[int, list[Outcome]]
+    outcomes: dict[tuple[int, int], list[Outcome]]
     backwards: list[Outcome]
 
-    def accuracies(self, num_slots: int) -> NDArray[np.float64]:
-        return np.array([outcome.accuracy for outcome in self.outcomes[num_slots]])
+    def worth(self, cell: tuple[int, int]) -> NDArray[np.float64]:
+        return np.array([outcome.worth for outcome in self.outcomes[cell]])
 
-    def mean(self, name: Literal["accuracy", "saved"], num_slots: int) -> float:
-        return float(np.mean([getattr(outcome, name) for outcome in self.outcomes[num_slots]]))
-
-    def num_pruned(self, num_slots: int) -> float:
-        return float(np.mean([len(outcome.pruned) for outcome in self.outcomes[num_slots]]))
+    def saved(self, cell: tuple[int, int]) -> float:
+        return float(np.mean([outcome.saved for outcome in self.outcomes[cell]]))
 
     @property
     def depends_on_order(self) -> float:
         """Share of the studies in which other trials were pruned when each group was judged backwards."""
-        pairs = zip(self.outcomes[SLOTS[-1]], self.backwards, strict=True)
+        pairs = zip(self.outcomes[TRIALS[-1], SLOTS[-1]], self.backwards, strict=True)
         return float(np.mean([forwards.pruned != backwards.pruned for forwards, backwards in pairs]))
-
-
-def measure(table: Table, startup_trials: int, num_seeds: int) -> dict[str, Measured]:
-    """Every rule, over the same seeds. startup_trials: of the sampler."""
-    measured = {}
-    for name, pruner in rules(table.sweep).items():
-        outcomes = {
-            num_slots: [replay_study(table, pruner, startup_trials, num_slots, seed) for seed in range(num_seeds)]
-            for num_slots in SLOTS
-        }
-        backwards = [replay_study(table, pruner, startup_trials, SLOTS[-1], seed, True) for seed in range(num_seeds)]
-        measured[name] = Measured(outcomes, backwards)
-        print(name, *(f"K={slots} {measured[name].mean('accuracy', slots):.4f}" for slots in SLOTS), flush=True)
-    return measured
 
 
 def interval(differences: NDArray[np.float64]) -> str:
@@ -81,131 +167,90 @@ def interval(differences: NDArray[np.float64]) -> str:
     return f"{100 * differences.mean() + 0.0:+.2f} ± {100 * half:.2f}"
 
 
-def lines_of(measured: dict[str, Measured], best: float) -> str:
-    """The Markdown table of one sampler."""
-    one, many = SLOTS
-    columns = [
-        "rule",
-        *(f"winner, K={slots}" for slots in SLOTS),
-        f"K={many} − K={one}",
-        *(f"rule − none, K={slots}" for slots in SLOTS),
-        *(f"steps saved, K={slots}" for slots in SLOTS),
-        *(f"pruned, K={slots}" for slots in SLOTS),
-        *(f"regret, K={slots}" for slots in SLOTS),
-    ]
+def measure(rows: Rows, num_studies: int) -> dict[str, Measured]:
+    """Replay every rule over the same seeds."""
+    measured = {}
+    space = SPACE, rows.shape, BUDGET
+    names = search_space.distributions(*space), search_space.shared(*space)
+
+    def study(pruner: Pruner, num_trials: int, num_slots: int, seed: int, backwards: bool = False) -> Outcome:
+        sampler = TrialSeededTPE(seed, num_trials // 3, *names)
+        return replay(rows, sampler, pruner, num_trials, num_slots, seed, backwards)
+
+    for name, pruner in rules(rows.table).items():
+        outcomes = {
+            (num_trials, num_slots): [study(pruner, num_trials, num_slots, seed) for seed in range(num_studies)]
+            for num_trials in TRIALS
+            for num_slots in SLOTS
+        }
+        backwards = [study(pruner, TRIALS[-1], SLOTS[-1], seed, True) for seed in range(num_studies)]
+        measured[name] = Measured(outcomes, backwards)
+        print(name, *(f"{cell}: {measured[name].saved(cell):.0%}" for cell in outcomes), flush=True)
+    return measured
+
+
+def lines_of(measured: dict[str, Measured]) -> str:
+    """The Markdown table of one table's studies."""
+    cells = [(num_trials, num_slots) for num_trials in TRIALS for num_slots in SLOTS]
+    heads = [f"{num_trials} trials, K={num_slots}" for num_trials, num_slots in cells]
+    columns = ["rule", *(f"saved, {head}" for head in heads), *(f"worth − none, {head}" for head in heads)]
+    columns += ["worth − none, all", "order matters in"]
     lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
     for name, rule in measured.items():
-        cells = [
-            f"**{name}**" if name == CHOSEN else name,
-            *(f"{rule.mean('accuracy', slots):.2%}" for slots in SLOTS),
-            interval(rule.accuracies(many) - rule.accuracies(one)),
-            *(interval(rule.accuracies(slots) - measured[NONE].accuracies(slots)) for slots in SLOTS),
-            *(f"{rule.mean('saved', slots):.1%}" for slots in SLOTS),
-            *(f"{rule.num_pruned(slots):.1f}" for slots in SLOTS),
-            *(f"{100 * (best - rule.mean('accuracy', slots)):.2f}" for slots in SLOTS),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        gaps = [rule.worth(cell) - measured[NONE].worth(cell) for cell in cells]
+        shown = [name, *(f"{rule.saved(cell):.0%}" for cell in cells), *map(interval, gaps)]
+        shown += [interval(np.mean(gaps, axis=0)), f"{rule.depends_on_order:.0%}"]
+        lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
-def choice(learning: dict[str, Measured], random: dict[str, Measured], best: float, num_validation: int) -> str:
-    """What speaks for the chosen rule, and how much of it is noise. num_validation: rows of the validation split."""
-    one, many = SLOTS
-    chosen, finished, halving = learning[CHOSEN], learning[FINISHED], learning[HALVING]
-    error = 100 * math.sqrt(best * (1 - best) / num_validation)
-
-    def apart(rule: Measured) -> str:
-        return interval(rule.accuracies(many) - rule.accuracies(one))
-
-    def cost(rule: Measured, slots: int) -> str:
-        return interval(rule.accuracies(slots) - learning[NONE].accuracies(slots))
-
-    def saved(rule: Measured) -> str:
-        return " and ".join(f"{rule.mean('saved', slots):.0%}" for slots in SLOTS)
-
-    return f"""\
-**{CHOSEN.capitalize()}.** With it, the winner of K={many} is {apart(chosen)} points from that of K={one} under TPE, and
-{apart(random[CHOSEN])} with random draws; without any pruning TPE alone makes {apart(learning[NONE])}. It saves
-{saved(chosen)} of the steps (K={one} and K={many}) and moves the winner by {cost(chosen, one)} and
-{cost(chosen, many)} points against no pruning. It needs neither finished trials nor an order: judged backwards, a group
-gets the verdicts that it gets forwards (other trials pruned in {random[CHOSEN].depends_on_order:.0%} of the studies).
-
-- {FINISHED} saves {saved(finished)}: the first {many} of K={many} all run to their end before it has anything to
-  compare with. Its winner moves by {cost(finished, one)} and {cost(finished, many)} points.
-- {HALVING} saves {saved(halving)} and moves the winner by {cost(halving, one)} and {cost(halving, many)} points. What
-  sets it aside is that each trial is compared only with those judged before it: judged backwards, the same groups lose
-  other trials in {random[HALVING].depends_on_order:.0%} of the studies.
-- Another line than the median: {QUARTER} saves {saved(learning[QUARTER])} and moves the winner by
-  {cost(learning[QUARTER], one)} and {cost(learning[QUARTER], many)} points, {QUARTERS} saves
-  {saved(learning[QUARTERS])} and moves it by {cost(learning[QUARTERS], one)} and {cost(learning[QUARTERS], many)}.
-
-The standard error of one final accuracy is {error:.2f} points ({num_validation:,} validation rows, at {best:.2%}):
-smaller differences between winners are within what another validation split would change. The intervals are over the
-studies' seeds; all studies share the table, one training a row."""
-
-
-def report(table: Table, num_validation: int, learning: dict[str, Measured], random: dict[str, Measured]) -> str:
-    """The result file. learning, random: under the sweep's sampler, and with random draws alone."""
-    tags, pruner = provenance(), table.sweep.pruner
-    num_seeds = len(random[NONE].outcomes[SLOTS[0]])
+def report(measured: dict[str, dict[str, Measured]], tables: dict[str, Table], num_studies: int) -> str:
+    """The result file, of {table: {rule: what was measured}}."""
+    tags = provenance()
     dirty = " (dirty)" if tags.get("git.dirty") == "true" else ""
     libraries = ", ".join(f"{name} {tags[f'version.{name}']}" for name in ("torch", "transformers", "optuna"))
+    parts = []
+    for name, found in measured.items():
+        worth = {cell: found[NONE].worth(cell).mean() for cell in found[NONE].outcomes}
+        shown = ", ".join(f"{worth[cell]:.2%} ({cell[0]} trials, K={cell[1]})" for cell in worth)
+        num_configurations = len(tables[name].trainings) // 2
+        parts.append(
+            f"## {name}: {num_configurations} configurations, two seeds each\n\n"
+            f"Worth without pruning: {shown}.\n\n{lines_of(found)}\n"
+        )
     return f"""\
-# `python -m benchmarks.pruning replay --seeds {num_seeds}`: rules of pruning, {tags["device"]}, {datetime.date.today()}
+# `python -m benchmarks.pruning`: rules of pruning, {tags["device"]}, {datetime.date.today()}
 
 Commit {tags.get("mlflow.source.git.commit", "unknown")[:12]}{dirty}, Python {tags["version.python"]}, {libraries}.
 
-{num_seeds} studies of {TRIALS} trials in each cell, the same seeds in all; start-up {pruner.startup_trials} and warm-up
-{pruner.warmup_steps} as in sweep {SWEEP}. A trial takes its accuracies from `{TABLE.name}`: the baseline and
-{len(table.rows) - 1} configurations drawn at random from the sweep's space, each trained once for {table.total_steps}
-steps by the multi-LoRA engine (`python -m benchmarks.pruning table`). The row of a configuration is the nearest of its
-preset: least Euclidean distance over log learning rate, log alpha ratio, rank as a share of the largest that fits, and
-dropout, each from 0 to 1 across the space. K trials advance together; a place that falls free is filled at once.
+{num_studies} studies in each cell, the same seeds for all rules, by the sweep's own driver and sampler. A trial takes
+its scores from `search-table-NAME.jsonl` (`python -m benchmarks.search_table`): those of the nearest configuration of
+its preset (least Euclidean distance over log learning rate, log alpha ratio, rank as a share of the largest that fits,
+and dropout), with one of its two seeds. K trials advance together; a place that falls free is filled at once.
 
-Winner: final accuracy of the study's winner, mean over the studies. Regret: its distance from the best row,
-{table.best:.2%}. Saved: share of the training steps of {TRIALS} whole trials. Differences are paired by seed, in
-points, with the 95 % interval of their mean (t).
+Worth of a study: test accuracy of the configuration with the best validation accuracy, with the seed that it was *not*
+chosen on. Saved: share of the training steps of all its trials. Differences from no pruning are paired by seed, in
+points, with the 95 % interval of their mean (t). Order matters: share of the studies with {TRIALS[-1]} trials and
+K={SLOTS[-1]} in which other trials were pruned when each group was judged backwards.
 
-## The sweep's sampler: TPE, {TRIALS // 3} random trials first
-
-{lines_of(learning, table.best)}
-
-## Random sampler: the pruner alone, since a seed asks the same configurations in every cell
-
-{lines_of(random, table.best)}
-
-## Choice
-
-{choice(learning, random, table.best, num_validation)}
-"""
-
-
-def replay(num_seeds: int) -> None:
-    """Replay every rule under both samplers and write the result file."""
-    with shipped_sweep() as (sweep, stage):
-        table = Table(read_table(TABLE), sweep, stage.base.shape)
-        num_validation = len(stage.corpus.validation)
-    learning, random = (measure(table, startup, num_seeds) for startup in (TRIALS // 3, TRIALS))
-    text = report(table, num_validation, learning, random)
-    device = provenance()["device"].lower().replace(",", "").replace("(r)", "")
-    name = f"pruning-replay-{'-'.join(device.split())}-{datetime.date.today()}.md"
-    (RESULTS / name).write_text(text, encoding="utf-8")
-    print(text)
+{chr(10).join(parts)}"""
 
 
 def main() -> None:
-    """The two commands."""
+    """Replay every rule on every table, and write the result file."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", "Some regimes for parameter", UserWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning", description="Compare rules of pruning.")
-    commands = parser.add_subparsers(required=True, dest="command")
-    commands.add_parser("table", help="train what the table lacks").add_argument("--rows", type=int, default=65)
-    commands.add_parser("replay", help="replay studies on the table").add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--studies", type=int, default=100)
     arguments = parser.parse_args()
-    if arguments.command == "table":
-        fill_table(arguments.rows)
-    else:
-        replay(arguments.seeds)
+    tables = {name: read_table(RESULTS / f"search-table-{name}.jsonl") for name in TABLES}
+    shape = shape_of("embedded:minilm")
+    measured = {name: measure(Rows(table, shape), arguments.studies) for name, table in tables.items()}
+    text = report(measured, tables, arguments.studies)
+    device = provenance()["device"].lower().replace(",", "").replace("(r)", "")
+    name = f"pruning-{'-'.join(device.split())}-{datetime.date.today()}.md"
+    (RESULTS / name).write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from agnews_lora.search import study as keys
 from agnews_lora.search.confirmation import find_confirmation, num_missing, open_confirmation
 from agnews_lora.search.driver import Driver, Search, num_left, tidy
 from agnews_lora.search.prior import known_good
-from agnews_lora.search.pruner import PeerMedianPruner
+from agnews_lora.search.pruner import McNemarPruner
 from agnews_lora.search.results import INTERRUPTED, SweepResult
 from agnews_lora.search.retry import Retry
 from agnews_lora.search.sampler import TrialSeededTPE
@@ -381,7 +381,7 @@ def open_study(sweep: Sweep, prepared: Prepared, storage: RDBStorage, new: bool)
         sweep.name,
         fingerprint(sweep, prepared),
         sampler,
-        PeerMedianPruner(sweep.pruner.startup_trials, sweep.pruner.warmup_steps),
+        McNemarPruner(**sweep.pruner.model_dump()),
         new,
     )
     keys.require_compatible(study, space, shape, budget)

@@ -93,9 +93,12 @@ class Sampler(Settings):
 
 
 class Pruner(Settings):
-    """The median rule: a trial that is worse than the median of all other trials at the same step is given up."""
+    """McNemar's test: a trial is given up where the best other trial at the same step answers more of the same
+    validation rows correctly, by more than chance explains."""
 
-    startup_trials: Count = 4
+    standard_errors: Annotated[float, Field(gt=0, le=100)] = 2.5
+    """How far the best other trial must be ahead: standard errors of the paired difference."""
+    startup_trials: Count = 1
     """Other trials that must have come to a step, running ones included, before any is judged there."""
     warmup_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
     """Steps of a trial before which it is not judged."""

@@ -476,7 +476,9 @@ class Driver:
         elif result.final is not None:
             self._finish(result.trial, TrialEnd("COMPLETE", result))
         else:
-            reason = f"below the median of all other trials at step {result.steps} of {result.total_steps}"
+            reason = (
+                f"behind the best of the other trials, beyond chance, at step {result.steps} of {result.total_steps}"
+            )
             self._finish(result.trial, TrialEnd("PRUNED", result, reason))
 
     def failed(self, trial: str, error: Exception) -> None:

@@ -41,8 +41,8 @@ def packed(right: npt.NDArray[np.bool_]) -> str:
     return base64.b64encode(np.packbits(right).tobytes()).decode("ascii")
 
 
-def unpacked(text: str, rows: int) -> npt.NDArray[np.bool_]:
-    """Read which rows are right [rows] from what `packed` wrote."""
+def unpacked(text: str, rows: int | None = None) -> npt.NDArray[np.bool_]:
+    """Read which rows are right [rows] from what `packed` wrote; without a number, with up to 7 wrong ones behind."""
     return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=rows).astype(np.bool_)
 
 

@@ -20,7 +20,7 @@ from agnews_lora.errors import TrainingError
 from agnews_lora.search import space as search_space
 from agnews_lora.search.confirmation import open_confirmation
 from agnews_lora.search.driver import Driver, Search
-from agnews_lora.search.pruner import PeerMedianPruner
+from agnews_lora.search.pruner import McNemarPruner
 from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.search.study import enqueue_baseline, open_storage, open_study
 from agnews_lora.training import checkpoints
@@ -245,7 +245,7 @@ class Session:
     trials: int
     baseline: TrialSpec = OUTSIDE
     space: Space = SPACE
-    pruner: BasePruner = field(default_factory=lambda: PeerMedianPruner(2, 0))
+    pruner: BasePruner = field(default_factory=lambda: McNemarPruner(1.0, 2, 0))
     engine: ScriptedEngine = field(default_factory=ScriptedEngine)
     tracker: Any = field(default_factory=RecordingTracker)
     patience: float = 300.0

@@ -1,4 +1,4 @@
-"""The median rule among peers: groups in lockstep, any order of judging, start-up, warm-up, NaN, resumed studies."""
+"""McNemar's test against the best peer: groups in lockstep, any order, start-up, warm-up, resumed studies."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,143 +9,136 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from optuna.pruners import BasePruner, MedianPruner
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from agnews_lora.search.pruner import PeerMedianPruner, peer_values
-from agnews_lora.search.study import open_storage, open_study
+from agnews_lora.search.pruner import McNemarPruner
+from agnews_lora.search.study import RIGHT, open_storage, open_study
+from agnews_lora.training.metrics import packed
 from tests.search.scripted import ScriptedEngine, Session
 
-NAN = math.nan
+ROWS = 100
+Answers = NDArray[np.bool_]
 
 
-def study_with(pruner: BasePruner, groups: Sequence[Mapping[int, float]]) -> tuple[optuna.Study, list[optuna.Trial]]:
-    """A study in memory whose trials run, and have reported these accuracies by step."""
+def first(number: int) -> Answers:
+    """Answers of which the first are right."""
+    return np.arange(ROWS) < number
+
+
+def last(number: int) -> Answers:
+    return first(number)[::-1]
+
+
+def report(trial: optuna.Trial, right: Answers, step: int) -> None:
+    """As the driver does."""
+    trial.storage.set_trial_system_attr(trial._trial_id, f"{RIGHT}{step}", packed(right))
+    trial.report(float(right.mean()), step)
+
+
+def study_with(pruner: BasePruner, groups: Sequence[Mapping[int, Answers]]) -> tuple[optuna.Study, list[optuna.Trial]]:
+    """A study in memory whose trials run, and have reported these answers by step."""
     study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=0), pruner=pruner)
     trials = [study.ask() for _ in groups]
-    for trial, accuracies in zip(trials, groups, strict=True):
-        for step, accuracy in accuracies.items():
-            trial.report(accuracy, step)
+    for trial, answers in zip(trials, groups, strict=True):
+        for step, right in answers.items():
+            report(trial, right, step)
     return study, trials
 
 
-def verdicts(pruner: BasePruner, accuracies: Sequence[float], step: int = 10) -> list[bool]:
+def verdicts(pruner: BasePruner, answers: Sequence[Answers], step: int = 10) -> list[bool]:
     """Of trials in lockstep, all reported before the first is judged."""
-    _, trials = study_with(pruner, [{step: accuracy} for accuracy in accuracies])
+    _, trials = study_with(pruner, [{step: right} for right in answers])
     return [trial.should_prune() for trial in trials]
 
 
-# The median of the others ---------------------------------------------------------------------------------------
+# The test ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "pruned"),
+    ("answers", "pruned"),
     [
-        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], [True] * 4 + [False] * 4),
-        ([0.8, 0.1, 0.6, 0.7], [False, True, True, False]),  # 0.6 against 0.7
-        ([0.5, 0.3, 0.4], [False, True, False]),  # 0.4 against 0.4
-        ([0.25, 0.25, 0.25, 0.25], [False] * 4),
-        ([0.25, 0.25, 0.25, 0.9], [False] * 4),
-        ([0.25, 0.9, 0.9, 0.9], [True, False, False, False]),
+        ([first(80), first(75)], [False, False]),  # 5 / √5 = 2.2
+        ([first(80), first(73)], [False, True]),  # 7 / √7 = 2.6
+        ([first(80), last(73)], [False, False]),  # 27 against 20 rows: 7 / √47 = 1.0
+        ([first(50), first(73), first(80)], [True, True, False]),
+        ([first(50)] * 4, [False] * 4),
+        ([first(0), first(100)], [True, False]),
     ],
 )
-def test_trials_in_lockstep_are_judged_by_the_median_of_the_others(accuracies: list[float], pruned: list[bool]) -> None:
-    assert verdicts(PeerMedianPruner(2, 0), accuracies) == pruned
+def test_trials_are_judged_by_the_rows_that_only_one_of_them_and_the_best_answers(
+    answers: list[Answers], pruned: list[bool]
+) -> None:
+    assert verdicts(McNemarPruner(2.5, 1, 0), answers) == pruned
 
 
-@given(st.lists(st.sampled_from([0.2, 0.3, 0.4, 0.5, 0.6, NAN]), min_size=2, max_size=9), st.integers(1, 5), st.data())
+@given(
+    st.lists(st.tuples(st.integers(0, 2**32), st.sampled_from([0.3, 0.7, 0.8, 0.9])), min_size=2, max_size=7),
+    st.sampled_from([0.5, 1.0, 2.5]),
+    st.integers(1, 4),
+    st.data(),
+)
 @settings(max_examples=60)
 def test_verdicts_depend_neither_on_the_order_of_reports_nor_on_that_of_judging(
-    accuracies: list[float], startup_trials: int, data: st.DataObject
+    drawn: list[tuple[int, float]], standard_errors: float, startup_trials: int, data: st.DataObject
 ) -> None:
     """Some of the group are a step further on, as where slots were filled at different times."""
-    steps = data.draw(st.lists(st.sampled_from([10, 20]), min_size=len(accuracies), max_size=len(accuracies)))
-    pruner = PeerMedianPruner(startup_trials, 0)
+    answers = [np.random.default_rng(seed).random(ROWS) < level for seed, level in drawn]
+    steps = data.draw(st.lists(st.sampled_from([10, 20]), min_size=len(answers), max_size=len(answers)))
     expected = []
-    for number, (accuracy, step) in enumerate(zip(accuracies, steps, strict=True)):
-        others = [
-            other
-            for index, (other, at) in enumerate(zip(accuracies, steps, strict=True))
-            if index != number and at == step and not np.isnan(other)
-        ]
-        below = np.isnan(accuracy) or (bool(others) and accuracy < np.quantile(others, 0.5))
-        expected.append(len(others) >= startup_trials and bool(below))
-    _, trials = study_with(pruner, [{} for _ in accuracies])
+    for number, (right, step) in enumerate(zip(answers, steps, strict=True)):
+        others = [other for index, other in enumerate(answers) if index != number and steps[index] == step]
+        best = max(others, key=lambda other: float(other.mean()), default=right)  # the first of equals, like `max`
+        gaps = best.astype(int) - right
+        expected.append(
+            len(others) >= startup_trials and gaps.sum() > standard_errors * math.sqrt(np.count_nonzero(gaps))
+        )
+    _, trials = study_with(McNemarPruner(standard_errors, startup_trials, 0), [{} for _ in answers])
     for number in data.draw(st.permutations(range(len(trials)))):
-        trials[number].report(accuracies[number], steps[number])
+        report(trials[number], answers[number], steps[number])
     order = data.draw(st.permutations(range(len(trials))))
     judged = {number: trials[number].should_prune() for number in order}
     assert [judged[number] for number in range(len(trials))] == expected
 
 
-@pytest.mark.parametrize("state", list(TrialState))
-def test_every_trial_that_came_to_the_step_counts_whatever_became_of_it(state: TrialState) -> None:
-    study, trials = study_with(PeerMedianPruner(3, 0), [{10: 0.6}, {10: 0.7}, {10: 0.8}, {10: 0.65}])
-    study._storage.set_trial_state_values(trials[2]._trial_id, state, [0.9] if state is TrialState.COMPLETE else None)
-    peers = peer_values(study, study.get_trials()[3], 10)
-    assert sorted(peers) == [0.6, 0.7, 0.8]
-    assert trials[3].should_prune()
-
-
-def test_only_the_last_step_is_compared_and_only_with_values_at_that_step() -> None:
-    groups = [{10: 0.9, 20: 0.3, 30: 0.9}, {10: 0.9, 20: 0.2}, {10: 0.1, 20: 0.25}, {20: 0.3, 10: 0.9}]
-    _, trials = study_with(PeerMedianPruner(3, 0), groups)
-    assert [trial.should_prune() for trial in trials] == [False, True, True, False]
-
-
-# Start-up and warm-up -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("num_peers", "pruned"), [(0, False), (1, False), (3, False), (4, True), (5, True)])
 def test_nobody_is_judged_before_enough_others_came_to_the_step(num_peers: int, pruned: bool) -> None:
-    [*_, last] = verdicts(PeerMedianPruner(4, 0), [*[0.9] * num_peers, 0.1])
-    assert last is pruned
+    [*_, own] = verdicts(McNemarPruner(2.5, 4, 0), [*[first(90)] * num_peers, first(10)])
+    assert own is pruned
 
 
 def test_start_up_counts_at_the_very_step() -> None:
-    _, trials = study_with(PeerMedianPruner(3, 0), [{10: 0.9, 20: 0.9}] * 2 + [{10: 0.9}] * 3 + [{10: 0.9, 20: 0.1}])
+    groups = [{10: first(90), 20: first(90)}] * 2 + [{10: first(90)}] * 3 + [{10: first(90), 20: first(10)}]
+    _, trials = study_with(McNemarPruner(2.5, 3, 0), groups)
     assert not trials[-1].should_prune()
 
 
-def test_a_trial_at_a_step_that_nobody_else_reached_goes_on() -> None:
-    _, trials = study_with(PeerMedianPruner(1, 0), [{10: 0.9}, {10: 0.9}, {10: 0.9, 20: 0.0}])
-    assert not trials[-1].should_prune()
-
-
-def test_a_trial_that_reported_nothing_goes_on() -> None:
-    _, trials = study_with(PeerMedianPruner(1, 0), [{10: 0.9}, {10: 0.9}, {}])
+@pytest.mark.parametrize("alone", [{10: first(90), 20: first(0)}, {}])
+def test_a_trial_at_a_step_that_nobody_else_reached_goes_on(alone: dict[int, Answers]) -> None:
+    _, trials = study_with(McNemarPruner(2.5, 1, 0), [{10: first(90)}, {10: first(90)}, alone])
     assert not trials[-1].should_prune()
 
 
 @pytest.mark.parametrize(("warmup_steps", "pruned"), [(0, True), (9, True), (10, True), (11, False), (40, False)])
 def test_nobody_is_judged_before_the_warm_up_is_over(warmup_steps: int, pruned: bool) -> None:
-    assert verdicts(PeerMedianPruner(1, warmup_steps), [0.9, 0.9, 0.1]) == [False, False, pruned]
+    assert verdicts(McNemarPruner(2.5, 1, warmup_steps), [first(90), first(90), first(10)]) == [False, False, pruned]
 
 
-# NaN ------------------------------------------------------------------------------------------------------------
+def test_the_best_is_that_by_the_objective_and_who_is_not_behind_by_it_goes_on() -> None:
+    _, trials = study_with(McNemarPruner(2.5, 1, 0), [{}, {}])
+    for trial, right, macro_f1 in zip(trials, (first(90), first(10)), (0.3, 0.4), strict=True):
+        trial.storage.set_trial_system_attr(trial._trial_id, f"{RIGHT}10", packed(right))
+        trial.report(macro_f1, 10)
+    assert [trial.should_prune() for trial in trials] == [False, False]
 
 
-@pytest.mark.parametrize(
-    ("accuracies", "pruned"),
-    [
-        ([0.5, 0.5, NAN], [False, False, True]),
-        ([NAN, NAN, 0.1], [False, False, False]),  # one peer with a value is not enough
-        ([NAN, 0.5, 0.6, 0.4], [True, False, False, True]),  # 0.5 against 0.5, the mean of 0.4 and 0.6
-        ([NAN, NAN, NAN], [False] * 3),
-    ],
-)
-def test_nan_is_below_every_median_and_nothing_to_compare_with(accuracies: list[float], pruned: list[bool]) -> None:
-    assert verdicts(PeerMedianPruner(2, 0), accuracies) == pruned
-
-
-def test_nan_in_the_stored_study(tmp_path: Path) -> None:
-    pruner = PeerMedianPruner(2, 0)
-    study = open_study(open_storage(tmp_path), "pruned", {}, RandomSampler(seed=0), pruner, new=False)
-    trials = [study.ask() for _ in range(3)]
-    for trial, accuracy in zip(trials, (0.5, 0.6, NAN), strict=True):
-        trial.report(accuracy, 10)
-    assert [trial.should_prune() for trial in trials] == [False, False, True]
+def test_steps_that_an_earlier_release_reported_prune_nobody_and_nan_is_nothing_to_compare_with() -> None:
+    _, trials = study_with(McNemarPruner(2.5, 1, 0), [{}, {10: first(10)}, {}])
+    trials[0].report(0.9, 10)
+    trials[2].report(math.nan, 10)
+    assert [trial.should_prune() for trial in trials] == [False] * 3
 
 
 # Through the driver, and over a stop ----------------------------------------------------------------------------
@@ -160,13 +153,13 @@ def test_trials_in_lockstep_are_pruned_where_a_comparison_with_finished_ones_nev
         return Session(tmp_path / name, 8, pruner=pruner, engine=ScriptedEngine(8))
 
     assert num_pruned(session("finished", MedianPruner(2))) == 0
-    assert num_pruned(session("peers", PeerMedianPruner(2, 0))) >= 3
+    assert num_pruned(session("peers", McNemarPruner(1.0, 2, 0))) >= 3
 
 
 @pytest.mark.parametrize("num_slots", [1, 4])
 def test_a_study_that_is_stopped_and_resumed_gives_the_same_verdicts(tmp_path: Path, num_slots: int) -> None:
     def session(name: str) -> Session:
-        return Session(tmp_path / name, 12, pruner=PeerMedianPruner(2, 0), engine=ScriptedEngine(num_slots))
+        return Session(tmp_path / name, 12, pruner=McNemarPruner(1.0, 2, 0), engine=ScriptedEngine(num_slots))
 
     def ends(study: optuna.Study) -> list[tuple[TrialState, dict[int, float]]]:
         return [(trial.state, trial.intermediate_values) for trial in study.trials]
@@ -183,12 +176,12 @@ def test_a_study_that_is_stopped_and_resumed_gives_the_same_verdicts(tmp_path: P
 def test_trials_given_back_and_running_again_are_judged_as_before(tmp_path: Path) -> None:
     def opened() -> optuna.Study:
         sampler = RandomSampler(seed=0)
-        return open_study(open_storage(tmp_path), "pruned", {}, sampler, PeerMedianPruner(3, 0), new=False)
+        return open_study(open_storage(tmp_path), "pruned", {}, sampler, McNemarPruner(2.5, 3, 0), new=False)
 
     study = opened()
     trials = [study.ask() for _ in range(6)]
     for trial, accuracy in zip(trials, (0.3, 0.8, 0.5, 0.9, 0.1, 0.6), strict=True):
-        trial.report(accuracy, 10)
+        report(trial, first(round(100 * accuracy)), 10)
     before = [trial.should_prune() for trial in trials]
     assert set(before) == {False, True}
     resumed = opened()

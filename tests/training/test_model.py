@@ -73,3 +73,26 @@ def test_a_model_that_counts_otherwise_is_refused(setups: dict[Family, TinySetup
     thawed.base_model.model.roberta.embeddings.word_embeddings.requires_grad_(True)
     with pytest.raises(BudgetError):
         recount(thawed, SPEC, base)
+
+
+def test_a_larger_rate_for_b_is_a_larger_alpha(setups: dict[Family, TinySetup]) -> None:
+    """LoRA+ (Hayou et al. 2024) trains B at a multiple of A's rate. AdamW's steps do not depend on a gradient's scale,
+    so that alpha times the multiple, which is searched, is the same training."""
+    tokens, labels = torch.arange(5, 37).view(8, 4), torch.arange(8) % 4
+
+    def trained(alpha: float, ratio: float) -> tuple[torch.Tensor, torch.Tensor]:
+        model = build_model(setups["bert"].base, replace(SPEC, dropout=0.0, alpha=alpha), num_labels=4, seed=0).eval()
+        of_b = [tensor for name, tensor in model.named_parameters() if "lora_B" in name]
+        rest = [tensor for name, tensor in model.named_parameters() if tensor.requires_grad and "lora_B" not in name]
+        groups = [{"params": of_b, "lr": 1e-3 * ratio}, {"params": rest, "lr": 1e-3}]
+        optimizer = torch.optim.AdamW(groups, eps=1e-12, weight_decay=0.0)
+        before = model(input_ids=tokens).logits.detach()
+        for _ in range(10):
+            optimizer.zero_grad()
+            model(input_ids=tokens, labels=labels).loss.backward()
+            optimizer.step()
+        return before, model(input_ids=tokens).logits.detach()
+
+    (before, plus), (_, larger), (_, plain) = trained(4.0, 8.0), trained(32.0, 1.0), trained(4.0, 1.0)
+    torch.testing.assert_close(plus, larger, rtol=1e-4, atol=1e-5)
+    assert (plus - before).abs().max() > 0.1 and (plus - plain).abs().max() > 0.01

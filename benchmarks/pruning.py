@@ -126,8 +126,8 @@ def rules(table: Table) -> dict[str, Pruner]:
     return {
         NONE: fixed(NopPruner()),
         **{f"McNemar against the best, {z:g} standard errors": fixed(McNemarPruner(z, 1, 0)) for z in (1.5, 2, 2.5, 3)},
-        "the same, 2 standard errors, after 4 peers": fixed(McNemarPruner(2, 4, 0)),
-        "the same, 2 standard errors, from a quarter on": fixed(McNemarPruner(2, 1, table.steps[quarter])),
+        "the same, 2.5 standard errors, after 4 peers": fixed(McNemarPruner(2.5, 4, 0)),
+        "the same, 2.5 standard errors, from a quarter on": fixed(McNemarPruner(2.5, 1, table.steps[quarter])),
         "median of peers": rule(below(0.5, accuracy)),
         "median of peers, from a quarter on": rule(below(0.5, accuracy), quarter),
         "median of peers, from half on": rule(below(0.5, accuracy), half),

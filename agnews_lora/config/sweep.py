@@ -96,7 +96,7 @@ class Pruner(Settings):
     """McNemar's test: a trial is given up where the best other trial at the same step answers more of the same
     validation rows correctly, by more than chance explains."""
 
-    standard_errors: Annotated[float, Field(gt=0, le=100)] = 2.0
+    standard_errors: Annotated[float, Field(gt=0, le=100)] = 2.5
     """How far the best other trial must be ahead: standard errors of the paired difference."""
     startup_trials: Count = 1
     """Other trials that must have come to a step, running ones included, before any is judged there."""

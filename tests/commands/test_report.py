@@ -30,10 +30,15 @@ def in_folder(client: MlflowClient, folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(folder)
 
 
+def new_experiment(client: MlflowClient, sweep: str) -> str:
+    """With its artifacts in the folder: MLflow's own place for them is where the tests were started."""
+    return str(client.create_experiment(sweep, artifact_location=str(Path("mlruns", "artifacts").resolve())))
+
+
 def parent_run(client: MlflowClient, sweep: str, state: str, text: str | None) -> str:
     """A new parent run. text: of its `result.json`; None where it has none."""
     known = client.get_experiment_by_name(sweep)
-    experiment = known.experiment_id if known else client.create_experiment(sweep)
+    experiment = known.experiment_id if known else new_experiment(client, sweep)
     run = client.create_run(experiment, tags={"kind": "sweep", "state": state}, run_name="small-2").info.run_id
     if text is not None:
         client.log_text(run, text, "result.json")
@@ -42,7 +47,7 @@ def parent_run(client: MlflowClient, sweep: str, state: str, text: str | None) -
 
 def with_runs(client: MlflowClient, sweep: str, of: SweepResult) -> SweepResult:
     """The result with the ids of new runs that have its trials' curves."""
-    experiment, rows = client.create_experiment(sweep), []
+    experiment, rows = new_experiment(client, sweep), []
     for row in of.trials:
         run = client.create_run(experiment, tags={"kind": "trial"}).info.run_id
         for point in curve(row).to_dict("records"):

@@ -243,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning", description="Compare rules of pruning.")
     parser.add_argument("--studies", type=int, default=100)
     arguments = parser.parse_args()
-    tables = {name: read_table(RESULTS / f"search-table-{name}.jsonl") for name in TABLES}
+    tables = {name: read_table(RESULTS / f"search-table-{name}.jsonl").paired() for name in TABLES}
     shape = shape_of("embedded:minilm")
     measured = {name: measure(Rows(table, shape), arguments.studies) for name, table in tables.items()}
     text = report(measured, tables, arguments.studies)

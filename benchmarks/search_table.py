@@ -225,6 +225,12 @@ class Table:
     def monitor(self) -> npt.NDArray[np.int64]:
         return np.array(self.about["monitor"])
 
+    def paired(self) -> "Table":
+        """The configurations that were trained with both seeds: a table may not be finished."""
+        known = {(each.number, each.run) for each in self.trainings}
+        kept = [each for each in self.trainings if {(each.number, run) for run in range(SEEDS)} <= known]
+        return replace(self, trainings=kept)
+
     @property
     def total_steps(self) -> int:
         return max(step for training in self.trainings for step in training.right)

@@ -476,9 +476,7 @@ class Driver:
         elif result.final is not None:
             self._finish(result.trial, TrialEnd("COMPLETE", result))
         else:
-            reason = (
-                f"behind the best of the other trials, beyond chance, at step {result.steps} of {result.total_steps}"
-            )
+            reason = f"significantly worse than the best other trial at step {result.steps} of {result.total_steps}"
             self._finish(result.trial, TrialEnd("PRUNED", result, reason))
 
     def failed(self, trial: str, error: Exception) -> None:

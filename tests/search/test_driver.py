@@ -219,7 +219,7 @@ def test_the_worse_are_pruned_but_never_the_baseline(tmp_path: Path) -> None:
             if last in other.intermediate_values
         ]
         assert trial.value == row.accuracy == accuracy(plans[row.trial].spec, last) < max(earlier)
-        reason = f"behind the best of the other trials, beyond chance, at step {last} of 30"
+        reason = f"significantly worse than the best other trial at step {last} of 30"
         assert row.reason == reason
         [(state, result, told)] = recorded.ends
         assert (state, told) == ("PRUNED", reason)

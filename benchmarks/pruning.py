@@ -23,13 +23,11 @@ from optuna.trial import FrozenTrial
 from scipy import stats
 
 from agnews_lora.adapters.base_models import shape_of
-from agnews_lora.search import space as search_space
 from agnews_lora.search.pruner import McNemarPruner
-from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.search.trials import trial_name
 from agnews_lora.tracking.provenance import provenance
-from benchmarks.search_replay import SPACE, Outcome, Rows, replay
-from benchmarks.search_table import BUDGET, RESULTS, Table, Training, read_table
+from benchmarks.search_replay import Outcome, Rows, replay, shipped_sampler
+from benchmarks.search_table import RESULTS, Table, Training, read_table
 
 TABLES: Final = ("ag_news", "newswire")
 SLOTS: Final = (1, 4)
@@ -170,11 +168,9 @@ def interval(differences: NDArray[np.float64]) -> str:
 def measure(rows: Rows, num_studies: int) -> dict[str, Measured]:
     """Replay every rule over the same seeds."""
     measured = {}
-    space = SPACE, rows.shape, BUDGET
-    names = search_space.distributions(*space), search_space.shared(*space)
 
     def study(pruner: Pruner, num_trials: int, num_slots: int, seed: int, backwards: bool = False) -> Outcome:
-        sampler = TrialSeededTPE(seed, num_trials // 3, *names)
+        sampler = shipped_sampler(rows.shape, seed, num_trials // 3)
         return replay(rows, sampler, pruner, num_trials, num_slots, seed, backwards)
 
     for name, pruner in rules(rows.table).items():

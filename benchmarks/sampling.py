@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -29,11 +30,10 @@ from agnews_lora.adapters.budget import max_rank
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.search import space as search_space
 from agnews_lora.search.prior import known_good
-from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.search.study import enqueue_baseline, enqueue_known
 from agnews_lora.tracking.provenance import provenance
 from benchmarks.pruning import interval
-from benchmarks.search_replay import SPACE
+from benchmarks.search_replay import SPACE, shipped_sampler
 from benchmarks.search_table import (
     ALPHA_RATIOS,
     BASELINE,
@@ -62,9 +62,7 @@ class Contestant:
     slow: bool = False
 
 
-def ours(seed: int, startup: int) -> TrialSeededTPE:
-    searched = (SPACE, SHAPE, BUDGET)
-    return TrialSeededTPE(seed, startup, search_space.distributions(*searched), search_space.shared(*searched))
+ours = partial(shipped_sampler, SHAPE)
 
 
 def gaussian(seed: int, startup: int) -> GPSampler:

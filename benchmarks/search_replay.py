@@ -16,7 +16,9 @@ from agnews_lora.adapters.budget import max_rank
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.config.sweep import Range, Space
 from agnews_lora.errors import TrainingError
+from agnews_lora.search import space as search_space
 from agnews_lora.search.driver import Driver, Search
+from agnews_lora.search.sampler import TrialSeededTPE
 from agnews_lora.search.study import enqueue_baseline
 from agnews_lora.search.trial_log import Point
 from agnews_lora.search.trials import best_first, summaries
@@ -36,6 +38,12 @@ SPACE = Space(
     dropout=Range(low=0.0, high=DROPOUT),
     learning_rate=Range(low=LEARNING_RATES[0], high=LEARNING_RATES[1]),
 )
+
+
+def shipped_sampler(shape: ModelShape, seed: int, startup_trials: int) -> TrialSeededTPE:
+    """Make the sweep's own sampler, over the space of the tables."""
+    searched = SPACE, shape, BUDGET
+    return TrialSeededTPE(seed, startup_trials, search_space.distributions(*searched), search_space.shared(*searched))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import datetime
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -165,15 +166,17 @@ def interval(differences: NDArray[np.float64]) -> str:
     return f"{100 * differences.mean() + 0.0:+.2f} ± {100 * half:.2f}"
 
 
-def measure(rows: Rows, num_studies: int) -> dict[str, Measured]:
+def measure(table: Table, num_studies: int) -> dict[str, Measured]:
     """Replay every rule over the same seeds."""
-    measured = {}
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    rows, measured = Rows(table, shape_of("embedded:minilm")), {}
 
     def study(pruner: Pruner, num_trials: int, num_slots: int, seed: int, backwards: bool = False) -> Outcome:
         sampler = shipped_sampler(rows.shape, seed, num_trials // 3)
         return replay(rows, sampler, pruner, num_trials, num_slots, seed, backwards)
 
-    for name, pruner in rules(rows.table).items():
+    for name, pruner in rules(table).items():
         outcomes = {
             (num_trials, num_slots): [study(pruner, num_trials, num_slots, seed) for seed in range(num_studies)]
             for num_trials in TRIALS
@@ -181,7 +184,8 @@ def measure(rows: Rows, num_studies: int) -> dict[str, Measured]:
         }
         backwards = [study(pruner, TRIALS[-1], SLOTS[-1], seed, True) for seed in range(num_studies)]
         measured[name] = Measured(outcomes, backwards)
-        print(name, *(f"{cell}: {measured[name].saved(cell):.0%}" for cell in outcomes), flush=True)
+        saved = {cell: f"{measured[name].saved(cell):.0%}" for cell in outcomes}
+        print(table.about["data"], name, saved, flush=True)
     return measured
 
 
@@ -234,14 +238,13 @@ K={SLOTS[-1]} in which other trials were pruned when each group was judged backw
 
 def main() -> None:
     """Replay every rule on every table, and write the result file."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", category=UserWarning)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning", description="Compare rules of pruning.")
     parser.add_argument("--studies", type=int, default=100)
     arguments = parser.parse_args()
     tables = {name: read_table(RESULTS / f"search-table-{name}.jsonl").paired() for name in TABLES}
-    shape = shape_of("embedded:minilm")
-    measured = {name: measure(Rows(table, shape), arguments.studies) for name, table in tables.items()}
+    with ProcessPoolExecutor(len(tables)) as pool:  # one core each
+        found = pool.map(measure, tables.values(), [arguments.studies] * len(tables))
+        measured = dict(zip(tables, found, strict=True))
     text = report(measured, tables, arguments.studies)
     device = provenance()["device"].lower().replace(",", "").replace("(r)", "")
     name = f"pruning-{'-'.join(device.split())}-{datetime.date.today()}.md"

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -116,12 +116,13 @@ def unpacked(text: str, number: int) -> npt.NDArray[np.bool_]:
 class Filling:
     """The engine's source and observer while a table is filled: nothing is pruned, every end is written down.
 
-    todo: (number of the configuration, number of its run). right: {trial: {step: its right rows}}, by the engine.
+    todo: (number of the configuration, number of its run). spec: of a number. right: {trial: {step: its right rows}},
+    by the engine.
     """
 
     path: Path
     todo: list[tuple[int, int]]
-    shape: ModelShape
+    spec: Callable[[int], TrialSpec]
     folder: Path
     right: dict[str, dict[int, str]] = field(default_factory=dict)
     _losses: dict[str, list[float]] = field(default_factory=dict)
@@ -136,7 +137,7 @@ class Filling:
         self._losses[trial], self._evaluated[trial], self.right[trial] = [], [], {}
         self._began[trial] = time.process_time()
         seed = derived_seed(SEED + run, number)
-        return TrialPlan(trial, configuration(number, self.shape), seed, self.folder / trial)
+        return TrialPlan(trial, self.spec(number), seed, self.folder / trial)
 
     def logged(self, points: Sequence[TrainPoint]) -> None:
         for point in points:
@@ -164,7 +165,7 @@ class Filling:
         line = {
             "number": number,
             "run": run,
-            **configuration(number, self.shape).as_dict(),
+            **self.spec(number).as_dict(),
             "losses": self._losses.pop(trial),
             "eval_losses": self._evaluated.pop(trial),
             "right": self.right.pop(trial),
@@ -172,7 +173,7 @@ class Filling:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         seconds = time.process_time() - self._began.pop(trial)
-        print(f"{trial}: {configuration(number, self.shape)}, {seconds:.0f} CPU-s", flush=True)
+        print(f"{trial}: {self.spec(number)}, {seconds:.0f} CPU-s", flush=True)
 
     def stop_requested(self) -> bool:
         return False
@@ -212,6 +213,16 @@ class Training:
     eval_losses: list[float]
     right: dict[int, npt.NDArray[np.bool_]]
     test: npt.NDArray[np.bool_]
+
+    @property
+    def test_accuracy(self) -> float:
+        """0 where it diverged."""
+        return float(self.test.mean()) if self.test.size else 0.0
+
+    @property
+    def validation_accuracy(self) -> float:
+        """After the last step, on the whole validation split; 0 where it diverged."""
+        return float(self.right[max(self.right)].mean()) if self.test.size else 0.0
 
 
 @dataclass(frozen=True)
@@ -260,18 +271,22 @@ def read_table(path: Path) -> Table:
     return Table(about, sorted(trainings, key=lambda each: (each.number, each.run)))
 
 
-def fill(data: str, runs: Sequence[int]) -> None:
-    """Train what a table lacks: all configurations once, then once more."""
-    path = RESULTS / f"search-table-{data}.jsonl"
+def fill(
+    path: Path,
+    experiment: Experiment,
+    wanted: Sequence[tuple[int, int]],
+    spec: Callable[[int, ModelShape], TrialSpec] = configuration,
+    slots: int | None = None,
+    run_class: type[_Run] = _Run,
+) -> None:
+    """Train those of the (numbers of a configuration, numbers of a run) that a file lacks."""
     done = {(each.number, each.run) for each in read_table(path).trainings} if path.exists() else set()
-    todo = [(number, run) for run in runs for number in range(CONFIGURATIONS) if (number, run) not in done]
-    experiment = embedded(data)
     base = resolve(experiment.base, num_labels=4)
     with tempfile.TemporaryDirectory() as folder:
         corpus, num_validation = corpus_of(experiment, base, Path(folder))
         if not path.exists():
             about = {
-                "data": data,
+                "data": "newswire" if experiment.data_settings.source == "newswire" else "ag_news",
                 "base": base.name,
                 "budget": BUDGET,
                 "training": experiment.training.model_dump(),
@@ -280,19 +295,24 @@ def fill(data: str, runs: Sequence[int]) -> None:
                 "digest": corpus.digest,
             }
             path.write_text(json.dumps(about) + "\n", encoding="utf-8")
-        engine = multilora.MultiLoraEngine(base, corpus, experiment.settings, slots=1 if len(runs) < SEEDS else None)
-        filling = Filling(path, todo, base.shape, Path(folder))
-        run = _Run(engine, filling, filling)
+        engine = multilora.MultiLoraEngine(base, corpus, experiment.settings, slots)
+        todo = [training for training in wanted if training not in done]
+        filling = Filling(path, todo, lambda number: spec(number, base.shape), Path(folder))
+        run = run_class(engine, filling, filling)
         run.right, run.num_validation = filling.right, num_validation
         run.until_done()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.search_table", description=fill.__doc__)
+    """Train what a table lacks: all configurations once, then once more."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.search_table", description=main.__doc__)
     parser.add_argument("data", choices=["ag_news", "newswire"])
     parser.add_argument("--run", type=int, choices=range(SEEDS), help="only this run of each, one at a time")
     arguments = parser.parse_args()
-    fill(arguments.data, range(SEEDS) if arguments.run is None else [arguments.run])
+    runs = range(SEEDS) if arguments.run is None else [arguments.run]
+    wanted = [(number, run) for run in runs for number in range(CONFIGURATIONS)]
+    slots = None if arguments.run is None else 1
+    fill(RESULTS / f"search-table-{arguments.data}.jsonl", embedded(arguments.data), wanted, slots=slots)
 
 
 if __name__ == "__main__":

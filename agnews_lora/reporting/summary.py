@@ -128,8 +128,8 @@ def _rows(result: SweepResult) -> Iterator[tuple[str, str, str]]:
     if winner is not None and (count := winner.trainable_parameters) is not None:
         share = f"{count / facts.budget:.1%} of the budget of {facts.budget:,}"
         yield "parameters", f"{count:,} trainable, {share}", ""
-    for sentence in certainty(result):
-        yield "certainty", sentence, ""
+    if sentences := certainty(result):
+        yield "certainty", "\n".join(sentences), ""
     yield "trials", ", ".join(f"{count} {word}" for word, count in result.counts.items()), ""
     if result.wall_seconds is not None:
         yield "wall time", f"{duration(result.wall_seconds)} of training and evaluation, over all starts", ""

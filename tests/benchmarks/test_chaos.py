@@ -92,7 +92,10 @@ def test_nodes_join_late_and_are_lost(tmp_path: Path) -> None:
 @pytest.mark.proof
 @needs_base_and_ray
 def test_one_worker_that_is_killed_is_equal_to_none_that_is_not(tmp_path: Path) -> None:
-    shorter = (EXPERIMENT | {"data.train_rows": 192}, SWEEP | {"trials": 3, "pruner.warmup_steps": 2})
+    shorter = (
+        EXPERIMENT | {"data.train_rows": 192},
+        SWEEP | {"trials": 3, "pruner.warmup_steps": 2, "pruner.standard_errors": 0.1},
+    )
     stores = []
     for name, options, kills in (
         ("undisturbed", [], []),
@@ -103,6 +106,7 @@ def test_one_worker_that_is_killed_is_equal_to_none_that_is_not(tmp_path: Path) 
         stores.append(Stores.of(chaos.folder, "small"))
         assert judge(stores[-1], chaos, code).faults == []
     assert differences(*stores) == []
+    assert "PRUNED" in {trial.state.name for trial in stores[0].trials}, "there were verdicts to compare"
 
 
 def test_kills_are_drawn_from_a_seed_alone_and_hit_everybody_at_every_moment() -> None:

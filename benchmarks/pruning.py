@@ -48,14 +48,12 @@ class TablePruner(BasePruner):
         steps: of the evaluations.
         trained: {trial: its training}.
         rule: whether to give up a training, judged beside its peers that came as far, at the n-th evaluation.
-        first: evaluation before which there is no judgement.
-        min_peers: without as many, there is none either.
+        min_peers: without as many there is no judgement.
     """
 
     steps: Sequence[int]
     trained: Mapping[str, Training]
     rule: Rule
-    first: int = 0
     min_peers: int = 4
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
@@ -67,9 +65,21 @@ class TablePruner(BasePruner):
             if other.number != trial.number and step in other.intermediate_values
         ]
         stage = self.steps.index(step)
-        if stage < self.first or len(peers) < self.min_peers:
+        if len(peers) < self.min_peers:
             return False
         return self.rule(self.trained[trial_name(trial)], peers, stage)
+
+
+class Throughout(McNemarPruner):
+    """As far behind at any step, from one on."""
+
+    def __init__(self, standard_errors: float, start: int) -> None:
+        super().__init__(standard_errors, 0)
+        self._start = start
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        self._total_steps = trial.last_step or 0
+        return self._total_steps >= self._start and super().prune(study, trial)
 
 
 def accuracy(training: Training, stage: int) -> float:
@@ -116,24 +126,26 @@ def rules(table: Table) -> dict[str, Pruner]:
     half, quarter = len(stages) // 2 - 1, len(stages) // 4 - 1
     online = training_loss(table)
 
-    def rule(given: Rule, first: int = 0) -> Pruner:
-        return lambda trained: TablePruner(table.steps, trained, given, first)
+    def rule(given: Rule) -> Pruner:
+        return lambda trained: TablePruner(table.steps, trained, given)
 
     def fixed(pruner: BasePruner) -> Pruner:
         return lambda trained: pruner
 
     return {
         NONE: fixed(NopPruner()),
-        **{f"McNemar against the best, {z:g} standard errors": fixed(McNemarPruner(z, 1, 0)) for z in (1.5, 2, 2.5, 3)},
-        "the same, 2.5 standard errors, after 4 peers": fixed(McNemarPruner(2.5, 4, 0)),
-        "the same, 2.5 standard errors, from a quarter on": fixed(McNemarPruner(2.5, 1, table.steps[quarter])),
+        **{
+            f"McNemar against the best, {z:g} standard errors at the end": fixed(McNemarPruner(z, table.total_steps))
+            for z in (1.25, 1.5, 1.75)
+        },
+        **{
+            f"the same, {z:g} standard errors throughout{since}": lambda trained, z=z, start=start: Throughout(z, start)
+            for since, start in {"": 0, ", from a quarter on": table.steps[quarter]}.items()
+            for z in (2, 2.5)
+        },
         "median of peers": rule(below(0.5, accuracy)),
-        "median of peers, from a quarter on": rule(below(0.5, accuracy), quarter),
-        "median of peers, from half on": rule(below(0.5, accuracy), half),
         "median of peers less two standard errors": rule(below(0.5, accuracy, 2)),
-        "median of peers' loss": rule(below(0.5, loss)),
         "median of peers' training loss since the warm-up": rule(below(0.5, online)),
-        "upper third of peers' training loss since the warm-up": rule(below(2 / 3, online)),
         "rungs at a quarter and a half, upper half by loss": rule(at([quarter, half], below(0.5, loss))),
         "median of finished (Optuna)": fixed(MedianPruner(4, 0)),
         **{f"successive halving by {by} (Optuna)": fixed(SuccessiveHalvingPruner(every, by)) for by in (2, 4)},

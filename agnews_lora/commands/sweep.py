@@ -381,7 +381,7 @@ def open_study(sweep: Sweep, prepared: Prepared, storage: RDBStorage, new: bool)
         sweep.name,
         fingerprint(sweep, prepared),
         sampler,
-        McNemarPruner(**sweep.pruner.model_dump()),
+        McNemarPruner(sweep.pruner.standard_errors, prepared.total_steps),
         new,
     )
     keys.require_compatible(study, space, shape, budget)

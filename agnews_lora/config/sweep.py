@@ -96,12 +96,9 @@ class Pruner(Settings):
     """McNemar's test: a trial is given up where the best other trial at the same step answers more of the same
     validation rows correctly, by more than chance explains."""
 
-    standard_errors: Annotated[float, Field(gt=0, le=100)] = 2.5
-    """How far the best other trial must be ahead: standard errors of the paired difference."""
-    startup_trials: Count = 1
-    """Other trials that must have come to a step, running ones included, before any is judged there."""
-    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
-    """Steps of a trial before which it is not judged."""
+    standard_errors: Annotated[float, Field(gt=0, le=100)] = 1.5
+    """How far the best other trial must be ahead at the end of a training: standard errors of the paired difference.
+    Earlier it must be further ahead: at a quarter of the steps twice as far."""
 
 
 class Confirmation(Settings):

@@ -39,7 +39,7 @@ EXPERIMENT: Final = {
     "training.log_every": 2,
     "training.precision": "fp32",
 }
-SWEEP: Final = {"trials": 12, "space.learning_rate": {"low": 5e-4, "high": 1e-2}, "pruner.warmup_steps": 20}
+SWEEP: Final = {"trials": 12, "space.learning_rate": {"low": 5e-4, "high": 1e-2}}
 
 
 @dataclass

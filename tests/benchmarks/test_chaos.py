@@ -27,7 +27,7 @@ EXPERIMENT = {
     "training.log_every": 1,
     "training.precision": "fp32",
 }
-SWEEP = {"trials": 4, "slots": 1, "pruner.warmup_steps": 8, "pruner.startup_trials": 2}
+SWEEP = {"trials": 4, "slots": 1, "pruner.standard_errors": 3}
 Ended = tuple[Stores, Chaos, int]
 
 
@@ -94,7 +94,7 @@ def test_nodes_join_late_and_are_lost(tmp_path: Path) -> None:
 def test_one_worker_that_is_killed_is_equal_to_none_that_is_not(tmp_path: Path) -> None:
     shorter = (
         EXPERIMENT | {"data.train_rows": 192},
-        SWEEP | {"trials": 3, "pruner.warmup_steps": 2, "pruner.standard_errors": 0.1},
+        SWEEP | {"trials": 3, "pruner.standard_errors": 0.1},
     )
     stores = []
     for name, options, kills in (

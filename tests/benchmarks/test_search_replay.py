@@ -55,11 +55,11 @@ def test_without_pruning_every_step_is_trained(rows: Rows, num_slots: int) -> No
 
 @pytest.mark.parametrize("num_slots", [1, 4])
 def test_pruned_trials_save_their_steps(rows: Rows, num_slots: int) -> None:
-    outcome = study(rows, McNemarPruner(2.5, 1, 0), num_slots)
+    outcome = study(rows, McNemarPruner(1.5, rows.table.total_steps), num_slots)
     assert 0 not in outcome.pruned
     assert len(outcome.pruned) / 4 / 14 <= outcome.saved <= 3 * len(outcome.pruned) / 4 / 14
     assert outcome.saved > 0.05
-    assert outcome == study(rows, McNemarPruner(2.5, 1, 0), num_slots, backwards=True)
+    assert outcome == study(rows, McNemarPruner(1.5, rows.table.total_steps), num_slots, backwards=True)
 
 
 def test_a_training_that_diverged_fails_and_saves_nothing_that_it_trained(rows: Rows) -> None:

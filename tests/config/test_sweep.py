@@ -38,7 +38,7 @@ def test_defaults_make_a_whole_sweep(write: Write) -> None:
     assert (sweep.name, sweep.source_text) == ("wide", SMALLEST)
     assert (sweep.experiment.name, sweep.experiment.source_text) == ("mine", EXPERIMENT)
     assert (sweep.budget, sweep.trials, sweep.startup_trials, sweep.seed) == (1_000_000, 12, 4, 42)
-    assert (sweep.pruner.startup_trials, sweep.pruner.warmup_steps, sweep.engine) == (1, 0, "auto")
+    assert (sweep.pruner.standard_errors, sweep.engine) == (1.5, "auto")
     assert sweep.confirmation == Confirmation(trials=3, seeds=3, prefer="smallest")
     assert sweep.space == Space(
         targets=tuple(PRESETS),
@@ -54,11 +54,11 @@ def test_what_a_file_says_arrives(write: Write) -> None:
         "sweeps/wide",
         "experiment: mine\nbudget: 100_000\nspace: {targets: [qv, ffn], heads: [out_proj, full], alpha_ratio: [2], "
         "dropout: {low: 0, high: 0}, learning_rate: {low: 1e-4, high: 1}}\nsampler: {startup_trials: 2}\n"
-        "pruner: {startup_trials: 3, warmup_steps: 40}\ntrials: 9\nseed: 7\nengine: trainer\n",
+        "pruner: {standard_errors: 3}\ntrials: 9\nseed: 7\nengine: trainer\n",
     )
     sweep = load_sweep("wide")
     assert (sweep.budget, sweep.trials, sweep.startup_trials, sweep.seed) == (100_000, 9, 2, 7)
-    assert (sweep.pruner.startup_trials, sweep.pruner.warmup_steps) == (3, 40)
+    assert sweep.pruner.standard_errors == 3
     assert (sweep.space.targets, sweep.space.heads) == (("qv", "ffn"), ("out_proj", "full"))
     assert (sweep.space.dropout.high, sweep.space.learning_rate.high) == (0.0, 1.0)
 
@@ -108,8 +108,7 @@ def test_every_fault_is_reported_at_once(write: Write) -> None:
         "8: space.learning_rate.high: Missing key. Largest value.",
         "8: space.learning_rate.low: Input should be greater than 0, but got 0",
         "8: space.learning_rate.hihg: Unknown key. Did you mean high? The keys here are low, high",
-        "10: pruner: Input should be a block with the keys standard_errors, startup_trials, warmup_steps, but got "
-        "'median'",
+        "10: pruner: Input should be a block with the keys standard_errors, but got 'median'",
         "11: trials: sampler.startup_trials should be at most a third of trials, but got 9 of 12. "
         "Take 4 at most, or at least 27 trials",
         "12: seed: Input should be greater than or equal to 0, but got -1",

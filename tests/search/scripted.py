@@ -245,7 +245,7 @@ class Session:
     trials: int
     baseline: TrialSpec = OUTSIDE
     space: Space = SPACE
-    pruner: BasePruner = field(default_factory=lambda: McNemarPruner(1.0, 2, 0))
+    pruner: BasePruner = field(default_factory=lambda: McNemarPruner(0.5, TOTAL_STEPS))
     engine: ScriptedEngine = field(default_factory=ScriptedEngine)
     tracker: Any = field(default_factory=RecordingTracker)
     patience: float = 300.0

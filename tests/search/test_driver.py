@@ -611,7 +611,7 @@ def test_with_the_real_tracker_a_study_and_its_runs_agree(tmp_path: Path) -> Non
     def session() -> Session:
         runs = SweepRuns(client, "scripted", {"budget": BUDGET}, {}, trial_curves)
         runs.open_parent("scripted", params={}, tags={}, texts={})
-        return Session(tmp_path, 6, tracker=runs, engine=ScriptedEngine(2), pruner=McNemarPruner(1.0, 1, 0))
+        return Session(tmp_path, 6, tracker=runs, engine=ScriptedEngine(2), pruner=McNemarPruner(0.5, TOTAL_STEPS))
 
     first = session()
     good, bad = {"targets": "qv", "learning_rate": 2e-3}, {"targets": "qk", "learning_rate": 1e-4}
@@ -771,7 +771,7 @@ def test_a_storage_that_is_away_for_a_while_gets_everything_afterwards(
     """Trials that run go on, without being judged; new ones begin when it is back."""
     monkeypatch.setattr("agnews_lora.search.retry.RETRY_SECONDS", 0.0)
     monkeypatch.setattr("agnews_lora.search.driver.IDLE_SECONDS", 0.01)
-    session = Session(tmp_path, 5, pruner=McNemarPruner(1.0, 1, 0), engine=ScriptedEngine(2))
+    session = Session(tmp_path, 5, pruner=McNemarPruner(0.5, TOTAL_STEPS), engine=ScriptedEngine(2))
     engine = session.study._storage._backend.engine  # type: ignore[attr-defined]
     database, moved, other = (tmp_path / name for name in ("optuna.db", "moved.db", "other.db"))
     other.write_text("This is no database." * 100)

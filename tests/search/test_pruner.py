@@ -1,4 +1,4 @@
-"""McNemar's test against the best peer: groups in lockstep, any order, start-up, warm-up, resumed studies."""
+"""McNemar's test against the best peer: groups in lockstep, any order, early steps, resumed studies."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from agnews_lora.search.pruner import McNemarPruner
 from agnews_lora.search.study import RIGHT, open_storage, open_study
 from agnews_lora.training.metrics import packed
-from tests.search.scripted import ScriptedEngine, Session
+from tests.search.scripted import TOTAL_STEPS, ScriptedEngine, Session
 
 ROWS = 100
 Answers = NDArray[np.bool_]
@@ -71,18 +71,17 @@ def verdicts(pruner: BasePruner, answers: Sequence[Answers], step: int = 10) -> 
 def test_trials_are_judged_by_the_rows_that_only_one_of_them_and_the_best_answers(
     answers: list[Answers], pruned: list[bool]
 ) -> None:
-    assert verdicts(McNemarPruner(2.5, 1, 0), answers) == pruned
+    assert verdicts(McNemarPruner(2.5, 10), answers) == pruned
 
 
 @given(
     st.lists(st.tuples(st.integers(0, 2**32), st.sampled_from([0.3, 0.7, 0.8, 0.9])), min_size=2, max_size=7),
     st.sampled_from([0.5, 1.0, 2.5]),
-    st.integers(1, 4),
     st.data(),
 )
 @settings(max_examples=60)
 def test_verdicts_depend_neither_on_the_order_of_reports_nor_on_that_of_judging(
-    drawn: list[tuple[int, float]], standard_errors: float, startup_trials: int, data: st.DataObject
+    drawn: list[tuple[int, float]], standard_errors: float, data: st.DataObject
 ) -> None:
     """Some of the group are a step further on, as where slots were filled at different times."""
     answers = [np.random.default_rng(seed).random(ROWS) < level for seed, level in drawn]
@@ -92,10 +91,9 @@ def test_verdicts_depend_neither_on_the_order_of_reports_nor_on_that_of_judging(
         others = [other for index, other in enumerate(answers) if index != number and steps[index] == step]
         best = max(others, key=lambda other: float(other.mean()), default=right)  # the first of equals, like `max`
         gaps = best.astype(int) - right
-        expected.append(
-            len(others) >= startup_trials and gaps.sum() > standard_errors * math.sqrt(np.count_nonzero(gaps))
-        )
-    _, trials = study_with(McNemarPruner(standard_errors, startup_trials, 0), [{} for _ in answers])
+        limit = standard_errors * math.sqrt(40 / step)
+        expected.append(gaps.sum() > limit * math.sqrt(np.count_nonzero(gaps)))
+    _, trials = study_with(McNemarPruner(standard_errors, 40), [{} for _ in answers])
     for number in data.draw(st.permutations(range(len(trials)))):
         report(trials[number], answers[number], steps[number])
     order = data.draw(st.permutations(range(len(trials))))
@@ -103,31 +101,20 @@ def test_verdicts_depend_neither_on_the_order_of_reports_nor_on_that_of_judging(
     assert [judged[number] for number in range(len(trials))] == expected
 
 
-@pytest.mark.parametrize(("num_peers", "pruned"), [(0, False), (1, False), (3, False), (4, True), (5, True)])
-def test_nobody_is_judged_before_enough_others_came_to_the_step(num_peers: int, pruned: bool) -> None:
-    [*_, own] = verdicts(McNemarPruner(2.5, 4, 0), [*[first(90)] * num_peers, first(10)])
-    assert own is pruned
-
-
-def test_start_up_counts_at_the_very_step() -> None:
-    groups = [{10: first(90), 20: first(90)}] * 2 + [{10: first(90)}] * 3 + [{10: first(90), 20: first(10)}]
-    _, trials = study_with(McNemarPruner(2.5, 3, 0), groups)
-    assert not trials[-1].should_prune()
-
-
 @pytest.mark.parametrize("alone", [{10: first(90), 20: first(0)}, {}])
 def test_a_trial_at_a_step_that_nobody_else_reached_goes_on(alone: dict[int, Answers]) -> None:
-    _, trials = study_with(McNemarPruner(2.5, 1, 0), [{10: first(90)}, {10: first(90)}, alone])
+    _, trials = study_with(McNemarPruner(2.5, 10), [{10: first(90)}, {10: first(90)}, alone])
     assert not trials[-1].should_prune()
 
 
-@pytest.mark.parametrize(("warmup_steps", "pruned"), [(0, True), (9, True), (10, True), (11, False), (40, False)])
-def test_nobody_is_judged_before_the_warm_up_is_over(warmup_steps: int, pruned: bool) -> None:
-    assert verdicts(McNemarPruner(2.5, 1, warmup_steps), [first(90), first(90), first(10)]) == [False, False, pruned]
+@pytest.mark.parametrize(("total_steps", "pruned"), [(10, True), (30, True), (40, False), (1_000, False)])
+def test_the_earlier_it_is_the_further_behind_a_trial_must_be(total_steps: int, pruned: bool) -> None:
+    """16 rows against none are four standard errors, twice the two that the end of the training asks for."""
+    assert verdicts(McNemarPruner(2.0, total_steps), [first(80), first(64)]) == [False, pruned]
 
 
 def test_the_best_is_that_by_the_objective_and_who_is_not_behind_by_it_goes_on() -> None:
-    _, trials = study_with(McNemarPruner(2.5, 1, 0), [{}, {}])
+    _, trials = study_with(McNemarPruner(2.5, 10), [{}, {}])
     for trial, right, macro_f1 in zip(trials, (first(90), first(10)), (0.3, 0.4), strict=True):
         trial.storage.set_trial_system_attr(trial._trial_id, f"{RIGHT}10", packed(right))
         trial.report(macro_f1, 10)
@@ -135,7 +122,7 @@ def test_the_best_is_that_by_the_objective_and_who_is_not_behind_by_it_goes_on()
 
 
 def test_steps_that_an_earlier_release_reported_prune_nobody_and_nan_is_nothing_to_compare_with() -> None:
-    _, trials = study_with(McNemarPruner(2.5, 1, 0), [{}, {10: first(10)}, {}])
+    _, trials = study_with(McNemarPruner(2.5, 10), [{}, {10: first(10)}, {}])
     trials[0].report(0.9, 10)
     trials[2].report(math.nan, 10)
     assert [trial.should_prune() for trial in trials] == [False] * 3
@@ -153,13 +140,13 @@ def test_trials_in_lockstep_are_pruned_where_a_comparison_with_finished_ones_nev
         return Session(tmp_path / name, 8, pruner=pruner, engine=ScriptedEngine(8))
 
     assert num_pruned(session("finished", MedianPruner(2))) == 0
-    assert num_pruned(session("peers", McNemarPruner(1.0, 2, 0))) >= 3
+    assert num_pruned(session("peers", McNemarPruner(0.5, TOTAL_STEPS))) >= 3
 
 
 @pytest.mark.parametrize("num_slots", [1, 4])
 def test_a_study_that_is_stopped_and_resumed_gives_the_same_verdicts(tmp_path: Path, num_slots: int) -> None:
     def session(name: str) -> Session:
-        return Session(tmp_path / name, 12, pruner=McNemarPruner(1.0, 2, 0), engine=ScriptedEngine(num_slots))
+        return Session(tmp_path / name, 12, pruner=McNemarPruner(0.5, TOTAL_STEPS), engine=ScriptedEngine(num_slots))
 
     def ends(study: optuna.Study) -> list[tuple[TrialState, dict[int, float]]]:
         return [(trial.state, trial.intermediate_values) for trial in study.trials]
@@ -176,7 +163,7 @@ def test_a_study_that_is_stopped_and_resumed_gives_the_same_verdicts(tmp_path: P
 def test_trials_given_back_and_running_again_are_judged_as_before(tmp_path: Path) -> None:
     def opened() -> optuna.Study:
         sampler = RandomSampler(seed=0)
-        return open_study(open_storage(tmp_path), "pruned", {}, sampler, McNemarPruner(2.5, 3, 0), new=False)
+        return open_study(open_storage(tmp_path), "pruned", {}, sampler, McNemarPruner(2.5, 10), new=False)
 
     study = opened()
     trials = [study.ask() for _ in range(6)]

@@ -31,8 +31,7 @@ from benchmarks.search_replay import Outcome, Rows, replay, shipped_sampler
 from benchmarks.search_table import RESULTS, Table, Training, read_table
 
 TABLES: Final = ("ag_news", "newswire")
-SLOTS: Final = (1, 4)
-TRIALS: Final = (14, 30)
+CELLS: Final = ((14, 1), (14, 4), (30, 4))  # trials of a study, and how many at once
 NONE: Final = "none"
 
 Statistic = Callable[[Training, int], float]  # of a training at its n-th evaluation; more is better
@@ -154,7 +153,7 @@ def rules(table: Table) -> dict[str, Pruner]:
 
 @dataclass(frozen=True)
 class Measured:
-    """One rule. outcomes: {(trials, slots): the studies', by seed}. backwards: of the largest, judged so."""
+    """One rule. outcomes: {cell: the studies', by seed}. backwards: of the last cell, judged so."""
 
     outcomes: dict[tuple[int, int], list[Outcome]]
     backwards: list[Outcome]
@@ -168,7 +167,7 @@ class Measured:
     @property
     def depends_on_order(self) -> float:
         """Share of the studies in which other trials were pruned when each group was judged backwards."""
-        pairs = zip(self.outcomes[TRIALS[-1], SLOTS[-1]], self.backwards, strict=True)
+        pairs = zip(self.outcomes[CELLS[-1]], self.backwards, strict=True)
         return float(np.mean([forwards.pruned != backwards.pruned for forwards, backwards in pairs]))
 
 
@@ -189,12 +188,8 @@ def measure(table: Table, num_studies: int) -> dict[str, Measured]:
         return replay(rows, sampler, pruner, num_trials, num_slots, seed, backwards)
 
     for name, pruner in rules(table).items():
-        outcomes = {
-            (num_trials, num_slots): [study(pruner, num_trials, num_slots, seed) for seed in range(num_studies)]
-            for num_trials in TRIALS
-            for num_slots in SLOTS
-        }
-        backwards = [study(pruner, TRIALS[-1], SLOTS[-1], seed, True) for seed in range(num_studies)]
+        outcomes = {cell: [study(pruner, *cell, seed) for seed in range(num_studies)] for cell in CELLS}
+        backwards = [study(pruner, *CELLS[-1], seed, backwards=True) for seed in range(num_studies)]
         measured[name] = Measured(outcomes, backwards)
         saved = {cell: f"{measured[name].saved(cell):.0%}" for cell in outcomes}
         print(table.about["data"], name, saved, flush=True)
@@ -203,14 +198,13 @@ def measure(table: Table, num_studies: int) -> dict[str, Measured]:
 
 def lines_of(measured: dict[str, Measured]) -> str:
     """The Markdown table of one table's studies."""
-    cells = [(num_trials, num_slots) for num_trials in TRIALS for num_slots in SLOTS]
-    heads = [f"{num_trials} trials, K={num_slots}" for num_trials, num_slots in cells]
+    heads = [f"{num_trials} trials, K={num_slots}" for num_trials, num_slots in CELLS]
     columns = ["rule", *(f"saved, {head}" for head in heads), *(f"worth − none, {head}" for head in heads)]
     columns += ["worth − none, all", "order matters in"]
     lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
     for name, rule in measured.items():
-        gaps = [rule.worth(cell) - measured[NONE].worth(cell) for cell in cells]
-        shown = [name, *(f"{rule.saved(cell):.0%}" for cell in cells), *map(interval, gaps)]
+        gaps = [rule.worth(cell) - measured[NONE].worth(cell) for cell in CELLS]
+        shown = [name, *(f"{rule.saved(cell):.0%}" for cell in CELLS), *map(interval, gaps)]
         shown += [interval(np.mean(gaps, axis=0)), f"{rule.depends_on_order:.0%}"]
         lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
@@ -242,8 +236,8 @@ and dropout), with one of its two seeds. K trials advance together; a place that
 
 Worth of a study: test accuracy of the configuration with the best validation accuracy, with the seed that it was *not*
 chosen on. Saved: share of the training steps of all its trials. Differences from no pruning are paired by seed, in
-points, with the 95 % interval of their mean (t). Order matters: share of the studies with {TRIALS[-1]} trials and
-K={SLOTS[-1]} in which other trials were pruned when each group was judged backwards.
+points, with the 95 % interval of their mean (t). Order matters: share of the studies with {CELLS[-1][0]} trials and
+K={CELLS[-1][1]} in which other trials were pruned when each group was judged backwards.
 
 {chr(10).join(parts)}"""
 

@@ -11,6 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -202,6 +203,8 @@ def measure(surrogate: Surrogate, num_studies: int, num_slow: int, best: float) 
 
 def report(data: str, num_studies: int, num_slow: int) -> str:
     """The section of one table."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore")
     table = read_table(RESULTS / f"search-table-{data}.jsonl")
     surrogate = Surrogate(table)
     best, worth = surrogate.best()
@@ -239,10 +242,10 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=100)
     parser.add_argument("--slow", type=int, default=20, help="studies of the Gaussian processes")
     arguments = parser.parse_args()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore")
     stored = [path.stem.removeprefix("search-table-") for path in sorted(RESULTS.glob("search-table-*.jsonl"))]
-    sections = [report(data, arguments.studies, arguments.slow) for data in arguments.tables or stored]
+    section = partial(report, num_studies=arguments.studies, num_slow=arguments.slow)
+    with ProcessPoolExecutor() as pool:
+        sections = list(pool.map(section, arguments.tables or stored))
     tags = provenance()
     commit, dirty = tags.get("mlflow.source.git.commit", "unknown")[:12], tags.get("git.dirty") == "true"
     text = f"""\

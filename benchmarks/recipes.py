@@ -77,7 +77,6 @@ def longer(epochs: int) -> Recipe:
 RECIPES: Final = {
     "smoothing": Recipe("label smoothing 0.1", smoothing=0.1),
     "alpha-2": Recipe("alpha × 2", alpha=2.0),
-    "alpha-4": Recipe("alpha × 4", alpha=4.0),
     "epochs-1": longer(1),
     "epochs-2": longer(2),
     "epochs-3": longer(3),

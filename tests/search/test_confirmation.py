@@ -204,7 +204,7 @@ def test_repetitions_fill_the_slots_that_the_search_leaves_free(
     assert outcome(beside) == outcome(apart) and len(outcome(beside)) == best
     assert (beside.engine.num_idle < apart.engine.num_idle) == (slots > 1)
     orders = [[plan.trial for plan in session.engine.plans] for session in (apart, beside)]
-    assert (orders[0] == orders[1]) == (slots == 1)
+    assert slots > 1 or orders[0] == orders[1]
 
 
 class Killed(BaseException):

@@ -6,6 +6,8 @@
 - Dettmers et al. 2023 (QLoRA), Biderman et al. 2024: all linear layers matter more than the rank; alpha = 2 r.
 - Schulman et al. 2025 (LoRA without regret): the feed-forward blocks matter most, at ten times the rate of full
   fine-tuning (2e-5 to 5e-5 for RoBERTa base), or fifteen times in short trainings.
+- Hayou et al. 2024 (LoRA+): B learns at about 16 times the rate of A, which under AdamW is alpha times 16. Tried where
+  a large rank is spread over all matrices of the attention.
 - The best adapter that was found for RoBERTa base on AG News has r = 2 on all linear layers, alpha 12, rate 2e-4.
 """
 
@@ -35,6 +37,7 @@ _RATE: Final = 4.5e-4
 _KNOWN: Final = (
     _Known("Schulman et al. 2025", "ffn", None, 2, 0.0, 7.5e-4),
     _Known("Dettmers et al. 2023", "all-linear", None, 2, 0.1, _RATE),
+    _Known("Hayou et al. 2024", "qkvo", None, 16, 0.0, _RATE),
     _Known("Hu et al. 2021, table 9", "qv", 8, 1, 0.0, _RATE),
     _Known("Hu et al. 2021, table 5", "qkvo", None, 1, 0.0, _RATE),
     _Known("best of RoBERTa base on AG News", "all-linear", 2, 6, 0.0, 2e-4),

@@ -23,7 +23,6 @@ from ruamel.yaml import YAML
 
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.search.results import SweepResult
-from agnews_lora.tracking.provenance import provenance
 from benchmarks.search_table import BASELINE, BUDGET, RESULTS, SEEDS, Table, embedded, fill, read_table
 
 NAME: Final = "real"
@@ -115,7 +114,8 @@ def best_of(table: Table) -> tuple[TrialSpec, float, float]:
 
 def report(work: Path) -> None:
     """Write the result file."""
-    found, table, tags = results(work), read_table(RESULTS / "search-table-ag_news.jsonl"), provenance()
+    found, table = results(work), read_table(RESULTS / "search-table-ag_news.jsonl")
+    tags = next(iter(found.values())).facts.provenance  # of the sweeps, not of this report
     runs: dict[int, list[float]] = {}
     for each in read_table(work / "fresh.jsonl").trainings:
         runs.setdefault(each.number, []).append(each.test_accuracy)
@@ -132,7 +132,7 @@ def report(work: Path) -> None:
     text = f"""\
 # Sweeps on real rows, {tags["device"]}, {datetime.date.today()}
 
-`python -m benchmarks.search_live sweep SEED` for each seed, `fresh`, `report`. Commit
+`python -m benchmarks.search_live sweep SEED` for each seed, `fresh`, `report`. Sweeps of commit
 {tags.get("mlflow.source.git.commit", "unknown")[:12]}{dirty}, torch {tags["version.torch"]}.
 
 MiniLM on AG News rows, as the table `search-table-ag_news.jsonl`; {SWEEP["trials"]} trials, pruner and confirmation by

@@ -144,10 +144,7 @@ class Surrogate:
     def __init__(self, table: Table) -> None:
         runs: dict[TrialSpec, list[tuple[float, float]]] = {}
         for training in table.trainings:
-            both = (0.0, 0.0)  # it diverged
-            if training.test.size:
-                both = float(training.right[table.total_steps].mean()), float(training.test.mean())
-            runs.setdefault(training.spec, []).append(both)
+            runs.setdefault(training.spec, []).append((training.validation_accuracy, training.test_accuracy))
         best = np.max([np.mean(each, axis=0) for each in runs.values()], axis=0)
         clipped = {spec: np.maximum(each, best - BELOW) for spec, each in runs.items()}
         pairs = [

@@ -53,9 +53,9 @@ def sweep(seed: int, work: Path) -> None:
 
 def results(work: Path) -> dict[int, SweepResult]:
     """{seed: result} of the sweeps that have finished."""
-    paths = {int(path.name.removeprefix("seed-")): path for path in sorted(work.glob("seed-*"))}
-    read = {seed: path / "mlruns" / "results" / f"{NAME}.json" for seed, path in paths.items()}
-    return {seed: SweepResult.from_json(path.read_text(encoding="utf-8")) for seed, path in read.items()}
+    paths = sorted(work.glob(f"seed-*/mlruns/results/{NAME}.json"))
+    seeds = [int(path.parents[2].name.removeprefix("seed-")) for path in paths]
+    return {seed: SweepResult.from_json(path.read_text("utf-8")) for seed, path in zip(seeds, paths, strict=True)}
 
 
 def winner(result: SweepResult) -> TrialSpec:

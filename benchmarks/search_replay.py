@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
@@ -31,7 +30,8 @@ from agnews_lora.training.interface import (
     TrialSource,
     Verdict,
 )
-from benchmarks.search_table import ALPHA_RATIOS, BASELINE, BUDGET, DROPOUT, LEARNING_RATES, Table, Training, packed
+from agnews_lora.training.metrics import packed
+from benchmarks.search_table import ALPHA_RATIOS, BASELINE, BUDGET, DROPOUT, LEARNING_RATES, Table, Training
 
 SPACE = Space(
     alpha_ratio=ALPHA_RATIOS,
@@ -167,7 +167,7 @@ def replay(
         Driver(study, search, nothing, nothing, Path(folder), lambda: False).run(engine)
     ended = summaries(study)
     winner = best_first(ended, "accuracy")[0]  # the baseline is never pruned
-    worth = float(np.mean(rows.other(engine.trained[winner.trial]).test))
+    worth = rows.other(engine.trained[winner.trial]).test_accuracy
     saved = 1 - engine.num_steps / (num_trials * total)
     return Outcome(worth, saved, frozenset(row.number for row in ended if row.state == "PRUNED"))
 

@@ -8,7 +8,6 @@ of every evaluation). It can be stopped, and goes on with the training that it w
 """
 
 import argparse
-import base64
 import json
 import os
 import shutil
@@ -33,7 +32,7 @@ from agnews_lora.data.tokens import tokenise
 from agnews_lora.search.sampler import derived_seed
 from agnews_lora.search.space import rank_of
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
-from agnews_lora.training.metrics import mean_cross_entropy
+from agnews_lora.training.metrics import mean_cross_entropy, unpacked
 from agnews_lora.training.multilora import engine as multilora
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,29 +101,18 @@ def corpus_of(experiment: Experiment, base: BaseModel, cache: Path) -> tuple[Cor
     return replace(corpus, validation=both, validation_rows=rows), len(corpus.validation_rows)
 
 
-def packed(right: npt.NDArray[np.bool_]) -> str:
-    """Booleans as text, eight a byte."""
-    return base64.b64encode(np.packbits(right).tobytes()).decode()
-
-
-def unpacked(text: str, number: int) -> npt.NDArray[np.bool_]:
-    """What `packed` was given, of `number` booleans."""
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=number).astype(bool)
-
-
 @dataclass
 class Filling:
     """The engine's source and observer while a table is filled: nothing is pruned, every end is written down.
 
-    todo: (number of the configuration, number of its run). spec: of a number. right: {trial: {step: its right rows}},
-    by the engine.
+    todo: (number of the configuration, number of its run). spec: of a number.
     """
 
     path: Path
     todo: list[tuple[int, int]]
     spec: Callable[[int], TrialSpec]
     folder: Path
-    right: dict[str, dict[int, str]] = field(default_factory=dict)
+    _right: dict[str, dict[int, str]] = field(default_factory=dict)
     _losses: dict[str, list[float]] = field(default_factory=dict)
     _evaluated: dict[str, list[float]] = field(default_factory=dict)
     _began: dict[str, float] = field(default_factory=dict)
@@ -134,7 +122,7 @@ class Filling:
             return None
         number, run = self.todo.pop(0)
         trial = f"{number}-{run}"
-        self._losses[trial], self._evaluated[trial], self.right[trial] = [], [], {}
+        self._losses[trial], self._evaluated[trial], self._right[trial] = [], [], {}
         self._began[trial] = time.process_time()
         seed = derived_seed(SEED + run, number)
         return TrialPlan(trial, self.spec(number), seed, self.folder / trial)
@@ -146,6 +134,7 @@ class Filling:
     def evaluated(self, points: Sequence[EvalPoint]) -> Sequence[Verdict]:
         for point in points:
             self._evaluated[point.trial].append(round(point.loss, 4))
+            self._right[point.trial][point.step] = point.right
         return [Verdict.CONTINUE for _ in points]
 
     def checkpointed(self, trial: str, step: int, path: Path) -> None:
@@ -168,7 +157,7 @@ class Filling:
             **self.spec(number).as_dict(),
             "losses": self._losses.pop(trial),
             "eval_losses": self._evaluated.pop(trial),
-            "right": self.right.pop(trial),
+            "right": self._right.pop(trial),
         }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -180,16 +169,14 @@ class Filling:
 
 
 class _Run(multilora._Run):
-    """A run of the engine that also notes the right rows of an evaluation. num_validation: of the rows at its end."""
+    """A run of the engine whose loss at an end leaves the test rows out. num_validation: of the rows before them."""
 
-    right: dict[str, dict[int, str]]
     num_validation: int
 
     def _points(self, scores: Any) -> Iterator[tuple[int, EvalPoint]]:
         found = dict(zip(scores.slots, scores.logits, strict=True))
         for slot, point in super()._points(scores):
-            self.right[point.trial][point.step] = packed(found[slot].argmax(axis=-1) == scores.labels)
-            rows = slice(self.num_validation if point.final else None)  # the loss at the end without the test rows
+            rows = slice(self.num_validation if point.final else None)
             yield slot, replace(point, loss=mean_cross_entropy(found[slot][rows], scores.labels[rows]))
 
 
@@ -299,7 +286,7 @@ def fill(
         todo = [training for training in wanted if training not in done]
         filling = Filling(path, todo, lambda number: spec(number, base.shape), Path(folder))
         run = run_class(engine, filling, filling)
-        run.right, run.num_validation = filling.right, num_validation
+        run.num_validation = num_validation
         run.until_done()
 
 

@@ -13,7 +13,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +38,7 @@ from benchmarks.agreement_trials import (
     build_engine,
     prepare_corpus,
 )
-
-RESULTS: Final = Path(__file__).resolve().parent / "results"
+from benchmarks.result_files import commit_of, slug, write
 
 Right = npt.NDArray[np.bool_]
 
@@ -220,8 +218,7 @@ def main() -> None:
         "data": corpus.digest,
         "machine": [tags["device"], tags["version.torch"]],
     }
-    dirty = " (dirty)" if tags.get("git.dirty") == "true" else ""
-    kept = Kept(arguments.work, conditions, tags.get("mlflow.source.git.commit", "unknown")[:12] + dirty)
+    kept = Kept(arguments.work, conditions, commit_of(tags))
     for engine in SEEDS:
         course = Course(engine, kept, base, corpus, arguments.work / engine.replace(" ", "-"))
         if course.left:
@@ -231,9 +228,7 @@ def main() -> None:
     bf16 = computes_in_bf16(training_device(), SETTINGS.precision)
     commits = {engine: kept.commits(engine) for engine in SEEDS}
     text = report(compare(kept, corpus.validation.labels), tags, commits, bf16)
-    device = "-".join(tags["device"].lower().replace(",", "").replace("(r)", "").split())
-    (RESULTS / f"agreement-minilm-{device}-{datetime.date.today()}.md").write_text(text, encoding="utf-8")
-    print(text)
+    write(f"agreement-minilm-{slug(tags['device'])}", text)
 
 
 if __name__ == "__main__":

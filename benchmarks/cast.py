@@ -20,7 +20,8 @@ from typing import Final
 from rich.console import Console
 from rich.text import Text
 
-ROOT: Final = Path(__file__).resolve().parent.parent
+from benchmarks import ROOT
+
 PICTURE: Final = ROOT / "docs" / "images" / "sweep.svg"
 COMMAND: Final = "agnews-lora sweep embedded"
 WIDTH: Final = 100

@@ -18,9 +18,9 @@ from typing import Any, Final
 
 from agnews_lora import ENVIRONMENT
 from agnews_lora.tracking.provenance import provenance
+from benchmarks import ROOT
+from benchmarks.result_files import commit_of, slug, write
 
-ROOT: Final = Path(__file__).resolve().parent.parent
-RESULTS: Final = ROOT / "benchmarks" / "results"
 TRIALS: Final = 60
 REPETITIONS: Final = 3
 CASES: Final = [(tracking, worker) for tracking in ("none", "mlflow") for worker in ("inline", "ray")]
@@ -39,12 +39,10 @@ def main() -> int:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
             found.append(json.loads(done.stdout.splitlines()[-1]))
     text = table(measured)
-    print(text)
     if len({each["study"] for found in measured.values() for each in found}) > 1:
-        print("The studies differ: nothing is written.", file=sys.stderr)
+        print(f"{text}\nThe studies differ: nothing is written.", file=sys.stderr)
         return 1
-    device = "-".join(provenance()["device"].lower().replace(",", "").replace("(r)", "").split())
-    (RESULTS / f"driver-{device}-{datetime.date.today()}.md").write_text(text, encoding="utf-8")
+    write(f"driver-{slug(provenance()['device'])}", text)
     return 0
 
 
@@ -55,8 +53,7 @@ def table(measured: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
         [
             f"# What recording a trial costs the driver, {tags['device']}, {datetime.date.today()}",
             "",
-            f"`python -m benchmarks.driver`. Commit {tags.get('mlflow.source.git.commit', 'unknown')[:12]}"
-            f"{' (dirty)' if tags.get('git.dirty') == 'true' else ''}, {os.cpu_count()} cores with a load of "
+            f"`python -m benchmarks.driver`. Commit {commit_of(tags)}, {os.cpu_count()} cores with a load of "
             f"{os.getloadavg()[0]:.1f}, optuna {version('optuna')}, mlflow {version('mlflow')}, ray {version('ray')}. "
             f"Studies of {TRIALS} trials in SQLite, an engine that trains nothing, six training and three evaluation "
             f"points a trial that is not pruned. Medians of {REPETITIONS} runs, in turn; CPU time of the driver's "

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from agnews_lora import set_environment
+from benchmarks import RESULTS, ROOT
+from benchmarks.result_files import slug
 from benchmarks.throughput.__main__ import commit
 
 if TYPE_CHECKING:
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from agnews_lora.training.multilora.model import SlotBatch
     from benchmarks.throughput.results import Environment
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 OWN = "benchmarks.first_gpu_run"
 TOTAL = 530  # s
 LAST_WORDS = 1_500  # characters of a failed stage's output
@@ -104,8 +104,7 @@ def run(stages: Sequence[Stage], out: Path, subject: str, total: float) -> Path:
             page.write(f"\n{how}\n")
         print(f"{stage.name}: {how.splitlines()[0]}", file=sys.stderr, flush=True)
         if device := re.search(r"^- device: (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE):
-            name = "-".join(re.findall(r"[a-z0-9]+", device[1].lower()))
-            file = file.rename(out / f"first-gpu-run-{subject}-{name}-{date}.md")
+            file = file.rename(out / f"first-gpu-run-{subject}-{slug(device[1])}-{date}.md")
     return file
 
 

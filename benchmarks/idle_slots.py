@@ -17,9 +17,9 @@ from agnews_lora.search.confirmation import find_confirmation
 from agnews_lora.search.racing import repeated
 from agnews_lora.search.trials import summaries
 from agnews_lora.tracking.provenance import provenance
+from benchmarks.result_files import commit_of, write
 from tests.search.scripted import TOTAL_STEPS, ScriptedEngine, Session
 
-RESULTS: Final = Path(__file__).resolve().parent / "results"
 # (trials, (best that are raced, runs of each at most), slots)
 CASES: Final = [(12, (2, 2), 2), (48, (3, 2), 2), *((48, (3, 3), slots) for slots in (1, 2, 4, 8, 32))]
 
@@ -47,10 +47,9 @@ def main() -> int:
     text = [
         f"# Empty slots at the end of a sweep, {datetime.date.today()}",
         "",
-        f"`python -m benchmarks.idle_slots`. Commit {tags.get('mlflow.source.git.commit', 'unknown')[:12]}"
-        f"{' (dirty)' if tags.get('git.dirty') == 'true' else ''}, optuna {version('optuna')}, {os.cpu_count()} cores. "
-        f"A trial that is not pruned has {TOTAL_STEPS} steps. `before`: the confirmation begins after the search; "
-        "`after`: in the slots that the search leaves free. Both find the same trials, winner and scores.",
+        f"`python -m benchmarks.idle_slots`. Commit {commit_of(tags)}, optuna {version('optuna')}, {os.cpu_count()} "
+        f"cores. A trial that is not pruned has {TOTAL_STEPS} steps. `before`: the confirmation begins after the "
+        "search; `after`: in the slots that the search leaves free. Both find the same trials, winner and scores.",
         "",
         "The last place among the best is open until the last trial ends, so that its repetitions begin then: there is "
         "something to gain where the repetitions do not all fit the slots at once.",
@@ -61,7 +60,7 @@ def main() -> int:
         *lines,
         "",
     ]
-    (RESULTS / f"idle-slots-{datetime.date.today()}.md").write_text("\n".join(text), encoding="utf-8")
+    write("idle-slots", "\n".join(text))
     return 0
 
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Final
 
 import numpy as np
@@ -27,8 +28,10 @@ from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.search.pruner import McNemarPruner
 from agnews_lora.search.trials import trial_name
 from agnews_lora.tracking.provenance import provenance
+from benchmarks import RESULTS
+from benchmarks.result_files import commit_of, slug, write
 from benchmarks.search_replay import Outcome, Rows, replay, shipped_sampler
-from benchmarks.search_table import RESULTS, Table, Training, read_table
+from benchmarks.search_table import Table, Training, read_table
 
 TABLES: Final = ("ag_news", "newswire")
 CELLS: Final = ((14, 1), (14, 4), (30, 4))  # trials of a study, and how many at once
@@ -67,6 +70,14 @@ class TablePruner(BasePruner):
         if len(peers) < self.min_peers:
             return False
         return self.rule(self.trained[trial_name(trial)], peers, stage)
+
+
+class TwiceInARow(McNemarPruner):
+    """As far behind at two evaluations that follow each other."""
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        steps = sorted(trial.intermediate_values)[-2:]
+        return len(steps) == 2 and all(self.is_behind(study, trial, step) for step in steps)
 
 
 class Throughout(McNemarPruner):
@@ -142,6 +153,10 @@ def rules(table: Table) -> dict[str, Pruner]:
             for since, start in {"": 0, ", from a quarter on": table.steps[quarter]}.items()
             for z in (2, 2.5)
         },
+        **{
+            f"the same, {z:g} standard errors at the end, twice in a row": fixed(TwiceInARow(z, table.total_steps))
+            for z in (1, 1.25)
+        },
         "median of peers": rule(below(0.5, accuracy)),
         "median of peers less two standard errors": rule(below(0.5, accuracy, 2)),
         "median of peers' training loss since the warm-up": rule(below(0.5, online)),
@@ -175,6 +190,22 @@ def interval(differences: NDArray[np.float64]) -> str:
     """Mean of paired differences in points, with its 95 % interval (Student's t)."""
     half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
     return f"{100 * differences.mean() + 0.0:+.2f} ± {100 * half:.2f}"
+
+
+def seed_noise(table: Table) -> dict[int, float]:
+    """{step: root mean square of McNemar's statistic between the two seeds of a configuration}.
+
+    Of the better half of the configurations. It is 1 where nothing but the choice of the rows were chance.
+    """
+    runs = {(each.number, each.run): each for each in table.trainings}
+    means = {number: (runs[number, 0].test_accuracy + runs[number, 1].test_accuracy) / 2 for number, _ in runs}
+    better = sorted(means, key=lambda number: (-means[number], number))[: len(means) // 2]
+    found = {}
+    for step in table.steps:
+        pairs = [(runs[number, 0].right[step], runs[number, 1].right[step]) for number in better]
+        alone = [(int((one & ~other).sum()), int((other & ~one).sum())) for one, other in pairs]
+        found[step] = math.sqrt(fmean((b - c) ** 2 / max(1, b + c) for b, c in alone))
+    return found
 
 
 def measure(table: Table, num_studies: int) -> dict[str, Measured]:
@@ -213,21 +244,23 @@ def lines_of(measured: dict[str, Measured]) -> str:
 def report(measured: dict[str, dict[str, Measured]], tables: dict[str, Table], num_studies: int) -> str:
     """The result file, of {table: {rule: what was measured}}."""
     tags = provenance()
-    dirty = " (dirty)" if tags.get("git.dirty") == "true" else ""
     libraries = ", ".join(f"{name} {tags[f'version.{name}']}" for name in ("torch", "transformers", "optuna"))
     parts = []
     for name, found in measured.items():
         worth = {cell: found[NONE].worth(cell).mean() for cell in found[NONE].outcomes}
         shown = ", ".join(f"{worth[cell]:.2%} ({cell[0]} trials, K={cell[1]})" for cell in worth)
         num_configurations = len(tables[name].trainings) // 2
+        noise = ", ".join(f"{size:.1f} at step {step}" for step, size in seed_noise(tables[name]).items())
         parts.append(
             f"## {name}: {num_configurations} configurations, two seeds each\n\n"
-            f"Worth without pruning: {shown}.\n\n{lines_of(found)}\n"
+            f"Worth without pruning: {shown}.\n\n"
+            f"McNemar's statistic between the two seeds of one configuration, root mean square over the better half: "
+            f"{noise}. By the choice of the rows alone it were 1.\n\n{lines_of(found)}\n"
         )
     return f"""\
 # `python -m benchmarks.pruning`: rules of pruning, {tags["device"]}, {datetime.date.today()}
 
-Commit {tags.get("mlflow.source.git.commit", "unknown")[:12]}{dirty}, Python {tags["version.python"]}, {libraries}.
+Commit {commit_of(tags)}, Python {tags["version.python"]}, {libraries}.
 
 {num_studies} studies in each cell, the same seeds for all rules, by the sweep's own driver and sampler. A trial takes
 its scores from `search-table-NAME.jsonl` (`python -m benchmarks.search_table`): those of the nearest configuration of
@@ -252,10 +285,7 @@ def main() -> None:
         found = pool.map(measure, tables.values(), [arguments.studies] * len(tables))
         measured = dict(zip(tables, found, strict=True))
     text = report(measured, tables, arguments.studies)
-    device = provenance()["device"].lower().replace(",", "").replace("(r)", "")
-    name = f"pruning-{'-'.join(device.split())}-{datetime.date.today()}.md"
-    (RESULTS / name).write_text(text, encoding="utf-8")
-    print(text)
+    write(f"pruning-{slug(provenance()['device'])}", text)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ import torch.nn.functional as F
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.config.experiment import Experiment
 from agnews_lora.tracking.provenance import provenance
+from benchmarks import RESULTS
 from benchmarks.pruning import interval
-from benchmarks.search_table import RESULTS, SEEDS, _Run, configuration, embedded, fill, read_table
+from benchmarks.result_files import commit_of, write
+from benchmarks.search_table import SEEDS, _Run, configuration, embedded, fill, read_table
 
 BEST: Final = {"ag_news": 4, "newswire": 8}  # configurations, by each of the two runs
 AVERAGED: Final = 0.25  # share of the steps, the last ones
@@ -127,7 +129,6 @@ def lines_of(data: str, work: Path) -> list[str]:
 def report(work: Path) -> None:
     """Compare what was trained with the tables, and write the result file."""
     tags = provenance()
-    dirty = " (dirty)" if tags.get("git.dirty") == "true" else ""
     sections = [
         f"""\
 ## {data}
@@ -141,16 +142,15 @@ def report(work: Path) -> None:
     text = f"""\
 # Training recipes, {tags["device"]}, {datetime.date.today()}
 
-`python -m benchmarks.recipes train DATA RECIPE`, then `report`. Commit
-{tags.get("mlflow.source.git.commit", "unknown")[:12]}{dirty}, torch {tags["version.torch"]}.
+`python -m benchmarks.recipes train DATA RECIPE`, then `report`. Commit {commit_of(tags)},
+torch {tags["version.torch"]}.
 
 The best configurations of a table by one of their two runs are trained under a recipe with the seed of the other run.
 Differences of the test accuracy from that run of the table, in points, with the 95 % interval of their mean (t). A
 training that diverged counts as 0 %.
 
 {chr(10).join(sections)}"""
-    (RESULTS / f"recipes-{datetime.date.today()}.md").write_text(text, encoding="utf-8")
-    print(text)
+    write("recipes", text)
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -33,7 +32,9 @@ from agnews_lora.search import space as search_space
 from agnews_lora.search.prior import known_good
 from agnews_lora.search.study import enqueue_baseline, enqueue_known
 from agnews_lora.tracking.provenance import provenance
+from benchmarks import RESULTS
 from benchmarks.pruning import interval
+from benchmarks.result_files import commit_of, write
 from benchmarks.search_replay import SPACE, shipped_sampler
 from benchmarks.search_table import (
     ALPHA_RATIOS,
@@ -42,7 +43,6 @@ from benchmarks.search_table import (
     DROPOUT,
     LEARNING_RATES,
     PRESETS,
-    RESULTS,
     Table,
     read_table,
 )
@@ -244,11 +244,10 @@ def main() -> None:
     with ProcessPoolExecutor() as pool:
         sections = list(pool.map(section, arguments.tables or stored))
     tags = provenance()
-    commit, dirty = tags.get("mlflow.source.git.commit", "unknown")[:12], tags.get("git.dirty") == "true"
     text = f"""\
 # Samplers, {datetime.date.today()}
 
-`python -m benchmarks.sampling`. Commit {commit}{" (dirty)" if dirty else ""}, optuna {version("optuna")},
+`python -m benchmarks.sampling`. Commit {commit_of(tags)}, optuna {version("optuna")},
 {os.cpu_count()} cores.
 
 Each study searches a surrogate of a table of trained configurations: two Gaussian processes (Matérn 5/2), one fitted
@@ -262,8 +261,7 @@ Cells: points from the best test accuracy of the surrogate, mean over the studie
 the difference from the shipped sampler, paired by seed.
 
 {chr(10).join(sections)}"""
-    Path(RESULTS / f"sampling-{datetime.date.today()}.md").write_text(text, encoding="utf-8")
-    print(text)
+    write("sampling", text)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     AG_NEWS_DIR=… python -m benchmarks.search_live fresh
     python -m benchmarks.search_live report
 
-The first runs `agnews-lora sweep` with a seed, on the rows and settings of the table `ag_news`, in the folder `--work`;
+The first runs `agnews-lora sweep` with a seed, on the rows and settings of the table `ag_news` but with three epochs,
+which are worth more than two (`benchmarks/recipes.py`), in the folder `--work`;
 the second trains the baseline and the winners of all sweeps there with seeds that no search has used; the third writes
 `results/search-live-DATE.md`. The first two go on where they were stopped.
 """
@@ -23,9 +24,14 @@ from ruamel.yaml import YAML
 
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.search.results import SweepResult
-from benchmarks.search_table import BASELINE, BUDGET, RESULTS, SEEDS, Table, embedded, fill, read_table
+from benchmarks import RESULTS
+from benchmarks.recipes import RECIPES
+from benchmarks.result_files import commit_of, write
+from benchmarks.search_table import BASELINE, BUDGET, SEEDS, Table, fill, read_table
 
 NAME: Final = "real"
+RECIPE: Final = RECIPES["epochs-3"]
+DATA: Final = "ag_news"
 LOW, HIGH = 5e-4, 1e-2  # learning rates
 SWEEP: Final = {
     "experiment": NAME,
@@ -42,7 +48,7 @@ def sweep(seed: int, work: Path) -> None:
     """Run the sweep with a seed."""
     folder = work / f"seed-{seed}"
     for kind, document in (
-        ("experiments", embedded("ag_news").model_dump(mode="json", exclude_unset=True)),
+        ("experiments", RECIPE.experiment(DATA).model_dump(mode="json", exclude_unset=True)),
         ("sweeps", SWEEP | {"seed": seed}),
     ):
         (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -72,7 +78,7 @@ def fresh(work: Path) -> None:
         return specs[number]
 
     wanted = [(number, run) for run in FRESH for number in specs]
-    fill(work / "fresh.jsonl", embedded("ag_news"), wanted, spec)
+    fill(work / "fresh.jsonl", RECIPE.experiment(DATA), wanted, spec)
 
 
 def compute(result: SweepResult) -> float:
@@ -114,7 +120,7 @@ def best_of(table: Table) -> tuple[TrialSpec, float, float]:
 
 def report(work: Path) -> None:
     """Write the result file."""
-    found, table = results(work), read_table(RESULTS / "search-table-ag_news.jsonl")
+    found, table = results(work), read_table(RESULTS / f"search-table-{DATA}.jsonl")
     tags = next(iter(found.values())).facts.provenance  # of the sweeps, not of this report
     runs: dict[int, list[float]] = {}
     for each in read_table(work / "fresh.jsonl").trainings:
@@ -128,12 +134,11 @@ def report(work: Path) -> None:
     drawn, (best, worth, unlucky) = random_search(table, spent), best_of(table)
     error = 1.96 * drawn.std() / np.sqrt(len(drawn))
     winners = np.mean([np.mean(runs[seed]) for seed in found])
-    dirty = " (dirty)" if tags.get("git.dirty") == "true" else ""
     text = f"""\
 # Sweeps on real rows, {tags["device"]}, {datetime.date.today()}
 
 `python -m benchmarks.search_live sweep SEED` for each seed, `fresh`, `report`. Sweeps of commit
-{tags.get("mlflow.source.git.commit", "unknown")[:12]}{dirty}, torch {tags["version.torch"]}.
+{commit_of(tags)}, torch {tags["version.torch"]}.
 
 MiniLM on AG News rows, as the table `search-table-ag_news.jsonl`; {SWEEP["trials"]} trials, pruner and confirmation by
 default, learning rates from {LOW:g} to {HIGH:g}. Winner and baseline are trained again with {len(FRESH)} seeds that no
@@ -152,8 +157,7 @@ confirmation counted in, in whole trainings.
 | best of the table's {len(table.trainings) // SEEDS} by that figure itself ({best}) | {worth:.2%} |
 | best of the table by one run, its other run | {unlucky:.2%} |
 """
-    (RESULTS / f"search-live-{datetime.date.today()}.md").write_text(text, encoding="utf-8")
-    print(text)
+    write("search-live", text)
 
 
 def main() -> None:

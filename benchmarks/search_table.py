@@ -34,9 +34,8 @@ from agnews_lora.search.space import rank_of
 from agnews_lora.training.interface import EvalPoint, TrainPoint, TrialPlan, TrialResult, Verdict
 from agnews_lora.training.metrics import mean_cross_entropy, unpacked
 from agnews_lora.training.multilora import engine as multilora
+from benchmarks import RESULTS, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 BUDGET = 100_000
 BASELINE = TrialSpec("qv", 8, 16.0, 0.1, 1e-3)
 PRESETS = ("qk", "qv", "qkv", "qkvo", "ffn", "all-linear")

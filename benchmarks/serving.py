@@ -30,10 +30,10 @@ from agnews_lora.paths import STORES
 from agnews_lora.serving.model_package import Package
 from agnews_lora.tracking.registry import Registry
 from agnews_lora.tracking.store import open_client
+from benchmarks import ROOT
+from benchmarks.result_files import commit_of, slug, write
 from tests.project import command, environment, write_project
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 SEED = 13
 # Few adapted matrices and all of them: the adapter's cost is one of matrices, hardly one of ranks.
 ADAPTERS: dict[str, dict[str, object]] = {
@@ -165,14 +165,13 @@ def table(measured: Measured) -> str:
 
 def report(measured: Mapping[str, Measured], loads: tuple[float, float], tags: Mapping[str, str]) -> str:
     """The result file. loads: the machine's average before and after. tags: the provenance of a run."""
-    dirty = " (dirty)" if tags.get("git.dirty") == "true" else ""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "fastapi", "uvicorn"))
     busy = " Other programs were running: read the ratios, not the times." if loads[0] > 0.5 else ""
     parts = [f"## {adapter}\n\n{table(each)}" for adapter, each in measured.items()]
     return f"""\
 # `python -m benchmarks.serving`: what a served version costs, MiniLM, {tags["device"]}, {datetime.date.today()}
 
-Commit {tags.get("mlflow.source.git.commit", "unknown")[:12]}{dirty}, {os.cpu_count()} cores, Python \
+Commit {commit_of(tags)}, {os.cpu_count()} cores, Python \
 {platform.python_version()}, {versions}.
 The load average was {loads[0]:.1f} at the start and {loads[1]:.1f} at the end.{busy}
 
@@ -201,9 +200,7 @@ def main() -> None:
 
     tags = provenance()
     text = report(measured, (before, os.getloadavg()[0]), tags)
-    hardware = "-".join(tags["device"].lower().replace(",", "").replace("(r)", "").split())
-    (RESULTS / f"serving-minilm-{hardware}-{datetime.date.today()}.md").write_text(text, encoding="utf-8")
-    print(text)
+    write(f"serving-minilm-{slug(tags['device'])}", text)
 
 
 if __name__ == "__main__":

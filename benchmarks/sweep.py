@@ -25,21 +25,21 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
+from agnews_lora import paths
 from agnews_lora.commands.prepare import Prepared, prepare
 from agnews_lora.config.sweep import load_sweep
 from agnews_lora.data.rows import Rows
 from agnews_lora.data.sources import prepare_test
 from agnews_lora.data.tokens import TokenTable
-from agnews_lora.paths import RESULTS as SWEEP_RESULTS
 from agnews_lora.paths import STORES, TOKENS
 from agnews_lora.search.results import SweepResult
 from agnews_lora.search.trials import TrialSummary
 from agnews_lora.serving import reload
 from agnews_lora.tracking.provenance import provenance
 from agnews_lora.tracking.store import tracking_uri
+from benchmarks import ROOT
+from benchmarks.result_files import commit_of, slug, write
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 SWEEP = "embedded"
 VARIANTS: dict[str, dict[str, object]] = {
     "multilora": {"engine": "multilora"},
@@ -61,8 +61,7 @@ def main() -> None:
     lines = [
         f"# `make bench`: sweep {SWEEP} by both engines, {tags['device']}, {datetime.date.today()}",
         "",
-        f"Commit {tags.get('mlflow.source.git.commit', 'unknown')[:12]}"
-        f"{' (dirty)' if tags.get('git.dirty') == 'true' else ''}, {os.cpu_count()} cores, Python "
+        f"Commit {commit_of(tags)}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}, "
         f"peft {version('peft')}. One sweep after the other, each in an empty folder.",
         "",
@@ -74,9 +73,7 @@ def main() -> None:
         "it takes by trainer. Where trials share their time, no trial's own seconds can be told apart.",
     ]
     text = "\n".join(lines) + "\n"
-    name = f"sweep-minilm-{'-'.join(tags['device'].lower().replace(',', '').replace('(r)', '').split())}"
-    (RESULTS / f"{name}-{datetime.date.today()}.md").write_text(text, encoding="utf-8")
-    print(text)
+    write(f"sweep-minilm-{slug(tags['device'])}", text)
 
 
 def run_and_measure(keys: dict[str, object]) -> dict[str, str]:
@@ -102,7 +99,7 @@ def measure(began: float, ended: float) -> dict[str, str]:
     """The table's rows, from the stores below the working directory. began, ended: Unix time of the process."""
     sweep = load_sweep(SWEEP)
     prepared = prepare(sweep.experiment)
-    result = SweepResult.from_json((SWEEP_RESULTS / f"{SWEEP}.json").read_text(encoding="utf-8"))
+    result = SweepResult.from_json((paths.RESULTS / f"{SWEEP}.json").read_text(encoding="utf-8"))
     repeats = [row for each in result.confirmed for row in each.repeats]
     rows = [*result.trials, *repeats]
     train_seconds = sum(row.train_seconds or 0 for row in rows)

@@ -20,8 +20,8 @@ from tempfile import TemporaryDirectory
 import psutil  # type: ignore[import-untyped]
 
 from agnews_lora.tracking.provenance import provenance
+from benchmarks.result_files import slug, write
 
-RESULTS = Path(__file__).resolve().parent / "results"
 NUM_RUNS = 3
 # Command: the most CPU seconds that it is to take.
 TOOLS = {
@@ -103,9 +103,7 @@ def main() -> None:
     for name, (taken, most) in measured.items():
         lines.append(f"| {name} | {taken:.2f} | {most:g} | {taken / bare:.0f} |")
     text = "\n".join(lines) + "\n"
-    name = "-".join(device.lower().replace(",", "").split())
-    (RESULTS / f"tools-{name}-{datetime.date.today()}.md").write_text(text, encoding="utf-8")
-    print(text)
+    write(f"tools-{slug(device)}", text)
 
 
 if __name__ == "__main__":

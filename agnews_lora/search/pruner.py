@@ -46,8 +46,10 @@ class McNemarPruner(BasePruner):
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         step = trial.last_step
-        if not step:
-            return False
+        return step is not None and self.is_behind(study, trial, step)
+
+    def is_behind(self, study: Study, trial: FrozenTrial, step: int) -> bool:
+        """Judge a trial by what it and its peers had answered at a step."""
         peers = [
             other
             for other in study.get_trials(deepcopy=False)

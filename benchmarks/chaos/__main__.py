@@ -26,10 +26,9 @@ from agnews_lora.tracking.provenance import provenance
 from benchmarks.chaos.judgement import Judgement, Stores, judge
 from benchmarks.chaos.killing import Chaos, Kill, draw
 from benchmarks.chaos.nodes import Nodes
+from benchmarks.result_files import commit_of, slug, write
 from tests.project import write_project
 
-ROOT: Final = Path(__file__).resolve().parents[2]
-RESULTS: Final = ROOT / "benchmarks" / "results"
 SEED: Final = 13
 EXPERIMENT: Final = {
     "data.rows": 2_000,
@@ -65,13 +64,10 @@ def main() -> int:
         parts = [part(Path(work)) for part in (two_workers, cluster, one_worker)]
     faults = [fault for part in parts for fault in part.judgement.faults]
     text = report(parts, time.monotonic() - began, load)
-    print(text)
     if faults:
-        print("\n".join(["What does not hold:", *faults]), file=sys.stderr)
+        print("\n".join([text, "What does not hold:", *faults]), file=sys.stderr)
         return 1
-    device = provenance()["device"].lower().replace(",", "").replace("(r)", "")
-    name = f"chaos-minilm-{'-'.join(device.split())}-{datetime.date.today()}.md"
-    (RESULTS / name).write_text(text, encoding="utf-8")
+    write(f"chaos-minilm-{slug(provenance()['device'])}", text)
     return 0
 
 
@@ -133,11 +129,10 @@ def report(parts: list[Part], seconds: float, load: float) -> str:
             f"# `make chaos`: a sweep killed {sum(len(part.chaos.kills) for part in parts)} times, "
             f"{tags['device']}, {datetime.date.today()}",
             "",
-            f"`python -m benchmarks.chaos`, {seconds / 60:.0f} min. Commit "
-            f"{tags.get('mlflow.source.git.commit', 'unknown')[:12]}"
-            f"{' (dirty)' if tags.get('git.dirty') == 'true' else ''}, {os.cpu_count()} cores with a load of "
-            f"{load:.1f} at the start, Python {platform.python_version()}, torch {version('torch')}, optuna "
-            f"{version('optuna')}, mlflow {version('mlflow')}, ray {version('ray')}. Seed {SEED}.",
+            f"`python -m benchmarks.chaos`, {seconds / 60:.0f} min. Commit {commit_of(tags)}, "
+            f"{os.cpu_count()} cores with a load of {load:.1f} at the start, Python {platform.python_version()}, torch "
+            f"{version('torch')}, optuna {version('optuna')}, mlflow {version('mlflow')}, ray {version('ray')}. "
+            f"Seed {SEED}.",
             "",
             f"MiniLM on the generated news corpus ({settings}), engine {parts[0].stores.sweep.engine}. A kill is "
             "SIGKILL, but for those named otherwise, and has new progress behind it. Every start is the same command, "

@@ -11,11 +11,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import RESULTS, ROOT
 from benchmarks.throughput.results import Environment, Load, Peer, Run, Task, file_name, page
 from benchmarks.throughput.turns import Process, take_turns
-
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 
 # Defaults of the command: at most some 6 minutes on two cores, 8 on a CUDA machine.
 DEFAULTS = {

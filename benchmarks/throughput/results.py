@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from math import lcm
 from typing import Literal
 
+from benchmarks.result_files import slug
+
 BUSY = 0.05  # share of the cores
 NUM_SPECS = 4  # different configurations that every peer trains in the same proportions
 
@@ -201,8 +203,7 @@ class Run:
 
 def file_name(run: Run) -> str:
     """Name the result file by model, hardware and date."""
-    device = "-".join(run.environment.device.lower().replace(",", "").replace("(r)", "").split())
-    return f"throughput-{run.environment.model}-{device}-{run.date}.md"
+    return f"throughput-{run.environment.model}-{slug(run.environment.device)}-{run.date}.md"
 
 
 def page(run: Run) -> str:

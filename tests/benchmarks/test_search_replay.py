@@ -9,7 +9,7 @@ from optuna.samplers import RandomSampler
 
 from agnews_lora.adapters.base_models import shape_of
 from agnews_lora.search.pruner import McNemarPruner
-from benchmarks.pruning import accuracy, below, interval, rules
+from benchmarks.pruning import accuracy, below, interval, rules, seed_noise
 from benchmarks.search_replay import Outcome, Rows, replay
 from benchmarks.search_table import BASELINE, Table, Training, configuration
 
@@ -78,6 +78,12 @@ def test_a_rule_of_the_table_judges_as_its_numbers_say(rows: Rows) -> None:
     assert below(0.5, accuracy)(low, others, 0) and not below(0.5, accuracy)(others[-1], [low], 0)
     assert not below(0.5, accuracy, guard=100)(low, others, 0)
     assert len(rules(rows.table)) > 10
+
+
+def test_the_noise_between_seeds_is_mcnemars_statistic(rows: Rows) -> None:
+    # Of 200 rows the second seed misses two more: (2 - 0) / sqrt(2 + 0). Levels are rounded to rows.
+    assert list(seed_noise(rows.table)) == list(STEPS)
+    assert all(size == pytest.approx(2**0.5, rel=0.1) for size in seed_noise(rows.table).values())
 
 
 def test_interval() -> None:

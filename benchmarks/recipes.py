@@ -73,7 +73,7 @@ class Recipe:
 
 
 def longer(epochs: int) -> Recipe:
-    return Recipe(f"{epochs} epochs", {"epochs": epochs})
+    return Recipe(f"{epochs} epoch{'s' * (epochs > 1)}", {"epochs": epochs})
 
 
 RECIPES: Final = {

@@ -4,9 +4,9 @@
     AG_NEWS_DIR=… python -m benchmarks.search_live fresh
     python -m benchmarks.search_live report
 
-The first runs `agnews-lora sweep` with a seed, on the rows and settings of the table `ag_news` but with three epochs,
-which are worth more than two (`benchmarks/recipes.py`), in the folder `--work`;
-the second trains the baseline and the winners of all sweeps there with seeds that no search has used; the third writes
+The first runs `agnews-lora sweep` with a seed in the folder `--work`, on the rows and settings of the table `ag_news`
+but for three epochs, the package's default: they are worth more than the table's two (`benchmarks/recipes.py`). The
+second trains the baseline and the winners of all sweeps there with seeds that no search has used; the third writes
 `results/search-live-DATE.md`. The first two go on where they were stopped.
 """
 
@@ -15,6 +15,7 @@ import datetime
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -81,10 +82,10 @@ def fresh(work: Path) -> None:
     fill(work / "fresh.jsonl", RECIPE.experiment(DATA), wanted, spec)
 
 
-def compute(result: SweepResult) -> float:
-    """All its training steps, in whole trainings."""
+def num_steps(result: SweepResult) -> int:
+    """All its training steps, those of its confirmation counted in."""
     repeats = [row for each in result.confirmed for row in each.repeats]
-    return sum(row.steps for row in [*result.trials, *repeats]) / result.facts.total_steps
+    return sum(row.steps for row in [*result.trials, *repeats])
 
 
 def random_search(table: Table, num_trials: int) -> NDArray[np.float64]:
@@ -118,6 +119,10 @@ def best_of(table: Table) -> tuple[TrialSpec, float, float]:
     return runs[best, 0].spec, float(means[best]), float(np.mean(others))
 
 
+def accuracies(found: Sequence[float]) -> str:
+    return f"{', '.join(f'{each:.2%}' for each in found)}: {np.mean(found):.2%}"
+
+
 def report(work: Path) -> None:
     """Write the result file."""
     found, table = results(work), read_table(RESULTS / f"search-table-{DATA}.jsonl")
@@ -125,14 +130,13 @@ def report(work: Path) -> None:
     runs: dict[int, list[float]] = {}
     for each in read_table(work / "fresh.jsonl").trainings:
         runs.setdefault(each.number, []).append(each.test_accuracy)
-    lines = [
-        f"| seed {seed} | {winner(result)} | {sum(row.state == 'PRUNED' for row in result.trials)} | "
-        f"{compute(result):.1f} | {', '.join(f'{run:.2%}' for run in runs[seed])} | {np.mean(runs[seed]):.2%} |"
-        for seed, result in found.items()
-    ]
-    spent = round(float(np.mean([compute(result) for result in found.values()])))
+    lines = []
+    for seed, result in found.items():
+        pruned, whole = sum(row.state == "PRUNED" for row in result.trials), result.facts.total_steps
+        shown = [winner(result), pruned, f"{num_steps(result) / whole:.1f}", accuracies(runs[seed])]
+        lines.append(f"| seed {seed} | {' | '.join(map(str, shown))} |")
+    spent = round(float(np.mean([num_steps(result) for result in found.values()])) / table.total_steps)
     drawn, (best, worth, unlucky) = random_search(table, spent), best_of(table)
-    error = 1.96 * drawn.std() / np.sqrt(len(drawn))
     winners = np.mean([np.mean(runs[seed]) for seed in found])
     text = f"""\
 # Sweeps on real rows, {tags["device"]}, {datetime.date.today()}
@@ -140,20 +144,20 @@ def report(work: Path) -> None:
 `python -m benchmarks.search_live sweep SEED` for each seed, `fresh`, `report`. Sweeps of commit
 {commit_of(tags)}, torch {tags["version.torch"]}.
 
-MiniLM on AG News rows, as the table `search-table-ag_news.jsonl`; {SWEEP["trials"]} trials, pruner and confirmation by
-default, learning rates from {LOW:g} to {HIGH:g}. Winner and baseline are trained again with {len(FRESH)} seeds that no
-search has used, and scored on {len(table.trainings[0].test):,} test rows. Trainings: all steps of the sweep, its
-confirmation counted in, in whole trainings.
+MiniLM on AG News rows, as the table `search-table-{DATA}.jsonl` but for {RECIPE.title}; {SWEEP["trials"]} trials,
+pruner and confirmation by default, learning rates from {LOW:g} to {HIGH:g}. Winner and baseline are trained again with
+{len(FRESH)} seeds that no search has used, and scored on {len(table.trainings[0].test):,} test rows. Trainings: all
+steps of the sweep, its confirmation counted in, in whole trainings.
 
-| sweep | winner | pruned | trainings | test accuracy with fresh seeds | mean |
-| --- | --- | ---: | ---: | --- | ---: |
+| sweep | winner | pruned | trainings | test accuracy with fresh seeds: mean |
+| --- | --- | ---: | ---: | ---: |
 {chr(10).join(lines)}
 
 | what | test accuracy |
 | --- | ---: |
 | winners, mean | {winners:.2%} |
-| baseline ({BASELINE}) with the fresh seeds: {", ".join(f"{run:.2%}" for run in runs[0])} | {np.mean(runs[0]):.2%} |
-| random search, {spent} unpruned trainings, {NUM_RANDOM:,} searches in the table | {drawn.mean():.2%} ± {error:.2%} |
+| baseline ({BASELINE}), as long, with the fresh seeds | {accuracies(runs[0])} |
+| random search with as many steps, {spent} trainings of the table: mean of {NUM_RANDOM:,} | {drawn.mean():.2%} |
 | best of the table's {len(table.trainings) // SEEDS} by that figure itself ({best}) | {worth:.2%} |
 | best of the table by one run, its other run | {unlucky:.2%} |
 """

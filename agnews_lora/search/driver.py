@@ -159,6 +159,14 @@ class ActiveTrial:
         self.stopped = self.stopped or keys.is_stopped(trial)
 
     @property
+    def is_reference(self) -> bool:
+        """Whether it is trained to its end: the baseline, and what is known to be good, are what others have to beat.
+
+        Early scores tell little: where the baseline had a lucky start, all known configurations would be pruned.
+        """
+        return self.facts["baseline"] or "source" in self.facts
+
+    @property
     def run_is_behind(self) -> bool:
         """Whether the run lacks an event that it should have by now."""
         if self.spec is None:  # no run: there is no configuration to show
@@ -393,6 +401,7 @@ class Driver:
             trial.set_user_attr(key, value)
         active.facts = {"seed": seed, "baseline": bool(attributes.get(keys.BASELINE)), "trainable_parameters": size}
         active.facts |= {"confirms": attributes[keys.CONFIRMS]} if attributes.get(keys.CONFIRMS) else {}
+        active.facts |= {"source": attributes[keys.SOURCE]} if attributes.get(keys.SOURCE) else {}
         active.facts |= {} if attributes.get(keys.NAME) else {"study_trial": trial.number}
         try:
             require_within_budget(active.spec, search.shape, search.budget)
@@ -457,7 +466,7 @@ class Driver:
         self._storage.succeeds(active.read_stop)
         if active.detached or active.stopped:
             return Verdict.PRUNE
-        if point.final or active.facts["baseline"] or active.study_is_behind:
+        if point.final or active.is_reference or active.study_is_behind:
             return Verdict.CONTINUE
         return Verdict.PRUNE if self._storage.call(active.trial.should_prune, False) else Verdict.CONTINUE
 

@@ -104,7 +104,8 @@ def trial_description(spec: TrialSpec, facts: Mapping[str, Any], page: "RunPage 
     """Describe a trial's run.
 
     Args:
-        facts: `trainable_parameters`, `budget`, `baseline` and `confirms` (the trial that is repeated), where known.
+        facts: `trainable_parameters`, `budget`, `baseline`, `source` (of a configuration that is known to be good) and
+            `confirms` (the trial that is repeated), where known.
         page: the run's, for its curves.
         end: how it ended, with `state`, `reason` and the engine's `result`; None while it trains.
     """

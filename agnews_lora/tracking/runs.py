@@ -314,7 +314,7 @@ class SweepRuns:
                 **{key: facts[key] for key in ("trainable_parameters", "seed") if key in facts},
                 **self._params,
             }
-            tags = self._tags | {key: str(facts[key]) for key in ("study_trial", "confirms") if key in facts}
+            tags = self._tags | {key: str(facts[key]) for key in ("study_trial", "confirms", "source") if key in facts}
             tags |= {
                 "baseline": str(facts["baseline"]).lower(),
                 **description(trial_description(spec, known), run.data.tags),

@@ -228,6 +228,20 @@ def test_the_worse_are_pruned_but_never_the_baseline(tmp_path: Path) -> None:
         assert f"{row.trial} PRUNED: {reason}" in session.screen.lines
 
 
+def test_a_configuration_that_is_known_to_be_good_is_not_pruned_where_another_like_it_is(tmp_path: Path) -> None:
+    session = Session(tmp_path, 4)
+    good = {"targets": "qv", "rank_share": 16 / 18, "learning_rate": 2e-3}
+    bad = {"targets": "qk", "rank_share": 1 / 18, "alpha_ratio": 1, "dropout": 0.2, "learning_rate": 1e-4}
+    own = {keys.IDENTITY: session.study.mark(2), keys.SOURCE: "Hu et al. 2021"}
+    for parameters, attributes in ((good, {}), (bad, own), (bad, {})):
+        session.study.enqueue_trial(parameters, user_attrs=attributes)
+    _, best, known, other = summaries(session.run())
+    assert known.spec == other.spec and (known.accuracy or 1) < (best.accuracy or 0)
+    assert (known.state, other.state) == ("COMPLETE", "PRUNED")
+    assert session.tracker.trials["t0002"].facts["source"] == "Hu et al. 2021"
+    assert "source" not in session.tracker.trials["t0003"].facts
+
+
 def test_macro_f1_is_what_a_study_by_it_ranks_by_and_every_trial_has_both_scores(tmp_path: Path) -> None:
     """The better a trial's macro-F1, the fewer rows it answers: none is behind by both, and pruned."""
     session = Session(tmp_path, 14, objective="macro_f1")

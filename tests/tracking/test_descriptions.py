@@ -149,6 +149,7 @@ def test_a_trial_says_what_it_is_while_it_trains() -> None:
     assert "Under way" in shown and "`ffn r=4 alpha=4 dropout=0.142 lr=0.00356`" in shown
     assert f"93,700 trainable parameters of 100,000 (93.70{NBSP}%)" in shown and "baseline" not in shown
     assert "never pruned" in trial_description(SPEC, known | {"baseline": True})
+    assert "known to be good (Hu et al. 2021), never" in trial_description(SPEC, known | {"source": "Hu et al. 2021"})
     assert "trains t0003 again" in trial_description(SPEC, known | {"confirms": "t0003"})
     assert trial_description(SPEC, {}).splitlines()[1] == f"`{SPEC}`"
 

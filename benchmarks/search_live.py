@@ -4,9 +4,8 @@
     AG_NEWS_DIR=… python -m benchmarks.search_live fresh
     python -m benchmarks.search_live report
 
-The first runs `agnews-lora sweep` with a seed in the folder `--work`, on the rows and settings of the table `ag_news`
-but for three epochs, the package's default: they are worth more than the table's two (`benchmarks/recipes.py`). The
-second trains the baseline and the winners of all sweeps there with seeds that no search has used; the third writes
+The first runs `agnews-lora sweep` with a seed in the folder `--work`, on the rows and settings of the table `ag_news`.
+The second trains the baseline and the winners of all sweeps there with seeds that no search has used; the third writes
 `results/search-live-DATE.md`. The first two go on where they were stopped.
 """
 
@@ -26,12 +25,10 @@ from ruamel.yaml import YAML
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.search.results import SweepResult
 from benchmarks import RESULTS
-from benchmarks.recipes import RECIPES
 from benchmarks.result_files import commit_of, write
-from benchmarks.search_table import BASELINE, BUDGET, SEEDS, Table, fill, read_table
+from benchmarks.search_table import BASELINE, BUDGET, SEEDS, Table, embedded, fill, read_table
 
 NAME: Final = "real"
-RECIPE: Final = RECIPES["epochs-3"]
 DATA: Final = "ag_news"
 LOW, HIGH = 5e-4, 1e-2  # learning rates
 SWEEP: Final = {
@@ -49,7 +46,7 @@ def sweep(seed: int, work: Path) -> None:
     """Run the sweep with a seed."""
     folder = work / f"seed-{seed}"
     for kind, document in (
-        ("experiments", RECIPE.experiment(DATA).model_dump(mode="json", exclude_unset=True)),
+        ("experiments", embedded(DATA).model_dump(mode="json", exclude_unset=True)),
         ("sweeps", SWEEP | {"seed": seed}),
     ):
         (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -79,7 +76,7 @@ def fresh(work: Path) -> None:
         return specs[number]
 
     wanted = [(number, run) for run in FRESH for number in specs]
-    fill(work / "fresh.jsonl", RECIPE.experiment(DATA), wanted, spec)
+    fill(work / "fresh.jsonl", embedded(DATA), wanted, spec)
 
 
 def num_steps(result: SweepResult) -> int:
@@ -144,7 +141,7 @@ def report(work: Path) -> None:
 `python -m benchmarks.search_live sweep SEED` for each seed, `fresh`, `report`. Sweeps of commit
 {commit_of(tags)}, torch {tags["version.torch"]}.
 
-MiniLM on AG News rows, as the table `search-table-{DATA}.jsonl` but for {RECIPE.title}; {SWEEP["trials"]} trials,
+MiniLM on AG News rows, as the table `search-table-{DATA}.jsonl`; {SWEEP["trials"]} trials,
 pruner and confirmation by default, learning rates from {LOW:g} to {HIGH:g}. Winner and baseline are trained again with
 {len(FRESH)} seeds that no search has used, and scored on {len(table.trainings[0].test):,} test rows. Trainings: all
 steps of the sweep, its confirmation counted in, in whole trainings.
@@ -156,7 +153,7 @@ steps of the sweep, its confirmation counted in, in whole trainings.
 | what | test accuracy |
 | --- | ---: |
 | winners, mean | {winners:.2%} |
-| baseline ({BASELINE}), as long, with the fresh seeds | {accuracies(runs[0])} |
+| baseline ({BASELINE}), with the fresh seeds | {accuracies(runs[0])} |
 | random search with as many steps, {spent} trainings of the table: mean of {NUM_RANDOM:,} | {drawn.mean():.2%} |
 | best of the table's {len(table.trainings) // SEEDS} by that figure itself ({best}) | {worth:.2%} |
 | best of the table by one run, its other run | {unlucky:.2%} |

@@ -161,6 +161,8 @@ def replay(
     engine, nothing = TableEngine(rows, num_slots, backwards), NullTracker()
     study = optuna.create_study(sampler=sampler, pruner=pruner(engine.trained), direction="maximize")
     enqueue_baseline(study, BASELINE, SPACE, rows.shape, BUDGET)
+    known = known_good(SPACE, rows.shape, BUDGET, BASELINE, startup_trials(num_trials) - 1)
+    enqueue_known(study, known, SPACE, rows.shape, BUDGET)
     total = rows.table.total_steps
     search = Search(SPACE, rows.shape, BUDGET, seed, BASELINE, seed, total, num_trials)
     with tempfile.TemporaryDirectory() as folder:

@@ -96,7 +96,7 @@ class Pruner(Settings):
     """McNemar's test: a trial is given up where the best other trial at the same step answers more of the same
     validation rows correctly, by more than chance explains."""
 
-    standard_errors: Annotated[float, Field(gt=0, le=100)] = 1.5
+    standard_errors: Annotated[float, Field(gt=0, le=100)] = 1.25
     """How far the best other trial must be ahead at the end of a training: standard errors of the paired difference.
     Earlier it must be further ahead: at a quarter of the steps twice as far."""
 

@@ -38,7 +38,7 @@ def test_defaults_make_a_whole_sweep(write: Write) -> None:
     assert (sweep.name, sweep.source_text) == ("wide", SMALLEST)
     assert (sweep.experiment.name, sweep.experiment.source_text) == ("mine", EXPERIMENT)
     assert (sweep.budget, sweep.trials, sweep.startup_trials, sweep.seed) == (1_000_000, 12, 4, 42)
-    assert (sweep.pruner.standard_errors, sweep.engine) == (1.5, "auto")
+    assert (sweep.pruner.standard_errors, sweep.engine) == (1.25, "auto")
     assert sweep.confirmation == Confirmation(trials=3, seeds=3, prefer="smallest")
     assert sweep.space == Space(
         targets=tuple(PRESETS),

@@ -17,8 +17,9 @@ from agnews_lora.config.sweep import Range, Space
 from agnews_lora.errors import TrainingError
 from agnews_lora.search import space as search_space
 from agnews_lora.search.driver import Driver, Search
+from agnews_lora.search.prior import known_good
 from agnews_lora.search.sampler import TrialSeededTPE
-from agnews_lora.search.study import enqueue_baseline
+from agnews_lora.search.study import enqueue_baseline, enqueue_known
 from agnews_lora.search.trial_log import Point
 from agnews_lora.search.trials import best_first, summaries
 from agnews_lora.training.interface import (
@@ -72,6 +73,10 @@ class Rows:
         return next(
             each for each in self.table.trainings if each.number == training.number and each.run != training.run
         )
+
+    def mean_test_accuracy(self, training: Training) -> float:
+        """Of the configuration, over both seeds."""
+        return (training.test_accuracy + self.other(training).test_accuracy) / 2
 
     def _place(self, spec: TrialSpec) -> tuple[float, ...]:
         (low, high), highest = LEARNING_RATES, max_rank(spec.targets, spec.head, self.shape, BUDGET)
@@ -137,10 +142,12 @@ class Outcome:
     """Of one replayed study.
 
     worth: test accuracy of the configuration with the best validation accuracy, over the seed that it was not chosen
-    on. saved: share of the training steps of all its trials. pruned: their numbers.
+    on. lost: test accuracy over both seeds by which the best configuration that was pruned exceeds the best that was
+    not, or 0. saved: share of the training steps of all its trials. pruned: their numbers.
     """
 
     worth: float
+    lost: float
     saved: float
     pruned: frozenset[int]
 
@@ -153,16 +160,20 @@ def replay(
     num_slots: int,
     seed: int,
     backwards: bool = False,
+    num_known: int = 0,
+    judge_known: bool = False,
 ) -> Outcome:
     """Run one study by the sweep's own driver.
 
-    pruner: made of {trial: its training}, for a rule that reads more of a table than the study has.
+    pruner: made of {trial: its training}, for a rule that reads more of a table than the study has. num_known: known
+    configurations that come after the baseline, at most. judge_known: they may be pruned, as those are that have no
+    source.
     """
     engine, nothing = TableEngine(rows, num_slots, backwards), NullTracker()
     study = optuna.create_study(sampler=sampler, pruner=pruner(engine.trained), direction="maximize")
     enqueue_baseline(study, BASELINE, SPACE, rows.shape, BUDGET)
-    known = known_good(SPACE, rows.shape, BUDGET, BASELINE, startup_trials(num_trials) - 1)
-    enqueue_known(study, known, SPACE, rows.shape, BUDGET)
+    known = known_good(SPACE, rows.shape, BUDGET, BASELINE, num_known)
+    enqueue_known(study, dict.fromkeys(known, "") if judge_known else known, SPACE, rows.shape, BUDGET)
     total = rows.table.total_steps
     search = Search(SPACE, rows.shape, BUDGET, seed, BASELINE, seed, total, num_trials)
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +182,10 @@ def replay(
     winner = best_first(ended, "accuracy")[0]  # the baseline is never pruned
     worth = rows.other(engine.trained[winner.trial]).test_accuracy
     saved = 1 - engine.num_steps / (num_trials * total)
-    return Outcome(worth, saved, frozenset(row.number for row in ended if row.state == "PRUNED"))
+    pruned = frozenset(row.number for row in ended if row.state == "PRUNED")
+    means = {row.number: rows.mean_test_accuracy(engine.trained[row.trial]) for row in ended}
+    lost = max(means.values()) - max(mean for number, mean in means.items() if number not in pruned)
+    return Outcome(worth, lost, saved, pruned)
 
 
 class NullTracker:

@@ -62,6 +62,16 @@ def test_pruned_trials_save_their_steps(rows: Rows, num_slots: int) -> None:
     assert outcome == study(rows, McNemarPruner(1.5, rows.table.total_steps), num_slots, backwards=True)
 
 
+def test_known_configurations_are_pruned_only_where_they_are_judged(rows: Rows) -> None:
+    def known(judge_known: bool) -> Outcome:
+        pruner, sampler = McNemarPruner(0.1, rows.table.total_steps), RandomSampler(seed=1)
+        return replay(rows, sampler, lambda trained: pruner, 8, 1, 1, num_known=3, judge_known=judge_known)
+
+    assert not known(judge_known=False).pruned & {0, 1, 2, 3}
+    assert known(judge_known=True).pruned & {1, 2, 3}
+    assert known(judge_known=True).lost >= known(judge_known=False).lost >= 0
+
+
 def test_a_training_that_diverged_fails_and_saves_nothing_that_it_trained(rows: Rows) -> None:
     first, second, *others = rows.table.trainings
     wild = [

@@ -194,10 +194,10 @@ def interval(differences: NDArray[np.float64]) -> str:
 def seed_noise(table: Table) -> dict[int, float]:
     """{step: root mean square of McNemar's statistic between the two seeds of a configuration}.
 
-    Of the better half of the configurations. It is 1 where nothing but the choice of the rows were chance.
+    Of the better half of the configurations. It would be 1 if the choice of the rows were all that is left to chance.
     """
     runs = {(each.number, each.run): each for each in table.trainings}
-    means = {number: (runs[number, 0].test_accuracy + runs[number, 1].test_accuracy) / 2 for number, _ in runs}
+    means = table.test_accuracies
     better = sorted(means, key=lambda number: (-means[number], number))[: len(means) // 2]
     found = {}
     for step in table.steps:
@@ -257,7 +257,7 @@ def report(measured: dict[str, dict[str, Measured]], tables: dict[str, Table], n
             f"## {name}: {num_configurations} configurations, two seeds each\n\n"
             f"Worth without pruning: {shown}.\n\n"
             f"McNemar's statistic between the two seeds of one configuration, root mean square over the better half: "
-            f"{noise}. By the choice of the rows alone it were 1.\n\n{lines_of(found)}\n"
+            f"{noise}. By the choice of the rows alone it would be 1.\n\n{lines_of(found)}\n"
         )
     return f"""\
 # `python -m benchmarks.pruning`: rules of pruning, {tags["device"]}, {datetime.date.today()}

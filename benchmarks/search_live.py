@@ -107,13 +107,13 @@ def best_of(table: Table) -> tuple[TrialSpec, float, float]:
     The first is lucky, and the second is not.
     """
     runs = {(each.number, each.run): each for each in table.paired().trainings}
-    means = {number: np.mean([runs[number, run].test_accuracy for run in range(SEEDS)]) for number, _ in runs}
+    means = table.paired().test_accuracies
     best = max(means, key=lambda number: means[number])
     others = []
     for run in range(SEEDS):
         top = max((each for each in runs.values() if each.run == run), key=lambda each: each.test_accuracy)
         others.append(runs[top.number, 1 - run].test_accuracy)
-    return runs[best, 0].spec, float(means[best]), float(np.mean(others))
+    return runs[best, 0].spec, means[best], float(np.mean(others))
 
 
 def accuracies(found: Sequence[float]) -> str:

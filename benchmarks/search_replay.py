@@ -74,10 +74,6 @@ class Rows:
             each for each in self.table.trainings if each.number == training.number and each.run != training.run
         )
 
-    def mean_test_accuracy(self, training: Training) -> float:
-        """Of the configuration, over both seeds."""
-        return (training.test_accuracy + self.other(training).test_accuracy) / 2
-
     def _place(self, spec: TrialSpec) -> tuple[float, ...]:
         (low, high), highest = LEARNING_RATES, max_rank(spec.targets, spec.head, self.shape, BUDGET)
         return (
@@ -183,7 +179,8 @@ def replay(
     worth = rows.other(engine.trained[winner.trial]).test_accuracy
     saved = 1 - engine.num_steps / (num_trials * total)
     pruned = frozenset(row.number for row in ended if row.state == "PRUNED")
-    means = {row.number: rows.mean_test_accuracy(engine.trained[row.trial]) for row in ended}
+    worths = rows.table.test_accuracies
+    means = {row.number: worths[engine.trained[row.trial].number] for row in ended}
     lost = max(means.values()) - max(mean for number, mean in means.items() if number not in pruned)
     return Outcome(worth, lost, saved, pruned)
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -227,6 +228,14 @@ class Table:
         known = {(each.number, each.run) for each in self.trainings}
         kept = [each for each in self.trainings if {(each.number, run) for run in range(SEEDS)} <= known]
         return replace(self, trainings=kept)
+
+    @property
+    def test_accuracies(self) -> dict[int, float]:
+        """{number of a configuration: mean over its runs}."""
+        found: dict[int, list[float]] = {}
+        for each in self.trainings:
+            found.setdefault(each.number, []).append(each.test_accuracy)
+        return {number: fmean(runs) for number, runs in found.items()}
 
     @property
     def total_steps(self) -> int:

@@ -6,7 +6,8 @@
 
 The first runs `agnews-lora sweep` with a seed in the folder `--work`, on the rows and settings of the table `ag_news`.
 The second trains the baseline and the winners of all sweeps there with seeds that no search has used; the third writes
-`results/search-live-DATE.md`. The first two go on where they were stopped.
+`results/search-live-EPOCHS-epochs-DATE.md`. The first two go on where they were stopped. `--epochs 3` before the
+command trains longer than the table does.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.search.results import SweepResult
 from benchmarks import RESULTS
 from benchmarks.result_files import commit_of, write
-from benchmarks.search_table import BASELINE, BUDGET, SEEDS, Table, embedded, fill, read_table
+from benchmarks.recipes import longer
+from benchmarks.search_table import BASELINE, BUDGET, SEEDS, Table, fill, read_table
 
 NAME: Final = "real"
 DATA: Final = "ag_news"
@@ -42,11 +44,11 @@ FRESH: Final = range(SEEDS, SEEDS + 2)  # numbers of runs that no table has
 NUM_RANDOM: Final = 1_000
 
 
-def sweep(seed: int, work: Path) -> None:
+def sweep(seed: int, epochs: int, work: Path) -> None:
     """Run the sweep with a seed."""
     folder = work / f"seed-{seed}"
     for kind, document in (
-        ("experiments", embedded(DATA).model_dump(mode="json", exclude_unset=True)),
+        ("experiments", longer(epochs).experiment(DATA).model_dump(mode="json", exclude_unset=True)),
         ("sweeps", SWEEP | {"seed": seed}),
     ):
         (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -68,7 +70,7 @@ def winner(result: SweepResult) -> TrialSpec:
     return result.winner.spec
 
 
-def fresh(work: Path) -> None:
+def fresh(epochs: int, work: Path) -> None:
     """Train the baseline, number 0, and the winners, by the seeds of their sweeps, with fresh seeds."""
     specs = {0: BASELINE, **{seed: winner(result) for seed, result in results(work).items()}}
 
@@ -76,7 +78,7 @@ def fresh(work: Path) -> None:
         return specs[number]
 
     wanted = [(number, run) for run in FRESH for number in specs]
-    fill(work / "fresh.jsonl", embedded(DATA), wanted, spec)
+    fill(work / "fresh.jsonl", longer(epochs).experiment(DATA), wanted, spec)
 
 
 def num_steps(result: SweepResult) -> int:
@@ -120,7 +122,7 @@ def accuracies(found: Sequence[float]) -> str:
     return f"{', '.join(f'{each:.2%}' for each in found)}: {np.mean(found):.2%}"
 
 
-def report(work: Path) -> None:
+def report(epochs: int, work: Path) -> None:
     """Write the result file."""
     found, table = results(work), read_table(RESULTS / f"search-table-{DATA}.jsonl")
     tags = next(iter(found.values())).facts.provenance  # of the sweeps, not of this report
@@ -138,10 +140,10 @@ def report(work: Path) -> None:
     text = f"""\
 # Sweeps on real rows, {tags["device"]}, {datetime.date.today()}
 
-`python -m benchmarks.search_live sweep SEED` for each seed, `fresh`, `report`. Sweeps of commit
+`python -m benchmarks.search_live --epochs {epochs}` with `sweep SEED` for each seed, `fresh`, `report`. Sweeps of commit
 {commit_of(tags)}, torch {tags["version.torch"]}.
 
-MiniLM on AG News rows, as the table `search-table-{DATA}.jsonl`; {SWEEP["trials"]} trials,
+MiniLM on AG News rows, as the table `search-table-{DATA}.jsonl`, whose trainings have two epochs; {SWEEP["trials"]} trials,
 pruner and confirmation by default, learning rates from {LOW:g} to {HIGH:g}. Winner and baseline are trained again with
 {len(FRESH)} seeds that no search has used, and scored on {len(table.trainings[0].test):,} test rows. Trainings: all
 steps of the sweep, its confirmation counted in, in whole trainings.
@@ -154,17 +156,18 @@ steps of the sweep, its confirmation counted in, in whole trainings.
 | --- | ---: |
 | winners, mean | {winners:.2%} |
 | baseline ({BASELINE}), with the fresh seeds | {accuracies(runs[0])} |
-| random search with as many steps, {spent} trainings of the table: mean of {NUM_RANDOM:,} | {drawn.mean():.2%} |
+| random search with as many steps, {spent} trainings of the table (two epochs): mean of {NUM_RANDOM:,} | {drawn.mean():.2%} |
 | best of the table's {len(table.trainings) // SEEDS} by that figure itself ({best}) | {worth:.2%} |
 | best of the table by one run, its other run | {unlucky:.2%} |
 """
-    write("search-live", text)
+    write(f"search-live-{epochs}-epochs", text)
 
 
 def main() -> None:
     """Sweep, train with fresh seeds, or report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.search_live", description=main.__doc__)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "search-live"), help="for all of it")
+    parser.add_argument("--epochs", type=int, default=2, help="of every training")
     commands = parser.add_subparsers(dest="command", required=True)
     sweeping = commands.add_parser("sweep", help=sweep.__doc__)
     sweeping.add_argument("seed", type=int)
@@ -173,11 +176,11 @@ def main() -> None:
     arguments = parser.parse_args()
     match arguments.command:
         case "sweep":
-            sweep(arguments.seed, arguments.work)
+            sweep(arguments.seed, arguments.epochs, arguments.work)
         case "fresh":
-            fresh(arguments.work)
+            fresh(arguments.epochs, arguments.work)
         case _:
-            report(arguments.work)
+            report(arguments.epochs, arguments.work)
 
 
 if __name__ == "__main__":

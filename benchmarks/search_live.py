@@ -26,8 +26,8 @@ from ruamel.yaml import YAML
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
 from agnews_lora.search.results import SweepResult
 from benchmarks import RESULTS
-from benchmarks.result_files import commit_of, write
 from benchmarks.recipes import longer
+from benchmarks.result_files import commit_of, write
 from benchmarks.search_table import BASELINE, BUDGET, SEEDS, Table, fill, read_table
 
 NAME: Final = "real"
@@ -140,11 +140,11 @@ def report(epochs: int, work: Path) -> None:
     text = f"""\
 # Sweeps on real rows, {tags["device"]}, {datetime.date.today()}
 
-`python -m benchmarks.search_live --epochs {epochs}` with `sweep SEED` for each seed, `fresh`, `report`. Sweeps of commit
-{commit_of(tags)}, torch {tags["version.torch"]}.
+`python -m benchmarks.search_live --epochs {epochs}` with `sweep SEED` for each seed, `fresh`, `report`. Sweeps of
+commit {commit_of(tags)}, torch {tags["version.torch"]}.
 
-MiniLM on AG News rows, as the table `search-table-{DATA}.jsonl`, whose trainings have two epochs; {SWEEP["trials"]} trials,
-pruner and confirmation by default, learning rates from {LOW:g} to {HIGH:g}. Winner and baseline are trained again with
+MiniLM on AG News rows, as the table `search-table-{DATA}.jsonl`, whose trainings have two epochs; {SWEEP["trials"]}
+trials, pruner and confirmation by default, learning rates from {LOW:g} to {HIGH:g}. Winner and baseline are trained again with
 {len(FRESH)} seeds that no search has used, and scored on {len(table.trainings[0].test):,} test rows. Trainings: all
 steps of the sweep, its confirmation counted in, in whole trainings.
 
@@ -156,7 +156,7 @@ steps of the sweep, its confirmation counted in, in whole trainings.
 | --- | ---: |
 | winners, mean | {winners:.2%} |
 | baseline ({BASELINE}), with the fresh seeds | {accuracies(runs[0])} |
-| random search with as many steps, {spent} trainings of the table (two epochs): mean of {NUM_RANDOM:,} | {drawn.mean():.2%} |
+| random search with as many steps, {spent} of the table's trainings: mean of {NUM_RANDOM:,} | {drawn.mean():.2%} |
 | best of the table's {len(table.trainings) // SEEDS} by that figure itself ({best}) | {worth:.2%} |
 | best of the table by one run, its other run | {unlucky:.2%} |
 """

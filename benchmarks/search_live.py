@@ -144,9 +144,9 @@ def report(epochs: int, work: Path) -> None:
 commit {commit_of(tags)}, torch {tags["version.torch"]}.
 
 MiniLM on AG News rows, as the table `search-table-{DATA}.jsonl`, whose trainings have two epochs; {SWEEP["trials"]}
-trials, pruner and confirmation by default, learning rates from {LOW:g} to {HIGH:g}. Winner and baseline are trained again with
-{len(FRESH)} seeds that no search has used, and scored on {len(table.trainings[0].test):,} test rows. Trainings: all
-steps of the sweep, its confirmation counted in, in whole trainings.
+trials, pruner and confirmation by default, learning rates from {LOW:g} to {HIGH:g}. Winner and baseline are trained
+again with {len(FRESH)} seeds that no search has used, and scored on {len(table.trainings[0].test):,} test rows.
+Trainings: all steps of the sweep, its confirmation counted in, in whole trainings.
 
 | sweep | winner | pruned | trainings | test accuracy with fresh seeds: mean |
 | --- | --- | ---: | ---: | ---: |

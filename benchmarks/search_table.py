@@ -66,11 +66,12 @@ def configuration(number: int, shape: ModelShape) -> TrialSpec:
 
 def embedded(data: str) -> Experiment:
     """The embedded experiment, with the settings and the rows of a table."""
-    experiment = load_experiment(ROOT / "experiments" / "embedded.yaml")
+    path = ROOT / "experiments" / "embedded.yaml"
+    given = load_experiment(path).model_dump()
     if data == "newswire":
-        return experiment
+        given["training"] |= {"epochs": 1, "eval_every": 20}
+        return Experiment.model_validate(given, context={"path": path})
     folder = Path(os.environ["AG_NEWS_DIR"])
-    given = experiment.model_dump()
     given["data"] = {
         "source": "files",
         "train": str(folder / "train.csv"),
@@ -83,7 +84,7 @@ def embedded(data: str) -> Experiment:
         "allow_overlap": True,
     }
     given["training"] |= {"epochs": 2, "batch_size": 16, "max_length": 128, "eval_every": 133, "eval_rows": 750}
-    return Experiment.model_validate(given, context={"path": ROOT / "experiments" / "embedded.yaml"})
+    return Experiment.model_validate(given, context={"path": path})
 
 
 def corpus_of(experiment: Experiment, base: BaseModel, cache: Path) -> tuple[Corpus, int]:

@@ -122,12 +122,13 @@ def accuracies(found: Sequence[float]) -> str:
     return f"{', '.join(f'{each:.2%}' for each in found)}: {np.mean(found):.2%}"
 
 
-def report(epochs: int, work: Path) -> None:
+def report(work: Path) -> None:
     """Write the result file."""
     found, table = results(work), read_table(RESULTS / f"search-table-{DATA}.jsonl")
     tags = next(iter(found.values())).facts.provenance  # of the sweeps, not of this report
-    runs: dict[int, list[float]] = {}
-    for each in read_table(work / "fresh.jsonl").trainings:
+    trained, runs = read_table(work / "fresh.jsonl"), dict[int, list[float]]()
+    epochs = trained.about["training"]["epochs"]
+    for each in trained.trainings:
         runs.setdefault(each.number, []).append(each.test_accuracy)
     lines = []
     for seed, result in found.items():
@@ -167,7 +168,7 @@ def main() -> None:
     """Sweep, train with fresh seeds, or report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.search_live", description=main.__doc__)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "search-live"), help="for all of it")
-    parser.add_argument("--epochs", type=int, default=2, help="of every training")
+    parser.add_argument("--epochs", type=int, default=2, help="of every training, for sweep and fresh")
     commands = parser.add_subparsers(dest="command", required=True)
     sweeping = commands.add_parser("sweep", help=sweep.__doc__)
     sweeping.add_argument("seed", type=int)
@@ -180,7 +181,7 @@ def main() -> None:
         case "fresh":
             fresh(arguments.epochs, arguments.work)
         case _:
-            report(arguments.epochs, arguments.work)
+            report(arguments.work)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def test_the_parent_run_has_figures_tables_metrics_and_its_description(client: M
     assert artifacts(client, parent) >= DRAWN | reports | {"leaderboard.json", "leaderboard.csv", "result.json"}
     assert artifacts(client, parent, "thumbnails") == {f"thumbnails/{name}" for name in DRAWN}
     metrics = parent.data.metrics
-    assert metrics["best/accuracy"] == winner.data.metrics["eval/accuracy"]
+    assert metrics["best/accuracy"] == pytest.approx(winner.data.metrics["eval/accuracy"], abs=1e-6)
     assert metrics["best/gain"] == pytest.approx(metrics["best/accuracy"] - metrics["baseline/accuracy"], abs=1e-6)
     assert metrics["trials/complete"] + metrics["trials/pruned"] == 3
     assert found.confirmation is not None

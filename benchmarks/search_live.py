@@ -1,13 +1,13 @@
 """What whole sweeps find on real rows: winners trained again with fresh seeds, beside the baseline and random search.
 
     AG_NEWS_DIR=… python -m benchmarks.search_live sweep 1
-    AG_NEWS_DIR=… python -m benchmarks.search_live fresh
+    python -m benchmarks.search_live fresh
     python -m benchmarks.search_live report
 
 The first runs `agnews-lora sweep` with a seed in the folder `--work`, on the rows and settings of the table `ag_news`.
 The second trains the baseline and the winners of all sweeps there with seeds that no search has used; the third writes
-`results/search-live-EPOCHS-epochs-DATE.md`. The first two go on where they were stopped. `--epochs 3` before the
-command trains longer than the table does.
+`results/search-live-EPOCHS-epochs-DATE.md`. The first two go on where they were stopped. `sweep 1 --epochs 3`
+trains longer than the table does; a folder holds sweeps of one number of epochs.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ruamel.yaml import YAML
 
 from agnews_lora.adapters.spec import ModelShape, TrialSpec
+from agnews_lora.config.experiment import load_experiment
 from agnews_lora.search.results import SweepResult
 from benchmarks import RESULTS
 from benchmarks.recipes import longer
@@ -70,7 +71,7 @@ def winner(result: SweepResult) -> TrialSpec:
     return result.winner.spec
 
 
-def fresh(epochs: int, work: Path) -> None:
+def fresh(work: Path) -> None:
     """Train the baseline, number 0, and the winners, by the seeds of their sweeps, with fresh seeds."""
     specs = {0: BASELINE, **{seed: winner(result) for seed, result in results(work).items()}}
 
@@ -78,7 +79,8 @@ def fresh(epochs: int, work: Path) -> None:
         return specs[number]
 
     wanted = [(number, run) for run in FRESH for number in specs]
-    fill(work / "fresh.jsonl", longer(epochs).experiment(DATA), wanted, spec)
+    experiment = load_experiment(next(work.glob(f"seed-*/experiments/{NAME}.yaml")))
+    fill(work / "fresh.jsonl", experiment, wanted, spec)
 
 
 def num_steps(result: SweepResult) -> int:
@@ -141,8 +143,8 @@ def report(work: Path) -> None:
     text = f"""\
 # Sweeps on real rows, {tags["device"]}, {datetime.date.today()}
 
-`python -m benchmarks.search_live --epochs {epochs}` with `sweep SEED` for each seed, `fresh`, `report`. Sweeps of
-commit {commit_of(tags)}, torch {tags["version.torch"]}.
+`python -m benchmarks.search_live sweep SEED --epochs {epochs}` for each seed, `fresh`, `report`. Sweeps of commit
+{commit_of(tags)}, torch {tags["version.torch"]}.
 
 MiniLM on AG News rows, as the table `search-table-{DATA}.jsonl`, whose trainings have two epochs; {SWEEP["trials"]}
 trials, pruner and confirmation by default, learning rates from {LOW:g} to {HIGH:g}. Winner and baseline are trained
@@ -168,10 +170,10 @@ def main() -> None:
     """Sweep, train with fresh seeds, or report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.search_live", description=main.__doc__)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "search-live"), help="for all of it")
-    parser.add_argument("--epochs", type=int, default=2, help="of every training, for sweep and fresh")
     commands = parser.add_subparsers(dest="command", required=True)
     sweeping = commands.add_parser("sweep", help=sweep.__doc__)
     sweeping.add_argument("seed", type=int)
+    sweeping.add_argument("--epochs", type=int, default=2, help="of every training")
     commands.add_parser("fresh", help=fresh.__doc__)
     commands.add_parser("report", help=report.__doc__)
     arguments = parser.parse_args()
@@ -179,7 +181,7 @@ def main() -> None:
         case "sweep":
             sweep(arguments.seed, arguments.epochs, arguments.work)
         case "fresh":
-            fresh(arguments.epochs, arguments.work)
+            fresh(arguments.work)
         case _:
             report(arguments.work)
 

@@ -70,20 +70,20 @@ def embedded(data: str) -> Experiment:
     given = load_experiment(path).model_dump()
     if data == "newswire":
         given["training"] |= {"epochs": 1, "eval_every": 20}
-        return Experiment.model_validate(given, context={"path": path})
-    folder = Path(os.environ["AG_NEWS_DIR"])
-    given["data"] = {
-        "source": "files",
-        "train": str(folder / "train.csv"),
-        "test": str(folder / "test.csv"),
-        "validation": 0.15,
-        "text": ["Title", "Description"],
-        "label": "Class Index",
-        "labels": {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"},
-        "clean": "ag_news",
-        "allow_overlap": True,
-    }
-    given["training"] |= {"epochs": 2, "batch_size": 16, "max_length": 128, "eval_every": 133, "eval_rows": 750}
+    else:
+        folder = Path(os.environ["AG_NEWS_DIR"])
+        given["data"] = {
+            "source": "files",
+            "train": str(folder / "train.csv"),
+            "test": str(folder / "test.csv"),
+            "validation": 0.15,
+            "text": ["Title", "Description"],
+            "label": "Class Index",
+            "labels": {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"},
+            "clean": "ag_news",
+            "allow_overlap": True,
+        }
+        given["training"] |= {"epochs": 2, "batch_size": 16, "max_length": 128, "eval_every": 133, "eval_rows": 750}
     return Experiment.model_validate(given, context={"path": path})
 
 
